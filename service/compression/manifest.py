@@ -1,0 +1,83 @@
+"""What is known about an artifact: its recipe, the decisions that replay it, its measured quality and cost.
+
+Manifests are JSON files beside the artifact's weights; the report, the gate, the metrics and the API read nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from service.contracts import Json
+
+
+class Quality(BaseModel):
+    """Answers and cost of one artifact, measured on the gate split and on the device thread of a fresh process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: int
+    """Rows of the gate split behind score and fidelity."""
+    score: float | None
+    """The base's own score (accuracy ...), higher is better; `None` where the data has no labels."""
+    score_low: float | None
+    score_high: float | None
+    """95 % confidence interval of the score."""
+    agreement: float | None
+    """Share of rows with the same top-1 class as the base; `None` for outputs that are not classes."""
+    kl: float | None
+    """Mean KL divergence (nats) of the variant's class distribution from the base's; `None` as above."""
+    cosine: float
+    """Mean cosine similarity of the first output to that of the base."""
+    disk_bytes: int
+    parameters: int
+    macs: int
+    """Multiply-accumulates per row of the structure, whatever their precision."""
+    latency_ms: dict[int, float]
+    """Median milliseconds per batch, by rows in the batch (1, 8, 32)."""
+    throughput: float
+    """Rows per second at the best of these batch sizes."""
+    peak_memory_bytes: int
+    """Resident memory that loading and running the artifact adds to a process that has imported its backend."""
+
+
+class Manifest(BaseModel):
+    """One artifact: the result of the last pass (`kind`) on the artifact `parent`; `kind` is `None` for the base."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str
+    parent: str | None
+    base: str
+    kind: str | None
+    options: dict[str, Json]
+    decisions: dict[str, Json]
+    facts: dict[str, float]
+    simulated: bool
+    files: dict[str, str]
+    """File name -> sha256. Empty where the pass acts at load time only and the parent's files are used."""
+    quality: Quality
+    seconds: float
+    """Wall-clock seconds of `apply`, measuring excluded."""
+    versions: dict[str, str]
+    isa: list[str]
+    cpu: str
+    threads: int
+
+
+class VariantReport(BaseModel):
+    """A variant as the report shows it: its chain of artifacts from the base to its last pass, and the gate's word."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    state: Literal["serving", "excluded"]
+    reason: str | None
+    """Why the gate excluded it."""
+    chain: tuple[Manifest, ...]
+
+    @property
+    def quality(self) -> Quality:
+        """Quality of the finished variant."""
+        return self.chain[-1].quality

@@ -1,0 +1,200 @@
+"""The types on which all rooms agree: what a model takes and gives, what a base, a backend and a codec must do.
+
+Imports nothing of ours, so that every layer may import it. Arrays travel as tuples in the order of the spec's fields:
+`Arrays` is always a batch, its first axis counts *rows*. A field may have dynamic axes (`None`), which is how token ids
+with a mask are declared; a base may have no labels, and outputs may be embeddings as well as class logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Array: TypeAlias = NDArray[Any]
+Arrays: TypeAlias = tuple[Array, ...]
+Json: TypeAlias = Any
+Split = Literal["train", "calibration", "gate", "test"]
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One named tensor. `shape` is that of a single row (no batch axis); `None` marks a dynamic axis.
+
+    `pad` fills the dynamic axes when rows of different length share a batch.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+    pad: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """What a model takes (`fields`), what it gives (`outputs`) and, for classifiers, the names of its classes."""
+
+    fields: tuple[Field, ...]
+    outputs: tuple[Field, ...]
+    labels: tuple[str, ...] = ()
+
+    def example(self, rows: int, length: int = 16, seed: int = 0) -> Arrays:
+        """A random batch of `rows` rows that fits the spec; dynamic axes get `length`."""
+        random = np.random.default_rng(seed)
+        return tuple(_random_field(random, item, rows, length) for item in self.fields)
+
+
+def _random_field(random: np.random.Generator, item: Field, rows: int, length: int) -> Array:
+    shape = (rows, *(length if size is None else size for size in item.shape))
+    if np.issubdtype(np.dtype(item.dtype), np.floating):
+        return random.standard_normal(shape).astype(item.dtype)
+    return random.integers(0, 2, shape).astype(item.dtype)
+
+
+class Batch(NamedTuple):
+    """Some rows of a data split; `labels` is `None` where the data has none."""
+
+    inputs: Arrays
+    labels: Array | None
+
+
+class Data(Protocol):
+    """A stream of samples from one split; it may be read many times."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def batches(self, size: int, shuffle_seed: int | None = None) -> Iterator[Batch]:
+        """Yield batches of at most `size` rows, in stored order or shuffled by the seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayData:
+    """`Data` held in memory."""
+
+    inputs: Arrays
+    labels: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs[0])
+
+    def batches(self, size: int, shuffle_seed: int | None = None) -> Iterator[Batch]:
+        order = np.arange(len(self))
+        if shuffle_seed is not None:
+            np.random.default_rng(shuffle_seed).shuffle(order)
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            yield Batch(
+                tuple(array[rows] for array in self.inputs), None if self.labels is None else self.labels[rows]
+            )
+
+
+class Base(Protocol):
+    """Architecture, weights, input spec, data splits and score of the one model that the variants compress."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def spec(self) -> InputSpec: ...
+
+    @property
+    def codec(self) -> Codec: ...
+
+    @property
+    def digest(self) -> str:
+        """sha256 over everything that decides the base's answers and data: source, weights, library versions."""
+
+    def build(self) -> nn.Module:
+        """A fresh module with its trained weights, in eval mode, float32, on the CPU."""
+
+    def data(self, split: Split, n: int | None = None) -> Data:
+        """The first `n` rows of a split (all by default). Splits never share samples."""
+
+    def score(self, outputs: Arrays, labels: Array) -> float:
+        """Quality of the outputs against the labels, higher is better (accuracy, Spearman ...)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TorchModel:
+    """A model as a torch module in eval mode that takes the spec's fields as positional tensors."""
+
+    module: nn.Module
+    spec: InputSpec
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxModel:
+    """A model as an ONNX file; `session` holds what the runtime pass decided for the inference session."""
+
+    path: Path
+    spec: InputSpec
+    session: Mapping[str, Json] = field(default_factory=dict)
+
+
+Model: TypeAlias = TorchModel | OnnxModel
+
+
+class Backend(Protocol):
+    """Runs a loaded model. Created, run and closed on the device thread only."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def static_rows(self) -> bool:
+        """Whether batches must be padded up to the next batch bucket (compiled shapes)."""
+
+    def run(self, batch: Arrays) -> Arrays:
+        """Run one batch; the outputs keep the order of the spec's outputs and the number of rows."""
+
+    def close(self) -> None: ...
+
+
+class Codec(Protocol):
+    """Wire format <-> arrays, for one base. Thread-safe and free of state."""
+
+    @property
+    def media_types(self) -> tuple[str, ...]:
+        """The content types that `decode` takes."""
+
+    def decode(self, media_type: str, body: bytes) -> Decoded:
+        """Check and decode a body. Raises `BadInput`, `BodyTooLarge` or `UnsupportedMediaType`."""
+
+    def encode(self, outputs: Arrays) -> list[dict[str, Json]]:
+        """One JSON-able answer per row."""
+
+
+class Decoded(NamedTuple):
+    """A decoded request: the batch, and whether the client sent a list of samples or a single one."""
+
+    inputs: Arrays
+    many: bool
+
+
+class Progress(Protocol):
+    """Told by long work how far it is."""
+
+    def __call__(self, done: float, total: float, note: str = "") -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class BuildContext:
+    """What a pass may use besides the model: data and teacher (`base`), a seed, threads, scratch space, progress.
+
+    `scratch` survives an interruption (the same pass on the same input gets the same folder again), so that long
+    training resumes from its last checkpoint; it is deleted once the pass has succeeded.
+    """
+
+    base: Base
+    seed: int
+    threads: int
+    scratch: Path
+    progress: Progress

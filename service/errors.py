@@ -1,0 +1,110 @@
+"""The two error families: what refuses a request (`ServiceError`) and what refuses to start (`StartupError`).
+
+Every `ServiceError` knows its HTTP status and a stable machine-readable code, so that the API maps the whole family in
+one place. A `StartupError` says what was wrong, where, and what to do; the command line prints it and exits with 2.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ServiceError(Exception):
+    """A request that cannot be answered. Subclasses fix the HTTP `status` and the `code`."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal"
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class BadInput(ServiceError):
+    """The body, a tensor or an option is malformed; nothing reached a queue."""
+
+    status = 400
+    code = "bad_input"
+
+
+class NotFound(ServiceError):
+    """The model, the variant or the path does not exist."""
+
+    status = 404
+    code = "not_found"
+
+
+class BodyTooLarge(ServiceError):
+    """The body, or what it inflates to, is above the configured limit."""
+
+    status = 413
+    code = "body_too_large"
+
+
+class UnsupportedMediaType(ServiceError):
+    """The content type is none that the base's codecs take."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
+class QueueFull(ServiceError):
+    """The variant's queue holds as many rows as it may; `Retry-After` comes from the measured drain rate."""
+
+    status = 429
+    code = "queue_full"
+
+
+class DeadlineUnreachable(ServiceError):
+    """By the measured cost table the request cannot be answered before its deadline; refused at the door."""
+
+    status = 429
+    code = "deadline_unreachable"
+
+
+class BackendFailed(ServiceError):
+    """The backend raised while running this request alone; the text carries an id, the log carries the stack."""
+
+    status = 500
+    code = "backend_failed"
+
+
+class NotReady(ServiceError):
+    """The service is starting or draining, or the named variant was excluded by its gate."""
+
+    status = 503
+    code = "not_ready"
+
+
+class QueueTimeout(ServiceError):
+    """The request waited in the queue past its deadline and was never executed."""
+
+    status = 504
+    code = "queue_timeout"
+
+
+class ClientGone(ServiceError):
+    """The client left before its rows were executed. Never sent; it exists to be counted."""
+
+    status = 499
+    code = "client_gone"
+
+
+class StartupError(Exception):
+    """Something that must be right before serving is not. The message names the place and the remedy."""
+
+
+class ConfigError(StartupError):
+    """The config file is wrong; the message starts with `file:line`."""
+
+
+class PassFailed(StartupError):
+    """A pass could not be applied; the message names the variant, the pass, its position and the option."""
+
+
+class GateFailed(StartupError):
+    """A variant answers too differently from its base and its gate says `on_fail: abort`."""
+
+
+class ArtifactCorrupt(StartupError):
+    """A stored artifact does not match its checksums. The builder catches it, says so and rebuilds."""

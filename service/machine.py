@@ -1,0 +1,63 @@
+"""What this machine can do: CPU instruction sets, and the number of threads that may really be used.
+
+Containers limit CPUs by cgroup quota and by affinity; `os.cpu_count` knows neither, and a pool of too many threads is
+slower than one of the right size.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from functools import cache
+from pathlib import Path
+
+INTERESTING_FLAGS = frozenset(
+    "avx2 avx512f avx512_vnni avx_vnni avx512_bf16 avx512_fp16 amx_tile amx_int8 amx_bf16 asimd asimddp bf16 i8mm".split()
+)
+
+
+@cache
+def isa_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """The instruction-set flags that decide which compressions pay on this CPU (empty where unknown)."""
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in {"flags", "Features"}:
+            return INTERESTING_FLAGS & frozenset(value.split())
+    return frozenset()
+
+
+@cache
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's model name, or the architecture where it is not told."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def thread_budget(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Threads that this process may use: the smaller of its affinity mask and its cgroup CPU quota, at least 1."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(usable, _quota(cgroup) or usable))
+
+
+def _quota(cgroup: Path) -> int | None:
+    """CPU quota of cgroup v2 (`cpu.max`) or v1, rounded up; `None` without a limit."""
+    try:
+        limit, period = (cgroup / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            limit = (cgroup / "cpu/cpu.cfs_quota_us").read_text().strip()
+            period = (cgroup / "cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    if limit in {"max", "-1"}:
+        return None
+    return math.ceil(int(limit) / int(period))
