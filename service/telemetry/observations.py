@@ -1,0 +1,145 @@
+"""What the request path writes: plain adds on one `VariantMetrics` per variant, cheaper than any metrics library.
+
+prometheus_client's own counters take a lock and a label look-up per observation, which other servers measured as a
+large share of their throughput. Nothing here knows a metric's name or how it is exported: that is `metrics.py`, which
+reads these numbers when Prometheus scrapes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from service.contracts import Json
+from service.errors import ServiceError
+
+SECONDS = (*(round(step * 10.0**power, 10) for power in range(-4, 1) for step in (1, 1.5, 2, 3, 5, 7)), 10.0)
+"""Bucket bounds from 0.1 ms to 10 s, at most a factor 1.67 apart: fine enough to tell variants apart by percentile."""
+ROWS = tuple(float(2**power) for power in range(11))
+"""Bucket bounds of the batch size, 1 to 1024 rows."""
+
+
+def _codes(family: type[ServiceError]) -> Iterator[str]:
+    yield family.code
+    for child in family.__subclasses__():
+        yield from _codes(child)
+
+
+OUTCOMES = ("ok", *dict.fromkeys(_codes(ServiceError)))
+"""How a request can end: answered, or the `code` of the error that refused it."""
+
+
+class Histogram:
+    """Counts per bucket and the sum of the values. One writer; a reader beside it is at most one observation behind."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def add(self, value: float) -> None:
+        """Count one observation; a bucket includes its upper bound."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    @property
+    def count(self) -> int:
+        """Observations so far."""
+        return sum(self.counts)
+
+
+@dataclass(frozen=True, slots=True)
+class VariantFacts:
+    """What is known about a variant before its first request.
+
+    `quality` is the manifest's quality report as plain values: `None` is left out, nested numbers get joined names
+    (`latency_ms: {8: ..}` becomes the measure `latency_ms_8`). `build_seconds` has one entry per pass, in order.
+    """
+
+    passes: Sequence[str] = ()
+    backend: str = ""
+    device: str = ""
+    state: Literal["serving", "excluded"] = "serving"
+    reason: str = ""
+    quality: Mapping[str, Json] = field(default_factory=dict)
+    build_seconds: Sequence[float] = ()
+
+
+def no_queue() -> int:
+    """The queue of what has none."""
+    return 0
+
+
+class VariantMetrics:
+    """The numbers of one variant.
+
+    One thread calls `request_done`, one thread calls `batch_done`; they may differ, for no field is written by both.
+    `queue_rows` and `queue_requests` are called at scrape, on the scraping thread.
+    """
+
+    __slots__ = (
+        "facts",
+        "infer",
+        "infer_request_s",
+        "input_request_s",
+        "name",
+        "output_request_s",
+        "padding_rows",
+        "queue",
+        "queue_requests",
+        "queue_rows",
+        "requests",
+        "rows",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        facts: VariantFacts,
+        queue_rows: Callable[[], int] = no_queue,
+        queue_requests: Callable[[], int] = no_queue,
+    ) -> None:
+        self.name = name
+        self.facts = facts
+        self.queue_rows = queue_rows
+        self.queue_requests = queue_requests
+        self.requests = {outcome: Histogram(SECONDS) for outcome in OUTCOMES}
+        self.queue = Histogram(SECONDS)
+        self.infer = Histogram(SECONDS)
+        self.rows = Histogram(ROWS)
+        self.padding_rows = 0
+        # Summed over requests, as Triton counts: every request of a batch spent the whole batch's time.
+        self.infer_request_s = 0.0
+        self.input_request_s = 0.0
+        self.output_request_s = 0.0
+
+    def request_done(self, outcome: str, seconds: float) -> None:
+        """A request ended after `seconds` in the service; `outcome` is one of `OUTCOMES` (else `KeyError`)."""
+        self.requests[outcome].add(seconds)
+
+    def batch_done(
+        self,
+        rows: int,
+        padding_rows: int,
+        infer_s: float,
+        queue_seconds: Sequence[float],
+        input_s: float = 0.0,
+        output_s: float = 0.0,
+    ) -> None:
+        """A batch of `rows` real rows was executed, for one request per entry of `queue_seconds`.
+
+        `infer_s` is the time on the device, `input_s` that of forming the batch, `output_s` that of splitting it.
+        """
+        requests = len(queue_seconds)
+        self.rows.add(rows)
+        self.infer.add(infer_s)
+        self.padding_rows += padding_rows
+        self.infer_request_s += infer_s * requests
+        self.input_request_s += input_s * requests
+        self.output_request_s += output_s * requests
+        for seconds in queue_seconds:
+            self.queue.add(seconds)
