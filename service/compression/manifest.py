@@ -42,8 +42,8 @@ class Quality(BaseModel):
     """Resident memory that loading and running the artifact adds to a process that has imported its backend."""
 
 
-class Manifest(BaseModel):
-    """One artifact: the result of the last pass (`kind`) on the artifact `parent`; `kind` is `None` for the base."""
+class Recipe(BaseModel):
+    """How one artifact was made: the last pass (`kind`) on the artifact `parent`; `kind` is `None` for the base."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,11 +57,28 @@ class Manifest(BaseModel):
     simulated: bool
     files: dict[str, str]
     """File name -> sha256. Empty where the pass acts at load time only and the parent's files are used."""
-    quality: Quality
+    parameters: int
+    macs: int
     seconds: float
     """Wall-clock seconds of `apply`, measuring excluded."""
     versions: dict[str, str]
     isa: list[str]
+
+
+class Measurement(BaseModel):
+    """Quality of an artifact and the machine on which it was measured; measured again on another machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    quality: Quality
+    cpu: str
+    threads: int
+
+
+class Manifest(Recipe):
+    """One artifact, whole: how it was made and what it is worth here."""
+
+    quality: Quality
     cpu: str
     threads: int
 

@@ -1,0 +1,232 @@
+"""Building variants: a plain `for` over passes with a look into the prefix cache before each.
+
+The whole config is planned first (`plan`), so that a second start knows without importing torch that nothing is to be
+done. Building itself runs in a child process of the server (`leanserve build`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.compression.artifacts import ONNX_FILE, TORCH_FILE, ArtifactStore, checksums
+from service.compression.load import load_model
+from service.compression.manifest import Manifest, Recipe, VariantReport
+from service.compression.passes.base import Applied, Pass
+from service.compression.progress import BuildProgress
+from service.compression.quality import Answers, gate_reason, measure
+from service.compression.recipe import Step, steps_of, versions_of
+from service.config import ServiceConfig, VariantConfig
+from service.contracts import Base, BuildContext, Model, TorchModel
+from service.errors import ArtifactCorrupt, GateFailed, PassFailed, StartupError
+from service.machine import cpu_name, isa_flags
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every variant with its chain of steps."""
+
+    chains: tuple[tuple[VariantConfig, tuple[Step, ...]], ...]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every artifact of the plan once, in building order."""
+        return tuple(dict.fromkeys(step.key for _, steps in self.chains for step in steps))
+
+
+def plan(config: ServiceConfig, base: Base) -> Plan:
+    """The chains of all variants.
+
+    Raises:
+        PassFailed: a pass cannot pay on this machine.
+    """
+    for variant in config.variants:
+        for position, pass_ in enumerate(variant.passes, start=1):
+            if reason := pass_.refusal(isa_flags()):
+                raise PassFailed(f"{_where(variant, pass_, position)}: {reason}")
+    return Plan(tuple((variant, steps_of(config, base, variant)) for variant in config.variants))
+
+
+def finished(store: ArtifactStore, work: Plan, threads: int) -> bool:
+    """Whether every artifact is there, intact, and measured on this machine with this number of threads."""
+    try:
+        manifests = [store.manifest(key) for key in work.keys]
+    except ArtifactCorrupt:
+        return False
+    return all(manifest is not None and _measured_here(manifest, threads) for manifest in manifests)
+
+
+def reports(store: ArtifactStore, config: ServiceConfig, work: Plan) -> list[VariantReport]:
+    """Every variant with its manifests and the gate's word.
+
+    Raises:
+        GateFailed: a variant fails a gate that says `on_fail: abort`.
+        ArtifactCorrupt: an artifact is missing or damaged.
+    """
+    return [_report(store, config, variant, steps) for variant, steps in work.chains]
+
+
+def _report(store: ArtifactStore, config: ServiceConfig, variant: VariantConfig, steps: Sequence[Step]) -> VariantReport:
+    found = [store.manifest(step.key) for step in steps]
+    chain = tuple(manifest for manifest in found if manifest is not None)
+    if len(chain) != len(steps):
+        raise ArtifactCorrupt(f"variant '{variant.name}' is not built; run `leanserve build`")
+    gate = config.gate_of(variant)
+    reason = gate_reason(gate, chain[-1].quality, chain[0].quality)
+    if reason and gate.on_fail == "abort":
+        raise GateFailed(
+            f"variant '{variant.name}' fails its gate: {reason}. Soften its passes, allow more, or set on_fail: exclude."
+        )
+    return VariantReport(name=variant.name, state="excluded" if reason else "serving", reason=reason, chain=chain)
+
+
+class Builder:
+    """Makes the missing artifacts of a plan, one by one."""
+
+    def __init__(self, store: ArtifactStore, config: ServiceConfig, base: Base, threads: int, progress: BuildProgress) -> None:
+        self._store = store
+        self._config = config
+        self._base = base
+        self._threads = threads
+        self._progress = progress
+        self._reference: Answers | None = None
+
+    def build(self, work: Plan) -> None:
+        """Build all variants; what exists is verified and used, what is damaged is rebuilt with a message.
+
+        Raises:
+            PassFailed: with the variant, the pass and its position.
+        """
+        _set_threads(self._threads)
+        done: set[str] = set()
+        for variant, steps in work.chains:
+            model: Model | None = None
+            for step in steps:
+                if step.key in done:
+                    model = None
+                    continue
+                try:
+                    model = self._advance(step, model, _label(variant, step))
+                except PassFailed as error:
+                    where = _where(variant, step.step, step.position) if step.step else f"base '{self._base.name}'"
+                    raise PassFailed(f"{where}: {error}") from error
+                done.add(step.key)
+
+    def _advance(self, step: Step, model: Model | None, label: str) -> Model | None:
+        """Make sure that one artifact exists and is measured; returns its model if it had to be made."""
+        with self._store.lock(step.key), self._progress.artifact(label):
+            recipe = self._intact(step.key)
+            made: Model | None = None
+            if recipe is None:
+                made = self._make(step, model)
+                recipe = self._intact(step.key)
+                assert recipe is not None
+            measured = self._store.measurement(step.key)
+            if measured is None or (measured.cpu, measured.threads) != (cpu_name(), self._threads):
+                self._measure(recipe)
+        return made
+
+    def _intact(self, key: str) -> Recipe | None:
+        try:
+            return self._store.recipe(key)
+        except ArtifactCorrupt as error:
+            self._progress.say(f"damaged artifact is rebuilt: {error}")
+            self._store.discard(key)
+            return None
+
+    def _make(self, step: Step, model: Model | None) -> Model:
+        if step.parent is None or step.step is None:
+            made, applied, started = TorchModel(self._base.build(), self._base.spec), None, time.perf_counter()
+        else:
+            parent = model or load_model(self._store, self._base, step.parent)
+            started = time.perf_counter()
+            applied = self._apply(step.step, parent, step.key)
+            made = applied.model
+        seconds = time.perf_counter() - started
+        with self._store.workspace(step.key) as folder:
+            if step.step is None or step.step.phase == "build":
+                _write(made, folder)
+            self._store.publish(folder, self._recipe(step, made, applied, seconds, checksums(folder)))
+        return made
+
+    def _apply(self, pass_: Pass, parent: Model, key: str) -> Applied:
+        context = BuildContext(self._base, self._config.seed, self._threads, self._store.scratch(key), self._progress)
+        try:
+            return pass_.apply(parent, context)
+        except StartupError:
+            raise
+        except Exception as error:
+            raise PassFailed(f"{type(error).__name__}: {error}") from error
+
+    def _recipe(self, step: Step, made: Model, applied: Applied | None, seconds: float, files: dict[str, str]) -> Recipe:
+        parent = self._store.recipe(step.parent) if step.parent else None
+        macs, parameters = _size(made) or ((parent.macs, parent.parameters) if parent else (0, 0))
+        return Recipe(
+            key=step.key,
+            parent=step.parent,
+            base=self._base.name,
+            kind=step.step.kind if step.step else None,
+            options=step.step.model_dump(mode="json") if step.step else {},
+            decisions=dict(applied.decisions) if applied else {},
+            facts=dict(applied.facts) if applied else {},
+            simulated=step.step.simulated if step.step else False,
+            files=files,
+            parameters=parameters,
+            macs=macs,
+            seconds=seconds,
+            versions=versions_of(("leanserve", *(step.step.libraries if step.step else ("torch",)))),
+            isa=sorted(isa_flags()),
+        )
+
+    def _measure(self, recipe: Recipe) -> None:
+        reference = None if recipe.parent is None else self._base_answers(recipe)
+        measurement, answers = measure(self._store, self._base, recipe, reference, self._threads)
+        if recipe.parent is None:
+            self._reference = answers
+        self._store.attach(recipe.key, measurement)
+
+    def _base_answers(self, recipe: Recipe) -> Answers:
+        """The base's outputs on the gate split; run again if the base itself came from the cache."""
+        if self._reference is None:
+            root = self._store.chain(recipe.key)[0]
+            _, self._reference = measure(self._store, self._base, root, None, self._threads)
+        return self._reference
+
+
+def _write(model: Model, folder: Path) -> None:
+    if isinstance(model, TorchModel):
+        from safetensors.torch import save_file
+
+        state = {name: tensor.detach().contiguous() for name, tensor in model.module.state_dict().items()}
+        save_file(state, folder / TORCH_FILE)
+    else:
+        (folder / ONNX_FILE).write_bytes(model.path.read_bytes())
+
+
+def _size(model: Model) -> tuple[int, int] | None:
+    """MACs per row and parameters of a torch model; lowering to ONNX changes neither."""
+    if not isinstance(model, TorchModel):
+        return None
+    from service.compression.macs import count_macs, count_parameters
+
+    return count_macs(model), count_parameters(model)
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _measured_here(manifest: Manifest, threads: int) -> bool:
+    return (manifest.cpu, manifest.threads) == (cpu_name(), threads)
+
+
+def _label(variant: VariantConfig, step: Step) -> str:
+    return f"{variant.name}: {step.step.kind if step.step else 'base'}"
+
+
+def _where(variant: VariantConfig, pass_: Pass, position: int) -> str:
+    return f"variant '{variant.name}', pass {position} ({pass_.kind})"

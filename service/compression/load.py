@@ -1,0 +1,51 @@
+"""From stored artifacts to a model that can run: replay the structure, load the weights, repeat the load passes.
+
+Nothing here trains or reads data, which is why a start from the cache takes seconds. Weights come from safetensors or
+ONNX files only; no code is ever loaded from the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import TypeAdapter
+
+from service.compression.artifacts import ONNX_FILE, TORCH_FILE, ArtifactStore
+from service.compression.manifest import Recipe
+from service.compression.passes import AnyPass
+from service.compression.passes.base import Pass
+from service.contracts import Base, Model, OnnxModel, TorchModel
+
+_PASS: TypeAdapter[Pass] = TypeAdapter(AnyPass)
+
+
+def load_model(store: ArtifactStore, base: Base, key: str) -> Model:
+    """Load the artifact `key` of `base`, ready for a backend.
+
+    Raises:
+        ArtifactCorrupt: an artifact of the chain is missing or damaged.
+    """
+    chain = store.chain(key)
+    model = _stored_model(store, base, chain)
+    for recipe in chain:
+        if recipe.kind is not None:
+            model = _pass_of(recipe).equip(model, recipe.decisions)
+    return model
+
+
+def _stored_model(store: ArtifactStore, base: Base, chain: Sequence[Recipe]) -> Model:
+    holder = next(recipe for recipe in reversed(chain) if recipe.files)
+    folder = store.folder(holder.key)
+    if ONNX_FILE in holder.files:
+        return OnnxModel(folder / ONNX_FILE, base.spec)
+    from safetensors.torch import load_file
+
+    module = base.build()
+    for recipe in chain[1 : chain.index(holder) + 1]:
+        module = _pass_of(recipe).restructure(module, recipe.decisions)
+    module.load_state_dict(load_file(folder / TORCH_FILE), strict=True)
+    return TorchModel(module.eval(), base.spec)
+
+
+def _pass_of(recipe: Recipe) -> Pass:
+    return _PASS.validate_python(recipe.options)

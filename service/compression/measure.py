@@ -1,0 +1,118 @@
+"""Measure one artifact in a fresh process: what it costs and what it answers.
+
+A process of its own, because the builder's heap, thread pools and allocator state would colour the memory and the
+latencies; and on a device thread, because that is where the server runs models. Started by `quality.py` as
+``python -m service.compression.measure``; prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from service.backends.choose import open_backend
+from service.bases import load_base
+from service.compression.artifacts import ArtifactStore
+from service.compression.load import load_model
+from service.contracts import Array, Arrays, Backend, Base, Data
+from service.serving.device import Device
+
+BATCHES = (1, 8, 32)
+SECONDS_PER_BATCH = 0.4
+LEAST_RUNS = 5
+
+
+def main(cache: str, key: str, base_name: str, threads: str, answers: str) -> None:
+    """Measure the artifact `key`, write its outputs on the gate split to `answers` (.npz), print the cost as JSON."""
+    base = load_base(base_name)
+    device = Device("measure", int(threads))
+    try:
+        cost = device.call(lambda: _measure(ArtifactStore(Path(cache)), base, key, int(threads), Path(answers)))
+    finally:
+        device.close()
+    sys.stdout.write(json.dumps(cost) + "\n")
+
+
+def outputs_on(backend: Backend, data: Data, size: int = 8) -> Arrays:
+    """Run a whole data split; the outputs of all batches joined."""
+    batches = [backend.run(batch.inputs) for batch in data.batches(size)]
+    return tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))
+
+
+def _measure(store: ArtifactStore, base: Base, key: str, threads: int, answers: Path) -> dict[str, object]:
+    gate = base.data("gate")
+    _import_runtimes(store, key)
+    before = _resident_bytes()
+    _reset_peak()
+    backend = open_backend(load_model(store, base, key), threads)
+    try:
+        example = next(gate.batches(max(BATCHES))).inputs
+        latency = {rows: _median_ms(backend, tuple(_take(array, rows) for array in example)) for rows in BATCHES}
+        peak = max(0, _peak_bytes() - before)
+        np.savez(answers, *outputs_on(backend, gate))
+    finally:
+        backend.close()
+    throughput = max(rows / ms * 1000 for rows, ms in latency.items())
+    return {"latency_ms": latency, "throughput": throughput, "peak_memory_bytes": peak, "samples": len(gate)}
+
+
+def _import_runtimes(store: ArtifactStore, key: str) -> None:
+    """Import what the backend needs, so that the library itself is not counted as the artifact's memory."""
+    holder = next(recipe for recipe in reversed(store.chain(key)) if recipe.files)
+    if any(name.endswith(".onnx") for name in holder.files):
+        import onnxruntime  # noqa: F401
+    else:
+        import torch  # noqa: F401
+    gc.collect()
+
+
+def _median_ms(backend: Backend, batch: Arrays) -> float:
+    for _ in range(2):
+        backend.run(batch)
+    samples: list[float] = []
+    end = time.perf_counter() + SECONDS_PER_BATCH
+    while len(samples) < LEAST_RUNS or time.perf_counter() < end:
+        start = time.perf_counter()
+        backend.run(batch)
+        samples.append((time.perf_counter() - start) * 1000)
+    return statistics.median(samples)
+
+
+def _take(array: Array, rows: int) -> Array:
+    """The first `rows` rows, repeated from the start if there are fewer."""
+    return np.ascontiguousarray(np.resize(array, (rows, *array.shape[1:])) if len(array) < rows else array[:rows])
+
+
+def _resident_bytes() -> int:
+    return _status_kib("VmRSS") * 1024
+
+
+def _peak_bytes() -> int:
+    return _status_kib("VmHWM") * 1024
+
+
+def _status_kib(name: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(name + ":")), 0)
+
+
+def _reset_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return  # not Linux, or not allowed: the peak since the start of the process is an upper bound
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    os._exit(0)  # skip the teardown of thread pools: nothing is left to lose

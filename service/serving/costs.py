@@ -1,0 +1,68 @@
+"""What a batch costs: measured at warm-up, kept current while serving.
+
+Admission asks it how long the queue will take, the batcher asks it for the *knee*: the smallest batch whose throughput
+is close to the best. On CPUs throughput often falls beyond a few rows, because activations no longer fit the caches.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+
+SMOOTHING = 0.1
+"""Weight of a new observation against the old estimate (exponential moving average)."""
+KNEE = 0.97
+"""A batch at the knee reaches at least this share of the best measured throughput."""
+
+
+def buckets_up_to(max_rows: int) -> tuple[int, ...]:
+    """Batch buckets: the powers of two below the maximum, and the maximum."""
+    sizes = [1]
+    while sizes[-1] * 2 < max_rows:
+        sizes.append(sizes[-1] * 2)
+    return tuple(sizes) if max_rows == 1 else (*sizes, max_rows)
+
+
+class CostTable:
+    """Seconds per batch, by batch bucket. Written by one thread, read by any."""
+
+    def __init__(self, measured: Mapping[int, float]) -> None:
+        """`measured`: rows -> seconds, one entry per bucket, at least one."""
+        self.buckets = tuple(sorted(measured))
+        self._seconds = [measured[rows] for rows in self.buckets]
+        self.knee = self._find_knee()
+
+    def bucket(self, rows: int) -> int:
+        """The smallest bucket that holds `rows` (the largest one for more)."""
+        return self.buckets[self._index(rows)]
+
+    def seconds(self, rows: int) -> float:
+        """Predicted seconds for one batch of `rows`, interpolated between buckets."""
+        upper = self._index(rows)
+        if upper == 0 or rows >= self.buckets[upper]:
+            return self._seconds[upper]
+        low, high = self.buckets[upper - 1], self.buckets[upper]
+        share = (rows - low) / (high - low)
+        return self._seconds[upper - 1] * (1 - share) + self._seconds[upper] * share
+
+    def drain_seconds(self, rows: int) -> float:
+        """Predicted seconds until `rows` queued rows are done, in batches of the knee size."""
+        full, rest = divmod(rows, self.knee)
+        return full * self.seconds(self.knee) + (self.seconds(rest) if rest else 0.0)
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """Correct the estimate by a batch that was run; only exact bucket sizes teach."""
+        index = self._index(rows)
+        if self.buckets[index] == rows:
+            self._seconds[index] += SMOOTHING * (seconds - self._seconds[index])
+
+    def table(self) -> dict[int, float]:
+        """Rows -> seconds, as known now."""
+        return dict(zip(self.buckets, self._seconds, strict=True))
+
+    def _index(self, rows: int) -> int:
+        return min(bisect_left(self.buckets, rows), len(self.buckets) - 1)
+
+    def _find_knee(self) -> int:
+        rates = [rows / max(seconds, 1e-9) for rows, seconds in zip(self.buckets, self._seconds, strict=True)]
+        return next(rows for rows, rate in zip(self.buckets, rates, strict=True) if rate >= KNEE * max(rates))

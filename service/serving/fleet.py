@@ -1,0 +1,135 @@
+"""All variants of one base: opened and warmed on their device before the first request, chosen per request, drained.
+
+The fleet is what the API sees. It knows neither the config file nor the artifact store; `open_fleet` in the composition
+root gives it what it needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from random import random
+
+from service.compression.manifest import VariantReport
+from service.config import BatchConfig, ServiceConfig
+from service.contracts import Backend, Base, InputSpec
+from service.errors import NotFound, NotReady, StartupError
+from service.serving.batcher import Batcher
+from service.serving.costs import CostTable, buckets_up_to
+from service.serving.device import Device
+from service.serving.traffic import share_out, sticky_point
+from service.serving.variant import Variant
+from service.telemetry.metrics import Metrics
+from service.telemetry.observations import VariantFacts
+
+WARM_RUNS = 3
+WARM_SECONDS = 0.15
+"""Per batch bucket: at least one run after the first, at most this many runs or seconds."""
+
+
+class Fleet:
+    """The variants that serve, those that do not and why, and the traffic split among them."""
+
+    def __init__(self, base: Base, config: ServiceConfig, reports: list[VariantReport], device: Device) -> None:
+        self.base = base
+        self.config = config
+        self.reports = {report.name: report for report in reports}
+        self.device = device
+        self.variants: dict[str, Variant] = {}
+        self.metrics = Metrics(base.name)
+        self.draining = False
+        self.in_flight = 0
+
+    def open(self, name: str, load: Callable[[], Backend], batch: BatchConfig) -> None:
+        """Load a variant on the device thread and warm it in every batch bucket.
+
+        Raises:
+            StartupError: it cannot be loaded or run; nothing half-warm is ever served.
+        """
+        try:
+            backend, costs = self.device.call(lambda: _warm(load, self.base.spec, batch.max_rows))
+        except Exception as error:
+            raise StartupError(f"variant '{name}' cannot be loaded and warmed up: {error}") from error
+        rows = min(batch.max_rows, costs.knee)
+        batcher = Batcher(max_rows=rows, queue_rows=batch.queue_rows, max_delay_s=batch.max_delay_ms / 1000)
+        self.variants[name] = Variant(name, self.base.spec, backend, self.device, costs, batcher)
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Bind all variants to the loop that serves, and declare their metrics."""
+        for report in self.reports.values():
+            variant = self.variants.get(report.name)
+            facts = _facts(report, variant, self.device.name)
+            if variant is None:
+                self.metrics.add(report.name, facts)
+                continue
+            metrics = self.metrics.add(report.name, facts, lambda batcher=variant.batcher: batcher.waiting_rows)
+            others = [other for other in self.variants.values() if other is not variant]
+            variant.bind(loop, metrics, others)
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The traffic split over serving variants; an excluded variant's share goes to the others."""
+        given = self.config.traffic.weights
+        weights = {name: given.get(name, 0.0) if given else 1.0 for name in self.variants}
+        return weights if any(weights.values()) else dict.fromkeys(self.variants, 1.0)
+
+    def choose(self, name: str | None, caller_key: str | None) -> Variant:
+        """Explicit name, then sticky key, then weights.
+
+        Raises:
+            NotFound: no such variant. NotReady: it was excluded by its gate.
+        """
+        if name is None:
+            point = random() if caller_key is None else sticky_point(caller_key, self.base.name)
+            return self.variants[share_out(self.weights, point)]
+        variant = self.variants.get(name)
+        if variant is not None:
+            return variant
+        if name in self.reports:
+            raise NotReady(f"variant '{name}' is excluded: {self.reports[name].reason}")
+        raise NotFound(f"no variant '{name}'; there are {', '.join(self.reports)}")
+
+    async def drain(self) -> None:
+        """Wait until no request is in flight; the caller bounds the time."""
+        while self.in_flight:
+            await asyncio.sleep(0.01)
+
+    def close(self) -> None:
+        """Close all backends on the device thread, then end it."""
+        for variant in self.variants.values():
+            self.device.call(variant.backend.close)
+        self.device.close()
+
+
+def _warm(load: Callable[[], Backend], spec: InputSpec, max_rows: int) -> tuple[Backend, CostTable]:
+    backend = load()
+    seconds = {rows: _seconds(backend, spec, rows) for rows in buckets_up_to(max_rows)}
+    return backend, CostTable(seconds)
+
+
+def _seconds(backend: Backend, spec: InputSpec, rows: int) -> float:
+    batch = spec.example(rows)
+    backend.run(batch)
+    best, spent = float("inf"), 0.0
+    for _ in range(WARM_RUNS):
+        started = time.perf_counter()
+        backend.run(batch)
+        took = time.perf_counter() - started
+        best, spent = min(best, took), spent + took
+        if spent > WARM_SECONDS:
+            break
+    return best
+
+
+def _facts(report: VariantReport, variant: Variant | None, device: str) -> VariantFacts:
+    passes = report.chain[1:]
+    return VariantFacts(
+        passes=tuple(str(manifest.kind) for manifest in passes),
+        backend=variant.backend.name if variant else "",
+        device=device if variant else "",
+        state=report.state,
+        reason=report.reason or "",
+        quality=report.quality.model_dump(),
+        build_seconds=tuple(manifest.seconds for manifest in passes),
+    )

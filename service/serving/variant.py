@@ -1,0 +1,205 @@
+"""A variant at work: `predict` is the hot path from decoded arrays to a prediction.
+
+The event loop offers tickets to the batcher; the device thread takes a batch in the moment it can run it, and wakes the
+loop once per batch. A batch that fails is retried split, so that one bad row fails alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from service.contracts import Arrays, Backend, InputSpec
+from service.errors import BackendFailed, ClientGone, DeadlineUnreachable, QueueFull, QueueTimeout
+from service.serving.assembly import cut, join, rejoin, split
+from service.serving.batcher import Batcher, Formed, Ticket
+from service.serving.costs import CostTable
+from service.serving.device import Device
+from service.telemetry.observations import VariantMetrics
+
+logger = logging.getLogger(__name__)
+
+Gone = Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Outputs of one request and how they came about. `batch_size` counts rows, those of other requests included."""
+
+    outputs: Arrays
+    variant: str
+    queue_s: float
+    infer_s: float
+    batch_size: int
+
+
+class _Ran(NamedTuple):
+    """What became of one ticket on the device."""
+
+    ticket: _Ticket
+    outcome: Arrays | Exception
+    infer_s: float
+    batch_size: int
+
+
+_Reply = asyncio.Future[tuple[Arrays, float, float, int]]
+_Ticket = Ticket[_Reply]
+
+
+class Variant:
+    """One warm variant on its device. Create it with its measured costs, `bind` it to the loop, then `predict`."""
+
+    def __init__(
+        self, name: str, spec: InputSpec, backend: Backend, device: Device, costs: CostTable, batcher: Batcher[_Reply]
+    ) -> None:
+        self.name = name
+        self.costs = costs
+        self.backend = backend
+        self.batcher = batcher
+        self.metrics: VariantMetrics
+        self.neighbours: Sequence[Variant] = ()
+        self._spec = spec
+        self._device = device
+        self._loop: asyncio.AbstractEventLoop
+        self._sweep: asyncio.TimerHandle | None = None
+
+    def bind(self, loop: asyncio.AbstractEventLoop, metrics: VariantMetrics, neighbours: Sequence[Variant]) -> None:
+        """Connect to the loop that calls `predict`, to the metrics, and to the variants that share the device."""
+        self._loop = loop
+        self.metrics = metrics
+        self.neighbours = neighbours
+
+    async def predict(self, sample: Arrays, timeout_s: float, gone: Gone) -> Prediction:
+        """Queue a request, wait for its batch, return its outputs.
+
+        `sample` is checked against the spec by the codec. `gone` tells, from any thread, whether the client left.
+
+        Raises:
+            QueueFull, DeadlineUnreachable: refused at the door; `retry_after_s` is set.
+            QueueTimeout: waited longer than `timeout_s` and was not executed.
+            ClientGone: the client left before its rows were executed.
+            BackendFailed: the backend raised on these rows alone.
+        """
+        now = time.perf_counter()
+        parts = cut(sample, self.batcher.max_rows)
+        self._admit(len(sample[0]), timeout_s)
+        tickets = [self._ticket(part, now + timeout_s, gone) for part in parts]
+        self._enqueue(tickets, now)
+        if len(tickets) == 1:
+            outputs, queue_s, infer_s, batch_size = await tickets[0].reply
+            return Prediction(outputs, self.name, queue_s, infer_s, batch_size)
+        replies = await asyncio.gather(*(ticket.reply for ticket in tickets))
+        outputs_of, queue_of, infer_of, size_of = zip(*replies, strict=True)
+        return Prediction(rejoin(outputs_of), self.name, max(queue_of), sum(infer_of), max(size_of))
+
+    def backlog_s(self) -> float:
+        """Predicted seconds of device time for the rows in this variant's queue."""
+        return self.costs.drain_seconds(self.batcher.waiting_rows)
+
+    def wait_s(self, rows: int) -> float:
+        """Predicted queue time of a request of `rows` rows: own queue, and turns of the neighbours in between."""
+        own = self.batcher.waiting_rows
+        turns = math.ceil((own + rows) / self.costs.knee)
+        others = sum(min(other.backlog_s(), turns * other.costs.seconds(other.costs.knee)) for other in self.neighbours)
+        return self.costs.drain_seconds(own) + others
+
+    def _admit(self, rows: int, timeout_s: float) -> None:
+        wait = self.wait_s(rows)
+        if wait > timeout_s:
+            text = f"predicted to wait {wait * 1000:.0f} ms in the queue; the request allows {timeout_s * 1000:.0f} ms"
+            raise DeadlineUnreachable(text, retry_after_s=wait - timeout_s)
+
+    def _ticket(self, sample: Arrays, deadline: float, gone: Gone) -> _Ticket:
+        reply: _Reply = self._loop.create_future()
+        return Ticket(sample, len(sample[0]), reply, deadline=deadline, gone=gone)
+
+    def _enqueue(self, tickets: list[_Ticket], now: float) -> None:
+        try:
+            unclaimed = self.batcher.offer(tickets, now)
+        except QueueFull as error:
+            raise QueueFull(str(error), retry_after_s=self.wait_s(0)) from None
+        if unclaimed:
+            self._summon()
+        if self._sweep is None:
+            self._sweep = self._loop.call_later(tickets[0].deadline - now, self._expire)
+
+    def _summon(self) -> None:
+        """See to it that the device comes for the queue: now, or when the oldest request has waited `max_delay_s`."""
+        due = self.batcher.due(time.perf_counter())
+        if due > 0:
+            self._loop.call_later(due, self._device.post, self._run_next)
+        else:
+            self._device.post(self._run_next)
+
+    def _run_next(self) -> None:
+        """On the device thread: form a batch, run it, wake the loop once."""
+        formed = self.batcher.take(time.perf_counter())
+        taken = time.perf_counter()
+        ran = self._run(formed.batch, taken) if formed.batch else []
+        more = self.batcher.release()
+        self._loop.call_soon_threadsafe(self._settle, formed, ran, taken, more)
+        if more and self.batcher.max_delay_s == 0:
+            self._device.post(self._run_next)
+
+    def _run(self, tickets: list[_Ticket], taken: float) -> list[_Ran]:
+        rows = sum(ticket.rows for ticket in tickets)
+        padded = self.costs.bucket(rows) if self.backend.static_rows else rows
+        try:
+            joined = join([ticket.sample for ticket in tickets], self._spec, padded)
+            started = time.perf_counter()
+            outputs = self.backend.run(joined)
+            ended = time.perf_counter()
+        except Exception as error:
+            return self._run_apart(tickets, taken, error)
+        infer_s = ended - started
+        replies = split(outputs, [ticket.rows for ticket in tickets])
+        self.costs.observe(padded, infer_s)
+        waits = [taken - ticket.enqueued_at for ticket in tickets]
+        self.metrics.batch_done(rows, padded - rows, infer_s, waits, started - taken, time.perf_counter() - ended)
+        return [_Ran(ticket, reply, infer_s, rows) for ticket, reply in zip(tickets, replies, strict=True)]
+
+    def _run_apart(self, tickets: list[_Ticket], taken: float, error: Exception) -> list[_Ran]:
+        """Find the bad request by halving: its batch mates are answered, it alone fails."""
+        if len(tickets) > 1:
+            middle = len(tickets) // 2
+            return self._run(tickets[:middle], taken) + self._run(tickets[middle:], taken)
+        incident = uuid.uuid4().hex[:12]
+        logger.error("variant %s failed on a request, id %s", self.name, incident, exc_info=error)
+        failure = BackendFailed(f"the model failed on this request; the server's log has the details under id {incident}")
+        return [_Ran(tickets[0], failure, 0.0, tickets[0].rows)]
+
+    def _settle(self, formed: Formed[_Reply], ran: list[_Ran], taken: float, more: bool) -> None:  # noqa: FBT001
+        """On the loop, once per batch: hand every ticket its outcome."""
+        for ticket, outcome, infer_s, batch_size in ran:
+            if ticket.reply.done():
+                continue
+            if isinstance(outcome, Exception):
+                ticket.reply.set_exception(outcome)
+            else:
+                ticket.reply.set_result((outcome, taken - ticket.enqueued_at, infer_s, batch_size))
+        self._refuse(formed.expired)
+        for ticket in formed.left:
+            if not ticket.reply.done():
+                ticket.reply.set_exception(ClientGone("the client left before its rows were executed"))
+        if more and self.batcher.max_delay_s > 0:
+            self._summon()
+
+    def _expire(self) -> None:
+        """Refuse in time what waits too long behind a slow batch; runs at the earliest deadline in the queue."""
+        now = time.perf_counter()
+        expired, earliest = self.batcher.expire(now)
+        self._refuse(expired)
+        self._sweep = None if math.isinf(earliest) else self._loop.call_later(earliest - now, self._expire)
+
+    def _refuse(self, tickets: list[_Ticket]) -> None:
+        for ticket in tickets:
+            if not ticket.reply.done():
+                waited = time.perf_counter() - ticket.enqueued_at
+                text = f"waited {waited * 1000:.0f} ms in the queue of '{self.name}', longer than its timeout"
+                ticket.reply.set_exception(QueueTimeout(text))
