@@ -26,7 +26,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from service.api.codecs.pixels import parse_pictures, to_array
 from service.contracts import Array, Arrays, Decoded, Json
-from service.errors import BackendFailed, BadInput, BodyTooLarge, UnsupportedMediaType
+from service.errors import BackendFailed, BadInput, BodyTooLarge, ConfigError, UnsupportedMediaType
 
 JSON = "application/json"
 DECODERS: dict[str, type[ImageFile]] = {"image/png": PngImageFile, "image/jpeg": JpegImageFile}
@@ -44,8 +44,8 @@ MANY_LABELS, BEST = 20, 5
 class ImageCodec:
     """Codec of a base that takes one float32 image field [C, H, W] and whose first output is the logits of `labels`.
 
-    `size` is (width, height). `mean` and `std` are per channel, of pixels scaled to 0..1. `max_pixels` bounds a body:
-    its picture as sent, and its pictures together as resized.
+    `size` is (width, height). `mean` and `std` are per channel, of pixels scaled to 0..1. `max_pixels` bounds an image
+    file as sent, and the pictures of a JSON body together as resized.
     """
 
     mode: Literal["L", "RGB"]
@@ -55,6 +55,13 @@ class ImageCodec:
     labels: tuple[str, ...]
     resize: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
     max_pixels: int = 50_000_000
+
+    def __post_init__(self) -> None:
+        channels = {"L": 1, "RGB": 3}[self.mode]
+        if not len(self.mean) == len(self.std) == channels:
+            raise ConfigError(f"a picture of mode {self.mode} needs {channels} values in mean and in std")
+        if len(set(self.labels)) < len(self.labels):
+            raise ConfigError("the labels must differ from each other: they are the keys of the scores")
 
     @property
     def media_types(self) -> tuple[str, ...]:
@@ -102,7 +109,7 @@ class ImageCodec:
         return {"label": names[0], "scores": dict(zip(names, scores, strict=True))}
 
     def _open(self, decoder: type[ImageFile], body: bytes) -> Image.Image:
-        """Decode an untrusted file. Opening reads the header only; `convert` decodes the pixels."""
+        """Decode an untrusted file; before `load`, only its header is read."""
         name = decoder.format
         # Pillow's decoders raise nearly anything on hostile bytes: OSError, SyntaxError, struct.error, KeyError ...
         try:
@@ -111,6 +118,7 @@ class ImageCodec:
             raise BadInput(f"the body ({len(body)} bytes) is not a {name} picture: {_reason(error)}") from error
         self._bound(1, picture.size, f"the {name} picture has")
         try:
+            picture.load()
             return _in_mode(picture, self.mode)
         except Exception as error:
             width, height = picture.size

@@ -65,7 +65,7 @@ def _lengths(value: Json) -> tuple[int, ...]:
 def _describe(lengths: tuple[int, ...]) -> str:
     if not lengths:
         return "a single value"
-    return "an empty list" if 0 in lengths else f"lists of {' x '.join(map(str, lengths))}"
+    return "an empty list" if 0 in lengths else f"nested lists of {' x '.join(map(str, lengths))} entries"
 
 
 def _checked(picture: Json, lengths: tuple[int, ...]) -> Array | None:

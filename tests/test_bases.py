@@ -1,0 +1,94 @@
+"""The bridge from a module in `models/` to the `Base` that the service knows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module, invalidate_caches, metadata
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+
+from service.bases import BaseModule, load_base, read_module
+from service.contracts import Base, Field
+from service.errors import ConfigError
+
+SOURCE = """
+INPUTS = ({"name": "image", "dtype": "float32", "shape": (3, 2, 4)},)
+OUTPUTS = ({"name": "logits", "dtype": "float32", "shape": (2,)},)
+LABELS = ("cat", "dog")
+IMAGE = {"mode": "RGB", "size": (4, 2), "resize": "nearest", "mean": (0, 0, 0), "std": (1, 1, 1)}
+FILES = ("weights.bin",)
+LIBRARIES = ("numpy",)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a base module `little` and its weights file."""
+    (tmp_path / "little.py").write_text(SOURCE)
+    (tmp_path / "weights.bin").write_bytes(b"weights")
+    monkeypatch.syspath_prepend(tmp_path)
+    invalidate_caches()
+    yield tmp_path
+    sys.modules.pop("little", None)
+
+
+def digest(folder: Path) -> str:
+    return read_module("little", cast(BaseModule, import_module("little"))).digest
+
+
+def test_digits_keeps_the_contract() -> None:
+    base: Base = load_base("digits")
+    assert base.name == "digits"
+    assert base.spec.fields == (Field("image", "float32", (1, 32, 32)),)
+    assert base.spec.outputs == (Field("logits", "float32", (10,)),)
+    assert base.spec.labels == tuple("0123456789")
+    data = base.data("gate", 5)
+    batch = next(data.batches(3))
+    assert len(data) == 5
+    assert batch.labels is not None
+    with torch.inference_mode():
+        outputs = (base.build()(torch.from_numpy(batch.inputs[0])).numpy(),)
+    assert outputs[0].shape == (3, 10)
+    assert base.score(outputs, outputs[0].argmax(axis=1)) == 1.0
+    answers = base.codec.encode(outputs)
+    assert [answer["label"] for answer in answers] == [str(best) for best in outputs[0].argmax(axis=1)]
+
+
+def test_a_module_becomes_a_base(folder: Path) -> None:
+    base = read_module("little", cast(BaseModule, import_module("little")))
+    decoded = base.codec.decode("application/json", b'{"inputs": [[[255, 0, 0]]]}')
+    assert decoded.inputs[0].shape == (1, *base.spec.fields[0].shape)
+    np.testing.assert_array_equal(decoded.inputs[0][0, :, 0, 0], [1, 0, 0])
+
+
+def test_an_unknown_base_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"unknown base 'digit': the shipped bases are digits"):
+        load_base("digit")
+
+
+def test_the_digest_follows_source_files_and_library_versions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = [digest(folder), digest(folder)]
+    (folder / "weights.bin").write_bytes(b"weightt")
+    digests.append(digest(folder))
+    (folder / "little.py").write_text(SOURCE + "# a comment\n")
+    digests.append(digest(folder))
+    monkeypatch.setattr(metadata, "version", lambda name: "0.0.0")
+    digests.append(digest(folder))
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 4
+    assert all(len(value) == 64 for value in digests)
+
+
+def test_loading_a_base_and_its_digest_import_no_heavy_library() -> None:
+    program = (
+        "import sys; from service.bases import load_base; base = load_base('digits'); base.digest; base.codec;"
+        "print(*{'torch', 'sklearn', 'onnxruntime'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
