@@ -5,17 +5,17 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from service.compression.passes import AnyPass
 from service.compression.passes.composition import find_violation
 from service.errors import ConfigError
-from service.yaml_source import YamlSource, read_yaml
+from service.config_errors import describe
+from service.yaml_source import read_yaml
 
 
 def _name(value: str) -> str:
@@ -110,7 +110,9 @@ class ServiceConfig(Section):
                 raise ValueError(f"variants[{index}]: the name '{name}' is used twice")
         for name in self.traffic.weights:
             if name not in names:
-                raise ValueError(f"traffic.weights names '{name}', which is no variant; variants are {', '.join(names)}")
+                raise ValueError(
+                    f"traffic.weights names '{name}', which is no variant; variants are {', '.join(names)}"
+                )
         if self.traffic.weights and not any(self.traffic.weights.values()):
             raise ValueError("traffic.weights: at least one weight must be above 0")
         if self.threads != "auto" and self.threads < 1:
@@ -138,75 +140,4 @@ def read_config(path: Path) -> ServiceConfig:
     try:
         return ServiceConfig.model_validate(source.value)
     except ValidationError as error:
-        lines = [_describe(source, item) for item in error.errors(include_url=False)]
-        raise ConfigError("\n".join(lines)) from error
-
-
-def _describe(source: YamlSource, item: Any) -> str:
-    steps = item["loc"] + _steps_in(item["msg"])
-    text = item["msg"].removeprefix("Value error, ")
-    where = ".".join(str(step) for step in item["loc"])
-    if item["type"] == "extra_forbidden":
-        text = f"unknown key '{steps[-1]}'{_suggestion(item['loc'])}"
-    elif item["type"] == "missing":
-        text = f"the key '{steps[-1]}' is missing"
-    elif item["type"] in {"union_tag_invalid", "union_tag_not_found"}:
-        text = _unknown_pass(item)
-    elif where:
-        text = f"{text} (got {item['input']!r})" if _is_scalar(item["input"]) else text
-    return f"{source.place(steps)}: {where + ': ' if where else ''}{text}"
-
-
-def _steps_in(message: str) -> tuple[str | int, ...]:
-    """Validators of a whole section cannot give a location; their texts name it in a fixed form."""
-    if found := re.match(r"Value error, variants\[(\d+)\]", message):
-        return ("variants", int(found[1]), "name")
-    if found := re.match(r"Value error, pass (\d+) of variant", message):
-        return ("passes", int(found[1]) - 1)
-    if found := re.match(r"Value error, traffic\.weights(?: names '([^']+)')?", message):
-        return ("traffic", "weights", *found.groups(""))
-    if message.startswith("Value error, threads"):
-        return ("threads",)
-    return ()
-
-
-def _suggestion(location: tuple[str | int, ...]) -> str:
-    known = _keys_at(location[:-1])
-    near = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return f"; did you mean '{near[0]}'?" if near else f"; known keys are {', '.join(sorted(known))}"
-
-
-def _keys_at(location: tuple[str | int, ...]) -> list[str]:
-    """Keys of the section at a location, found by walking the JSON schema."""
-    from service.compression.passes import ALL
-
-    if "passes" in location:
-        kinds = {pass_.model_fields["kind"].default or _kind_of(pass_): pass_ for pass_ in ALL}
-        section: type[BaseModel] = next((kinds[step] for step in location if step in kinds), VariantConfig)
-        return list(section.model_fields)
-    section = ServiceConfig
-    for step in location:
-        sections = {"gate": GateConfig, "batch": BatchConfig, "traffic": TrafficConfig, "limits": LimitsConfig}
-        sections |= {"drain": DrainConfig, "variants": VariantConfig}
-        section = sections.get(str(step), section)
-    return list(section.model_fields)
-
-
-def _kind_of(pass_: type[BaseModel]) -> str:
-    literal = pass_.model_fields["kind"].annotation
-    return str(literal.__args__[0])  # type: ignore[union-attr]
-
-
-def _unknown_pass(item: Any) -> str:
-    from service.compression.passes import ALL
-
-    kinds = sorted(_kind_of(pass_) for pass_ in ALL)
-    if item["type"] == "union_tag_not_found":
-        return f"a pass is written {{kind: NAME, option: value}}; kinds are {', '.join(kinds)}"
-    wrong = str(item["ctx"]["tag"])
-    near = difflib.get_close_matches(wrong, kinds, n=1)
-    return f"unknown pass '{wrong}'" + (f"; did you mean '{near[0]}'?" if near else f"; kinds are {', '.join(kinds)}")
-
-
-def _is_scalar(value: object) -> bool:
-    return isinstance(value, (str, int, float, bool)) or value is None
+        raise ConfigError("\n".join(describe(source, item, ServiceConfig) for item in error.errors())) from error

@@ -91,9 +91,7 @@ class ArrayData:
             np.random.default_rng(shuffle_seed).shuffle(order)
         for start in range(0, len(order), size):
             rows = order[start : start + size]
-            yield Batch(
-                tuple(array[rows] for array in self.inputs), None if self.labels is None else self.labels[rows]
-            )
+            yield Batch(tuple(array[rows] for array in self.inputs), None if self.labels is None else self.labels[rows])
 
 
 class Base(Protocol):

@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 
 INTERESTING_FLAGS = frozenset(
-    "avx2 avx512f avx512_vnni avx_vnni avx512_bf16 avx512_fp16 amx_tile amx_int8 amx_bf16 asimd asimddp bf16 i8mm".split()
+    {"avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"}
+    | {"asimd", "asimddp", "asimdhp", "bf16", "i8mm"}
 )
 
 

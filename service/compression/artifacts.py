@@ -53,7 +53,9 @@ class ArtifactStore:
             for name in ("artifacts", "locks", "tmp", "scratch"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StartupError(f"cache folder {self.root}: cannot be created ({error}); set 'cache' or LEANSERVE_CACHE") from error
+            raise StartupError(
+                f"cache folder {self.root}: cannot be created ({error}); set 'cache' or LEANSERVE_CACHE"
+            ) from error
 
     def folder(self, key: str) -> Path:
         """Where the artifact is, or would be."""

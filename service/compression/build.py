@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from service.compression.artifacts import ONNX_FILE, TORCH_FILE, ArtifactStore, checksums
@@ -19,7 +19,7 @@ from service.compression.progress import BuildProgress
 from service.compression.quality import Answers, gate_reason, measure
 from service.compression.recipe import Step, steps_of, versions_of
 from service.config import ServiceConfig, VariantConfig
-from service.contracts import Base, BuildContext, Model, TorchModel
+from service.contracts import Base, BuildContext, Model, OnnxModel, TorchModel
 from service.errors import ArtifactCorrupt, GateFailed, PassFailed, StartupError
 from service.machine import cpu_name, isa_flags
 
@@ -68,7 +68,9 @@ def reports(store: ArtifactStore, config: ServiceConfig, work: Plan) -> list[Var
     return [_report(store, config, variant, steps) for variant, steps in work.chains]
 
 
-def _report(store: ArtifactStore, config: ServiceConfig, variant: VariantConfig, steps: Sequence[Step]) -> VariantReport:
+def _report(
+    store: ArtifactStore, config: ServiceConfig, variant: VariantConfig, steps: Sequence[Step]
+) -> VariantReport:
     found = [store.manifest(step.key) for step in steps]
     chain = tuple(manifest for manifest in found if manifest is not None)
     if len(chain) != len(steps):
@@ -76,16 +78,17 @@ def _report(store: ArtifactStore, config: ServiceConfig, variant: VariantConfig,
     gate = config.gate_of(variant)
     reason = gate_reason(gate, chain[-1].quality, chain[0].quality)
     if reason and gate.on_fail == "abort":
-        raise GateFailed(
-            f"variant '{variant.name}' fails its gate: {reason}. Soften its passes, allow more, or set on_fail: exclude."
-        )
+        remedy = "Soften its passes, allow more, or set on_fail: exclude."
+        raise GateFailed(f"variant '{variant.name}' fails its gate: {reason}. {remedy}")
     return VariantReport(name=variant.name, state="excluded" if reason else "serving", reason=reason, chain=chain)
 
 
 class Builder:
     """Makes the missing artifacts of a plan, one by one."""
 
-    def __init__(self, store: ArtifactStore, config: ServiceConfig, base: Base, threads: int, progress: BuildProgress) -> None:
+    def __init__(
+        self, store: ArtifactStore, config: ServiceConfig, base: Base, threads: int, progress: BuildProgress
+    ) -> None:
         self._store = store
         self._config = config
         self._base = base
@@ -137,40 +140,43 @@ class Builder:
             return None
 
     def _make(self, step: Step, model: Model | None) -> Model:
-        if step.parent is None or step.step is None:
-            made, applied, started = TorchModel(self._base.build(), self._base.spec), None, time.perf_counter()
-        else:
-            parent = model or load_model(self._store, self._base, step.parent)
-            started = time.perf_counter()
-            applied = self._apply(step.step, parent, step.key)
-            made = applied.model
-        seconds = time.perf_counter() - started
+        applied, seconds = self._apply(step, model)
         with self._store.workspace(step.key) as folder:
             if step.step is None or step.step.phase == "build":
-                _write(made, folder)
-            self._store.publish(folder, self._recipe(step, made, applied, seconds, checksums(folder)))
-        return made
+                _write(applied.model, folder)
+            self._store.publish(folder, self._recipe(step, applied, seconds, checksums(folder)))
+        if isinstance(applied.model, OnnxModel):
+            holder = next(item for item in reversed(self._store.chain(step.key)) if item.files)
+            return replace(applied.model, path=self._store.folder(holder.key) / ONNX_FILE)
+        return applied.model
 
-    def _apply(self, pass_: Pass, parent: Model, key: str) -> Applied:
-        context = BuildContext(self._base, self._config.seed, self._threads, self._store.scratch(key), self._progress)
+    def _apply(self, step: Step, model: Model | None) -> tuple[Applied, float]:
+        """The artifact's model and the seconds that making it took."""
+        if step.parent is None or step.step is None:
+            started = time.perf_counter()
+            return Applied(TorchModel(self._base.build(), self._base.spec)), time.perf_counter() - started
+        parent = model or load_model(self._store, self._base, step.parent)
+        scratch = self._store.scratch(step.key)
+        context = BuildContext(self._base, self._config.seed, self._threads, scratch, self._progress)
+        started = time.perf_counter()
         try:
-            return pass_.apply(parent, context)
+            return step.step.apply(parent, context), time.perf_counter() - started
         except StartupError:
             raise
         except Exception as error:
             raise PassFailed(f"{type(error).__name__}: {error}") from error
 
-    def _recipe(self, step: Step, made: Model, applied: Applied | None, seconds: float, files: dict[str, str]) -> Recipe:
+    def _recipe(self, step: Step, applied: Applied, seconds: float, files: dict[str, str]) -> Recipe:
         parent = self._store.recipe(step.parent) if step.parent else None
-        macs, parameters = _size(made) or ((parent.macs, parent.parameters) if parent else (0, 0))
+        macs, parameters = _size(applied.model) or ((parent.macs, parent.parameters) if parent else (0, 0))
         return Recipe(
             key=step.key,
             parent=step.parent,
             base=self._base.name,
             kind=step.step.kind if step.step else None,
             options=step.step.model_dump(mode="json") if step.step else {},
-            decisions=dict(applied.decisions) if applied else {},
-            facts=dict(applied.facts) if applied else {},
+            decisions=dict(applied.decisions),
+            facts=dict(applied.facts),
             simulated=step.step.simulated if step.step else False,
             files=files,
             parameters=parameters,

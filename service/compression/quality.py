@@ -7,6 +7,7 @@ answers on the gate split with those of the uncompressed base, row by row.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -32,13 +33,15 @@ class Answers:
     labels: Array | None
 
 
-def measure(store: ArtifactStore, base: Base, recipe: Recipe, reference: Answers | None, threads: int) -> tuple[Measurement, Answers]:
-    """Measure a published artifact in a fresh process and compare its answers with `reference` (`None`: it is the base).
+def measure(
+    store: ArtifactStore, base: Base, recipe: Recipe, reference: Answers | None, threads: int
+) -> tuple[Measurement, Answers]:
+    """Measure a published artifact in a fresh process; compare its answers with `reference` (`None`: it is the base).
 
     Raises:
         PassFailed: the artifact cannot be loaded or run.
     """
-    path = store.scratch(recipe.key) / "answers.npz"
+    path = store.root / "tmp" / f"{recipe.key}.{os.getpid()}.npz"
     command = [sys.executable, "-m", "service.compression.measure"]
     arguments = [str(store.root), recipe.key, base.name, str(threads), str(path)]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
@@ -49,14 +52,10 @@ def measure(store: ArtifactStore, base: Base, recipe: Recipe, reference: Answers
     with np.load(path, allow_pickle=False) as stored:
         answers = Answers(tuple(stored[name] for name in stored.files), labels_of(base))
     path.unlink()
-    quality = Quality(
-        **cost,
-        **scored(base, answers),
-        **fidelity(answers.outputs, (reference or answers).outputs, classes=bool(base.spec.labels)),
-        disk_bytes=_disk_bytes(store, recipe),
-        parameters=recipe.parameters,
-        macs=recipe.macs,
-    )
+    size = {"disk_bytes": _disk_bytes(store, recipe), "parameters": recipe.parameters, "macs": recipe.macs}
+    right = scored(base, answers)
+    near = fidelity(answers.outputs, (reference or answers).outputs, classes=bool(base.spec.labels))
+    quality = Quality.model_validate(cost | size | right | near)
     return Measurement(quality=quality, cpu=cpu_name(), threads=threads), answers
 
 
@@ -100,7 +99,7 @@ def fidelity(outputs: Arrays, reference: Arrays, *, classes: bool) -> dict[str, 
 
 
 def gate_reason(gate: GateConfig, quality: Quality, base: Quality) -> str | None:
-    """Why a variant does not pass its gate, or `None`. A limit that cannot be checked for lack of labels is a reason."""
+    """Why a variant fails its gate, or `None`. A limit that cannot be checked for lack of labels is a reason."""
     reasons = []
     if gate.max_drop is not None:
         if quality.score is None or base.score is None:
@@ -111,9 +110,9 @@ def gate_reason(gate: GateConfig, quality: Quality, base: Quality) -> str | None
                 f"gate.max_drop allows {gate.max_drop}"
             )
     if gate.min_agreement is not None:
-        measure_name, value = ("agreement", quality.agreement) if quality.agreement is not None else ("cosine", quality.cosine)
+        name, value = ("cosine", quality.cosine) if quality.agreement is None else ("agreement", quality.agreement)
         if value < gate.min_agreement - 1e-9:
-            reasons.append(f"{measure_name} with the base is {value:.4f}; gate.min_agreement asks for {gate.min_agreement}")
+            reasons.append(f"{name} with the base is {value:.4f}; gate.min_agreement asks for {gate.min_agreement}")
     return "; ".join(reasons) or None
 
 

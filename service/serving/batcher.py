@@ -13,6 +13,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from service.contracts import Arrays
@@ -32,7 +33,13 @@ class Ticket(Generic[Reply]):
     __slots__ = ("deadline", "enqueued_at", "gone", "reply", "rows", "sample")
 
     def __init__(
-        self, sample: Arrays, rows: int, reply: Reply, *, deadline: float = math.inf, gone: Callable[[], bool] = _never_gone
+        self,
+        sample: Arrays,
+        rows: int,
+        reply: Reply,
+        *,
+        deadline: float = math.inf,
+        gone: Callable[[], bool] = _never_gone,
     ) -> None:
         self.sample = sample
         self.rows = rows
@@ -50,13 +57,21 @@ class Formed(NamedTuple, Generic[Reply]):
     left: list[Ticket[Reply]]
 
 
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """Rows per batch, rows that may wait, the wait for company on an idle device, and the longest wait at all."""
+
+    max_rows: int
+    queue_rows: int
+    max_delay_s: float = 0.0
+    timeout_s: float = 10.0
+
+
 class Batcher(Generic[Reply]):
     """A bounded first-in-first-out queue that closes a batch as late as possible."""
 
-    def __init__(self, *, max_rows: int, queue_rows: int, max_delay_s: float = 0.0) -> None:
-        self.max_rows = max_rows
-        self.queue_rows = queue_rows
-        self.max_delay_s = max_delay_s
+    def __init__(self, limits: QueueLimits) -> None:
+        self.limits = limits
         self.waiting_rows = 0
         self._queue: deque[Ticket[Reply]] = deque()
         self._lock = threading.Lock()
@@ -70,8 +85,9 @@ class Batcher(Generic[Reply]):
         """
         rows = sum(ticket.rows for ticket in tickets)
         with self._lock:
-            if self.waiting_rows + rows > self.queue_rows:
-                raise QueueFull(f"the queue holds {self.waiting_rows} of at most {self.queue_rows} rows; {rows} more do not fit")
+            if self.waiting_rows + rows > self.limits.queue_rows:
+                full = f"the queue holds {self.waiting_rows} of at most {self.limits.queue_rows} rows"
+                raise QueueFull(f"{full}; {rows} more do not fit")
             for ticket in tickets:
                 ticket.enqueued_at = now
             self._queue.extend(tickets)
@@ -82,9 +98,9 @@ class Batcher(Generic[Reply]):
     def due(self, now: float) -> float:
         """Seconds until the next batch should be formed: 0 when it is full or has waited `max_delay_s`."""
         with self._lock:
-            if not self._queue or self.waiting_rows >= self.max_rows:
+            if not self._queue or self.waiting_rows >= self.limits.max_rows:
                 return 0.0
-            return max(0.0, self._queue[0].enqueued_at + self.max_delay_s - now)
+            return max(0.0, self._queue[0].enqueued_at + self.limits.max_delay_s - now)
 
     def take(self, now: float) -> Formed[Reply]:
         """Form the next batch: the oldest live tickets, at most `max_rows` rows (a single larger ticket goes alone)."""
@@ -97,7 +113,7 @@ class Batcher(Generic[Reply]):
                     formed.left.append(ticket)
                 elif ticket.deadline <= now:
                     formed.expired.append(ticket)
-                elif formed.batch and rows + ticket.rows > self.max_rows:
+                elif formed.batch and rows + ticket.rows > self.limits.max_rows:
                     break
                 else:
                     formed.batch.append(ticket)

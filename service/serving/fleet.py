@@ -15,11 +15,11 @@ from service.compression.manifest import VariantReport
 from service.config import BatchConfig, ServiceConfig
 from service.contracts import Backend, Base, InputSpec
 from service.errors import NotFound, NotReady, StartupError
-from service.serving.batcher import Batcher
+from service.serving.batcher import Batcher, QueueLimits
 from service.serving.costs import CostTable, buckets_up_to
 from service.serving.device import Device
 from service.serving.traffic import share_out, sticky_point
-from service.serving.variant import Variant
+from service.serving.variant import Reply, Variant
 from service.telemetry.metrics import Metrics
 from service.telemetry.observations import VariantFacts
 
@@ -39,7 +39,7 @@ class Fleet:
         self.variants: dict[str, Variant] = {}
         self.metrics = Metrics(base.name)
         self.draining = False
-        self.in_flight = 0
+        self.sticky_header = config.traffic.sticky_header.lower().encode()
 
     def open(self, name: str, load: Callable[[], Backend], batch: BatchConfig) -> None:
         """Load a variant on the device thread and warm it in every batch bucket.
@@ -52,7 +52,9 @@ class Fleet:
         except Exception as error:
             raise StartupError(f"variant '{name}' cannot be loaded and warmed up: {error}") from error
         rows = min(batch.max_rows, costs.knee)
-        batcher = Batcher(max_rows=rows, queue_rows=batch.queue_rows, max_delay_s=batch.max_delay_ms / 1000)
+        batcher: Batcher[Reply] = Batcher(
+            QueueLimits(rows, batch.queue_rows, batch.max_delay_ms / 1000, batch.timeout_ms / 1000)
+        )
         self.variants[name] = Variant(name, self.base.spec, backend, self.device, costs, batcher)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -63,7 +65,7 @@ class Fleet:
             if variant is None:
                 self.metrics.add(report.name, facts)
                 continue
-            metrics = self.metrics.add(report.name, facts, lambda batcher=variant.batcher: batcher.waiting_rows)
+            metrics = self.metrics.add(report.name, facts, variant.waiting_rows)
             others = [other for other in self.variants.values() if other is not variant]
             variant.bind(loop, metrics, others)
 
@@ -89,11 +91,6 @@ class Fleet:
         if name in self.reports:
             raise NotReady(f"variant '{name}' is excluded: {self.reports[name].reason}")
         raise NotFound(f"no variant '{name}'; there are {', '.join(self.reports)}")
-
-    async def drain(self) -> None:
-        """Wait until no request is in flight; the caller bounds the time."""
-        while self.in_flight:
-            await asyncio.sleep(0.01)
 
     def close(self) -> None:
         """Close all backends on the device thread, then end it."""

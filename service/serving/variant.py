@@ -48,15 +48,15 @@ class _Ran(NamedTuple):
     batch_size: int
 
 
-_Reply = asyncio.Future[tuple[Arrays, float, float, int]]
-_Ticket = Ticket[_Reply]
+Reply = asyncio.Future[tuple[Arrays, float, float, int]]
+_Ticket = Ticket[Reply]
 
 
 class Variant:
     """One warm variant on its device. Create it with its measured costs, `bind` it to the loop, then `predict`."""
 
     def __init__(
-        self, name: str, spec: InputSpec, backend: Backend, device: Device, costs: CostTable, batcher: Batcher[_Reply]
+        self, name: str, spec: InputSpec, backend: Backend, device: Device, costs: CostTable, batcher: Batcher[Reply]
     ) -> None:
         self.name = name
         self.costs = costs
@@ -68,6 +68,7 @@ class Variant:
         self._device = device
         self._loop: asyncio.AbstractEventLoop
         self._sweep: asyncio.TimerHandle | None = None
+        self._next_sweep = math.inf
 
     def bind(self, loop: asyncio.AbstractEventLoop, metrics: VariantMetrics, neighbours: Sequence[Variant]) -> None:
         """Connect to the loop that calls `predict`, to the metrics, and to the variants that share the device."""
@@ -75,19 +76,21 @@ class Variant:
         self.metrics = metrics
         self.neighbours = neighbours
 
-    async def predict(self, sample: Arrays, timeout_s: float, gone: Gone) -> Prediction:
+    async def predict(self, sample: Arrays, gone: Gone, timeout_s: float | None = None) -> Prediction:
         """Queue a request, wait for its batch, return its outputs.
 
         `sample` is checked against the spec by the codec. `gone` tells, from any thread, whether the client left.
 
         Raises:
             QueueFull, DeadlineUnreachable: refused at the door; `retry_after_s` is set.
-            QueueTimeout: waited longer than `timeout_s` and was not executed.
+            QueueTimeout: waited longer than `timeout_s` (the queue's own limit by default) and was not executed.
             ClientGone: the client left before its rows were executed.
             BackendFailed: the backend raised on these rows alone.
         """
         now = time.perf_counter()
-        parts = cut(sample, self.batcher.max_rows)
+        limits = self.batcher.limits
+        timeout_s = limits.timeout_s if timeout_s is None else timeout_s
+        parts = cut(sample, limits.max_rows)
         self._admit(len(sample[0]), timeout_s)
         tickets = [self._ticket(part, now + timeout_s, gone) for part in parts]
         self._enqueue(tickets, now)
@@ -97,6 +100,10 @@ class Variant:
         replies = await asyncio.gather(*(ticket.reply for ticket in tickets))
         outputs_of, queue_of, infer_of, size_of = zip(*replies, strict=True)
         return Prediction(rejoin(outputs_of), self.name, max(queue_of), sum(infer_of), max(size_of))
+
+    def waiting_rows(self) -> int:
+        """Rows in the queue now."""
+        return self.batcher.waiting_rows
 
     def backlog_s(self) -> float:
         """Predicted seconds of device time for the rows in this variant's queue."""
@@ -116,8 +123,9 @@ class Variant:
             raise DeadlineUnreachable(text, retry_after_s=wait - timeout_s)
 
     def _ticket(self, sample: Arrays, deadline: float, gone: Gone) -> _Ticket:
-        reply: _Reply = self._loop.create_future()
-        return Ticket(sample, len(sample[0]), reply, deadline=deadline, gone=gone)
+        reply: Reply = self._loop.create_future()
+        # A cancelled caller is as gone as a closed connection.
+        return Ticket(sample, len(sample[0]), reply, deadline=deadline, gone=lambda: reply.cancelled() or gone())
 
     def _enqueue(self, tickets: list[_Ticket], now: float) -> None:
         try:
@@ -126,8 +134,7 @@ class Variant:
             raise QueueFull(str(error), retry_after_s=self.wait_s(0)) from None
         if unclaimed:
             self._summon()
-        if self._sweep is None:
-            self._sweep = self._loop.call_later(tickets[0].deadline - now, self._expire)
+        self._sweep_at(tickets[0].deadline)
 
     def _summon(self) -> None:
         """See to it that the device comes for the queue: now, or when the oldest request has waited `max_delay_s`."""
@@ -144,7 +151,7 @@ class Variant:
         ran = self._run(formed.batch, taken) if formed.batch else []
         more = self.batcher.release()
         self._loop.call_soon_threadsafe(self._settle, formed, ran, taken, more)
-        if more and self.batcher.max_delay_s == 0:
+        if more and self.batcher.limits.max_delay_s == 0:
             self._device.post(self._run_next)
 
     def _run(self, tickets: list[_Ticket], taken: float) -> list[_Ran]:
@@ -171,10 +178,12 @@ class Variant:
             return self._run(tickets[:middle], taken) + self._run(tickets[middle:], taken)
         incident = uuid.uuid4().hex[:12]
         logger.error("variant %s failed on a request, id %s", self.name, incident, exc_info=error)
-        failure = BackendFailed(f"the model failed on this request; the server's log has the details under id {incident}")
+        failure = BackendFailed(
+            f"the model failed on this request; the server's log has the details under id {incident}"
+        )
         return [_Ran(tickets[0], failure, 0.0, tickets[0].rows)]
 
-    def _settle(self, formed: Formed[_Reply], ran: list[_Ran], taken: float, more: bool) -> None:  # noqa: FBT001
+    def _settle(self, formed: Formed[Reply], ran: list[_Ran], taken: float, more: bool) -> None:  # noqa: FBT001
         """On the loop, once per batch: hand every ticket its outcome."""
         for ticket, outcome, infer_s, batch_size in ran:
             if ticket.reply.done():
@@ -187,15 +196,24 @@ class Variant:
         for ticket in formed.left:
             if not ticket.reply.done():
                 ticket.reply.set_exception(ClientGone("the client left before its rows were executed"))
-        if more and self.batcher.max_delay_s > 0:
+        if more and self.batcher.limits.max_delay_s > 0:
             self._summon()
 
     def _expire(self) -> None:
         """Refuse in time what waits too long behind a slow batch; runs at the earliest deadline in the queue."""
-        now = time.perf_counter()
-        expired, earliest = self.batcher.expire(now)
+        expired, earliest = self.batcher.expire(time.perf_counter())
         self._refuse(expired)
-        self._sweep = None if math.isinf(earliest) else self._loop.call_later(earliest - now, self._expire)
+        self._next_sweep = math.inf
+        self._sweep_at(earliest)
+
+    def _sweep_at(self, deadline: float) -> None:
+        """Have one timer at the earliest known deadline; most of the time it stands already."""
+        if deadline >= self._next_sweep:
+            return
+        if self._sweep is not None:
+            self._sweep.cancel()
+        self._next_sweep = deadline
+        self._sweep = self._loop.call_later(deadline - time.perf_counter(), self._expire)
 
     def _refuse(self, tickets: list[_Ticket]) -> None:
         for ticket in tickets:

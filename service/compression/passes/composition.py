@@ -36,7 +36,9 @@ def find_violation(passes: Sequence[Pass], tags: frozenset[Tag] = BASE_TAGS) -> 
     if violation is None:
         return None
     legal = _legal_order(passes, tags)
-    remedy = f"A legal order: {' -> '.join(legal)}." if legal else "No order of these passes is legal: drop one of them."
+    remedy = (
+        f"A legal order: {' -> '.join(legal)}." if legal else "No order of these passes is legal: drop one of them."
+    )
     return Violation(violation.position, f"{violation.message} {remedy}")
 
 
@@ -46,7 +48,9 @@ def _first_violation(passes: Sequence[Pass], tags: frozenset[Tag]) -> Violation 
     produced_by: dict[Tag, str] = {}
     for position, step in enumerate(passes):
         if highest is not None and step.order < highest.order:
-            return Violation(position, f"'{step.kind}' cannot come after '{highest.kind}' ({_why_order(step, highest)}).")
+            return Violation(
+                position, f"'{step.kind}' cannot come after '{highest.kind}' ({_why_order(step, highest)})."
+            )
         for tag in sorted(step.requires - tags):
             culprit = f"'{removed_by[tag]}' has removed it" if tag in removed_by else "the base does not give it"
             return Violation(position, f"'{step.kind}' requires {MEANING[tag]} (tag '{tag}'), but {culprit}.")

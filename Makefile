@@ -1,0 +1,42 @@
+# Two commands matter: `make serve` and `make test`. Both set up .venv by themselves.
+CONFIG ?= models/digits.yaml
+PORT ?= 8000
+HOST ?= 127.0.0.1
+ONNXRUNTIME ?= cpu# or gpu
+BIN := .venv/bin
+
+.PHONY: install serve test check build bench train-digits clean
+
+install: .venv/.installed
+
+# torch comes first and bounded: an unbounded one may pull another build with gigabytes of GPU libraries.
+.venv/.installed: pyproject.toml
+	python3 -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "torch>=2.11,<2.14"
+	$(BIN)/pip install --quiet --editable ".[$(ONNXRUNTIME),dev,loadtest]"
+	touch $@
+
+serve: install
+	$(BIN)/leanserve serve --config $(CONFIG) --host $(HOST) --port $(PORT)
+
+build: install
+	$(BIN)/leanserve build --config $(CONFIG)
+
+bench: install
+	$(BIN)/leanserve build --config $(CONFIG)
+	$(BIN)/leanserve bench --config $(CONFIG)
+
+test: install
+	$(BIN)/pytest
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+train-digits: install
+	$(BIN)/python -m models.train_digits
+
+clean:
+	rm -rf .venv .leanserve

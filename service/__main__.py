@@ -1,0 +1,231 @@
+"""Command line and composition root: the only reader of arguments and environment, and the place where rooms meet."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from service import __version__
+from service.errors import StartupError
+
+if TYPE_CHECKING:
+    from service.compression.artifacts import ArtifactStore
+    from service.compression.build import Plan
+    from service.compression.manifest import VariantReport
+    from service.config import ServiceConfig
+    from service.contracts import Base
+    from service.serving.fleet import Fleet
+
+SHIPPED = Path("models/digits.yaml")
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The YAML file.", envvar="LEANSERVE_CONFIG")]
+CacheOption = Annotated[
+    Path | None, typer.Option(help="Artifact store; overrides the file's `cache`.", envvar="LEANSERVE_CACHE")
+]
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+err = Console(stderr=True)
+out = Console()
+
+
+@app.command()
+def serve(
+    config: ConfigOption = SHIPPED,
+    cache: CacheOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+) -> None:
+    """Build what is missing, gate, load and warm every variant, then answer requests."""
+    from service.api.server import listen, serve_fleet
+
+    started = time.monotonic()
+    work = _Workplace(config, cache)
+    try:
+        claimed = listen(host, port)
+    except OSError as error:
+        raise StartupError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+        ) from error
+    if not work.finished:
+        _build_in_child(config, work.store.root)
+    fleet = _open_fleet(work)
+    ready = time.monotonic() - started
+    names = ", ".join(fleet.variants)
+    err.print(f"ready in {ready:.1f} s: http://{host}:{port} serves {fleet.base.name} as {names}", highlight=False)
+    serve_fleet(fleet, claimed)
+
+
+@app.command()
+def build(config: ConfigOption = SHIPPED, cache: CacheOption = None) -> None:
+    """Build, measure and gate every variant exactly as `serve` does, then stop."""
+    work = _Workplace(config, cache)
+    if work.finished:
+        err.print("everything is built already")
+    else:
+        _build_here(work)
+    for report in work.reports():
+        state = f"excluded: {report.reason}" if report.reason else "passes its gate"
+        err.print(f"{report.name}: {escape(state)}", highlight=False)
+
+
+@app.command()
+def check(config: ConfigOption = SHIPPED) -> None:
+    """Validate the config (keys, values, pass order, names, whether this machine suits the passes); build nothing."""
+    work = _Workplace(config, None, make_cache=False)
+    passes = sum(len(variant.passes) for variant in work.config.variants)
+    out.print(f"{config}: {len(work.config.variants)} variants, {passes} passes, no problem found", highlight=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the config file, for editors."""
+    import json
+
+    from service.config import ServiceConfig
+
+    typer.echo(json.dumps(ServiceConfig.model_json_schema(), indent=2))
+
+
+@app.command()
+def report(
+    config: ConfigOption = SHIPPED,
+    cache: CacheOption = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a self-contained page.")] = None,
+) -> None:
+    """Show quality and cost of every built variant."""
+    from service.compression.report import print_table, write_html
+
+    work = _Workplace(config, cache)
+    if not work.finished:
+        raise StartupError(f"not every variant of {config} is built; run `leanserve build --config {config}` first")
+    reports = work.reports()
+    print_table(reports, out)
+    if html is not None:
+        write_html(reports, html, title=f"leanserve: variants of {work.base.name}")
+        err.print(f"wrote {html}", highlight=False)
+
+
+@app.command()
+def bench(
+    config: ConfigOption = SHIPPED,
+    cache: CacheOption = None,
+    seconds: Annotated[float, typer.Option(help="Measuring time per variant and batch size.", min=0.1)] = 2.0,
+    rows: Annotated[list[int] | None, typer.Option(help="Batch sizes (repeat the option).")] = None,
+) -> None:
+    """Measure all variants side by side, interleaved on one device, and print ratios to the first."""
+    from service.bench import print_bench, run_bench
+
+    work = _Workplace(config, cache)
+    if not work.finished:
+        raise StartupError(f"not every variant of {config} is built; run `leanserve build --config {config}` first")
+    fleet = _open_fleet(work)
+    try:
+        print_bench(run_bench(fleet, tuple(rows or (1, 8, 32)), seconds), out)
+    finally:
+        fleet.close()
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+class _Workplace:
+    """A read config with its base, plan and store: what every command starts from."""
+
+    def __init__(self, path: Path, cache: Path | None, *, make_cache: bool = True) -> None:
+        from service.bases import load_base
+        from service.compression.build import finished, plan
+        from service.config import read_config
+        from service.machine import thread_budget
+
+        self.config: ServiceConfig = read_config(path)
+        self.base: Base = load_base(self.config.base)
+        self.plan: Plan = plan(self.config, self.base)
+        self.threads: int = thread_budget() if self.config.threads == "auto" else self.config.threads
+        self.store: ArtifactStore
+        if make_cache:
+            from service.compression.artifacts import ArtifactStore
+
+            self.store = ArtifactStore(cache or self.config.cache)
+            self.finished = finished(self.store, self.plan, self.threads)
+
+    def reports(self) -> list[VariantReport]:
+        """Every variant's report; raises where a gate says abort, or where none is left to serve."""
+        from service.compression.build import reports
+        from service.errors import GateFailed
+
+        found = reports(self.store, self.config, self.plan)
+        if all(report.state == "excluded" for report in found):
+            raise GateFailed("; ".join(f"variant '{item.name}' is excluded: {item.reason}" for item in found))
+        return found
+
+
+def _build_here(work: _Workplace) -> None:
+    from service.compression.build import Builder
+    from service.compression.progress import BuildProgress
+
+    with BuildProgress(err, len(work.plan.keys)).running() as progress:
+        Builder(work.store, work.config, work.base, work.threads, progress).build(work.plan)
+
+
+def _build_in_child(config: Path, cache: Path) -> None:
+    """Build in a process of its own, so that compression can neither stall the server nor leak into it."""
+    command = [sys.executable, "-m", "service", "build", "--config", str(config), "--cache", str(cache)]
+    child = subprocess.Popen(command)
+    try:
+        status = child.wait()
+    except BaseException:
+        child.send_signal(signal.SIGTERM)
+        child.wait()
+        raise
+    if status != 0:
+        raise typer.Exit(status if status > 0 else 1)  # the child has said why
+
+
+def _open_fleet(work: _Workplace) -> Fleet:
+    """Load and warm every variant that passed its gate, on the device thread."""
+    from functools import partial
+
+    from service.backends.choose import open_backend
+    from service.compression.load import load_model
+    from service.serving.device import Device
+    from service.serving.fleet import Fleet
+
+    reports = work.reports()
+    fleet = Fleet(work.base, work.config, reports, Device("cpu", work.threads))
+
+    def load(key: str) -> Any:
+        return open_backend(load_model(work.store, work.base, key), work.threads)
+
+    for variant, steps in work.plan.chains:
+        if fleet.reports[variant.name].state == "serving":
+            fleet.open(variant.name, partial(load, steps[-1].key), work.config.batch_of(variant))
+    return fleet
+
+
+def main() -> None:
+    """Run the command line; a `StartupError` is printed without a stack and ends with status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # A supervisor's SIGTERM during building or loading must end the process like Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        app()
+    except StartupError as error:
+        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.stderr.flush()
+        os._exit(2)  # device threads may be stuck in a model; nothing is left to save
+
+
+if __name__ == "__main__":
+    main()

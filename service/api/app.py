@@ -1,0 +1,127 @@
+"""The FastAPI app for everything that is not a prediction: health, variants, metrics; and the one error mapper.
+
+`create_app` returns the hot path in front of it. Every error on every path is `{"error": text, "code": code}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from service import __version__
+from service.api.hotpath import HotPath
+from service.api.wire import error_body, error_headers
+from service.contracts import Json
+from service.errors import NotReady, ServiceError
+from service.serving.fleet import Fleet
+
+
+def create_app(fleet: Fleet) -> HotPath:
+    """The whole HTTP service over an opened fleet."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        fleet.start(asyncio.get_running_loop())
+        yield
+
+    app = FastAPI(title="leanserve", version=__version__, lifespan=lifespan)
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+
+    def add_route(path: str, endpoint: Callable[..., Any]) -> None:
+        app.add_api_route(path, endpoint, methods=["GET", "HEAD"], response_model=None)
+
+    async def healthz() -> Json:
+        """200 while the process lives."""
+        return {"live": True}
+
+    async def readyz() -> Json:
+        """200 when every variant is built, gated and warm; 503 once draining has begun."""
+        if fleet.draining:
+            raise NotReady("draining: the service is shutting down")
+        return {"ready": True}
+
+    async def variants() -> Json:
+        """Every variant with its state, quality and share of the traffic; excluded ones with their reason."""
+        return {"model": fleet.base.name, "variants": [_variant(fleet, name) for name in fleet.reports]}
+
+    async def metrics(request: Request) -> Response:
+        """Prometheus metrics."""
+        content, content_type = fleet.metrics.render(request.headers.get("accept", ""))
+        return Response(content, headers={"content-type": content_type})
+
+    add_route("/healthz", healthz)
+    add_route("/readyz", readyz)
+    add_route("/v1/variants", variants)
+    add_route("/metrics", metrics)
+    app.openapi = lambda: _openapi(app, fleet)  # type: ignore[method-assign]
+    return HotPath(fleet, app)
+
+
+def _variant(fleet: Fleet, name: str) -> Json:
+    report, variant = fleet.reports[name], fleet.variants.get(name)
+    weights = fleet.weights
+    return {
+        "name": name,
+        "state": report.state,
+        "reason": report.reason,
+        "passes": [manifest.kind for manifest in report.chain[1:]],
+        "simulated": [manifest.kind for manifest in report.chain if manifest.simulated],
+        "backend": variant.backend.name if variant else None,
+        "traffic_share": weights.get(name, 0.0) / sum(weights.values()),
+        "batch_rows": variant.batcher.limits.max_rows if variant else None,
+        "batch_ms": {rows: round(s * 1000, 3) for rows, s in variant.costs.table().items()} if variant else None,
+        "quality": report.quality.model_dump(),
+    }
+
+
+async def _service_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ServiceError)
+    return JSONResponse(error_body(str(error), error.code), error.status, error_headers(error))
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    texts = {
+        404: f"no such path: {request.url.path}",
+        405: f"{request.url.path} does not take {request.method}",
+    }
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    text, code = texts.get(error.status_code, str(error.detail)), codes.get(error.status_code, "http_error")
+    return JSONResponse(error_body(text, code), error.status_code, error.headers)
+
+
+async def _validation_error(_: Request, error: Exception) -> JSONResponse:
+    return JSONResponse(error_body(str(error), "bad_input"), 422)
+
+
+def _openapi(app: FastAPI, fleet: Fleet) -> dict[str, Any]:
+    """FastAPI's schema plus the predict path, which FastAPI does not see."""
+    from fastapi.openapi.utils import get_openapi
+
+    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    content: dict[str, Json] = {media_type: {} for media_type in fleet.base.codec.media_types}
+    headers = [
+        {"name": name, "in": "header", "schema": {"type": "string"}, "description": text}
+        for name, text in (
+            ("x-variant", "answer with this variant"),
+            (fleet.config.traffic.sticky_header, "requests with the same value get the same variant"),
+        )
+    ]
+    schema["paths"]["/v1/predict"] = {
+        "post": {
+            "summary": "Predict",
+            "parameters": headers,
+            "requestBody": {"required": True, "content": content},
+            "responses": {"200": {"description": "label, scores, variant, queue_ms, inference_ms, batch_rows"}},
+        }
+    }
+    return schema

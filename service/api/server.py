@@ -1,0 +1,84 @@
+"""uvicorn, with a drain that loses nothing.
+
+On SIGTERM or SIGINT: readiness turns 503 at once, so that load balancers look elsewhere; requests are served for
+`drain.delay_s` more; then no new connection is taken and what is open gets `drain.timeout_s` to finish; exit 0.
+A second signal skips the delay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from service.api.app import create_app
+from service.serving.fleet import Fleet
+
+logger = logging.getLogger(__name__)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Claim the port before hours of building, rather than fail after them.
+
+    Raises:
+        OSError: the address is in use or not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    claimed = socket.socket(family, socket.SOCK_STREAM)
+    claimed.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        claimed.bind((host, port))
+    except OSError:
+        claimed.close()
+        raise
+    return claimed
+
+
+def serve_fleet(fleet: Fleet, claimed: socket.socket) -> None:
+    """Serve until a signal ends it, then drain. Blocks."""
+    config = uvicorn.Config(
+        create_app(fleet),
+        http="httptools",
+        loop="auto",
+        lifespan="on",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(fleet.config.drain.timeout_s)),
+    )
+    _DrainingServer(config, fleet).run(sockets=[claimed])
+
+
+class _DrainingServer(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, fleet: Fleet) -> None:
+        super().__init__(config)
+        self._fleet = fleet
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Replaces uvicorn's handlers, which stop accepting at once and end the process by the signal itself."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._drain, number)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _drain(self, number: int) -> None:
+        if self._fleet.draining:
+            self._stop()
+            return
+        self._fleet.draining = True
+        delay = self._fleet.config.drain.delay_s
+        logger.warning("%s: draining, serving %.1f s more", signal.Signals(number).name, delay)
+        asyncio.get_running_loop().call_later(delay, self._stop)
+
+    def _stop(self) -> None:
+        self.should_exit = True

@@ -1,0 +1,114 @@
+"""The batcher as a table: what arrives when, and which batches come of it. No clock, no threads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from service.contracts import Arrays
+from service.errors import QueueFull
+from service.serving.batcher import Batcher, QueueLimits, Ticket
+
+
+def ticket(name: str, rows: int = 1, deadline: float = math.inf, *, gone: bool = False) -> Ticket[str]:
+    sample: Arrays = (np.zeros((rows, 1), np.float32),)
+    return Ticket(sample, rows, name, deadline=deadline, gone=lambda: gone)
+
+
+def names(tickets: list[Ticket[str]]) -> list[str]:
+    return [item.reply for item in tickets]
+
+
+@dataclass
+class Case:
+    """Arrivals (name, rows, deadline, gone) at time 0; batches taken at the given times."""
+
+    arrivals: list[tuple[str, int, float, bool]]
+    batches: list[list[str]]
+    expired: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    now: float = 1.0
+
+
+CASES = {
+    "rows are counted, not requests": Case(
+        [("a", 3, 9, False), ("b", 3, 9, False), ("c", 1, 9, False), ("d", 4, 9, False)], [["a"], ["b", "c"], ["d"]]
+    ),
+    "a burst of singles fills whole batches": Case(
+        [(str(i), 1, 9, False) for i in range(10)], [list("0123"), list("4567"), list("89")]
+    ),
+    "order is kept even when a later one would fit": Case(
+        [("a", 3, 9, False), ("b", 2, 9, False), ("c", 1, 9, False)], [["a"], ["b", "c"]]
+    ),
+    "an oversized ticket goes alone": Case(
+        [("a", 1, 9, False), ("big", 7, 9, False), ("b", 1, 9, False)], [["a"], ["big"], ["b"]]
+    ),
+    "expired ones are not run": Case([("a", 1, 0.5, False), ("b", 1, 9, False)], [["b"]], expired=["a"]),
+    "a deadline counts as passed when it is reached": Case([("a", 1, 1.0, False)], [[]], expired=["a"]),
+    "those who left are not run and do not count": Case(
+        [("a", 2, 9, True), ("b", 2, 9, False), ("c", 2, 9, False)], [["b", "c"]], left=["a"]
+    ),
+    "nothing queued, nothing taken": Case([], [[]]),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_arrivals_become_batches(case: Case) -> None:
+    batcher: Batcher[str] = Batcher(QueueLimits(max_rows=4, queue_rows=100))
+    for name, rows, deadline, gone in case.arrivals:
+        batcher.offer([ticket(name, rows, deadline, gone=gone)], now=0.0)
+    formed = [batcher.take(case.now) for _ in case.batches]
+    assert [names(item.batch) for item in formed] == case.batches
+    assert [name for item in formed for name in names(item.expired)] == case.expired
+    assert [name for item in formed for name in names(item.left)] == case.left
+    assert batcher.waiting_rows == 0
+
+
+def test_a_full_queue_refuses_all_parts_of_a_request() -> None:
+    batcher: Batcher[str] = Batcher(QueueLimits(max_rows=4, queue_rows=5))
+    batcher.offer([ticket("a", 4)], 0.0)
+    with pytest.raises(QueueFull, match="holds 4 of at most 5 rows; 2 more"):
+        batcher.offer([ticket("b"), ticket("c")], 0.0)
+    assert batcher.waiting_rows == 4
+    batcher.offer([ticket("d")], 0.0)
+    assert names(batcher.take(0.0).batch) == ["a"]
+
+
+def test_exactly_one_claim_at_a_time() -> None:
+    batcher: Batcher[str] = Batcher(QueueLimits(max_rows=1, queue_rows=9))
+    assert batcher.offer([ticket("a")], 0.0)
+    assert not batcher.offer([ticket("b")], 0.0)
+    batcher.take(0.0)
+    assert batcher.release()  # b is waiting: the claim is kept
+    assert not batcher.offer([ticket("c")], 0.0)
+    batcher.take(0.0)
+    batcher.take(0.0)
+    assert not batcher.release()
+    assert batcher.offer([ticket("d")], 0.0)
+
+
+def test_no_delay_means_due_at_once_and_a_delay_counts_from_the_oldest() -> None:
+    prompt: Batcher[str] = Batcher(QueueLimits(max_rows=4, queue_rows=9))
+    prompt.offer([ticket("a")], 10.0)
+    assert prompt.due(10.0) == 0.0
+
+    patient: Batcher[str] = Batcher(QueueLimits(max_rows=4, queue_rows=9, max_delay_s=0.5))
+    patient.offer([ticket("a")], 10.0)
+    patient.offer([ticket("b")], 10.4)
+    assert patient.due(10.4) == pytest.approx(0.1)
+    assert patient.due(10.6) == 0.0
+    patient.offer([ticket("c", 2)], 10.4)  # full: no reason to wait
+    assert patient.due(10.4) == 0.0
+
+
+def test_expire_removes_the_late_and_tells_the_next_deadline() -> None:
+    batcher: Batcher[str] = Batcher(QueueLimits(max_rows=4, queue_rows=9))
+    batcher.offer([ticket("a", deadline=1.0)], 0.0)
+    batcher.offer([ticket("b", deadline=3.0)], 0.0)
+    batcher.offer([ticket("c", deadline=2.0)], 0.0)
+    expired, earliest = batcher.expire(1.5)
+    assert (names(expired), earliest, batcher.waiting_rows) == (["a"], 2.0, 2)
+    assert batcher.expire(9.0)[1] == math.inf

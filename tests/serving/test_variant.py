@@ -1,0 +1,206 @@
+"""A variant between a real event loop and a real device thread, with a backend that does as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+import pytest
+
+from service.contracts import Arrays, Field, InputSpec
+from service.errors import BackendFailed, ClientGone, DeadlineUnreachable, QueueFull, QueueTimeout, ServiceError
+from service.serving.batcher import Batcher, QueueLimits
+from service.serving.costs import CostTable
+from service.serving.device import Device
+from service.serving.variant import Prediction, Reply, Variant
+from service.telemetry.observations import VariantFacts, VariantMetrics
+
+SPEC = InputSpec((Field("x", "float32", (2,)),), (Field("y", "float32", (2,)),))
+
+
+class ScriptedBackend:
+    """Doubles its input; waits at a gate, refuses batches with a negative value, remembers the rows it ran."""
+
+    name = "scripted"
+
+    def __init__(self, *, static_rows: bool = False) -> None:
+        self.static_rows = static_rows
+        self.gate = threading.Event()
+        self.gate.set()
+        self.started = threading.Event()
+        self.ran: list[int] = []
+
+    def run(self, batch: Arrays) -> Arrays:
+        self.started.set()
+        assert self.gate.wait(10)
+        if (batch[0] < 0).any():
+            raise ValueError("negative")
+        self.ran.append(len(batch[0]))
+        return (batch[0] * 2,)
+
+    def close(self) -> None: ...
+
+
+def sample(value: float, rows: int = 1) -> Arrays:
+    return (np.full((rows, 2), value, np.float32),)
+
+
+def stay() -> bool:
+    return False
+
+
+Scenario = Callable[[Variant, ScriptedBackend], Awaitable[None]]
+
+
+def play(
+    scenario: Scenario, limits: QueueLimits, backend: ScriptedBackend | None = None, seconds: float = 0.001
+) -> Variant:
+    """Run a scenario against a variant whose every batch is believed to cost `seconds`."""
+    backend = backend or ScriptedBackend()
+    device = Device("test", 1)
+    costs = CostTable(dict.fromkeys((1, 2, limits.max_rows), seconds))
+    variant = Variant("v", SPEC, backend, device, costs, Batcher[Reply](limits))
+
+    async def body() -> None:
+        variant.bind(asyncio.get_running_loop(), VariantMetrics("v", VariantFacts()), [])
+        await scenario(variant, backend)
+
+    try:
+        asyncio.run(asyncio.wait_for(body(), 20))
+    finally:
+        backend.gate.set()
+        device.close()
+    return variant
+
+
+async def hold(variant: Variant, backend: ScriptedBackend) -> asyncio.Task[Prediction]:
+    """Keep the device busy with one request until the gate is opened."""
+    backend.gate.clear()
+    task = asyncio.create_task(variant.predict(sample(100), stay))
+    await asyncio.to_thread(backend.started.wait, 5)
+    return task
+
+
+def test_a_burst_behind_a_busy_device_becomes_full_batches_and_each_gets_its_own_answer() -> None:
+    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
+        first = await hold(variant, backend)
+        tasks = [asyncio.create_task(variant.predict(sample(i), stay)) for i in range(10)]
+        await asyncio.sleep(0)
+        backend.gate.set()
+        predictions = await asyncio.gather(*tasks)
+        await first
+        assert backend.ran == [1, 4, 4, 2]
+        assert [prediction.outputs[0][0, 0] for prediction in predictions] == [2 * i for i in range(10)]
+        assert [prediction.batch_size for prediction in predictions] == [4] * 8 + [2] * 2
+        assert all(prediction.queue_s > 0 for prediction in predictions)
+
+    variant = play(scenario, QueueLimits(4, 100))
+    assert variant.metrics.rows.total == 11
+    assert variant.metrics.rows.count == 4
+
+
+def test_a_large_request_is_split_and_rejoined_in_order() -> None:
+    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
+        rows = (np.arange(18, dtype=np.float32).reshape(9, 2),)
+        prediction = await variant.predict(rows, stay)
+        np.testing.assert_array_equal(prediction.outputs[0], rows[0] * 2)
+        assert backend.ran == [4, 4, 1]
+
+    play(scenario, QueueLimits(4, 100))
+
+
+def test_one_bad_row_fails_alone_and_the_variant_goes_on() -> None:
+    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
+        first = await hold(variant, backend)
+        tasks = [asyncio.create_task(variant.predict(sample(-1 if i == 5 else i), stay)) for i in range(8)]
+        await asyncio.sleep(0)
+        backend.gate.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        await first
+        assert [type(result) for result in results] == [Prediction] * 5 + [BackendFailed] + [Prediction] * 2
+        assert "negative" not in str(results[5])  # the log has the details, the client an id
+        assert (await variant.predict(sample(3), stay)).outputs[0][0, 0] == 6
+
+    play(scenario, QueueLimits(8, 100))
+
+
+def test_a_client_that_left_is_not_executed() -> None:
+    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
+        first = await hold(variant, backend)
+        left = asyncio.create_task(variant.predict(sample(1), lambda: True))
+        cancelled = asyncio.create_task(variant.predict(sample(2), stay))
+        kept = asyncio.create_task(variant.predict(sample(3), stay))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        await asyncio.sleep(0)
+        backend.gate.set()
+        await first
+        assert (await kept).outputs[0][0, 0] == 6
+        with pytest.raises(ClientGone):
+            await left
+        assert sum(backend.ran) == 2
+
+    play(scenario, QueueLimits(8, 100))
+
+
+def test_waiting_too_long_is_told_while_the_device_is_still_busy() -> None:
+    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
+        first = await hold(variant, backend)
+        with pytest.raises(QueueTimeout, match="longer than its timeout"):
+            await variant.predict(sample(1), stay, timeout_s=0.05)
+        assert not first.done()
+        assert variant.waiting_rows() == 0
+        backend.gate.set()
+        await first
+        assert backend.ran == [1]
+
+    play(scenario, QueueLimits(8, 100))
+
+
+@pytest.mark.parametrize(
+    ("limits", "timeout_s", "expected"),
+    [(QueueLimits(4, 8), None, QueueFull), (QueueLimits(4, 100), 1.5, DeadlineUnreachable)],
+)
+def test_refused_at_the_door_with_the_time_after_which_to_retry(
+    limits: QueueLimits, timeout_s: float | None, expected: type[ServiceError]
+) -> None:
+    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
+        first = await hold(variant, backend)
+        tasks = [asyncio.create_task(variant.predict(sample(i), stay)) for i in range(8)]
+        await asyncio.sleep(0)
+        with pytest.raises(expected) as refusal:
+            await variant.predict(sample(1), stay, timeout_s)
+        assert refusal.value.retry_after_s is not None
+        assert 0 < refusal.value.retry_after_s <= 2.0  # two full batches of a second each
+        backend.gate.set()
+        await asyncio.gather(first, *tasks)
+
+    play(scenario, limits, seconds=1.0)
+
+
+def test_rows_are_padded_to_a_bucket_only_for_static_shapes() -> None:
+    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
+        prediction = await variant.predict(sample(1, rows=3), stay)
+        assert prediction.outputs[0].shape == (3, 2)
+
+    static, dynamic = ScriptedBackend(static_rows=True), ScriptedBackend()
+    padded = play(scenario, QueueLimits(8, 100), static)
+    play(scenario, QueueLimits(8, 100), dynamic)
+    assert (static.ran, dynamic.ran, padded.metrics.padding_rows) == ([8], [3], 5)
+
+
+def test_a_delay_gathers_company_on_an_idle_device_but_a_full_batch_does_not_wait() -> None:
+    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        lone = asyncio.create_task(variant.predict(sample(1), stay))
+        await asyncio.sleep(0.02)
+        await asyncio.gather(lone, variant.predict(sample(2), stay))
+        assert backend.ran == [2]
+        assert 0.1 <= loop.time() - started < 2
+        await variant.predict(sample(3, rows=4), stay)
+        assert backend.ran == [2, 4]
+
+    play(scenario, QueueLimits(4, 100, max_delay_s=0.1))
