@@ -5,7 +5,7 @@ Data: scikit-learn's bundled set (UCI "Optical Recognition of Handwritten Digits
 The four splits share no image, but they do share writers: the 13 people behind the set are not told apart in it, so the
 scores are those of known writers and would be lower for strangers.
 
-Model: `ResidualNet`, 3 stages of 3 blocks, widths 32/64/128; 1,084,010 parameters and 161 million multiply-accumulates
+Model: `ResidualNet`, 3 stages of 3 blocks, widths 32/64/128; 1,084,010 parameters and 162 million multiply-accumulates
 per image. `python -m models.train_digits` trains the weights beside this file, on the split `train` alone.
 """
 

@@ -140,6 +140,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=Recipe.seed, help="decides initial weights, order and distortions")
     parser.add_argument("--out", type=Path, default=digits.WEIGHTS, help="where the weights go (safetensors)")
     options = parser.parse_args()
+    if options.epochs < 1:
+        parser.error(f"--epochs must be at least 1, got {options.epochs}")
     recipe = Recipe(epochs=options.epochs, seed=options.seed)
 
     torch.manual_seed(recipe.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import combinations
@@ -13,7 +14,7 @@ import torch
 
 from models import digits
 from models.residual import ResidualNet
-from models.train_digits import Recipe, distort, learning_rate, train
+from models.train_digits import Recipe, distort, learning_rate, main, train
 
 FIRST_LABELS = {"train": "256784309125", "calibration": "905436721980", "gate": "942068153794", "test": "731650284973"}
 SPLITS: tuple[digits.Split, ...] = ("train", "calibration", "gate", "test")
@@ -143,3 +144,27 @@ def test_distortion_moves_the_ink_and_keeps_the_paper_black() -> None:
     torch.testing.assert_close(moved, again, rtol=0, atol=0)
     assert float(moved.amin()) == pytest.approx(float(given.amin()), abs=1e-5)
     assert float((moved - given).abs().mean()) > 0.05
+
+
+def test_the_training_command_writes_weights_that_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "weights.safetensors"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(digits, "architecture", lambda: ResidualNet(channels=1, classes=10, widths=(2,), blocks=1))
+    monkeypatch.setattr(sys, "argv", ["train_digits", "--epochs", "1", "--out", str(weights)])
+    main()
+    monkeypatch.setattr(digits, "WEIGHTS", weights)
+    (images,), labels = digits.data("gate")
+    score = digits.score((logits(digits.build(), images),), labels)
+    assert f"gate {score:.2%}" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["weights.safetensors"]
+
+
+def test_the_training_command_refuses_to_train_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_digits", "--epochs", "0"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--epochs must be at least 1, got 0" in capsys.readouterr().err
