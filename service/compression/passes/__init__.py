@@ -7,9 +7,14 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from service.compression.passes.base import Pass
+from service.compression.passes.distill.distill import Distill
+from service.compression.passes.precision.cast import Cast
+from service.compression.passes.runtime.channels_last import ChannelsLast
+from service.compression.passes.runtime.fold_bn import FoldBn
+from service.compression.passes.runtime.torch_compile import TorchCompile
 
 AnyPass = Annotated[
-    Pass,
+    Distill | FoldBn | Cast | ChannelsLast | TorchCompile,
     Field(discriminator="kind"),
 ]
 

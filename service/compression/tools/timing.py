@@ -1,0 +1,45 @@
+"""Which of some ways to run a model is faster here? For passes that measure to decide, or record what they gain.
+
+The ways take turns, call by call, so that whatever else the machine does slows them all alike and their ratio stays
+true.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+LEAST_ROUNDS = 5
+
+
+def seconds_per_call(ways: Mapping[str, Callable[[], object]], seconds: float = 1.0) -> dict[str, float]:
+    """Median seconds of one call of each way, interleaved for about `seconds` in all after two calls of warm-up."""
+    for _ in range(2):
+        for run in ways.values():
+            run()
+    samples: dict[str, list[float]] = {name: [] for name in ways}
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < LEAST_ROUNDS or time.perf_counter() < end:
+        for name, run in ways.items():
+            start = time.perf_counter()
+            run()
+            samples[name].append(time.perf_counter() - start)
+        rounds += 1
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+@contextmanager
+def inference(threads: int) -> Iterator[None]:
+    """Torch as the serving thread runs it: no gradients, this many threads. The thread count is put back afterwards."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from tiny_base import IMAGES, TinyBase, TinyNet, context_of, lively, tiny_base
+from torch import nn
+
+from service.compression.passes.distill.distill import Distill
+from service.contracts import Field, InputSpec, TorchModel
+from service.errors import PassFailed
+
+EMBEDDINGS = replace(IMAGES, outputs=(Field("embedding", "float32", (2,)),), labels=())
+
+
+def quick(**options: object) -> Distill:
+    return Distill.model_validate({"epochs": 8, "batch": 16, "learning_rate": 0.02, "precision": "float32", **options})
+
+
+def student(spec: InputSpec = IMAGES) -> TorchModel:
+    return TorchModel(lively(TinyNet(width=4), seed=5), spec)
+
+
+def distance(base: TinyBase, module: nn.Module, measure: str) -> float:
+    images = torch.from_numpy(base.inputs[0])
+    with torch.no_grad():
+        wanted, given = base.build()(images), module(images)
+    if measure == "cosine":
+        return float(1 - nn.functional.cosine_similarity(given, wanted).mean())
+    if measure == "mse":
+        return float((given - wanted).square().mean())
+    return float((wanted.softmax(1) * (wanted.log_softmax(1) - given.log_softmax(1))).sum(1).mean())
+
+
+@pytest.mark.parametrize("measure", ["kl", "mse", "cosine"])
+def test_the_student_comes_nearer_to_the_teacher(tmp_path: Path, measure: str) -> None:
+    base, model = tiny_base(), student()
+    applied = quick(loss=measure).apply(model, context_of(base, tmp_path))
+    assert isinstance(applied.model, TorchModel)
+    assert distance(base, applied.model.module, measure) < 0.5 * distance(base, model.module, measure)
+    assert applied.facts["last_loss"] < applied.facts["first_loss"]
+    assert applied.decisions == {"loss": measure, "precision": "float32"}
+
+
+def test_the_given_model_is_left_as_it_was_and_the_result_loads_into_its_structure(tmp_path: Path) -> None:
+    model = student()
+    before = copy.deepcopy(model.module.state_dict())
+    applied = quick(epochs=1).apply(model, context_of(tiny_base(), tmp_path))
+    assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
+    assert isinstance(applied.model, TorchModel)
+    assert not applied.model.module.training
+    again = quick().restructure(lively(TinyNet(width=4), seed=9), applied.decisions)
+    again.load_state_dict(applied.model.module.state_dict(), strict=True)
+    images = torch.from_numpy(tiny_base().inputs[0])
+    assert torch.equal(again(images), applied.model.module(images))
+
+
+def test_an_interrupted_distillation_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    def interrupt(done: float, total: float, note: str = "") -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    pass_, base = quick(augment="affine"), tiny_base()
+    with pytest.raises(KeyboardInterrupt):
+        pass_.apply(student(), context_of(base, tmp_path, interrupt))
+    resumed, whole = (
+        pass_.apply(student(), context_of(base, folder)).model for folder in (tmp_path, tmp_path / "whole")
+    )
+    assert isinstance(resumed, TorchModel)
+    assert isinstance(whole, TorchModel)
+    for name, value in resumed.module.state_dict().items():
+        assert torch.equal(value, whole.module.state_dict()[name]), name
+
+
+def test_progress_is_told_with_epoch_and_loss(tmp_path: Path) -> None:
+    told: list[tuple[float, float, str]] = []
+    context = context_of(tiny_base(), tmp_path, lambda done, total, note="": told.append((done, total, note)))
+    quick(epochs=2).apply(student(), context)
+    assert [done for done, _, _ in told] == list(range(1, 9))
+    assert {total for _, total, _ in told} == {8}
+    assert told[-1][2].startswith("epoch 2/2, loss ")
+
+
+def test_alpha_adds_the_hard_labels(tmp_path: Path) -> None:
+    base = tiny_base()
+    right = quick(alpha=1.0, epochs=15).apply(student(), context_of(base, tmp_path / "labels")).model
+    like = quick(alpha=0.0, epochs=15).apply(student(), context_of(base, tmp_path / "teacher")).model
+    assert isinstance(right, TorchModel)
+    assert isinstance(like, TorchModel)
+    images = torch.from_numpy(base.inputs[0])
+    accuracy = [(model.module(images).argmax(1).numpy() == base.labels).mean() for model in (right, like)]
+    assert accuracy[0] > 0.95 > accuracy[1], "the random teacher is often wrong, the labels never"
+
+
+def test_a_base_without_classes_is_distilled_by_cosine(tmp_path: Path) -> None:
+    base = replace(tiny_base(), labels=None, spec=EMBEDDINGS)
+    model = student(EMBEDDINGS)
+    applied = quick().apply(model, context_of(base, tmp_path))
+    assert isinstance(applied.model, TorchModel)
+    assert applied.decisions["loss"] == "cosine"
+    assert distance(base, applied.model.module, "cosine") < 0.3 < distance(base, model.module, "cosine")
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 2), nn.Linear(4, 3)
+
+    def forward(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.first(values), self.second(values)
+
+
+def test_every_output_is_matched(tmp_path: Path) -> None:
+    spec = InputSpec((Field("values", "float32", (4,)),), (Field("a", "float32", (2,)), Field("b", "float32", (3,))))
+    values = np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32)
+    base = TinyBase(lively(TwoHeads(), seed=1), (values,), None, spec)
+    applied = quick(loss="mse", epochs=100).apply(
+        TorchModel(lively(TwoHeads(), seed=2), spec), context_of(base, tmp_path)
+    )
+    assert isinstance(applied.model, TorchModel)
+    given, wanted = applied.model.module(torch.from_numpy(values)), base.build()(torch.from_numpy(values))
+    for ours, theirs in zip(given, wanted, strict=True):
+        assert (ours - theirs).abs().max() < 0.1
+
+
+def test_zeros_of_a_sparse_student_survive(tmp_path: Path) -> None:
+    model = student()
+    with torch.no_grad():
+        model.module.get_parameter("conv.weight")[0] = 0
+    applied = quick(epochs=2).apply(model, context_of(tiny_base(), tmp_path))
+    assert isinstance(applied.model, TorchModel)
+    assert applied.model.module.get_parameter("conv.weight")[0].count_nonzero() == 0
+
+
+def test_what_does_not_fit_the_base_is_refused_before_training(tmp_path: Path) -> None:
+    vectors = InputSpec((Field("values", "float32", (4,)),), IMAGES.outputs, IMAGES.labels)
+    context = context_of(tiny_base(), tmp_path)
+    with pytest.raises(PassFailed, match=r"distill.alpha is 0.5, but the base has no classes"):
+        quick(alpha=0.5).apply(student(EMBEDDINGS), context)
+    with pytest.raises(PassFailed, match=r"distill.augment is 'shift', but no input is an image .*values \[4\]"):
+        quick(augment="shift").apply(student(vectors), context)
+    with pytest.raises(PassFailed, match=r"distill.alpha is 0.5, but the train split has no labels"):
+        quick(alpha=0.5).apply(student(), context_of(replace(tiny_base(), labels=None), tmp_path))
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"alpha": 1.1}, {"temperature": 0}, {"warmup": 1}, {"lr": 1}])
+def test_wrong_options_are_refused_when_the_config_is_read(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        Distill.model_validate(wrong)
