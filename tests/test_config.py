@@ -1,0 +1,118 @@
+"""The config file: what is accepted, and that every mistake is one clear line with its place in the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from service.config import GateConfig, ServiceConfig, read_config
+from service.errors import ConfigError
+
+GOOD = """\
+base: digits
+gate: {max_drop: 0.01}
+variants:
+  - name: float
+  - name: int8
+    passes:
+      - {kind: fold_bn}
+      - {kind: quantize_static}
+      - {kind: onnxruntime}
+    gate: {min_agreement: 0.9, on_fail: exclude}
+traffic:
+  weights: {float: 3, int8: 1}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "service.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_good_file_is_frozen_and_typed(tmp_path: Path) -> None:
+    config = read_config(write(tmp_path, GOOD))
+    assert [step.kind for step in config.variants[1].passes] == ["fold_bn", "quantize_static", "onnxruntime"]
+    assert config.gate_of(config.variants[0]) == GateConfig(max_drop=0.01)
+    assert config.gate_of(config.variants[1]) == GateConfig(min_agreement=0.9, on_fail="exclude")
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]
+
+
+MISTAKES = {
+    "misspelt key": ("traffic:", "trafic:", 11, "unknown key 'trafic'; did you mean 'traffic'?"),
+    "misspelt nested key": (
+        "max_drop: 0.01",
+        "max_dropp: 0.01",
+        2,
+        "unknown key 'max_dropp'; did you mean 'max_drop'?",
+    ),
+    "misspelt pass": ("kind: fold_bn", "kind: foldbn", 7, "unknown pass 'foldbn'; did you mean 'fold_bn'?"),
+    "misspelt option": ("quantize_static}", "quantize_static, observr: mse}", 8, "did you mean 'observer'?"),
+    "wrong option value": ("quantize_static}", "quantize_static, observer: best}", 8, "observer"),
+    "pass written as text": ("{kind: fold_bn}", "fold_bn", 7, "a pass is written {kind: NAME"),
+    "impossible order": (
+        "      - {kind: quantize_static}\n      - {kind: onnxruntime}",
+        "      - {kind: onnxruntime}\n      - {kind: quantize_static}",
+        8,
+        "'quantize_static' cannot come after 'onnxruntime'",
+    ),
+    "name used twice": ("name: int8", "name: float", 5, "the name 'float' is used twice"),
+    "bad name": ("name: int8", "name: 'int 8'", 5, "a name is 1-63 letters"),
+    "weight of a stranger": ("{float: 3,", "{flaot: 3,", 12, "names 'flaot', which is no variant"),
+    "no weight at all": ("{float: 3, int8: 1}", "{float: 0, int8: 0}", 12, "at least one weight must be above 0"),
+    "negative weight": ("float: 3", "float: -3", 12, "greater than or equal to 0"),
+    "missing base": ("base: digits\n", "", 1, "the key 'base' is missing"),
+    "key given twice": ("base: digits", "base: digits\nbase: other", 2, "key 'base' was given already on line 1"),
+    "not YAML": ("base: digits", "base: [digits", 2, "not valid YAML"),
+    "limit out of range": ("max_drop: 0.01", "max_drop: 5", 2, "(got 5)"),
+    "no threads": ("base: digits", "base: digits\nthreads: 0", 2, "threads must be 'auto' or at least 1"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "by", "line", "text"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_every_mistake_names_its_line_and_the_remedy(tmp_path: Path, wrong: str, by: str, line: int, text: str) -> None:
+    assert wrong in GOOD
+    path = write(tmp_path, GOOD.replace(wrong, by))
+    with pytest.raises(ConfigError) as error:
+        read_config(path)
+    assert str(error.value).startswith(f"{path}:{line}:")
+    assert text in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    text = GOOD.replace("traffic:", "trafic:").replace("max_drop", "maxdrop")
+    with pytest.raises(ConfigError) as error:
+        read_config(write(tmp_path, text))
+    assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text"])
+def test_a_file_that_is_no_mapping(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        read_config(write(tmp_path, text))
+
+
+def test_a_missing_or_binary_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the config"):
+        read_config(tmp_path / "absent.yaml")
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot read the config"):
+        read_config(binary)
+
+
+def test_the_shipped_config_is_valid_and_ships_the_promised_variants() -> None:
+    config = read_config(Path("models/digits.yaml"))
+    assert {"float", "onnx", "int8", "pruned", "pruned-int8"} <= {variant.name for variant in config.variants}
+
+
+def test_the_schema_describes_every_pass() -> None:
+    from service.config_errors import KINDS
+
+    schema = ServiceConfig.model_json_schema()
+    mapping = schema["$defs"]["VariantConfig"]["properties"]["passes"]["items"]["discriminator"]["mapping"]
+    assert set(mapping) == set(KINDS)
+    assert schema["additionalProperties"] is False

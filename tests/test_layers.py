@@ -1,0 +1,124 @@
+"""Rooms and floors: a file imports only from lower layers, read from the syntax tree."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# The first match counts; see docs/decisions for why the tools of passes have a layer of their own.
+LAYERS: tuple[tuple[str, int], ...] = (
+    ("service.errors", 0),
+    ("service.contracts", 0),
+    ("service.machine", 0),
+    ("service.yaml_source", 1),
+    ("service.telemetry.observations", 1),
+    ("service.telemetry.metrics", 2),
+    ("service.api.codecs", 1),
+    ("service.bases", 2),
+    ("service.compression.passes.base", 1),
+    ("service.compression.tools", 2),
+    ("service.compression.passes", 3),
+    ("service.compression.manifest", 1),
+    ("service.config_errors", 4),
+    ("service.config", 5),
+    ("service.backends", 6),
+    ("service.serving.batcher", 6),
+    ("service.serving.assembly", 6),
+    ("service.serving.costs", 6),
+    ("service.serving.device", 6),
+    ("service.compression", 7),
+    ("service.serving", 8),
+    ("service.bench", 9),
+    ("service.api", 9),
+    ("service.__main__", 10),
+    ("service", 0),
+)
+ONLY = {
+    "prometheus_client": {"service/telemetry/metrics.py"},
+    "fastapi": {"service/api/app.py"},
+    "uvicorn": {"service/api/server.py"},
+    "typer": {"service/__main__.py"},
+}
+LAZY = {
+    "torch",
+    "torchao",
+    "torch_pruning",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "transformers",
+    "optuna",
+    "ray",
+    "matplotlib",
+}
+MAY_IMPORT_AT_TOP = ("service/backends/", "service/compression/tools/")
+
+
+def files(*tops: str) -> list[Path]:
+    return [path for top in tops for path in sorted((ROOT / top).rglob("*.py"))]
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def layer_of(module: str) -> int:
+    return next(layer for prefix, layer in LAYERS if module == prefix or module.startswith(prefix + "."))
+
+
+def imports(tree: ast.Module, *, top_level: bool) -> Iterator[str]:
+    """Imported modules; type-checking blocks are no imports."""
+    for node in _walk(tree, top_level=top_level):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, "imports are absolute"
+            yield node.module
+
+
+def _walk(node: ast.AST, *, top_level: bool) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            continue
+        if top_level and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        yield child
+        yield from _walk(child, top_level=top_level)
+
+
+@pytest.mark.parametrize("path", files("service"), ids=name_of)
+def test_a_file_imports_only_from_lower_layers(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    own = layer_of(name_of(path))
+    for module in imports(tree, top_level=False):
+        if module == "service" or not module.startswith("service."):
+            continue
+        same_package = module.rpartition(".")[0] == name_of(path).rpartition(".")[0]
+        assert layer_of(module) < own or (same_package and layer_of(module) == own), f"{module} is not below"
+
+
+@pytest.mark.parametrize("path", files("service", "models"), ids=name_of)
+def test_libraries_stay_in_their_rooms(path: Path) -> None:
+    relative = path.relative_to(ROOT).as_posix()
+    tree = ast.parse(path.read_text())
+    roots = {module.partition(".")[0] for module in imports(tree, top_level=False)}
+    for library, allowed in ONLY.items():
+        assert library not in roots or relative in allowed, f"{library} belongs in {allowed}"
+    if relative.startswith("service/") and not relative.startswith(MAY_IMPORT_AT_TOP):
+        eager = {module.partition(".")[0] for module in imports(tree, top_level=True)} & LAZY
+        assert not eager, f"{eager} must be imported where it is needed"
+    if relative.startswith("models/"):
+        assert "service" not in roots
+    assert path.name not in {"utils.py", "util.py", "helpers.py", "common.py"}
+
+
+@pytest.mark.parametrize("path", files("service/compression/passes"), ids=name_of)
+def test_a_pass_imports_no_other_pass(path: Path) -> None:
+    if path.name in {"__init__.py", "composition.py"}:
+        return
+    for module in imports(ast.parse(path.read_text()), top_level=False):
+        assert not module.startswith("service.compression.passes") or module == "service.compression.passes.base"
