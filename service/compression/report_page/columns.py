@@ -1,0 +1,143 @@
+"""The columns of the report's tables: one definition for the terminal and the page, units included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from service.compression.report_page.summary import Measure, Measured
+
+ABSENT = "–"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of numbers: its title, what it means in a sentence, and the text of its cell."""
+
+    title: str
+    meaning: str
+    cell: Callable[[Measured], str]
+
+
+def share(value: float | None) -> str:
+    """A share as per cent with two decimals; a dash where it was not measured."""
+    return ABSENT if value is None else f"{100 * value:.2f} %"
+
+
+def amount(value: float, unit: str = "") -> str:
+    """Three significant digits with a decimal prefix: `1.23 M`, `48.0 kB`."""
+    for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= 0.9995 * size:
+            return f"{_three_digits(value / size)} {prefix}{unit}"
+    return f"{value:.0f} {unit}".rstrip()
+
+
+def ratio(value: float) -> str:
+    """A gain, as in `4.20×`."""
+    return f"{_three_digits(value) if value >= 1 else format(value, '.2f')}×"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or minutes and seconds from two minutes on."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{int(round(seconds) // 60)} min {int(round(seconds) % 60)} s"
+
+
+def score(measured: Measured) -> str:
+    """The score with its 95 % confidence interval, in per cent."""
+    quality = measured.quality
+    if quality.score is None:
+        return ABSENT
+    if quality.score_low is None or quality.score_high is None:
+        return f"{100 * quality.score:.2f}"
+    return f"{100 * quality.score:.2f} [{100 * quality.score_low:.2f}, {100 * quality.score_high:.2f}]"
+
+
+def drop(measured: Measured) -> str:
+    """Points lost against the base; a gain has a minus sign."""
+    return ABSENT if measured.drop is None else f"{measured.drop + 0.0:.2f}".replace("-0.00", "0.00").replace("-", "−")
+
+
+def _divergence(measured: Measured) -> str:
+    kl = measured.quality.kl
+    if kl is None:
+        return ABSENT
+    return "<0.0001" if 0 < kl < 0.0001 else f"{kl:.4f}"
+
+
+def milliseconds(value: float | None) -> str:
+    """A latency with three significant digits; a dash where it was not measured."""
+    return ABSENT if value is None else _three_digits(value)
+
+
+def _three_digits(value: float) -> str:
+    magnitude = abs(value)
+    if magnitude >= 99.95:
+        return f"{value:,.0f}"
+    if magnitude >= 9.995:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if magnitude >= 0.9995 else f"{value:.3f}"
+
+
+def _latency(rows: int) -> Column:
+    return Column(
+        f"ms at {rows}",
+        f"median milliseconds for a batch of {rows} row{'s' if rows > 1 else ''}",
+        lambda item: milliseconds(item.quality.latency_ms.get(rows)),
+    )
+
+
+SCORE = Column("score % [95 % CI]", "the base's own score on the gate split, with its 95 % confidence interval", score)
+DROP = Column("drop, points", "points of score lost against the base; minus means better than the base", drop)
+AGREEMENT = Column(
+    "agreement", "share of rows with the same top class as the base", lambda item: share(item.quality.agreement)
+)
+KL = Column("KL, nats", "mean divergence of the class probabilities from the base's", _divergence)
+COSINE = Column(
+    "cosine", "mean cosine similarity of the outputs to the base's", lambda item: f"{item.quality.cosine:.4f}"
+)
+SIZE = Column("size", "bytes on disk", lambda item: amount(item.quality.disk_bytes, "B"))
+PARAMETERS = Column("params", "number of parameters", lambda item: amount(item.quality.parameters))
+MACS = Column("MACs", "multiply-accumulates per row, whatever their precision", lambda item: amount(item.quality.macs))
+THROUGHPUT = Column(
+    "rows/s", "rows per second at the best of the measured batch sizes", lambda item: f"{item.quality.throughput:,.0f}"
+)
+GAIN = Column("gain", "throughput over that of the base", lambda item: ratio(item.gain))
+MEMORY = Column(
+    "memory",
+    "peak resident memory that loading and running adds to the process",
+    lambda item: amount(item.quality.peak_memory_bytes, "B"),
+)
+BUILD = Column(
+    "build",
+    "time to apply the passes, measuring excluded; passes that variants share are built once",
+    lambda item: duration(item.seconds),
+)
+
+_BY_MEASURE: dict[Measure, tuple[Column, ...]] = {
+    "score": (SCORE, DROP, AGREEMENT, KL, COSINE),
+    "agreement": (AGREEMENT, KL, COSINE),
+    "cosine": (COSINE,),
+}
+
+
+def answers(measure: Measure) -> tuple[Column, ...]:
+    """Whether a variant still answers right; what the base cannot measure (no labels, no classes) has no column."""
+    return _BY_MEASURE[measure]
+
+
+def speed(batches: Sequence[int]) -> tuple[Column, ...]:
+    """How fast a variant is; latency at each of these batch sizes."""
+    return (*map(_latency, batches), THROUGHPUT, GAIN)
+
+
+FOOTPRINT = (SIZE, PARAMETERS, MACS, MEMORY, BUILD)
+"""What a variant takes besides time to answer."""
+
+
+def waterfall(measure: Measure, batches: Sequence[int]) -> tuple[Column, ...]:
+    """What each pass brought; latency at 8 rows, or at the batch size next to it."""
+    quality = [column for column in answers(measure) if column in {SCORE, AGREEMENT, COSINE}][:2]
+    nearest = sorted(batches, key=lambda rows: (abs(rows - 8), rows))[:1]
+    return (*quality, *map(_latency, nearest), GAIN, SIZE, BUILD)

@@ -1,0 +1,191 @@
+"""What the report says, before anyone decides how it looks.
+
+Terminal and page must never disagree, so gains, drops and above all the choice of the cheapest variant that still
+answers right are computed here, once, from the manifests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from service.compression.manifest import Manifest, Quality, VariantReport
+
+Measure = Literal["score", "agreement", "cosine"]
+State = Literal["serving", "excluded", "reference"]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The quality of one artifact beside that of its base; `seconds` is the time that building it took."""
+
+    label: str
+    quality: Quality
+    base: Quality
+    seconds: float
+    simulated: bool
+
+    @property
+    def gain(self) -> float:
+        """Throughput over that of the base."""
+        return self.quality.throughput / self.base.throughput
+
+    @property
+    def shrinkage(self) -> float:
+        """Size of the base on disk over that of the artifact."""
+        return self.base.disk_bytes / max(1, self.quality.disk_bytes)
+
+    @property
+    def drop(self) -> float | None:
+        """Points of score (hundredths) lost against the base; negative where the artifact is better."""
+        if self.quality.score is None or self.base.score is None:
+            return None
+        return 100 * (self.base.score - self.quality.score)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass of a variant, and what the variant was worth after it."""
+
+    measured: Measured
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A row of the report. `number` marks the variant in the plots; the reference row of the bare base has 0."""
+
+    number: int
+    name: str
+    state: State
+    reason: str | None
+    measured: Measured
+    steps: tuple[Step, ...]
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """The labels of its passes, simulated ones marked."""
+        return tuple(step.measured.label for step in self.steps[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Yardstick:
+    """The number by which answers are called right, and by how much (a share of 1) it may fall short."""
+
+    measure: Measure
+    tolerance: float
+
+    @property
+    def unit(self) -> Literal["%", ""]:
+        """Scores and agreement are shown in per cent, a cosine as it is."""
+        return "" if self.measure == "cosine" else "%"
+
+    @property
+    def scale(self) -> float:
+        """Factor from the measured number to the shown one."""
+        return 1.0 if self.measure == "cosine" else 100.0
+
+    def value(self, quality: Quality) -> float | None:
+        """The measured number, as it is shown."""
+        value: float | None = getattr(quality, self.measure)
+        return None if value is None else self.scale * value
+
+    def interval(self, quality: Quality) -> tuple[float, float] | None:
+        """The 95 % confidence interval as it is shown; only scores have one."""
+        if self.measure != "score" or quality.score_low is None or quality.score_high is None:
+            return None
+        return self.scale * quality.score_low, self.scale * quality.score_high
+
+    def floor(self, base: Quality) -> float | None:
+        """The least value, as it is shown, that counts as a right answer. A base agrees with itself by definition."""
+        value = self.value(base) if self.measure == "score" else self.scale
+        return None if value is None else value - self.scale * self.tolerance
+
+    def accepts(self, measured: Measured) -> bool:
+        """Whether the variant still answers right; rounding of the stored numbers is forgiven."""
+        value, floor = self.value(measured.quality), self.floor(measured.base)
+        return value is not None and floor is not None and value >= floor - 1e-9
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything that the report shows, in the order in which the variants were given."""
+
+    base: str
+    variants: tuple[Variant, ...]
+    yardstick: Yardstick
+
+    @cached_property
+    def manifests(self) -> tuple[Manifest, ...]:
+        """Every artifact in the report, those shared by several variants once."""
+        every = (step.manifest for variant in self.variants for step in variant.steps)
+        return tuple({manifest.key: manifest for manifest in every}.values())
+
+    @cached_property
+    def batches(self) -> tuple[int, ...]:
+        """The batch sizes at which latency was measured."""
+        return tuple(sorted({rows for variant in self.variants for rows in variant.measured.quality.latency_ms}))
+
+    @cached_property
+    def reference(self) -> Measured:
+        """The uncompressed base, as the first variant met it."""
+        return self.variants[0].steps[0].measured
+
+    @cached_property
+    def cheapest(self) -> Variant | None:
+        """The compressed variant with the most rows per second that serves, answers right and beats the base."""
+        able = [item for item in self.variants if item.state == "serving" and self.yardstick.accepts(item.measured)]
+        best = max(able, key=lambda item: item.measured.quality.throughput, default=None)
+        return best if best is not None and best.passes and best.measured.gain > 1 else None
+
+
+def summarise(reports: Sequence[VariantReport]) -> Summary:
+    """Compute what the report shows. A reference row of the bare base is put first unless a variant is just that.
+
+    Raises:
+        ValueError: there is no variant to report.
+    """
+    if not reports:
+        raise ValueError("nothing to report: the list of variants is empty; build at least one variant first")
+    variants = [_variant(number, report) for number, report in enumerate(reports, start=1)]
+    if all(variant.passes for variant in variants):
+        reference = variants[0].steps[0]
+        name = f"base ({reference.manifest.base})"
+        variants.insert(0, Variant(0, name, "reference", None, reference.measured, (reference,)))
+    return Summary(reports[0].chain[0].base, tuple(variants), _yardstick(reports))
+
+
+def _variant(number: int, report: VariantReport) -> Variant:
+    base = report.chain[0].quality
+    steps = tuple(Step(_measured(manifest, base), manifest) for manifest in report.chain)
+    whole = Measured(
+        label=report.name,
+        quality=report.quality,
+        base=base,
+        seconds=sum(manifest.seconds for manifest in report.chain),
+        simulated=any(manifest.simulated for manifest in report.chain),
+    )
+    return Variant(number, report.name, report.state, report.reason, whole, steps)
+
+
+def _measured(manifest: Manifest, base: Quality) -> Measured:
+    label = manifest.kind or "base"
+    return Measured(
+        label=f"{label} (simulated)" if manifest.simulated else label,
+        quality=manifest.quality,
+        base=base,
+        seconds=manifest.seconds,
+        simulated=manifest.simulated,
+    )
+
+
+def _yardstick(reports: Sequence[VariantReport]) -> Yardstick:
+    """Labels decide where there are any, the same answers as the base's otherwise."""
+    qualities = [manifest.quality for report in reports for manifest in report.chain]
+    if all(quality.score is not None for quality in qualities):
+        return Yardstick("score", 0.005)
+    if all(quality.agreement is not None for quality in qualities):
+        return Yardstick("agreement", 0.005)
+    return Yardstick("cosine", 0.01)
