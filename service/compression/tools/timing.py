@@ -14,7 +14,7 @@ from contextlib import contextmanager
 LEAST_ROUNDS = 5
 
 
-def seconds_per_call(ways: Mapping[str, Callable[[], object]], seconds: float = 1.0) -> dict[str, float]:
+def seconds_per_call(ways: Mapping[str, Callable[[], object]], seconds: float = 0.5) -> dict[str, float]:
     """Median seconds of one call of each way, interleaved for about `seconds` in all after two calls of warm-up."""
     for _ in range(2):
         for run in ways.values():
