@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from service.api.codecs.open_inference import InferDecoder, encode_infer
@@ -139,14 +139,21 @@ def test_bf16_is_the_upper_half_of_a_float32(dtype: str, *, same: bool, patterns
 
 
 @few
-@given(value=st.floats(width=32, allow_nan=False))
-def test_bf16_rounds_to_nearest_even(value: float) -> None:
+@given(bits=st.integers(0, 2**32 - 1))
+@example(bits=0x3F80_8000)  # a tie above an even pattern: down
+@example(bits=0x3F81_8000)  # a tie above an odd pattern: up
+@example(bits=0x7F7F_FFFF)  # the largest float32: infinity
+@example(bits=0xFF80_0001)  # a NaN whose payload is all in the half cut off
+def test_bf16_rounds_to_nearest_even_and_keeps_nan(bits: int) -> None:
     decoded = InferDecoder(spec("bfloat16")).decode(*request("BF16", (1, 1), binary=b"\0\0"))
-    reply = encode_infer(decoded.options, (np.array([[value]], dtype=np.float32),), "m", "1")
+    value = np.frombuffer(struct.pack("<I", bits), "<f4").reshape(1, 1)
+    reply = encode_infer(decoded.options, (value,), "m", "1")
     (found,) = struct.unpack("<H", reply.body[reply.json_length :])
-    (bits,) = struct.unpack("<I", struct.pack("<f", value))
-    below, half = bits >> 16, bits & 0xFFFF
-    assert found == (below + 1 if half > 0x8000 or (half == 0x8000 and below % 2) else below)
+    above, below = bits >> 16, bits & 0xFFFF
+    if bits & 0x7FFF_FFFF > 0x7F80_0000:
+        assert found == above | 0x40
+    else:
+        assert found == (above + 1 if below > 0x8000 or (below == 0x8000 and above % 2) else above)
 
 
 def test_half_floats_widen_exactly_into_a_float32_field() -> None:

@@ -107,7 +107,8 @@ BAD_JSON = {
     "data and size": (x(parameters={"binary_data_size": 24}), "'x' has both 'data' and"),
     "size negative": (x(data=..., parameters={"binary_data_size": -1}), "'binary_data_size' must be an integer"),
     "size boolean": (x(data=..., parameters={"binary_data_size": True}), "'binary_data_size' must be an integer"),
-    "size wrong": (x(data=..., parameters={"binary_data_size": 23}), "FP32 of shape [2, 3] takes 24"),
+    "size too small": (x(data=..., parameters={"binary_data_size": 23}), "FP32 of shape [2, 3] takes 24"),
+    "size too large": (x(data=..., parameters={"binary_data_size": 25}), "FP32 of shape [2, 3] takes 24"),
     "parameters": (x(parameters=[1]), "'parameters' must be an object"),
     "shared memory": (x(data=..., parameters={"shared_memory_region": "r"}), "shared memory is not offered"),
     "id": (ask(id=7), "'id' must be a string"),
@@ -145,6 +146,7 @@ BAD_BINARY = {
         "'text' announces 13 bytes, only 12",
     ),
     "no bytes": (json_body(X_SENT, IDS_JSON, TEXT_SENT), b"", "'x' announces 24 bytes, only 0"),
+    "no bytes, first in the JSON": (json_body(TEXT_SENT, X_SENT, IDS_JSON), b"", "'text' announces 13 bytes, only 0"),
     "left over": (json_body(X_SENT, IDS_JSON, TEXT_SENT), X_BYTES + TEXT_BYTES + b"!!", "2 bytes are left over"),
     "left over without binary": (ask(), b"!", "1 bytes are left over"),
     "element too long": (
