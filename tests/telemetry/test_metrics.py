@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 import timeit
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from prometheus_client.samples import Sample
 
 from service.errors import QueueFull, ServiceError
 from service.telemetry.metrics import FACTS, REQUESTS, TRAFFIC, TRITON_REASONS, Metrics
-from service.telemetry.observations import OUTCOMES, SECONDS, Histogram, VariantFacts, VariantMetrics
+from service.telemetry.observations import OUTCOMES, SECONDS, VariantFacts, VariantMetrics
 
 FACTS_OF_INT8 = VariantFacts(
     passes=("fold_bn", "quantize_static"),
@@ -193,11 +195,14 @@ def test_reading_while_writing_keeps_every_page_consistent() -> None:
         writer.join()
 
 
-def test_observing_costs_well_under_a_hundredth_of_a_request() -> None:
-    # A request costs a Python server at least 200 us; the bound leaves a factor of five for a busy machine.
+def cost(call: Callable[[], None]) -> float:
+    """CPU seconds per call, the least of some tries: what other processes do does not count."""
+    return min(timeit.repeat(call, number=2000, repeat=5, timer=time.thread_time)) / 2000
+
+
+def test_observing_costs_under_a_hundredth_of_a_request() -> None:
+    # A request costs a Python server at least 200 us of CPU time.
     variant = VariantMetrics("a", VariantFacts())
-    waits = [0.001] * 8
-    request = min(timeit.repeat(lambda: variant.request_done("ok", 0.01), number=5000, repeat=5)) / 5000
-    batch = min(timeit.repeat(lambda: variant.batch_done(8, 0, 0.01, waits), number=1000, repeat=5)) / 1000
-    assert request + batch / 8 < 2e-6
-    assert Histogram(SECONDS).count == 0
+    request = cost(lambda: variant.request_done("ok", 0.01))
+    alone = cost(lambda: variant.batch_done(1, 0, 0.01, [0.001]))
+    assert request + alone < 2e-6

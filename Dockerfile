@@ -1,0 +1,42 @@
+# leanserve on a CPU. One stage: every dependency comes as a wheel, so there is no compiler that a second stage could
+# leave behind.
+#
+#   docker build -t leanserve .
+#   docker run --rm -p 8000:8000 -v leanserve-cache:/var/cache/leanserve leanserve
+#
+# PyPI's torch for Linux carries CUDA; PyTorch's own index has a CPU-only one that is gigabytes smaller:
+#   docker build -t leanserve --build-arg TORCH_INDEX_URL=ADDRESS .
+FROM python:3.11-slim
+
+ENV PYTHONUNBUFFERED=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_ROOT_USER_ACTION=ignore
+
+WORKDIR /src
+
+# Slowest to change first: torch, then the other dependencies (installed for a package that is still empty), then us.
+ARG TORCH_INDEX_URL=""
+RUN pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "torch>=2.11,<2.14"
+COPY pyproject.toml README.md LICENSE ./
+COPY service/__init__.py service/
+RUN mkdir models && pip install ".[cpu]"
+COPY service service
+COPY models models
+RUN pip install --no-deps --force-reinstall .
+
+RUN useradd --create-home --uid 10001 leanserve \
+    && install -d -o leanserve -g leanserve /var/cache/leanserve
+USER leanserve
+WORKDIR /app
+COPY models models
+ENV LEANSERVE_CACHE=/var/cache/leanserve
+VOLUME /var/cache/leanserve
+
+EXPOSE 8000
+# A first start builds every variant before it is ready, hence the long start period; urlopen raises on a 503.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/readyz', timeout=3)"]
+
+ENTRYPOINT ["leanserve"]
+CMD ["serve", "--config", "models/digits.yaml", "--host", "0.0.0.0", "--port", "8000"]

@@ -1,0 +1,134 @@
+"""What is deployed fits together: the dashboard asks only for metrics that exist, compose and image agree."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.telemetry.metrics import Metrics
+from service.telemetry.observations import VariantFacts
+
+ROOT = Path(__file__).parents[1]
+DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/variants.json").read_text())
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+OWN_NAME = re.compile(r"\b(?:leanserve|nv)_[a-z_]+")
+needs_promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="promtool (Prometheus) is not installed")
+
+
+@pytest.fixture(scope="module")
+def exported() -> dict[str, set[str]]:
+    """Sample name -> label names of the page of one variant with traffic."""
+    metrics = Metrics("digits")
+    variant = metrics.add("int8", VariantFacts(passes=("cast",), quality={"score": 1.0}, build_seconds=(1.0,)))
+    variant.request_done("ok", 0.1)
+    variant.batch_done(1, 0, 0.1, [0.1])
+    page = metrics.render()[0].decode()
+    samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+    return {sample.name: set(sample.labels) for sample in samples}
+
+
+def expressions() -> list[str]:
+    return [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+
+
+def test_dashboard_asks_only_for_exported_metrics_and_labels(exported: dict[str, set[str]]) -> None:
+    asked = {name for expression in expressions() for name in OWN_NAME.findall(expression)}
+    assert len(asked) >= 10
+    assert asked <= set(exported)
+    for expression in expressions():
+        for name, selector in re.findall(r"((?:leanserve|nv)_[a-z_]+)\{([^}]*)\}", expression):
+            assert set(re.findall(r"(\w+)[!=]?[=~]", selector)) <= exported[name], expression
+
+
+def test_variables_of_the_dashboard_ask_only_for_exported_metrics(exported: dict[str, set[str]]) -> None:
+    queries = [variable["query"]["query"] for variable in DASHBOARD["templating"]["list"]]
+    assert [variable["name"] for variable in DASHBOARD["templating"]["list"]] == ["model", "version"]
+    for query in queries:
+        name, label = re.fullmatch(r"label_values\((\w+)(?:\{.*\})?, (\w+)\)", query).groups()  # type: ignore[union-attr]
+        assert label in exported[name]
+
+
+def test_documentation_names_every_exported_metric_and_no_other(exported: dict[str, set[str]]) -> None:
+    page = (ROOT / "docs/metrics.md").read_text()
+    documented = set(OWN_NAME.findall(page))
+    histograms = {name.removesuffix("_bucket") for name, labels in exported.items() if "le" in labels}
+    parts = {f"{name}_{part}" for name in histograms for part in ("bucket", "sum", "count")}
+    own = {name for name in (exported.keys() - parts) | histograms if OWN_NAME.fullmatch(name)}
+    assert own <= documented
+    assert documented <= own | parts
+
+
+def test_panels_use_the_provisioned_datasource_and_do_not_overlap() -> None:
+    (source,) = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())[
+        "datasources"
+    ]
+    cells: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        assert panel["datasource"]["uid"] == source["uid"]
+        at = panel["gridPos"]
+        covered = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not covered & cells, panel["title"]
+        assert at["x"] + at["w"] <= 24
+        cells |= covered
+
+
+@needs_promtool
+def test_every_expression_is_valid_promql(tmp_path: Path) -> None:
+    parsed = [re.sub(r"\$__rate_interval", "1m", expression) for expression in expressions()]
+    rules = [{"record": f"panel:{at}", "expr": expression} for at, expression in enumerate(parsed)]
+    file = tmp_path / "rules.yml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+    done = subprocess.run(["promtool", "check", "rules", file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+def test_prometheus_config_is_valid() -> None:
+    file = ROOT / "deploy/prometheus/prometheus.yml"
+    done = subprocess.run(["promtool", "check", "config", file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_compose_is_wired() -> None:
+    services: dict[str, Any] = COMPOSE["services"]
+    assert set(services) == {"leanserve", "prometheus", "grafana"}
+    for name in ("prometheus", "grafana"):
+        assert re.search(r":v?\d+\.\d+\.\d+$", services[name]["image"]), "image tags are pinned"
+    for service in services.values():
+        for volume in service["volumes"]:
+            source = volume.split(":")[0]
+            assert (ROOT / source).exists() if source.startswith(".") else source in COMPOSE["volumes"]
+    scrape = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["scrape_configs"][0]
+    assert scrape["static_configs"] == [{"targets": ["leanserve:8000"]}]
+    home = services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert (ROOT / "deploy/grafana/dashboards" / Path(home).name).exists()
+
+
+def test_image_runs_as_a_user_with_a_cache_volume_and_a_health_check() -> None:
+    assert "leanserve-cache:/var/cache/leanserve" in COMPOSE["services"]["leanserve"]["volumes"]
+    for line in ("USER leanserve", "ENV LEANSERVE_CACHE=/var/cache/leanserve", "VOLUME /var/cache/leanserve"):
+        assert line in DOCKERFILE.splitlines()
+    health = re.search(r"HEALTHCHECK .*?CMD (\[.*?\])\n", DOCKERFILE, re.DOTALL)
+    assert health
+    assert "/readyz" in json.loads(health[1])[2]
+    assert re.search(r'^ENTRYPOINT \["leanserve"\]$', DOCKERFILE, re.MULTILINE)
+    command = re.search(r"^CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)
+    assert command
+    assert json.loads(command[1])[0] == "serve"
+
+
+def test_build_context_holds_everything_the_image_copies() -> None:
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {
+        Path(source).parts[0] for line in re.findall(r"^COPY (.*)$", DOCKERFILE, re.M) for source in line.split()[:-1]
+    }
+    assert copied == allowed
