@@ -37,7 +37,8 @@ def create_app(fleet: Fleet) -> HotPath:
     app.add_exception_handler(RequestValidationError, _validation_error)
 
     def add_route(path: str, endpoint: Callable[..., Any]) -> None:
-        app.add_api_route(path, endpoint, methods=["GET", "HEAD"], response_model=None)
+        app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+        app.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
 
     async def healthz() -> Json:
         """200 while the process lives."""

@@ -1,0 +1,277 @@
+"""The HTTP service over a fleet of scripted variants: replies, refusals, stickiness, metrics, draining."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from io import BytesIO
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.api.app import create_app
+from service.api.codecs.image import ImageCodec
+from service.compression.manifest import Manifest, Quality, VariantReport
+from service.config import ServiceConfig
+from service.contracts import Array, Arrays, Codec, Data, Field, InputSpec, Split
+from service.serving.device import Device
+from service.serving.fleet import Fleet
+
+LABELS = ("zero", "one", "two", "three")
+SPEC = InputSpec((Field("image", "float32", (1, 2, 2)),), (Field("logits", "float32", (4,)),), LABELS)
+
+
+class PixelBase:
+    """A base whose answer is the position of the brightest of four pixels."""
+
+    name = "pixels"
+    spec = SPEC
+    codec: Codec = ImageCodec(mode="L", size=(2, 2), mean=(0.0,), std=(1.0,), labels=LABELS)
+    digest = "0"
+
+    def build(self) -> object:
+        raise NotImplementedError
+
+    def data(self, split: Split, n: int | None = None) -> Data:
+        raise NotImplementedError
+
+    def score(self, outputs: Arrays, labels: Array) -> float:
+        raise NotImplementedError
+
+
+class PixelBackend:
+    name = "pixel"
+    static_rows = False
+
+    def __init__(self, *, broken: bool = False) -> None:
+        self.broken = broken
+        self.closed = False
+
+    def run(self, batch: Arrays) -> Arrays:
+        if self.broken and batch[0].max() == 1.0:
+            raise RuntimeError("secret detail")
+        return (batch[0].reshape(len(batch[0]), 4) * 10,)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def report(name: str, reason: str | None = None) -> VariantReport:
+    quality = Quality(
+        samples=10,
+        score=1.0,
+        score_low=0.7,
+        score_high=1.0,
+        agreement=1.0,
+        kl=0.0,
+        cosine=1.0,
+        disk_bytes=10,
+        parameters=1,
+        macs=1,
+        latency_ms={1: 1.0},
+        throughput=1000.0,
+        peak_memory_bytes=1,
+    )
+    manifest = Manifest(
+        key=name,
+        parent=None,
+        base="pixels",
+        kind=None,
+        options={},
+        decisions={},
+        facts={},
+        simulated=False,
+        files={},
+        parameters=1,
+        macs=1,
+        seconds=0.0,
+        versions={},
+        isa=[],
+        quality=quality,
+        cpu="x",
+        threads=1,
+    )
+    return VariantReport(name=name, state="excluded" if reason else "serving", reason=reason, chain=(manifest,))
+
+
+CONFIG = {
+    "base": "pixels",
+    "variants": [{"name": "a"}, {"name": "b"}, {"name": "broken"}, {"name": "poor"}],
+    "traffic": {"weights": {"a": 1, "b": 1}},
+    "limits": {"body_bytes": 2000},
+}
+
+
+@asynccontextmanager
+async def client() -> AsyncIterator[tuple[httpx.AsyncClient, Fleet]]:
+    config = ServiceConfig.model_validate(CONFIG)
+    reports = [report("a"), report("b"), report("broken"), report("poor", "score 0.5 is 0.5 below the base's")]
+    fleet = Fleet(PixelBase(), config, reports, Device("cpu", 1))  # type: ignore[arg-type]
+    for variant in config.variants[:3]:
+        fleet.open(variant.name, lambda name=variant.name: PixelBackend(broken=name == "broken"), config.batch)  # type: ignore[misc]
+    app = create_app(fleet)
+    fleet.start(asyncio.get_running_loop())
+    try:
+        transport = httpx.ASGITransport(app)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            yield http, fleet
+    finally:
+        fleet.close()
+
+
+def run(scenario: Callable[[httpx.AsyncClient, Fleet], object]) -> None:
+    async def body() -> None:
+        async with client() as (http, fleet):
+            await scenario(http, fleet)  # type: ignore[misc]
+
+    asyncio.run(body())
+
+
+def picture(brightest: int, image_format: str = "PNG", value: int = 255) -> bytes:
+    pixels = np.zeros(4, np.uint8)
+    pixels[brightest] = value
+    buffer = BytesIO()
+    Image.fromarray(pixels.reshape(2, 2)).save(buffer, image_format)
+    return buffer.getvalue()
+
+
+PNG = {"content-type": "image/png"}
+
+
+def test_a_picture_gets_its_label_and_the_reply_says_who_answered_and_how() -> None:
+    async def scenario(http: httpx.AsyncClient, fleet: Fleet) -> None:
+        for index, label in enumerate(LABELS):
+            reply = await http.post("/v1/predict", content=picture(index), headers=PNG | {"x-variant": "b"})
+            body = reply.json()
+            assert reply.status_code == 200
+            assert body["label"] == label
+            assert set(body) == {"label", "scores", "variant", "queue_ms", "inference_ms", "batch_rows"}
+            assert body["variant"] == reply.headers["x-variant"] == "b"
+            assert set(body["scores"]) == set(LABELS)
+            assert sum(body["scores"].values()) == pytest.approx(1)
+            assert body["batch_rows"] == 1
+
+    run(scenario)
+
+
+def test_json_pixels_one_or_many() -> None:
+    async def scenario(http: httpx.AsyncClient, fleet: Fleet) -> None:
+        one = (await http.post("/v1/predict", json={"inputs": [[0, 0], [255, 0]]})).json()
+        assert one["label"] == "two"
+        many = (await http.post("/v1/predict", json={"inputs": [[[255, 0], [0, 0]], [[0, 0], [0, 255]]]})).json()
+        assert [item["label"] for item in many["predictions"]] == ["zero", "three"]
+        assert many["batch_rows"] == 2
+
+    run(scenario)
+
+
+def test_weights_stickiness_and_explicit_choice() -> None:
+    async def ask(http: httpx.AsyncClient, headers: dict[str, str]) -> str:
+        reply = await http.post("/v1/predict", json={"inputs": [[0, 0], [200, 0]]}, headers=headers)
+        return str(reply.json()["variant"])
+
+    async def scenario(http: httpx.AsyncClient, fleet: Fleet) -> None:
+        assert {await ask(http, {}) for _ in range(40)} == {"a", "b"}  # 'broken' has no weight, 'poor' does not serve
+        sticky = {key: {await ask(http, {"x-caller-key": key}) for _ in range(3)} for key in map(str, range(20))}
+        assert all(len(seen) == 1 for seen in sticky.values())
+        assert {name for seen in sticky.values() for name in seen} == {"a", "b"}
+        assert await ask(http, {"x-caller-key": "1", "x-variant": "broken"}) == "broken"
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "headers", "status", "text"),
+    [
+        ("/v1/predict", b"no picture", PNG, 400, ""),
+        ("/v1/predict", picture(0)[:-30], PNG, 400, ""),
+        ("/v1/predict", b'{"inputs": [[1, 2], [3]]}', {"content-type": "application/json"}, 400, ""),
+        ("/v1/predict", b"", {"content-type": "application/json"}, 400, ""),
+        ("/v1/predict", b"hello", {"content-type": "text/plain"}, 415, ""),
+        ("/v1/predict", b"x" * 2001, PNG, 413, "2001 bytes; at most 2000"),
+        (
+            "/v1/predict",
+            picture(0),
+            PNG | {"x-variant": "nobody"},
+            404,
+            "no variant 'nobody'; there are a, b, broken, poor",
+        ),
+        ("/v1/predict", picture(0), PNG | {"x-variant": "poor"}, 503, "excluded: score 0.5"),
+        ("/v1/predict", picture(0), PNG | {"x-variant": "broken"}, 500, "under id"),
+        ("/v1/nothing", b"", {}, 404, "no such path: /v1/nothing"),
+        ("/metrics", b"", {}, 405, "does not take POST"),
+    ],
+)
+def test_every_failure_is_one_error_text(
+    path: str, content: bytes, headers: dict[str, str], status: int, text: str
+) -> None:
+    async def scenario(http: httpx.AsyncClient, fleet: Fleet) -> None:
+        reply = await http.post(path, content=content, headers=headers)
+        assert reply.status_code == status
+        body = reply.json()
+        assert set(body) == {"error", "code"}
+        assert body["error"]
+        assert text in body["error"]
+        assert "secret" not in body["error"]
+
+    run(scenario)
+
+
+def test_predict_takes_post_only() -> None:
+    async def scenario(http: httpx.AsyncClient, fleet: Fleet) -> None:
+        reply = await http.get("/v1/predict")
+        assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
+        assert "takes POST" in reply.json()["error"]
+
+    run(scenario)
+
+
+def test_variants_health_openapi_and_readiness_while_draining() -> None:
+    async def scenario(http: httpx.AsyncClient, fleet: Fleet) -> None:
+        variants = (await http.get("/v1/variants")).json()["variants"]
+        assert [(item["name"], item["state"]) for item in variants] == [
+            ("a", "serving"),
+            ("b", "serving"),
+            ("broken", "serving"),
+            ("poor", "excluded"),
+        ]
+        assert variants[3]["reason"].startswith("score 0.5")
+        assert [item["traffic_share"] for item in variants] == [0.5, 0.5, 0, 0]
+        assert variants[0]["batch_rows"] in {1, 2, 4, 8, 16, 32}
+        assert "/v1/predict" in (await http.get("/openapi.json")).json()["paths"]
+        assert (await http.get("/docs")).status_code == 200
+        assert (await http.get("/readyz")).status_code == 200
+        fleet.draining = True
+        assert (await http.get("/readyz")).status_code == 503
+        assert (await http.get("/healthz")).status_code == 200
+        reply = await http.post("/v1/predict", content=picture(1), headers=PNG)
+        assert reply.status_code == 200  # draining refuses nobody who still comes
+
+    run(scenario)
+
+
+def test_metrics_count_what_happened() -> None:
+    async def scenario(http: httpx.AsyncClient, fleet: Fleet) -> None:
+        for _ in range(3):
+            await http.post("/v1/predict", content=picture(0), headers=PNG | {"x-variant": "a"})
+        await http.post("/v1/predict", content=picture(0), headers=PNG | {"x-variant": "broken"})
+        await http.post("/v1/predict", content=b"nonsense", headers=PNG | {"x-variant": "a"})
+        text = (await http.get("/metrics")).text
+        samples = {
+            (sample.name, sample.labels.get("version"), sample.labels.get("outcome")): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+        assert samples[("leanserve_requests_total", "a", "ok")] == 3
+        assert samples[("leanserve_requests_total", "a", "bad_input")] == 1
+        assert samples[("leanserve_requests_total", "broken", "backend_failed")] == 1
+        assert samples[("leanserve_batch_rows_sum", "a", None)] == 3
+        assert samples[("leanserve_inference_duration_seconds_count", "a", None)] == 3
+        assert samples[("leanserve_queue_duration_seconds_count", "a", None)] == 3
+        assert samples[("leanserve_device_busy_seconds_total", "a", None)] > 0
+
+    run(scenario)
