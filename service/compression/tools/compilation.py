@@ -7,12 +7,14 @@ its first batch (the warm-up); any further compilation is an error.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from service.contracts import InputSpec
 
@@ -66,17 +68,23 @@ class CompiledModule(nn.Module):
         graph = self._graphs.get(key)
         if graph is None:
             return self._first_run(key, inputs)
-        outputs: torch.Tensor | Tensors = graph(*inputs)
-        return outputs
+        try:
+            return cast("torch.Tensor | Tensors", graph(*inputs))
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            shapes = ", ".join(str(tuple(item.shape)) for item in inputs)
+            raise RecompiledError(
+                f"the compiled model would have to be compiled again for inputs of shape {shapes}; "
+                "was it compiled on this thread, with this number of threads?"
+            ) from error
 
     def _first_run(self, key: int, inputs: Tensors) -> torch.Tensor | Tensors:
         """Compile by running. A graph counts only once it has run, so that a failure can be tried again."""
         if not self._buckets:
             self._mark_dynamic(inputs)
         lowering = _OneGraph(self._options)
-        graph = torch.compile(self.inner, backend=lowering, fullgraph=True, dynamic=not self._buckets)
+        graph = torch.compile(self.inner, backend=lowering, fullgraph=True, dynamic=False)
         with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS, accumulated_recompile_limit=MOST_GRAPHS):
-            outputs: torch.Tensor | Tensors = graph(*inputs)
+            outputs = cast("torch.Tensor | Tensors", graph(*inputs))
         self._graphs[key] = graph
         return outputs
 
@@ -96,10 +104,15 @@ class _OneGraph:
         self._done = False
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        from torch._inductor.compile_fx import compile_fx
-
         if self._done:
-            shapes = [tuple(item.shape) if isinstance(item, torch.Tensor) else item for item in inputs]
-            raise RecompiledError(f"the compiled model would have to be compiled again, for inputs {shapes}")
+            raise RecompiledError("compiled a second time")
         self._done = True
-        return cast(Callable[..., Any], compile_fx(graph, inputs, config_patches=self._options))
+        return cast(Callable[..., Any], _inductor()(graph, inputs, config_patches=self._options))
+
+
+def _inductor() -> Callable[..., Any]:
+    with warnings.catch_warnings():
+        # Importing the inductor defines a scripted module of torch's own, which torch itself has deprecated.
+        warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)
+        from torch._inductor.compile_fx import compile_fx
+    return compile_fx
