@@ -6,8 +6,8 @@ The four splits share no image, but they do share writers: the 13 people behind 
 scores are those of known writers and would be lower for strangers.
 
 Model: `ResidualNet`, 3 stages of 3 blocks, widths 32/64/128; 1,084,010 parameters and 162 million multiply-accumulates
-per image. `python -m models.train_digits` trains the weights beside this file, on the split `train` alone. The committed
-ones (40 epochs, seed 0) reach 99.33 % on the gate and 99.67 % on the test split, of 300 images each.
+per image. `python -m models.train_digits` trains the weights beside this file, on the split `train` alone. Those
+committed (40 epochs, seed 0) reach 99.33 % on the gate and 99.67 % on the test split, of 300 images each.
 """
 
 from __future__ import annotations
