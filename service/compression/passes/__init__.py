@@ -8,13 +8,16 @@ from pydantic import Field
 
 from service.compression.passes.base import Pass
 from service.compression.passes.distill.distill import Distill
+from service.compression.passes.lowrank.lowrank_conv import LowrankConv
+from service.compression.passes.lowrank.lowrank_linear import LowrankLinear
 from service.compression.passes.precision.cast import Cast
+from service.compression.passes.prune.prune_channels import PruneChannels
 from service.compression.passes.runtime.channels_last import ChannelsLast
 from service.compression.passes.runtime.fold_bn import FoldBn
 from service.compression.passes.runtime.torch_compile import TorchCompile
 
 AnyPass = Annotated[
-    Distill | FoldBn | Cast | ChannelsLast | TorchCompile,
+    PruneChannels | LowrankConv | LowrankLinear | Distill | FoldBn | Cast | ChannelsLast | TorchCompile,
     Field(discriminator="kind"),
 ]
 

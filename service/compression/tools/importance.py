@@ -1,0 +1,55 @@
+"""How much each channel matters: the criteria by which structural pruning ranks them.
+
+The scores themselves come from torch-pruning, which sums them over all layers that share a channel and divides them by
+the group's mean, so that layers of different scale can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from service.contracts import Data, TorchModel
+from service.errors import PassFailed
+
+Importance: TypeAlias = Callable[[Any], Tensor | None]
+"""Channel scores [width] of a dependency group, or `None` where the criterion does not apply to it."""
+Criterion: TypeAlias = Literal["l1", "l2", "taylor", "bn_scale"]
+
+GRADIENT_ROWS = 32
+
+
+def importance_of(criterion: Criterion, model: TorchModel, data: Data | None) -> Importance:
+    """The importance of channels in `model`; `taylor` leaves gradients of the loss on labelled `data` in it.
+
+    Raises:
+        PassFailed: the criterion does not fit the model or the data.
+    """
+    from torch_pruning.pruner import importance
+
+    if criterion == "taylor":
+        _gradients(model, data)
+        return importance.GroupTaylorImportance()
+    if criterion == "bn_scale":
+        if not any(isinstance(child, nn.BatchNorm2d | nn.BatchNorm1d) for child in model.module.modules()):
+            raise PassFailed("importance: bn_scale ranks channels by batch norm, which this model has not; take l2")
+        slimming: Any = importance.BNScaleImportance
+        return cast(Importance, slimming())
+    return importance.GroupMagnitudeImportance(p=1 if criterion == "l1" else 2)
+
+
+def _gradients(model: TorchModel, data: Data | None) -> None:
+    """Sum the gradients of the cross entropy over `data` in the model's parameters."""
+    model.module.zero_grad()
+    for batch in data.batches(GRADIENT_ROWS) if data else ():
+        if batch.labels is None or not np.issubdtype(batch.labels.dtype, np.integer):
+            raise PassFailed("importance: taylor needs training data with class labels; take l1, l2 or bn_scale")
+        logits = tree_leaves(model.module(*(torch.tensor(array) for array in batch.inputs)))[0]
+        loss = F.cross_entropy(logits, torch.tensor(batch.labels).long(), reduction="sum")
+        torch.autograd.backward(loss)
