@@ -1,0 +1,86 @@
+"""Runs ONNX graphs with onnxruntime.
+
+A session keeps its own threads. By default they sleep between operators instead of spinning: several variants live in
+one process beside the event loop, and one spinning pool slows all that runs beside it many times (`docs/decisions`
+has the numbers). `spinning: on` spins within a batch only and stops at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnxruntime
+
+from service.contracts import Arrays, Json, OnnxModel
+from service.errors import StartupError
+
+LEVELS = {
+    "disable": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+ERRORS_ONLY = 3
+
+
+class OnnxRuntimeBackend:
+    """A `contracts.Backend`. What the pass `onnxruntime` decided is in `model.session`; `{}` stands for its defaults.
+
+    Denormals are flushed by the session's threads, and by the thread that opens the first session of the process: so
+    create backends on the device thread, and no session elsewhere.
+
+    Raises:
+        StartupError: the execution provider asked for is not active on this machine.
+    """
+
+    def __init__(self, model: OnnxModel, threads: int) -> None:
+        settings = model.session
+        provider = PROVIDERS[settings.get("provider", "cpu")]
+        _require(provider, onnxruntime.get_available_providers())
+        self._session = onnxruntime.InferenceSession(
+            str(model.path), _options(settings, threads), providers=list(dict.fromkeys([provider, PROVIDERS["cpu"]]))
+        )
+        _require(provider, self._session.get_providers())
+        self._inputs = [item.name for item in model.spec.fields]
+        self._outputs = [item.name for item in model.spec.outputs]
+
+    @property
+    def name(self) -> str:
+        return "onnxruntime"
+
+    @property
+    def static_rows(self) -> bool:
+        return False
+
+    def run(self, batch: Arrays) -> Arrays:
+        outputs: Any = self._session.run(self._outputs, dict(zip(self._inputs, batch, strict=True)))
+        return tuple(outputs)
+
+    def close(self) -> None:
+        """Free the session with its threads and memory."""
+        del self._session
+
+
+def _options(settings: Mapping[str, Json], threads: int) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    options.graph_optimization_level = LEVELS[settings.get("optimisation", "all")]
+    chosen = settings.get("threads", "auto")
+    options.intra_op_num_threads = threads if chosen == "auto" else chosen
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    spins = settings.get("spinning", "off") == "on"
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spins else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _require(provider: str, active: Sequence[str]) -> None:
+    """onnxruntime falls back to the CPU without a word; a variant measured as GPU must not run there."""
+    if provider not in active:
+        raise StartupError(
+            f"onnxruntime cannot use {provider} (active: {', '.join(active)}): install the extra 'gpu' instead of "
+            "'cpu' on a machine with a working driver, or set provider: cpu in the pass onnxruntime"
+        )

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from tiny_base import IMAGES, TinyNet, lively
+from tiny_encoder import TOKENS, TinyEncoder
+from torch import nn
+
+from service.compression.tools import lowering
+from service.compression.tools.lowering import export_onnx, feeds, open_session
+from service.contracts import Arrays, Field, InputSpec, OnnxModel, TorchModel
+from service.errors import PassFailed
+
+SMALL = InputSpec((Field("values", "float32", (4,)),), (Field("sums", "float32", (4,)),))
+
+
+@pytest.fixture(scope="module")
+def net() -> TorchModel:
+    return TorchModel(lively(TinyNet(), seed=1), IMAGES)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TorchModel:
+    return TorchModel(lively(TinyEncoder(), seed=1), TOKENS)
+
+
+@pytest.fixture(scope="module")
+def exported_encoder(encoder: TorchModel, tmp_path_factory: pytest.TempPathFactory) -> OnnxModel:
+    return export_onnx(encoder, tmp_path_factory.mktemp("encoder") / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def exported(net: TorchModel, tmp_path_factory: pytest.TempPathFactory) -> OnnxModel:
+    return export_onnx(net, tmp_path_factory.mktemp("net") / "model.onnx")
+
+
+def answers(model: OnnxModel, batch: Arrays) -> list[np.ndarray]:
+    return [np.asarray(output) for output in open_session(model.path).run(None, feeds(model.spec, batch))]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_any_number_of_rows_is_answered_as_by_the_module(net: TorchModel, exported: OnnxModel, rows: int) -> None:
+    batch = IMAGES.example(rows, seed=rows)
+    with torch.inference_mode():
+        expected = net.module(torch.from_numpy(batch[0])).numpy()
+    (got,) = answers(exported, batch)
+    assert np.allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (5, 23)])
+def test_any_length_of_tokens_is_answered(
+    encoder: TorchModel, exported_encoder: OnnxModel, rows: int, length: int
+) -> None:
+    ids, mask = TOKENS.example(rows, length, seed=3)
+    mask[:, 0] = 1
+    with torch.inference_mode():
+        expected = encoder.module(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
+    (got,) = answers(exported_encoder, (ids, mask))
+    assert np.allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_names_are_those_of_the_spec_and_of_the_layers(exported: OnnxModel) -> None:
+    graph = onnx.load(exported.path).graph
+    assert [item.name for item in graph.input] == ["image"]
+    assert [item.name for item in graph.output] == ["logits"]
+    names = [node.name for node in graph.node]
+    assert {"stem/Conv", "conv/Conv", "head/Gemm"} <= set(names)
+    assert len(set(names)) == len(names)
+
+
+def test_the_file_says_nothing_about_the_machine_that_made_it(exported: OnnxModel) -> None:
+    content = exported.path.read_bytes()
+    assert b".py" not in content
+    assert str(Path.cwd()).encode() not in content
+
+
+def test_the_same_model_gives_the_same_bytes_and_stays_as_it_was(
+    net: TorchModel, exported: OnnxModel, tmp_path: Path
+) -> None:
+    before = copy.deepcopy(net.module.state_dict())
+    again = export_onnx(net, tmp_path / "model.onnx")
+    assert again.path.read_bytes() == exported.path.read_bytes()
+    assert not net.module.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.module.state_dict().items())
+
+
+class Branching(nn.Module):
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values + 1 if values.sum() > 0 else values - 1
+
+
+class TwoRowsOnly(nn.Module):
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values.view(2, 4) + torch.arange(8.0).view(2, 4)
+
+
+class Noisy(nn.Module):
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(values, 0.5, training=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [(Branching(), "cannot be exported"), (TwoRowsOnly(), "cannot be exported"), (Noisy(), "differs")],
+)
+def test_what_cannot_be_exported_faithfully_is_refused(module: nn.Module, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(PassFailed, match=reason):
+        export_onnx(TorchModel(module.eval(), SMALL), tmp_path / "model.onnx")
+
+
+def test_a_model_too_large_for_one_file_is_refused_before_any_work(
+    net: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowering, "LARGEST_BYTES", 100)
+    with pytest.raises(PassFailed, match="single ONNX file"):
+        export_onnx(net, tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
