@@ -216,7 +216,8 @@ def _open_fleet(work: _Workplace) -> Fleet:
 
 def main() -> None:
     """Run the command line; a `StartupError` is printed without a stack and ends with status 2."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("service").setLevel(logging.INFO)
     # A supervisor's SIGTERM during building or loading must end the process like Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
