@@ -96,6 +96,29 @@ def test_output_approximation_beats_weight_approximation(scheme: Scheme, tmp_pat
     assert errors["output"] < 0.8 * errors["weight"]
 
 
+@pytest.mark.parametrize("scheme", SCHEME_NAMES)
+def test_fitted_outputs_keep_their_mean_and_rank_by_output_energy(scheme: Scheme) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 8, 3, padding=1)
+    images = torch.randn(60, 6, 9, 9) * torch.arange(1, 7)[:, None, None] + 2
+    with torch.no_grad():
+        wanted = conv(images)
+        split = SCHEMES[scheme](conv)
+        split.look(images, wanted)
+        bases = split.bases("output")
+        split.fill(bases, (2,) * split.ranks, bias=True)
+        split.compare(images, wanted)
+        split.refit()
+        given = nn.Sequential(*split.convs)(images)
+    assert torch.allclose(given.mean((0, 2, 3)), wanted.mean((0, 2, 3)), atol=1e-4)
+    if split.looks_at_output:
+        energies = torch.linalg.eigvalsh(wanted.movedim(1, 0).flatten(1).cov(correction=0).double()).flip(0)
+        assert torch.allclose(bases[-1].energies, energies, rtol=1e-3)
+    if split.looks_at_input:
+        # without data the energy is that of the weight
+        assert not torch.allclose(bases[0].energies, split.bases("weight")[0].energies, rtol=0.1)
+
+
 @pytest.mark.parametrize("approximate", ["weight", "output"])
 @pytest.mark.parametrize("scheme", SCHEME_NAMES)
 def test_structure_is_replayed_and_the_input_left_alone(

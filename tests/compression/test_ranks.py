@@ -35,7 +35,7 @@ def test_options_survive_a_dump_with_defaults_filled() -> None:
 def test_energy_keeps_the_lowest_rank_that_has_it() -> None:
     assert RankRule(energy=0.75, round_to=1).choose({"a": candidate(FALLING)}, 10_000, {}).ranks == {"a": (2,)}
     assert RankRule(energy=0.76, round_to=1).choose({"a": candidate(FALLING)}, 10_000, {}).ranks == {"a": (3,)}
-    assert RankRule(energy=0.76).choose({"a": candidate(FALLING)}, 10_000, {}).ranks == {"a": (8,)}
+    assert RankRule(energy=0.76).choose({"a": candidate(FALLING)}, 10_000, {}).ranks == {"a": (16,)}
 
 
 def test_a_layer_beyond_break_even_is_left_alone_and_says_why() -> None:

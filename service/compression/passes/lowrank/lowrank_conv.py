@@ -6,7 +6,7 @@ matter to the weight, `output` those that matter to the layer's outputs on calib
 convolution by least squares to the original outputs (the linear case of Zhang et al., each layer on its own).
 
 It buys MACs on layers whose channels or kernels are correlated and costs accuracy that training can recover. More and
-smaller convolutions use the hardware less well, so latency falls less than MACs: the report says by how much.
+smaller convolutions use the hardware less well: a residual CNN with a third of its MACs is 1.3-1.6 times as fast.
 """
 
 from __future__ import annotations
