@@ -120,3 +120,11 @@ def test_a_model_too_large_for_one_file_is_refused_before_any_work(
     with pytest.raises(PassFailed, match="single ONNX file"):
         export_onnx(net, tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
+
+
+def test_exporting_is_silent_even_where_logs_are_shown(
+    net: TorchModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    export_onnx(net, tmp_path / "model.onnx")
+    assert not [record.name for record in caplog.records if record.name.startswith(("onnx", "torch.onnx"))]

@@ -40,6 +40,9 @@ CHECKS = ((1, 16), (3, 11))
 TOLERANCE = 1e-3
 """Largest accepted difference, relative to the largest output: float32 sums in another order, through many layers."""
 
+TALKATIVE = ("onnx_ir", "onnxscript", "torch.onnx._internal.exporter._registration")
+"""Loggers that tell every rewriting step, and that torchvision is missing."""
+
 PREFIX = "spec."
 """The exporter calls tensors after operators (`embedding`) and takes no care that an output may be called so."""
 
@@ -121,9 +124,9 @@ def _dynamic_axes(item: Field) -> dict[int, str]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's remarks on what does not concern the model."""
-    registry = logging.getLogger("torch.onnx._internal.exporter._registration")  # tells that torchvision is missing
-    level = registry.level
-    registry.setLevel(logging.ERROR)
+    levels = {logger: logger.level for logger in map(logging.getLogger, TALKATIVE)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             # Copying torch's own tree specs trips over torch's own deprecation.
@@ -132,7 +135,8 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="# The axis name: ", category=UserWarning)
             yield
     finally:
-        registry.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def _tidy(model: onnx.ModelProto) -> None:
