@@ -1,4 +1,4 @@
-"""The FastAPI app for everything that is not a prediction: health, variants, metrics; and the one error mapper.
+"""The FastAPI app for everything that is not on the hot path: health, variants, metrics; and its error mapper.
 
 `create_app` returns the hot path in front of it. Every error on every path is `{"error": text, "code": code}`.
 """
@@ -17,24 +17,33 @@ from starlette.exceptions import HTTPException
 
 from service import __version__
 from service.api.hotpath import HotPath
+from service.api.openapi import hot_paths
 from service.api.wire import error_body, error_headers
 from service.contracts import Json
 from service.errors import NotReady, ServiceError
 from service.serving.fleet import Fleet
 
 
-def create_app(fleet: Fleet) -> HotPath:
-    """The whole HTTP service over an opened fleet."""
+def create_app(fleet: Fleet, grpc_at: tuple[str, int] | None = None) -> HotPath:
+    """The whole HTTP service over an opened fleet; also the gRPC one while it runs, at host and port `grpc_at`."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         fleet.start(asyncio.get_running_loop())
+        if grpc_at is None:
+            yield
+            return
+        from service.api.grpc_server import start_grpc
+
+        grpc_server = await start_grpc(fleet, *grpc_at)
         yield
+        await grpc_server.stop(fleet.config.drain.timeout_s)
 
     app = FastAPI(title="leanserve", version=__version__, lifespan=lifespan)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(Exception, _unexpected)
 
     def add_route(path: str, endpoint: Callable[..., Any]) -> None:
         app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
@@ -104,25 +113,15 @@ async def _validation_error(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse(error_body(str(error), "bad_input"), 422)
 
 
+async def _unexpected(_request: Request, _error: Exception) -> JSONResponse:
+    # Starlette raises it again afterwards, by which the server logs it.
+    return JSONResponse(error_body("the service failed on this request; see its log", ServiceError.code), 500)
+
+
 def _openapi(app: FastAPI, fleet: Fleet) -> dict[str, Any]:
-    """FastAPI's schema plus the predict path, which FastAPI does not see."""
+    """FastAPI's schema plus the paths that it does not see."""
     from fastapi.openapi.utils import get_openapi
 
     schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    content: dict[str, Json] = {media_type: {} for media_type in fleet.base.codec.media_types}
-    headers = [
-        {"name": name, "in": "header", "schema": {"type": "string"}, "description": text}
-        for name, text in (
-            ("x-variant", "answer with this variant"),
-            (fleet.config.traffic.sticky_header, "requests with the same value get the same variant"),
-        )
-    ]
-    schema["paths"]["/v1/predict"] = {
-        "post": {
-            "summary": "Predict",
-            "parameters": headers,
-            "requestBody": {"required": True, "content": content},
-            "responses": {"200": {"description": "label, scores, variant, queue_ms, inference_ms, batch_rows"}},
-        }
-    }
+    schema["paths"] |= hot_paths(fleet)
     return schema

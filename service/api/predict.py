@@ -1,4 +1,4 @@
-"""A prediction, from request to reply: the straight line that every request walks.
+"""A prediction in the base's own formats, from request to reply: the straight line that every request walks.
 
 body -> choose a variant -> decode and check -> queue and run -> encode. Bad input never reaches a queue; bodies are
 decoded in a small thread pool, so that a large picture cannot hold up the event loop.
@@ -7,11 +7,12 @@ decoded in a small thread pool, so that a large picture cannot hold up the event
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TypeVar, TypeVarTuple
 
-from service.api.wire import Receive, Scope, gone_check, header, read_body
+from service.api.content_encoding import encoding_of_body, inflate
+from service.api.wire import Caller, Reply, gone_check, json_reply, read_body
 from service.contracts import Decoded, Json
 from service.serving.fleet import Fleet
 from service.serving.variant import Prediction
@@ -19,45 +20,51 @@ from service.serving.variant import Prediction
 DECODERS = ThreadPoolExecutor(2, thread_name_prefix="decode")
 """Threads start with the first picture, not with the import."""
 
-
-@dataclass(slots=True)
-class Caller:
-    """One request; `variant` is the name of the variant that was chosen for it, once known."""
-
-    scope: Scope
-    receive: Receive
-    variant: str | None = None
+_Args = TypeVarTuple("_Args")
+_Result = TypeVar("_Result")
 
 
-class Answer(NamedTuple):
-    """The JSON body of a reply and the variant that gave it."""
-
-    body: Json
-    variant: str
+async def off_loop(work: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
+    """Do work that takes more than a few hundred microseconds where it does not hold up the event loop."""
+    return await asyncio.get_running_loop().run_in_executor(DECODERS, work, *args)
 
 
-async def predict(fleet: Fleet, caller: Caller) -> Answer:
+async def plain_body(caller: Caller, limit: int) -> bytes:
+    """The whole request body, inflated if its `Content-Encoding` says that it is compressed.
+
+    Raises:
+        BodyTooLarge: above `limit` bytes, compressed or inflated. UnsupportedMediaType: an unknown encoding.
+        BadInput: the compressed body is damaged. ClientGone: the client left while sending.
+    """
+    encoding = encoding_of_body(caller.header(b"content-encoding"))
+    body = await read_body(caller, limit)
+    return body if encoding is None else await off_loop(inflate, body, encoding, limit)
+
+
+async def predict(fleet: Fleet, caller: Caller) -> Reply:
     """Answer one request.
 
     Raises:
         ServiceError: whatever kept it from being answered.
     """
-    scope = caller.scope
-    body = await read_body(scope, caller.receive, fleet.config.limits.body_bytes)
-    variant = fleet.choose(header(scope, b"x-variant"), header(scope, fleet.sticky_header))
+    body = await plain_body(caller, fleet.config.limits.body_bytes)
+    variant = fleet.choose(caller.header(b"x-variant"), caller.header(fleet.sticky_header))
     caller.variant = variant.name
-    media_type = (header(scope, b"content-type") or "").partition(";")[0].strip().lower()
-    loop = asyncio.get_running_loop()
-    decoded: Decoded = await loop.run_in_executor(DECODERS, fleet.base.codec.decode, media_type, body)
+    media_type = (caller.header(b"content-type") or "").partition(";")[0].strip().lower()
+    decoded: Decoded = await off_loop(fleet.base.codec.decode, media_type, body)
     prediction = await variant.predict(decoded.inputs, gone_check(caller.receive))
-    return Answer(_body(fleet.base.codec.encode(prediction.outputs), decoded.many, prediction), variant.name)
+    answers = fleet.base.codec.encode(prediction.outputs)
+    how: dict[str, Json] = {"variant": prediction.variant, **how_it_ran(prediction)}
+    return json_reply(
+        {"predictions": answers, **how} if decoded.many else {**answers[0], **how},
+        [(b"x-variant", variant.name.encode())],
+    )
 
 
-def _body(answers: list[dict[str, Json]], many: bool, prediction: Prediction) -> Json:  # noqa: FBT001
-    how = {
-        "variant": prediction.variant,
+def how_it_ran(prediction: Prediction) -> dict[str, float]:
+    """What every reply tells about its prediction: milliseconds in the queue and on the device, rows of its batch."""
+    return {
         "queue_ms": round(prediction.queue_s * 1000, 3),
         "inference_ms": round(prediction.infer_s * 1000, 3),
         "batch_rows": prediction.batch_size,
     }
-    return {"predictions": answers, **how} if many else {**answers[0], **how}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import orjson
 
@@ -17,40 +19,96 @@ Send = Callable[[Any], Any]
 Headers = Iterable[tuple[bytes, bytes]]
 
 
-def header(scope: Scope, name: bytes) -> str | None:
-    """The first header of that (lower-case) name, decoded; `None` if absent or empty."""
-    for key, value in scope["headers"]:
-        if key == name:
-            return value.decode("latin-1").strip() or None
-    return None
+@dataclass(slots=True)
+class Caller:
+    """One request; `variant` is the name of the variant that was chosen for it, once known."""
+
+    scope: Scope
+    receive: Receive
+    headers: Mapping[bytes, bytes] = field(init=False)
+    variant: str | None = None
+
+    def __post_init__(self) -> None:
+        # ASGI gives the names in lower case. A dict costs less than a second look through the list.
+        self.headers = dict(self.scope["headers"])
+
+    def header(self, name: bytes) -> str | None:
+        """The header of that (lower-case) name, decoded; `None` if absent or empty."""
+        value = self.headers.get(name)
+        return None if value is None else value.decode("latin-1").strip() or None
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The whole request body, chunked or not.
+class Reply(NamedTuple):
+    """The body of a successful reply and its headers, but for the content length."""
+
+    body: bytes
+    headers: Headers
+
+
+class Route(NamedTuple):
+    """What answers a path, by which method (GET includes HEAD), and whether the metrics count it as a prediction."""
+
+    method: str
+    counts: Literal["prediction", "description"]
+    answer: Callable[[Caller], Awaitable[Reply]]
+
+
+def json_reply(body: Json, headers: Headers = ()) -> Reply:
+    """A reply with a JSON body."""
+    return Reply(orjson.dumps(body), [(b"content-type", b"application/json"), *headers])
+
+
+async def read_body(caller: Caller, limit: int) -> bytes:
+    """The whole request body, chunked or not, as it was sent.
 
     Raises:
         BodyTooLarge: above `limit` bytes, told before reading where the length is declared.
         ClientGone: the client left while sending.
     """
-    declared = header(scope, b"content-length")
-    if declared is not None and not declared.isdigit():
+    declared = caller.header(b"content-length")
+    if declared is not None and not declared.isdecimal():
         raise BadInput(f"the Content-Length header is not a number: {declared!r}")
     if declared is not None and int(declared) > limit:
         raise BodyTooLarge(f"the body has {declared} bytes; at most {limit} are taken (limits.body_bytes)")
-    message = await receive()
+    _acknowledge_head(caller.receive)
+    message = await caller.receive()
     if not message.get("more_body") and message["type"] == "http.request":
-        return bytes(message.get("body", b""))
+        return _bounded(bytes(message.get("body", b"")), limit)
     parts: list[bytes] = []
     size = 0
     while message["type"] == "http.request":
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > limit:
-            raise BodyTooLarge(f"the body has more than {limit} bytes (limits.body_bytes)")
+            raise _too_large(limit)
         if not message.get("more_body"):
             return b"".join(parts)
-        message = await receive()
+        message = await caller.receive()
     raise ClientGone("the client left while sending its body")
+
+
+def _acknowledge_head(receive: Receive) -> None:
+    """Where the head of a request came without its body: tell the client at once that it arrived.
+
+    Linux would wait 40 ms with that, and a client that writes head and body apart (without TCP_NODELAY) holds the body
+    back until it hears. Only uvicorn tells what is needed to know.
+    """
+    cycle: Any = getattr(receive, "__self__", None)
+    if not getattr(cycle, "more_body", False) or getattr(cycle, "body", True) or not hasattr(socket, "TCP_QUICKACK"):
+        return
+    connection = cycle.transport.get_extra_info("socket")
+    if connection is not None and connection.family != socket.AF_UNIX:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+
+def _bounded(body: bytes, limit: int) -> bytes:
+    if len(body) > limit:
+        raise _too_large(limit)
+    return body
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the body has more than {limit} bytes (limits.body_bytes)")
 
 
 def gone_check(receive: Receive) -> Callable[[], bool]:
@@ -67,14 +125,14 @@ def gone_check(receive: Receive) -> Callable[[], bool]:
 
 async def send_json(send: Send, status: int, body: Json, headers: Headers = ()) -> None:
     """Send a JSON reply in one go."""
-    await send_bytes(send, status, orjson.dumps(body), b"application/json", headers)
+    await send_reply(send, status, json_reply(body, headers))
 
 
-async def send_bytes(send: Send, status: int, body: bytes, content_type: bytes, headers: Headers = ()) -> None:
-    """Send a reply in one go."""
-    fixed = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
-    await send({"type": "http.response.body", "body": body})
+async def send_reply(send: Send, status: int, reply: Reply) -> None:
+    """Send a reply in one go. For a HEAD request, too: the server leaves the body out."""
+    headers = [(b"content-length", b"%d" % len(reply.body)), *reply.headers]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": reply.body})
 
 
 def error_body(text: str, code: str) -> Json:

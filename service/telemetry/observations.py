@@ -7,6 +7,7 @@ reads these numbers when Prometheus scrapes.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,6 +70,16 @@ class VariantFacts:
     build_seconds: Sequence[float] = ()
 
 
+@dataclass(slots=True)
+class BatchTimes:
+    """Executions of one batch size: how many there were, and seconds in all per phase."""
+
+    count: int = 0
+    infer_s: float = 0.0
+    input_s: float = 0.0
+    output_s: float = 0.0
+
+
 def no_queue() -> int:
     """The queue of what has none."""
     return 0
@@ -78,14 +89,18 @@ class VariantMetrics:
     """The numbers of one variant.
 
     One thread calls `request_done`, one thread calls `batch_done`; they may differ, for no field is written by both.
-    `queue_rows` and `queue_requests` are called at scrape, on the scraping thread.
+    `queue_rows` and `queue_requests` are called at scrape, on the scraping thread. `batches` has an entry per batch
+    size (rows) that occurred; a reader on another thread copies it first (`dict(batches)`), for it grows.
+    `last_batch_at` is in seconds since the epoch, 0 before the first batch.
     """
 
     __slots__ = (
+        "batches",
         "facts",
         "infer",
         "infer_request_s",
         "input_request_s",
+        "last_batch_at",
         "name",
         "output_request_s",
         "padding_rows",
@@ -112,6 +127,8 @@ class VariantMetrics:
         self.infer = Histogram(SECONDS)
         self.rows = Histogram(ROWS)
         self.padding_rows = 0
+        self.batches: dict[int, BatchTimes] = {}
+        self.last_batch_at = 0.0
         # Summed over requests, as Triton counts: every request of a batch spent the whole batch's time.
         self.infer_request_s = 0.0
         self.input_request_s = 0.0
@@ -143,3 +160,11 @@ class VariantMetrics:
         self.output_request_s += output_s * requests
         for seconds in queue_seconds:
             self.queue.add(seconds)
+        times = self.batches.get(rows)
+        if times is None:
+            times = self.batches[rows] = BatchTimes()
+        times.count += 1
+        times.infer_s += infer_s
+        times.input_s += input_s
+        times.output_s += output_s
+        self.last_batch_at = time.time()

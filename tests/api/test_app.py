@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from io import BytesIO
@@ -10,109 +11,19 @@ from io import BytesIO
 import httpx
 import numpy as np
 import pytest
+from fakes import LABELS, open_fleet
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.api.app import create_app
-from service.api.codecs.image import ImageCodec
-from service.compression.manifest import Manifest, Quality, VariantReport
-from service.config import ServiceConfig
-from service.contracts import Array, Arrays, Codec, Data, Field, InputSpec, Split
-from service.serving.device import Device
 from service.serving.fleet import Fleet
-
-LABELS = ("zero", "one", "two", "three")
-SPEC = InputSpec((Field("image", "float32", (1, 2, 2)),), (Field("logits", "float32", (4,)),), LABELS)
-
-
-class PixelBase:
-    """A base whose answer is the position of the brightest of four pixels."""
-
-    name = "pixels"
-    spec = SPEC
-    codec: Codec = ImageCodec(mode="L", size=(2, 2), mean=(0.0,), std=(1.0,), labels=LABELS)
-    digest = "0"
-
-    def build(self) -> object:
-        raise NotImplementedError
-
-    def data(self, split: Split, n: int | None = None) -> Data:
-        raise NotImplementedError
-
-    def score(self, outputs: Arrays, labels: Array) -> float:
-        raise NotImplementedError
-
-
-class PixelBackend:
-    name = "pixel"
-    static_rows = False
-
-    def __init__(self, *, broken: bool = False) -> None:
-        self.broken = broken
-        self.closed = False
-
-    def run(self, batch: Arrays) -> Arrays:
-        if self.broken and batch[0].max() == 1.0:
-            raise RuntimeError("secret detail")
-        return (batch[0].reshape(len(batch[0]), 4) * 10,)
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def report(name: str, reason: str | None = None) -> VariantReport:
-    quality = Quality(
-        samples=10,
-        score=1.0,
-        score_low=0.7,
-        score_high=1.0,
-        agreement=1.0,
-        kl=0.0,
-        cosine=1.0,
-        disk_bytes=10,
-        parameters=1,
-        macs=1,
-        latency_ms={1: 1.0},
-        throughput=1000.0,
-        peak_memory_bytes=1,
-    )
-    manifest = Manifest(
-        key=name,
-        parent=None,
-        base="pixels",
-        kind=None,
-        options={},
-        decisions={},
-        facts={},
-        simulated=False,
-        files={},
-        parameters=1,
-        macs=1,
-        seconds=0.0,
-        versions={},
-        isa=[],
-        quality=quality,
-        cpu="x",
-        threads=1,
-    )
-    return VariantReport(name=name, state="excluded" if reason else "serving", reason=reason, chain=(manifest,))
-
-
-CONFIG = {
-    "base": "pixels",
-    "variants": [{"name": "a"}, {"name": "b"}, {"name": "broken"}, {"name": "poor"}],
-    "traffic": {"weights": {"a": 1, "b": 1}},
-    "limits": {"body_bytes": 2000},
-}
 
 
 @asynccontextmanager
 async def client() -> AsyncIterator[tuple[httpx.AsyncClient, Fleet]]:
-    config = ServiceConfig.model_validate(CONFIG)
-    reports = [report("a"), report("b"), report("broken"), report("poor", "score 0.5 is 0.5 below the base's")]
-    fleet = Fleet(PixelBase(), config, reports, Device("cpu", 1))  # type: ignore[arg-type]
-    for variant in config.variants[:3]:
-        fleet.open(variant.name, lambda name=variant.name: PixelBackend(broken=name == "broken"), config.batch)  # type: ignore[misc]
+    gate = threading.Event()
+    gate.set()
+    fleet = open_fleet(gate, limits={"body_bytes": 2000})
     app = create_app(fleet)
     fleet.start(asyncio.get_running_loop())
     try:
@@ -198,7 +109,7 @@ def test_weights_stickiness_and_explicit_choice() -> None:
             picture(0),
             PNG | {"x-variant": "nobody"},
             404,
-            "no variant 'nobody'; there are a, b, broken, poor",
+            "no variant 'nobody'; there are a, b, broken, held, poor",
         ),
         ("/v1/predict", picture(0), PNG | {"x-variant": "poor"}, 503, "excluded: score 0.5"),
         ("/v1/predict", picture(0), PNG | {"x-variant": "broken"}, 500, "under id"),
@@ -237,10 +148,11 @@ def test_variants_health_openapi_and_readiness_while_draining() -> None:
             ("a", "serving"),
             ("b", "serving"),
             ("broken", "serving"),
+            ("held", "serving"),
             ("poor", "excluded"),
         ]
-        assert variants[3]["reason"].startswith("score 0.5")
-        assert [item["traffic_share"] for item in variants] == [0.5, 0.5, 0, 0]
+        assert variants[4]["reason"].startswith("score 0.5")
+        assert [item["traffic_share"] for item in variants] == [0.5, 0.5, 0, 0, 0]
         assert variants[0]["batch_rows"] in {1, 2, 4, 8, 16, 32}
         assert "/v1/predict" in (await http.get("/openapi.json")).json()["paths"]
         assert (await http.get("/docs")).status_code == 200

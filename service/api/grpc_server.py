@@ -1,0 +1,176 @@
+"""The Open Inference Protocol V2 over gRPC: the same core as REST, on a port of its own.
+
+Runs on the event loop that serves HTTP, so that both fronts share the variants, their queues and their metrics. A call
+that the client cancels, or whose deadline passes, cancels the coroutine here, by which its rows leave the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.json_format import ParseDict
+from grpc import aio
+
+from service.api.grpc_infer import GrpcInferDecoder, encode, form_of
+from service.api.grpc_messages import SERVICE, message
+from service.api.open_inference import OpenInference
+from service.api.predict import how_it_ran, off_loop
+from service.api.wire import error_headers
+from service.contracts import Json
+from service.errors import ClientGone, NotReady, ServiceError, StartupError
+from service.serving.fleet import Fleet
+
+logger = logging.getLogger(__name__)
+
+Context: TypeAlias = Any
+Answer: TypeAlias = Callable[[Any, Context], Awaitable[Any]]
+
+SMALL_RAW = 2**20
+"""Bytes of raw tensors that are decoded on the event loop, as in REST."""
+_STATUS = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    415: grpc.StatusCode.INVALID_ARGUMENT,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    499: grpc.StatusCode.CANCELLED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GrpcServer:
+    """A listening server; `port` is the real one where 0 was asked for."""
+
+    server: aio.Server
+    port: int
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more calls, and let those that are open finish for at most `grace_s` seconds."""
+        await self.server.stop(grace_s)
+
+
+async def start_grpc(fleet: Fleet, host: str, port: int) -> GrpcServer:
+    """Serve the fleet over gRPC, on the running loop, which must be the one the fleet was started on.
+
+    Raises:
+        StartupError: the address cannot be had.
+    """
+    options = (
+        ("grpc.max_receive_message_length", fleet.config.limits.body_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.so_reuseport", 0),  # else a second server would share the port without a word
+    )
+    server = aio.server(options=options)
+    service = _Service(fleet)
+    methods = {name: _handler(name, answer) for name, answer in service.answers.items()}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        claimed = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise StartupError(f"cannot listen for gRPC on {address}; choose another port") from error
+    await server.start()
+    return GrpcServer(server, claimed)
+
+
+def _handler(name: str, answer: Answer) -> grpc.RpcMethodHandler:
+    async def call(request: Any, context: Context) -> Any:
+        try:
+            return await answer(request, context)
+        except ServiceError as error:
+            context.set_trailing_metadata(tuple(error_headers(error).items()))
+            code = _STATUS.get(error.status, grpc.StatusCode.INTERNAL)
+            return await context.abort(code, str(error))
+        except Exception:
+            incident = uuid.uuid4().hex[:12]
+            logger.exception("failed on a gRPC call of %s, id %s", name, incident)
+            text = f"the service failed on this request; its log has the details under id {incident}"
+            return await context.abort(grpc.StatusCode.INTERNAL, text)
+
+    return grpc.unary_unary_rpc_method_handler(
+        call,
+        request_deserializer=message(f"{name}Request").FromString,
+        response_serializer=message(f"{name}Response").SerializeToString,
+    )
+
+
+class _Service:
+    """One method per call of the protocol."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._protocol = protocol = OpenInference(fleet)
+        self._decoder = GrpcInferDecoder(fleet.base.spec)
+        self.answers: dict[str, Answer] = {
+            "ServerLive": _described("ServerLive", lambda _: {"live": True}),
+            "ServerReady": _described("ServerReady", lambda _: {"ready": not fleet.draining}),
+            "ModelReady": _described("ModelReady", self._model_ready),
+            "ServerMetadata": _described("ServerMetadata", lambda _: protocol.server_metadata()),
+            "ModelMetadata": _described("ModelMetadata", lambda r: protocol.metadata(r.name, r.version)),
+            "ModelConfig": _described("ModelConfig", lambda r: {"config": protocol.config(r.name, r.version)}),
+            "ModelStatistics": _described("ModelStatistics", lambda r: protocol.statistics(r.name, r.version)),
+            "RepositoryIndex": _described(
+                "RepositoryIndex", lambda r: {"models": protocol.repository_index(ready_only=r.ready)}
+            ),
+            "ModelInfer": self._infer,
+        }
+
+    def _model_ready(self, request: Any) -> Json:
+        try:
+            self._protocol.check_ready(request.name, request.version)
+        except NotReady:
+            return {"ready": False}
+        return {"ready": True}
+
+    async def _infer(self, request: Any, context: Context) -> Any:
+        started = time.perf_counter()
+        metrics = self._fleet.metrics
+        counted, outcome = metrics.unrouted, "internal"
+        try:
+            headers = dict(context.invocation_metadata())
+            variant = self._protocol.choose(
+                request.model_name,
+                request.model_version,
+                headers.get("x-variant"),
+                headers.get(self._fleet.sticky_header.decode()),
+            )
+            counted = variant.metrics
+            inline = form_of(request) == "raw" and sum(map(len, request.raw_input_contents)) <= SMALL_RAW
+            decode = self._decoder.decode
+            checked = decode(request) if inline else await off_loop(decode, request)
+            prediction = await self._protocol.infer(variant, checked.inputs, checked.options, _stays)
+            names = (self._protocol.name, variant.name)
+            reply = encode(checked.options, prediction.outputs, form_of(request), names, how_it_ran(prediction))
+            outcome = "ok"
+            return reply
+        except asyncio.CancelledError:
+            outcome = ClientGone.code
+            raise
+        except ServiceError as error:
+            outcome = error.code
+            raise
+        finally:
+            counted.request_done(outcome, time.perf_counter() - started)
+
+
+def _stays() -> bool:
+    """Cancellation ends the coroutine, which the variant sees by itself."""
+    return False
+
+
+def _described(name: str, describe: Callable[[Any], Json]) -> Answer:
+    reply = message(f"{name}Response")
+
+    async def answer(request: Any, _: Context) -> Any:
+        return ParseDict(describe(request), reply())
+
+    return answer

@@ -1,0 +1,154 @@
+"""The Open Inference Protocol V2 over the fleet, without a transport: what the service tells about itself, and infer.
+
+The base is the *model*, its variants are the *versions*. Shared by the REST and the gRPC front, so that both choose,
+refuse and describe alike. The bodies are those of REST; the messages of gRPC have the same fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from service import __version__
+from service.api.codecs.description import (
+    Compute,
+    Counters,
+    Duration,
+    model_config,
+    model_metadata,
+    statistics,
+)
+from service.api.codecs.infer_plan import InferOptions
+from service.contracts import Arrays, Json
+from service.errors import NotFound, NotReady
+from service.serving.fleet import Fleet
+from service.serving.variant import Gone, Prediction, Variant
+from service.telemetry.observations import BatchTimes, VariantMetrics
+
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "parameters", "schedule_policy")
+"""Those of Triton's extensions that clients may count on. Of the model repository only the index is offered. Statistics
+are offered whole, but not announced: `perf_analyzer` reads them where they are, takes versions for numbers and dies of
+a variant's name; where they are not, it measures as well without them."""
+
+
+class OpenInference:
+    """The protocol's view of a fleet.
+
+    In all methods an empty or missing `version` leaves the choice to the service; `NotFound` is raised for a model or
+    version that does not exist, `NotReady` for a version that was excluded by its gate.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.name = fleet.base.name
+
+    def choose(self, model: str, version: str | None, wanted: str | None, caller_key: str | None) -> Variant:
+        """The variant that answers: the version of the request, else the `wanted` one, else the traffic split."""
+        self._check_model(model)
+        return self.fleet.choose(version or wanted, caller_key)
+
+    async def infer(self, variant: Variant, inputs: Arrays, options: InferOptions, gone: Gone) -> Prediction:
+        """Run a checked request. Its `timeout` may shorten the queue's own limit, not lengthen it (as in Triton).
+
+        Raises:
+            ServiceError: see `Variant.predict`.
+        """
+        limit = variant.batcher.limits.timeout_s
+        timeout_s = limit if options.timeout_us is None else min(limit, options.timeout_us / 1e6)
+        return await variant.predict(inputs, gone, timeout_s)
+
+    def health(self) -> dict[str, Json]:
+        """Both keys in one body, because clients differ in which one they read, whatever they asked."""
+        return {"live": True, "ready": not self.fleet.draining}
+
+    def check_ready(self, model: str | None = None, version: str | None = None) -> None:
+        """Raise `NotReady` while draining, and for a version that was excluded."""
+        if model is not None:
+            self._serving(model, version)
+        if self.fleet.draining:
+            raise NotReady("draining: the service is shutting down")
+
+    def server_metadata(self) -> dict[str, Json]:
+        """Name and version of this software, and the extensions of the protocol that it offers."""
+        return {"name": "leanserve", "version": __version__, "extensions": list(EXTENSIONS)}
+
+    def metadata(self, model: str, version: str | None = None) -> dict[str, Json]:
+        """The tensors of the model; `versions` are the variants that serve."""
+        platform = _platform(self._serving(model, version))
+        return model_metadata(self.fleet.base.spec, self.name, list(self.fleet.variants), platform)
+
+    def config(self, model: str, version: str | None = None) -> dict[str, Json]:
+        """Batching as configured (`max_batch_size`) and as measured (the preferred size is the knee).
+
+        Without a version it holds for all: the smallest maximum, the shortest delay.
+        """
+        asked = self._serving(model, version)
+        batches = {item.name: self.fleet.config.batch_of(item) for item in self.fleet.config.variants}
+        knees = sorted({variant.batcher.limits.max_rows for variant in asked})
+        return model_config(
+            self.fleet.base.spec,
+            self.name,
+            _platform(asked),
+            min(batches[variant.name].max_rows for variant in asked),
+            knees,
+            round(min(batches[variant.name].max_delay_ms for variant in asked) * 1000),
+        )
+
+    def statistics(self, model: str | None = None, version: str | None = None) -> dict[str, Json]:
+        """What the variants have done since they were loaded."""
+        asked = self._serving(model or self.name, version)
+        return statistics((self.name, variant.name, _counters(variant.metrics)) for variant in asked)
+
+    def repository_index(self, *, ready_only: bool) -> list[dict[str, Json]]:
+        """All variants; those excluded by their gate are `UNAVAILABLE`, with the reason."""
+        index = []
+        for name, report in self.fleet.reports.items():
+            state = "READY" if name in self.fleet.variants else "UNAVAILABLE"
+            if state == "READY" or not ready_only:
+                index.append({"name": self.name, "version": name, "state": state, "reason": report.reason or ""})
+        return index
+
+    def _check_model(self, model: str) -> None:
+        if model != self.name:
+            raise NotFound(f"no model '{model[:80]}'; this server has '{self.name}'")
+
+    def _serving(self, model: str, version: str | None) -> list[Variant]:
+        self._check_model(model)
+        return [self.fleet.choose(version, None)] if version else list(self.fleet.variants.values())
+
+
+def _platform(variants: Iterable[Variant]) -> str:
+    names = {variant.backend.name for variant in variants}
+    return names.pop() if len(names) == 1 else "leanserve"
+
+
+def _counters(seen: VariantMetrics) -> Counters:
+    """The variant's numbers as the statistics extension counts: per request, and for batches per execution."""
+    answered = seen.requests["ok"]
+    others = [requests for outcome, requests in seen.requests.items() if outcome != "ok"]
+    executed = seen.queue.count
+    return Counters(
+        last_inference_ms=round(seen.last_batch_at * 1000),
+        inference_count=round(seen.rows.total),
+        execution_count=seen.rows.count,
+        success=_duration(answered.count, answered.total),
+        fail=_duration(sum(other.count for other in others), sum(other.total for other in others)),
+        queue=_duration(executed, seen.queue.total),
+        compute=Compute(
+            _duration(executed, seen.input_request_s),
+            _duration(executed, seen.infer_request_s),
+            _duration(executed, seen.output_request_s),
+        ),
+        batches={rows: _phases(times) for rows, times in dict(seen.batches).items()},
+    )
+
+
+def _phases(times: BatchTimes) -> Compute:
+    return Compute(
+        _duration(times.count, times.input_s),
+        _duration(times.count, times.infer_s),
+        _duration(times.count, times.output_s),
+    )
+
+
+def _duration(count: int, seconds: float) -> Duration:
+    return Duration(count, round(seconds * 1e9))

@@ -1,0 +1,172 @@
+"""A base and variants that answer by rule, in a fleet, and a live server over them: what the tests of the API share."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+
+from service.api.app import create_app
+from service.api.codecs.image import ImageCodec
+from service.compression.manifest import Manifest, Quality, VariantReport
+from service.config import ServiceConfig
+from service.contracts import Array, Arrays, Codec, Data, Field, InputSpec, Split
+from service.serving.device import Device
+from service.serving.fleet import Fleet
+
+LABELS = ("zero", "one", "two", "three")
+SPEC = InputSpec((Field("image", "float32", (1, 2, 2)),), (Field("logits", "float32", (4,)),), LABELS)
+
+
+class PixelBase:
+    """A base whose answer is the position of the brightest of four pixels."""
+
+    name = "pixels"
+    spec = SPEC
+    codec: Codec = ImageCodec(mode="L", size=(2, 2), mean=(0.0,), std=(1.0,), labels=LABELS)
+    digest = "0"
+
+    def build(self) -> object:
+        raise NotImplementedError
+
+    def data(self, split: Split, n: int | None = None) -> Data:
+        raise NotImplementedError
+
+    def score(self, outputs: Arrays, labels: Array) -> float:
+        raise NotImplementedError
+
+
+class PixelBackend:
+    name = "pixel"
+    static_rows = False
+
+    def __init__(self, *, broken: bool = False, gate: threading.Event | None = None) -> None:
+        self.broken = broken
+        self.gate = gate
+        self.ran = 0
+        self.closed = False
+
+    def run(self, batch: Arrays) -> Arrays:
+        if self.gate is not None:
+            assert self.gate.wait(20)
+            self.ran += len(batch[0])
+        if self.broken and batch[0].max() == 1.0:
+            raise RuntimeError("secret detail")
+        return (batch[0].reshape(len(batch[0]), 4) * 10,)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def report(name: str, reason: str | None = None) -> VariantReport:
+    quality = Quality(
+        samples=10,
+        score=1.0,
+        score_low=0.7,
+        score_high=1.0,
+        agreement=1.0,
+        kl=0.0,
+        cosine=1.0,
+        disk_bytes=10,
+        parameters=1,
+        macs=1,
+        latency_ms={1: 1.0},
+        throughput=1000.0,
+        peak_memory_bytes=1,
+    )
+    manifest = Manifest(
+        key=name,
+        parent=None,
+        base="pixels",
+        kind=None,
+        options={},
+        decisions={},
+        facts={},
+        simulated=False,
+        files={},
+        parameters=1,
+        macs=1,
+        seconds=0.0,
+        versions={},
+        isa=[],
+        quality=quality,
+        cpu="x",
+        threads=1,
+    )
+    return VariantReport(name=name, state="excluded" if reason else "serving", reason=reason, chain=(manifest,))
+
+
+POOR = "score 0.5 is 0.5 below the base's"
+CONFIG = {
+    "base": "pixels",
+    "variants": [{"name": "a"}, {"name": "b"}, {"name": "broken"}, {"name": "held"}, {"name": "poor"}],
+    "traffic": {"weights": {"a": 1, "b": 1}},
+    "drain": {"delay_s": 0, "timeout_s": 5},
+}
+
+
+def open_fleet(gate: threading.Event, spec: InputSpec = SPEC, **changes: Any) -> Fleet:
+    """`a`, `b` answer, `broken` fails on rows with a 1, `held` waits for the gate to open, `poor` is excluded."""
+    config = ServiceConfig.model_validate(CONFIG | changes)
+    reports = [report(item.name, POOR if item.name == "poor" else None) for item in config.variants]
+    base = PixelBase()
+    base.spec = spec
+    fleet = Fleet(base, config, reports, Device("cpu", 1))  # type: ignore[arg-type]
+    for item in config.variants:
+        if item.name != "poor":
+            backend = PixelBackend(broken=item.name == "broken", gate=gate if item.name == "held" else None)
+            fleet.open(item.name, lambda backend=backend: backend, config.batch)  # type: ignore[misc]
+    return fleet
+
+
+@dataclass(frozen=True)
+class Live:
+    """A server that listens; `gate` stops and frees the variant `held`."""
+
+    fleet: Fleet
+    gate: threading.Event
+    http: str
+    grpc: str
+
+    @property
+    def host_and_port(self) -> tuple[str, int]:
+        host, _, port = self.http.rpartition(":")
+        return host, int(port)
+
+
+@contextmanager
+def live_server(spec: InputSpec = SPEC, **changes: Any) -> Iterator[Live]:
+    """HTTP and gRPC on free ports, served from a thread."""
+    gate = threading.Event()
+    gate.set()
+    fleet = open_fleet(gate, spec, **changes)
+    listening = socket.create_server(("127.0.0.1", 0))
+    grpc_port = _free_port()
+    config = uvicorn.Config(create_app(fleet, ("127.0.0.1", grpc_port)), http="httptools", log_level="critical")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    try:
+        for _ in range(1000):
+            if server.started:
+                break
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield Live(fleet, gate, f"127.0.0.1:{listening.getsockname()[1]}", f"127.0.0.1:{grpc_port}")
+    finally:
+        gate.set()
+        server.should_exit = True
+        thread.join()
+        fleet.close()
+        listening.close()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
