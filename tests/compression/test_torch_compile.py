@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from service.backends.pytorch import TorchBackend
+from service.compression.passes.precision.cast import Cast
 from service.compression.passes.runtime.torch_compile import TorchCompile
 from service.compression.tools.compilation import RecompiledError
 from service.contracts import Field, InputSpec, OnnxModel, TorchModel
@@ -88,6 +89,17 @@ def test_more_graphs_than_torch_allows_by_default_are_still_compiled() -> None:
         for rows in (1, 2, 3, 4, 5):
             compiled.run(SPEC.example(rows))
     assert graphs() - before == 10, "torch stops compiling one method after 8, and runs it eager"
+
+
+@pytest.mark.parametrize("freezing", ["on", "off"])
+def test_conversions_at_the_door_of_a_cast_model_are_compiled_with_it(tmp_path: Path, freezing: str) -> None:
+    narrow = Cast(keep=("second",)).apply(model(), context_of(tiny_base(), tmp_path)).model
+    compiled = TorchCompile(buckets=(2,)).equip(narrow, {"freezing": freezing})
+    assert isinstance(narrow, TorchModel)
+    assert isinstance(compiled, TorchModel)
+    before, batch = graphs(), SPEC.example(2)
+    assert TorchBackend(compiled, 1).run(batch)[0] == pytest.approx(TorchBackend(narrow, 1).run(batch)[0], abs=0.02)
+    assert graphs() - before == 1
 
 
 def test_what_would_recompile_is_an_error_and_never_eager() -> None:

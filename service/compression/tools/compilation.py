@@ -81,10 +81,15 @@ class CompiledModule(nn.Module):
         """Compile by running. A graph counts only once it has run, so that a failure can be tried again."""
         if not self._buckets:
             self._mark_dynamic(inputs)
+
+        def whole(*tensors: torch.Tensor) -> torch.Tensor | Tensors:
+            # Not the module itself: torch would run its hooks (conversions of a cast model) outside of the graph.
+            return cast("torch.Tensor | Tensors", self.inner(*tensors))
+
         lowering = _OneGraph(self._options)
-        graph = torch.compile(self.inner, backend=lowering, fullgraph=True, dynamic=False)
+        graph = torch.compile(whole, backend=lowering, fullgraph=True, dynamic=False)
         with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS, accumulated_recompile_limit=MOST_GRAPHS):
-            outputs = cast("torch.Tensor | Tensors", graph(*inputs))
+            outputs = graph(*inputs)
         self._graphs[key] = graph
         return outputs
 

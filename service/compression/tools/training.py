@@ -40,7 +40,7 @@ class TrainingOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epochs: PositiveInt = 20
+    epochs: PositiveInt = 10
     batch: PositiveInt = 32
     optimiser: Literal["adamw", "sgd"] = "adamw"
     """`sgd` has Nesterov momentum of 0.9."""
