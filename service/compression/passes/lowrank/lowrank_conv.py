@@ -6,7 +6,8 @@ matter to the weight, `output` those that matter to the layer's outputs on calib
 convolution by least squares to the original outputs (the linear case of Zhang et al., each layer on its own).
 
 It buys MACs on layers whose channels or kernels are correlated and costs accuracy that training can recover. More and
-smaller convolutions use the hardware less well: a residual CNN with a third of its MACs is 1.3-1.6 times as fast.
+smaller convolutions use the hardware less well: on a CPU at batch 1 a residual CNN with a third of its MACs is 1.3-1.6
+times as fast in torch and 2.0-2.3 times in ONNX Runtime.
 """
 
 from __future__ import annotations
