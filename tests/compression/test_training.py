@@ -168,9 +168,9 @@ def test_bf16_is_chosen_only_where_the_cpu_has_it(tmp_path: Path, monkeypatch: p
 
 
 def test_training_restores_threads_and_the_random_state(tmp_path: Path) -> None:
-    module = lively(TinyNet(), seed=7)
+    module, base = lively(TinyNet(), seed=7), tiny_base()
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    train(module, cross_entropy(module), FAST, context_of(tiny_base(), tmp_path))
+    train(module, cross_entropy(module), FAST, context_of(base, tmp_path))
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
 
