@@ -215,7 +215,7 @@ def _size(model: Model) -> tuple[int, int] | None:
     """MACs per row and parameters of a torch model; lowering to ONNX changes neither."""
     if not isinstance(model, TorchModel):
         return None
-    from service.compression.macs import count_macs, count_parameters
+    from service.compression.tools.macs import count_macs, count_parameters
 
     return count_macs(model), count_parameters(model)
 

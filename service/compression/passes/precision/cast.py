@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from service.compression.passes.base import Applied, Need, Pass, Tag
-from service.compression.targets import Targets
+from service.compression.tools.targets import Targets
 from service.compression.tools.timing import inference, seconds_per_call
 from service.contracts import BuildContext, Json, Model, TorchModel
 from service.errors import PassFailed
