@@ -1,9 +1,9 @@
 """Runs ONNX graphs with onnxruntime.
 
 A session keeps its own threads, and by default they sleep between operators instead of spinning. On two cores a lone
-session is 1.1 to 1.5 times faster with spinning, but several sessions in turn are 4 to 8 times slower, any other work on
-the cores costs 3 times, and a thread goes on spinning for 20 ms after each batch. One pool shared by all sessions always
-spins. `spinning: on` is for a model that has the cores to itself; even then spinning ends with the batch.
+session is 1.1 to 1.5 times faster with spinning, but several sessions in turn are 4 to 8 times slower, other work on
+the cores costs 3 times, and a thread goes on spinning for 20 ms after each batch. A pool shared by all sessions
+always spins. `spinning: on` is for a model that has the cores to itself; even then spinning ends with the batch.
 """
 
 from __future__ import annotations
