@@ -49,12 +49,15 @@ class PixelBackend:
     def __init__(self, *, broken: bool = False, gate: threading.Event | None = None) -> None:
         self.broken = broken
         self.gate = gate
+        self.waits = False
         self.ran = 0
         self.closed = False
 
     def run(self, batch: Arrays) -> Arrays:
         if self.gate is not None:
+            self.waits = not self.gate.is_set()
             assert self.gate.wait(20)
+            self.waits = False
             self.ran += len(batch[0])
         if self.broken and batch[0].max() == 1.0:
             raise RuntimeError("secret detail")
