@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from service import __version__
@@ -45,8 +45,8 @@ def create_app(fleet: Fleet, grpc_at: tuple[str, int] | None = None) -> HotPath:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(Exception, _unexpected)
 
-    def add_route(path: str, endpoint: Callable[..., Any]) -> None:
-        app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+    def add_route(path: str, endpoint: Callable[..., Any], response: type[Response] = JSONResponse) -> None:
+        app.add_api_route(path, endpoint, methods=["GET"], response_model=None, response_class=response)
         app.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
 
     async def healthz() -> Json:
@@ -71,7 +71,7 @@ def create_app(fleet: Fleet, grpc_at: tuple[str, int] | None = None) -> HotPath:
     add_route("/healthz", healthz)
     add_route("/readyz", readyz)
     add_route("/v1/variants", variants)
-    add_route("/metrics", metrics)
+    add_route("/metrics", metrics, PlainTextResponse)
     app.openapi = lambda: _openapi(app, fleet)  # type: ignore[method-assign]
     return HotPath(fleet, app)
 

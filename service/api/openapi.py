@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from service.api.codecs.open_inference import JSON_LENGTH_HEADER
-from service.contracts import Json
+from service.api.codecs.tensors import Port, ports
+from service.contracts import InputSpec, Json
 from service.serving.fleet import Fleet
 
 _ERROR = {
@@ -25,27 +27,8 @@ _FAILURES = {
     "503": "draining, or the variant was excluded by its gate",
     "504": "waited too long in the queue",
 }
-_TENSOR = {
-    "type": "object",
-    "required": ["name", "shape", "datatype"],
-    "properties": {
-        "name": {"type": "string"},
-        "shape": {"type": "array", "items": {"type": "integer"}},
-        "datatype": {"type": "string"},
-        "parameters": {"type": "object"},
-        "data": {},
-    },
-}
-_INFER = {
-    "type": "object",
-    "required": ["inputs"],
-    "properties": {
-        "id": {"type": "string"},
-        "parameters": {"type": "object"},
-        "inputs": {"type": "array", "items": _TENSOR},
-        "outputs": {"type": "array", "items": {"type": "object", "required": ["name"]}},
-    },
-}
+_SMALL_ROW = 256
+"""Most elements of a row that an example shows."""
 _INDEX = {"type": "object", "properties": {"ready": {"type": "boolean"}}}
 
 
@@ -67,14 +50,57 @@ def hot_paths(fleet: Fleet) -> dict[str, Any]:
             "post": _operation("The variants and their states", {"application/json": {"schema": _INDEX}})
         },
     }
-    infer = {"application/json": {"schema": _INFER}, "application/octet-stream": {}}
-    for version, named in (("", []), ("/versions/{version}", [_named("version", list(fleet.reports))])):
+    infer = {"application/json": {"schema": _infer(fleet.base.spec)}, "application/octet-stream": {}}
+    for version, named in (("", []), ("/versions/{version}", [_named("version", list(fleet.variants))])):
         path, own = f"/v2/models/{{model}}{version}", [_named("model", [fleet.base.name]), *named]
         for name, summary in (("", "Metadata"), ("/config", "Configuration"), ("/stats", "Statistics")):
             paths[path + name] = {"get": _operation(f"{summary} of the model", parameters=own)}
         paths[f"{path}/ready"] = {"get": _operation("Is the model ready", parameters=own)}
         paths[f"{path}/infer"] = {"post": _operation("Infer", infer, own + choice + length)}
     return paths
+
+
+def _infer(spec: InputSpec) -> Json:
+    """The schema of an infer request to this model; with an example where its rows are small."""
+    inputs, outputs = ports(spec.fields).values(), ports(spec.outputs)
+    schema = {
+        "type": "object",
+        "required": ["inputs"],
+        "properties": {
+            "id": {"type": "string"},
+            "parameters": {"type": "object"},
+            "inputs": {"type": "array", "items": {"anyOf": [_tensor(port) for port in inputs]}},
+            "outputs": {
+                "type": "array",
+                "items": {"type": "object", "required": ["name"], "properties": {"name": {"enum": list(outputs)}}},
+            },
+        },
+    }
+    if all(port.datatypes[0].json_types and prod(map(abs, port.shape)) <= _SMALL_ROW for port in inputs):
+        schema["example"] = {"inputs": [_zeros(port) for port in inputs]}
+    return schema
+
+
+def _tensor(port: Port) -> Json:
+    sizes = [{"type": "integer", "minimum": 1} if size < 0 else {"const": size} for size in port.shape]
+    return {
+        "type": "object",
+        "required": ["name", "shape", "datatype"],
+        "properties": {
+            "name": {"const": port.name},
+            "shape": {"type": "array", "prefixItems": sizes, "minItems": len(sizes), "maxItems": len(sizes)},
+            "datatype": {"enum": [datatype.name for datatype in port.datatypes]},
+            "parameters": {"type": "object"},
+            "data": {"type": "array", "description": "nested like the shape, or flat"},
+        },
+    }
+
+
+def _zeros(port: Port) -> Json:
+    """One row of zeros; axes that vary have one element."""
+    shape = [abs(size) for size in port.shape]
+    zero: Json = {"BOOL": False, "BYTES": ""}.get(port.datatypes[0].name, 0)
+    return {"name": port.name, "shape": shape, "datatype": port.datatypes[0].name, "data": [zero] * prod(shape)}
 
 
 def _named(name: str, known: list[str]) -> Json:

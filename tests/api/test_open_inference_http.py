@@ -117,6 +117,14 @@ def test_server_and_model_describe_themselves(http: httpx.Client) -> None:
     assert config["dynamic_batching"]["preferred_batch_size"][0] in {1, 2, 4, 8, 16, 32}
 
 
+def test_the_openapi_description_has_an_example_that_works(http: httpx.Client) -> None:
+    paths = http.get("/openapi.json").json()["paths"]
+    for path in (INFER, "/v2/models/pixels/versions/a/infer"):
+        described = path.replace("pixels", "{model}").replace("/a/", "/{version}/")
+        example = paths[described]["post"]["requestBody"]["content"]["application/json"]["schema"]["example"]
+        assert http.post(path, json=example).json()["outputs"][0]["data"] == [0, 0, 0, 0]
+
+
 def test_the_index_tells_who_is_excluded_and_why(http: httpx.Client) -> None:
     index = http.post("/v2/repository/index").json()
     assert [item["version"] for item in index] == ["a", "b", "broken", "held", "poor"]
