@@ -122,6 +122,7 @@ def test_kserve_client(live: Live) -> None:
             tensor.set_data_from_numpy(PIXELS, binary_data=binary)
             reply = await client.infer(url, kserve.InferRequest("pixels", [tensor]), model_name="pixels")
             np.testing.assert_array_equal(reply.outputs[0].as_numpy(), LOGITS)
+        await client.close()
 
     asyncio.run(scenario())
 
