@@ -165,7 +165,7 @@ class _Workplace:
         from service.compression.build import reports
         from service.errors import GateFailed
 
-        found = reports(self.store, self.config, self.plan)
+        found = reports(self.store, self.config, self.plan, self.threads)
         if all(report.state == "excluded" for report in found):
             raise GateFailed("; ".join(f"variant '{item.name}' is excluded: {item.reason}" for item in found))
         return found
@@ -175,7 +175,7 @@ def _build_here(work: _Workplace) -> None:
     from service.compression.build import Builder
     from service.compression.progress import BuildProgress
 
-    with BuildProgress(err, len(work.plan.keys)).running() as progress:
+    with BuildProgress(err, len(work.plan.keys) + 1).running() as progress:
         Builder(work.store, work.config, work.base, work.threads, progress).build(work.plan)
 
 

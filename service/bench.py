@@ -1,75 +1,41 @@
-"""`leanserve bench`: all variants side by side in one run, because machines drift and only ratios can be trusted.
-
-Rounds are interleaved: every variant runs a little in each round, so that a slow minute hits all of them alike.
-"""
+"""`leanserve bench`: all serving variants side by side in one run, as long as you like, in ratios."""
 
 from __future__ import annotations
 
 import statistics
-import time
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from service.contracts import Arrays, Backend
+from service.compression.race import Latencies, interleaved
 from service.serving.fleet import Fleet
 
 ROUND_S = 0.1
 
 
-@dataclass
-class Timing:
-    """Seconds per batch of one variant at one batch size, one median per round."""
-
-    variant: str
-    rows: int
-    rounds: list[float] = field(default_factory=list)
-
-    @property
-    def rate(self) -> float:
-        """Rows per second, median over rounds."""
-        return self.rows / statistics.median(self.rounds)
-
-    def gain(self, reference: Timing) -> float:
-        """How many times the reference's throughput, as the median of the ratios round by round."""
-        return statistics.median(theirs / ours for ours, theirs in zip(self.rounds, reference.rounds, strict=True))
-
-
-def run_bench(fleet: Fleet, sizes: tuple[int, ...], seconds: float) -> list[list[Timing]]:
-    """For each batch size, the timings of every variant in config order; all run on the fleet's device thread."""
-    timings = [[Timing(name, rows) for name in fleet.variants] for rows in sizes]
+def run_bench(fleet: Fleet, sizes: Sequence[int], seconds: float) -> Latencies:
+    """Latencies of every serving variant, about `seconds` for each at each batch size, on the fleet's device thread."""
+    backends = {name: variant.backend for name, variant in fleet.variants.items()}
     rounds = max(3, round(seconds / ROUND_S))
+    timing = interleaved(backends, [fleet.base.spec.example(rows) for rows in sizes], rounds, ROUND_S)
     for _ in track(range(rounds), "measuring", transient=True):
-        for row in timings:
-            batch = fleet.base.spec.example(row[0].rows)
-            for timing in row:
-                backend = fleet.variants[timing.variant].backend
-                timing.rounds.append(fleet.device.call(partial(_round, backend, batch)))
-    return timings
+        latencies = fleet.device.call(lambda: next(timing))
+    return latencies
 
 
-def print_bench(timings: list[list[Timing]], console: Console) -> None:
-    """One row per variant: rows per second and gain over the first variant, by batch size."""
+def print_bench(latencies: Latencies, console: Console) -> None:
+    """One row per variant: rows per second, and the median ratio to the first variant, by batch size."""
+    first = next(iter(latencies.values()))
     table = Table("variant", title="rows per second, and gain over the first variant (interleaved)")
-    for row in timings:
-        table.add_column(f"batch {row[0].rows}", justify="right")
+    for rows in first:
+        table.add_column(f"batch {rows}", justify="right")
         table.add_column("gain", justify="right")
-    for index, first in enumerate(timings[0]):
-        cells = [(row[index], row[0]) for row in timings]
-        table.add_row(
-            first.variant, *(text for ours, ref in cells for text in (f"{ours.rate:.0f}", f"{ours.gain(ref):.2f}x"))
-        )
+    for name, by_rows in latencies.items():
+        cells = []
+        for rows, seconds in by_rows.items():
+            gain = statistics.median(theirs / ours for ours, theirs in zip(seconds, first[rows], strict=True))
+            cells += [f"{rows / statistics.median(seconds):.0f}", f"{gain:.2f}x"]
+        table.add_row(name, *cells)
     console.print(table)
-
-
-def _round(backend: Backend, batch: Arrays) -> float:
-    samples: list[float] = []
-    end = time.perf_counter() + ROUND_S
-    while not samples or time.perf_counter() < end:
-        started = time.perf_counter()
-        backend.run(batch)
-        samples.append(time.perf_counter() - started)
-    return statistics.median(samples)

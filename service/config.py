@@ -13,8 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from service.compression.passes import AnyPass
 from service.compression.passes.composition import find_violation
-from service.errors import ConfigError
 from service.config_errors import describe
+from service.errors import ConfigError
 from service.yaml_source import read_yaml
 
 

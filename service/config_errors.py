@@ -1,4 +1,4 @@
-"""From pydantic's validation errors to lines on which a person can act: `file:line: key: what is wrong, what is right`."""
+"""From pydantic's errors to lines on which a person can act: `file:line: key: what is wrong, what would be right`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documentation is tested against the code: every pass, option, config key, command, metric and dependency has its place."""
+"""Documentation is tested against the code: passes, options, config keys, commands, error codes, dependencies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from service.config import ServiceConfig
 from service.config_errors import KINDS
 
 ROOT = Path(__file__).parent.parent
-DOCS = {name: (ROOT / "docs" / name).read_text() for name in ("config.md", "passes.md", "request-path.md", "metrics.md")}
+DOCS = {
+    name: (ROOT / "docs" / name).read_text() for name in ("config.md", "passes.md", "request-path.md", "metrics.md")
+}
 README = (ROOT / "README.md").read_text()
 
 

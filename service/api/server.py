@@ -31,6 +31,8 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     claimed = socket.socket(family, socket.SOCK_STREAM)
     claimed.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Inherited by connections; without it a reply in two writes waits for the client's delayed acknowledgement.
+    claimed.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         claimed.bind((host, port))
     except OSError:
@@ -39,10 +41,10 @@ def listen(host: str, port: int) -> socket.socket:
     return claimed
 
 
-def serve_fleet(fleet: Fleet, claimed: socket.socket) -> None:
-    """Serve until a signal ends it, then drain. Blocks."""
+def serve_fleet(fleet: Fleet, claimed: socket.socket, grpc_at: tuple[str, int] | None = None) -> None:
+    """Serve HTTP on the claimed port, and gRPC where asked, until a signal ends it; then drain. Blocks."""
     config = uvicorn.Config(
-        create_app(fleet),
+        create_app(fleet, grpc_at),
         http="httptools",
         loop="auto",
         lifespan="on",

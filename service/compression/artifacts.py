@@ -6,6 +6,7 @@ Layout under the cache folder::
     locks/<key>        held (flock) while the artifact is being made; the kernel frees it when a builder dies
     tmp/<key>.*/       half-written artifacts of live or dead builders
     scratch/<key>/     training checkpoints, so that an interrupted pass resumes
+    races/<hash>       latencies of a set of artifacts, measured side by side
 
 An artifact is written in `tmp`, its manifest (with the sha256 of every file) last, flushed to disk and renamed into
 place in one step: it exists whole or not at all. Weights are safetensors or ONNX, never a pickle.
@@ -19,15 +20,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from service.compression.manifest import Manifest, Measurement, Recipe
+from service.compression.manifest import Manifest, Measurement, Quality, Recipe, SideBySide
 from service.errors import ArtifactCorrupt, StartupError
+from service.machine import cpu_name
 
 TORCH_FILE = "model.safetensors"
 ONNX_FILE = "model.onnx"
@@ -50,7 +52,7 @@ class ArtifactStore:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         try:
-            for name in ("artifacts", "locks", "tmp", "scratch"):
+            for name in ("artifacts", "locks", "tmp", "scratch", "races"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StartupError(
@@ -84,19 +86,41 @@ class ArtifactStore:
         return recipe
 
     def measurement(self, key: str) -> Measurement | None:
-        """Quality and cost as measured last; `None` if never measured (or unreadable: then it is measured again)."""
+        """Answers and size as measured last; `None` if never measured (or unreadable: then it is measured again)."""
         path = self.folder(key) / "quality.json"
         try:
             return _unseal(path, Measurement) if path.exists() else None
         except ArtifactCorrupt:
             return None
 
-    def manifest(self, key: str) -> Manifest | None:
-        """Recipe and measurement together; `None` unless both are there."""
-        recipe, measurement = self.recipe(key), self.measurement(key)
-        if recipe is None or measurement is None:
+    def manifest(self, key: str, race: SideBySide) -> Manifest | None:
+        """Recipe, answers and speed together; `None` unless all are there and of the same machine."""
+        recipe, measured, latency = self.recipe(key), self.measurement(key), race.latency_ms.get(key)
+        if recipe is None or measured is None or latency is None:
             return None
-        return Manifest(**recipe.model_dump(), **measurement.model_dump())
+        if (measured.cpu, measured.threads) != (race.cpu, race.threads):
+            return None
+        throughput = max(rows / ms * 1000 for rows, ms in latency.items())
+        quality = Quality(**measured.fidelity.model_dump(), latency_ms=latency, throughput=throughput)
+        return Manifest(**recipe.model_dump(), quality=quality, cpu=race.cpu, threads=race.threads)
+
+    def side_by_side(self, keys: Sequence[str], threads: int) -> SideBySide | None:
+        """The latencies of exactly these artifacts, if they were measured together on this machine."""
+        path = self._race(keys, threads)
+        try:
+            return _unseal(path, SideBySide) if path.exists() else None
+        except ArtifactCorrupt:
+            return None
+
+    def keep_side_by_side(self, keys: Sequence[str], race: SideBySide) -> None:
+        """Store latencies that were measured together."""
+        temporary = self.root / "tmp" / f"race.{os.getpid()}"
+        _seal(temporary, race)
+        temporary.rename(self._race(keys, race.threads))
+
+    def _race(self, keys: Sequence[str], threads: int) -> Path:
+        together = "\n".join([*sorted(keys), cpu_name(), str(threads)])
+        return self.root / "races" / hashlib.sha256(together.encode()).hexdigest()
 
     def chain(self, key: str) -> tuple[Recipe, ...]:
         """The verified recipes from the base up to `key`.

@@ -7,7 +7,6 @@ done. Building itself runs in a child process of the server (`leanserve build`).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from service.compression.load import load_model
 from service.compression.manifest import Manifest, Recipe, VariantReport
 from service.compression.passes.base import Applied, Pass
 from service.compression.progress import BuildProgress
-from service.compression.quality import Answers, gate_reason, measure
+from service.compression.quality import Answers, gate_reason, measure, race
 from service.compression.recipe import Step, steps_of, versions_of
 from service.config import ServiceConfig, VariantConfig
 from service.contracts import Base, BuildContext, Model, OnnxModel, TorchModel
@@ -51,30 +50,32 @@ def plan(config: ServiceConfig, base: Base) -> Plan:
 
 def finished(store: ArtifactStore, work: Plan, threads: int) -> bool:
     """Whether every artifact is there, intact, and measured on this machine with this number of threads."""
+    race = store.side_by_side(work.keys, threads)
     try:
-        manifests = [store.manifest(key) for key in work.keys]
+        return race is not None and all(store.manifest(key, race) for key in work.keys)
     except ArtifactCorrupt:
         return False
-    return all(manifest is not None and _measured_here(manifest, threads) for manifest in manifests)
 
 
-def reports(store: ArtifactStore, config: ServiceConfig, work: Plan) -> list[VariantReport]:
+def reports(store: ArtifactStore, config: ServiceConfig, work: Plan, threads: int) -> list[VariantReport]:
     """Every variant with its manifests and the gate's word.
 
     Raises:
         GateFailed: a variant fails a gate that says `on_fail: abort`.
         ArtifactCorrupt: an artifact is missing or damaged.
     """
-    return [_report(store, config, variant, steps) for variant, steps in work.chains]
+    race = store.side_by_side(work.keys, threads)
+    manifests = {key: store.manifest(key, race) for key in work.keys} if race else {}
+    found = []
+    for variant, steps in work.chains:
+        chain = tuple(manifest for step in steps if (manifest := manifests.get(step.key)))
+        if len(chain) != len(steps):
+            raise ArtifactCorrupt(f"variant '{variant.name}' is not built; run `leanserve build`")
+        found.append(_report(config, variant, chain))
+    return found
 
 
-def _report(
-    store: ArtifactStore, config: ServiceConfig, variant: VariantConfig, steps: Sequence[Step]
-) -> VariantReport:
-    found = [store.manifest(step.key) for step in steps]
-    chain = tuple(manifest for manifest in found if manifest is not None)
-    if len(chain) != len(steps):
-        raise ArtifactCorrupt(f"variant '{variant.name}' is not built; run `leanserve build`")
+def _report(config: ServiceConfig, variant: VariantConfig, chain: tuple[Manifest, ...]) -> VariantReport:
     gate = config.gate_of(variant)
     reason = gate_reason(gate, chain[-1].quality, chain[0].quality)
     if reason and gate.on_fail == "abort":
@@ -116,6 +117,9 @@ class Builder:
                     where = _where(variant, step.step, step.position) if step.step else f"base '{self._base.name}'"
                     raise PassFailed(f"{where}: {error}") from error
                 done.add(step.key)
+        if self._store.side_by_side(work.keys, self._threads) is None:
+            with self._progress.artifact("all, side by side"):
+                self._store.keep_side_by_side(work.keys, race(self._store, self._base, work.keys, self._threads))
 
     def _advance(self, step: Step, model: Model | None, label: str) -> Model | None:
         """Make sure that one artifact exists and is measured; returns its model if it had to be made."""
@@ -224,10 +228,6 @@ def _set_threads(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-
-
-def _measured_here(manifest: Manifest, threads: int) -> bool:
-    return (manifest.cpu, manifest.threads) == (cpu_name(), threads)
 
 
 def _label(variant: VariantConfig, step: Step) -> str:

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from service.contracts import Json
 
 
-class Quality(BaseModel):
-    """Answers and cost of one artifact, measured on the gate split and on the device thread of a fresh process."""
+class Fidelity(BaseModel):
+    """What one artifact answers on the gate split, and how large it is; measured in a fresh process."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,12 +34,17 @@ class Quality(BaseModel):
     parameters: int
     macs: int
     """Multiply-accumulates per row of the structure, whatever their precision."""
-    latency_ms: dict[int, float]
-    """Median milliseconds per batch, by rows in the batch (1, 8, 32)."""
-    throughput: float
-    """Rows per second at the best of these batch sizes."""
     peak_memory_bytes: int
     """Resident memory that loading and running the artifact adds to a process that has imported its backend."""
+
+
+class Quality(Fidelity):
+    """Answers, size and speed of one artifact."""
+
+    latency_ms: dict[int, float]
+    """Median milliseconds per batch, by rows in the batch (1, 8, 32), measured side by side with other artifacts."""
+    throughput: float
+    """Rows per second at the best of these batch sizes."""
 
 
 class Recipe(BaseModel):
@@ -66,13 +71,24 @@ class Recipe(BaseModel):
 
 
 class Measurement(BaseModel):
-    """Quality of an artifact and the machine on which it was measured; measured again on another machine."""
+    """Answers of an artifact and the machine on which they were computed; repeated on another machine."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    quality: Quality
+    fidelity: Fidelity
     cpu: str
     threads: int
+
+
+class SideBySide(BaseModel):
+    """Latencies of several artifacts, interleaved in one run on one machine, so that their ratios can be trusted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cpu: str
+    threads: int
+    latency_ms: dict[str, dict[int, float]]
+    """Artifact key -> rows in the batch -> median milliseconds per batch."""
 
 
 class Manifest(Recipe):

@@ -1,8 +1,8 @@
-"""Measure one artifact in a fresh process: what it costs and what it answers.
+"""Run one artifact in a fresh process: what it answers on the gate split, and how much memory it takes.
 
-A process of its own, because the builder's heap, thread pools and allocator state would colour the memory and the
-latencies; and on a device thread, because that is where the server runs models. Started by `quality.py` as
-``python -m service.compression.measure``; prints one JSON line.
+A process of its own, because the builder's heap and thread pools would colour the memory; and on a device thread,
+because that is where the server runs models. Started by `quality.py` as ``python -m service.compression.measure``;
+prints one JSON line.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +19,15 @@ from service.backends.choose import open_backend
 from service.bases import load_base
 from service.compression.artifacts import ArtifactStore
 from service.compression.load import load_model
-from service.contracts import Array, Arrays, Backend, Base, Data
+from service.contracts import Arrays, Backend, Base, Data
 from service.serving.device import Device
 
-BATCHES = (1, 8, 32)
-SECONDS_PER_BATCH = 0.4
-LEAST_RUNS = 5
+ROWS = 32
+"""Rows of the batch whose memory is measured."""
 
 
 def main(cache: str, key: str, base_name: str, threads: str, answers: str) -> None:
-    """Measure the artifact `key`, write its outputs on the gate split to `answers` (.npz), print the cost as JSON."""
+    """Measure the artifact `key`, write its outputs on the gate split to `answers` (.npz), print its memory as JSON."""
     base = load_base(base_name)
     device = Device("measure", int(threads))
     try:
@@ -53,14 +50,12 @@ def _measure(store: ArtifactStore, base: Base, key: str, threads: int, answers: 
     _reset_peak()
     backend = open_backend(load_model(store, base, key), threads)
     try:
-        example = next(gate.batches(max(BATCHES))).inputs
-        latency = {rows: _median_ms(backend, tuple(_take(array, rows) for array in example)) for rows in BATCHES}
+        backend.run(next(gate.batches(ROWS)).inputs)
         peak = max(0, _peak_bytes() - before)
         np.savez(answers, *outputs_on(backend, gate))
     finally:
         backend.close()
-    throughput = max(rows / ms * 1000 for rows, ms in latency.items())
-    return {"latency_ms": latency, "throughput": throughput, "peak_memory_bytes": peak, "samples": len(gate)}
+    return {"peak_memory_bytes": peak, "samples": len(gate)}
 
 
 def _import_runtimes(store: ArtifactStore, key: str) -> None:
@@ -71,23 +66,6 @@ def _import_runtimes(store: ArtifactStore, key: str) -> None:
     else:
         import torch  # noqa: F401
     gc.collect()
-
-
-def _median_ms(backend: Backend, batch: Arrays) -> float:
-    for _ in range(2):
-        backend.run(batch)
-    samples: list[float] = []
-    end = time.perf_counter() + SECONDS_PER_BATCH
-    while len(samples) < LEAST_RUNS or time.perf_counter() < end:
-        start = time.perf_counter()
-        backend.run(batch)
-        samples.append((time.perf_counter() - start) * 1000)
-    return statistics.median(samples)
-
-
-def _take(array: Array, rows: int) -> Array:
-    """The first `rows` rows, repeated from the start if there are fewer."""
-    return np.ascontiguousarray(np.resize(array, (rows, *array.shape[1:])) if len(array) < rows else array[:rows])
 
 
 def _resident_bytes() -> int:

@@ -10,15 +10,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from service.compression.artifacts import ArtifactStore
-from service.compression.manifest import Measurement, Quality, Recipe
+from service.compression.manifest import Fidelity, Measurement, Quality, Recipe, SideBySide
 from service.config import GateConfig
-from service.contracts import Array, Arrays, Base
+from service.contracts import Array, Arrays, Base, Json
 from service.errors import PassFailed
 from service.machine import cpu_name
 
@@ -42,21 +43,34 @@ def measure(
         PassFailed: the artifact cannot be loaded or run.
     """
     path = store.root / "tmp" / f"{recipe.key}.{os.getpid()}.npz"
-    command = [sys.executable, "-m", "service.compression.measure"]
-    arguments = [str(store.root), recipe.key, base.name, str(threads), str(path)]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise PassFailed(f"the artifact was made but does not run: {reason[0]}\n{done.stderr}")
-    cost = json.loads(done.stdout.strip().splitlines()[-1])
+    known = _in_fresh_process("measure", str(store.root), recipe.key, base.name, str(threads), str(path))
     with np.load(path, allow_pickle=False) as stored:
         answers = Answers(tuple(stored[name] for name in stored.files), labels_of(base))
     path.unlink()
     size = {"disk_bytes": _disk_bytes(store, recipe), "parameters": recipe.parameters, "macs": recipe.macs}
     right = scored(base, answers)
     near = fidelity(answers.outputs, (reference or answers).outputs, classes=bool(base.spec.labels))
-    quality = Quality.model_validate(cost | size | right | near)
-    return Measurement(quality=quality, cpu=cpu_name(), threads=threads), answers
+    found = Fidelity.model_validate(known | size | right | near)
+    return Measurement(fidelity=found, cpu=cpu_name(), threads=threads), answers
+
+
+def race(store: ArtifactStore, base: Base, keys: Sequence[str], threads: int) -> SideBySide:
+    """Time published artifacts side by side in a fresh process.
+
+    Raises:
+        PassFailed: they cannot be loaded or run together.
+    """
+    latencies = _in_fresh_process("race", str(store.root), base.name, str(threads), *keys)
+    return SideBySide(cpu=cpu_name(), threads=threads, latency_ms=latencies)
+
+
+def _in_fresh_process(module: str, *arguments: str) -> Json:
+    command = [sys.executable, "-m", f"service.compression.{module}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        raise PassFailed(f"what was built does not run: {reason[0]}\n{done.stderr}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def labels_of(base: Base) -> Array | None:

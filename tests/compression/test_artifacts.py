@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from service.compression.artifacts import ArtifactStore, checksums
-from service.compression.manifest import Measurement, Quality, Recipe
+from service.compression.manifest import Fidelity, Measurement, Recipe, SideBySide
 from service.errors import ArtifactCorrupt, StartupError
+from service.machine import cpu_name
 
 KEY = "a" * 64
 
@@ -37,7 +38,7 @@ def recipe_of(key: str, files: dict[str, str], parent: str | None = None) -> Rec
 
 
 def measurement() -> Measurement:
-    quality = Quality(
+    found = Fidelity(
         samples=1,
         score=None,
         score_low=None,
@@ -48,11 +49,9 @@ def measurement() -> Measurement:
         disk_bytes=1,
         parameters=1,
         macs=1,
-        latency_ms={1: 1.0},
-        throughput=1.0,
         peak_memory_bytes=1,
     )
-    return Measurement(quality=quality, cpu="x", threads=1)
+    return Measurement(fidelity=found, cpu="x", threads=1)
 
 
 def publish(store: ArtifactStore, key: str = KEY, parent: str | None = None) -> None:
@@ -64,13 +63,15 @@ def publish(store: ArtifactStore, key: str = KEY, parent: str | None = None) -> 
 def test_published_is_found_again_with_its_measurement(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
     assert store.recipe(KEY) is None
-    assert store.manifest(KEY) is None
+    race = SideBySide(cpu="x", threads=1, latency_ms={KEY: {1: 2.0, 8: 4.0}})
+    assert store.manifest(KEY, race) is None
     publish(store)
-    assert store.manifest(KEY) is None  # made, but not measured yet
+    assert store.manifest(KEY, race) is None  # made, but not measured yet
     store.attach(KEY, measurement())
-    manifest = store.manifest(KEY)
+    manifest = store.manifest(KEY, race)
     assert manifest is not None
-    assert (manifest.base, manifest.cpu) == ("tiny", "x")
+    assert (manifest.base, manifest.cpu, manifest.quality.throughput) == ("tiny", "x", 2000)
+    assert store.manifest(KEY, race.model_copy(update={"cpu": "another machine"})) is None
     assert not list((tmp_path / "tmp").iterdir())
 
 
@@ -96,6 +97,15 @@ def test_a_damaged_measurement_is_measured_again(tmp_path: Path) -> None:
     path = store.folder(KEY) / "quality.json"
     path.write_bytes(path.read_bytes().replace(b"x", b"y", 1))
     assert store.measurement(KEY) is None
+
+
+def test_latencies_belong_to_the_set_of_artifacts_they_were_measured_with(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    race = SideBySide(cpu=cpu_name(), threads=2, latency_ms={"a": {1: 2.0}, "b": {1: 4.0}})
+    store.keep_side_by_side(["a", "b"], race)
+    assert store.side_by_side(["b", "a"], 2) == race
+    assert store.side_by_side(["a"], 2) is None
+    assert store.side_by_side(["a", "b"], 1) is None
 
 
 def test_a_missing_file_or_parent_is_noticed(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from service.backends.choose import open_backend
 from service.compression import build
 from service.compression.artifacts import ArtifactStore
 from service.compression.load import load_model
-from service.compression.manifest import Measurement, Quality
+from service.compression.manifest import Fidelity, Measurement, SideBySide
 from service.compression.passes import AnyPass
 from service.compression.passes.base import Pass
 from service.compression.progress import BuildProgress
@@ -30,7 +30,7 @@ from service.config import ServiceConfig
 from service.config_errors import KINDS
 from service.contracts import Arrays, Model
 from service.errors import PassFailed
-from service.machine import isa_flags
+from service.machine import cpu_name, isa_flags
 
 PASS: TypeAdapter[Pass] = TypeAdapter(AnyPass)
 Result = TypeVar("Result")
@@ -91,10 +91,12 @@ def outputs(model: Callable[[], Model], batch: Arrays, *, alone: bool = False) -
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring needs a base that another process can load; end-to-end tests do that."""
     nothing = dict.fromkeys(("score", "score_low", "score_high", "agreement", "kl"))
-    cost = {"samples": 1, "cosine": 1, "disk_bytes": 1, "parameters": 1, "macs": 1, "latency_ms": {}, "throughput": 1}
-    quality = Quality.model_validate(nothing | cost | {"peak_memory_bytes": 1})
-    answer = (Measurement(quality=quality, cpu="x", threads=1), Answers((), None))
+    size = {"samples": 1, "cosine": 1, "disk_bytes": 1, "parameters": 1, "macs": 1, "peak_memory_bytes": 1}
+    found = Fidelity.model_validate(nothing | size)
+    answer = (Measurement(fidelity=found, cpu=cpu_name(), threads=1), Answers((), None))
+    latencies = SideBySide(cpu=cpu_name(), threads=1, latency_ms={})
     monkeypatch.setattr(build, "measure", lambda *_: answer)
+    monkeypatch.setattr(build, "race", lambda *_: latencies)
 
 
 def test_every_pass_has_a_case() -> None:

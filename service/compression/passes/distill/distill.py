@@ -41,6 +41,7 @@ class Distill(TrainingOptions, Pass):
     needs: ClassVar[frozenset[Need]] = frozenset({"inputs", "train"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
     order: ClassVar[int] = 5
+    isa_bound: ClassVar[bool] = True  # `precision: auto` trains differently where the CPU has bfloat16
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         import copy
