@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,25 +45,25 @@ def serve(
     cache: CacheOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+    grpc_port: Annotated[int | None, typer.Option(help="Also serve gRPC, on this port.", min=1, max=65535)] = None,
 ) -> None:
     """Build what is missing, gate, load and warm every variant, then answer requests."""
-    from service.api.server import listen, serve_fleet
+    from service.api.server import serve_fleet
 
     started = time.monotonic()
     work = _Workplace(config, cache)
-    try:
-        claimed = listen(host, port)
-    except OSError as error:
-        raise StartupError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
-        ) from error
+    claimed = _claim(host, port, "--port")
+    if grpc_port is not None:
+        if importlib.util.find_spec("grpc") is None:
+            raise StartupError("--grpc-port needs the extra 'grpc': pip install 'leanserve[grpc]'")
+        _claim(host, grpc_port, "--grpc-port").close()  # grpc binds by itself; this only finds out early
     if not work.finished:
         _build_in_child(config, work.store.root)
     fleet = _open_fleet(work)
     ready = time.monotonic() - started
     names = ", ".join(fleet.variants)
     err.print(f"ready in {ready:.1f} s: http://{host}:{port} serves {fleet.base.name} as {names}", highlight=False)
-    serve_fleet(fleet, claimed)
+    serve_fleet(fleet, claimed, None if grpc_port is None else (host, grpc_port))
 
 
 @app.command()
@@ -169,6 +171,16 @@ class _Workplace:
         if all(report.state == "excluded" for report in found):
             raise GateFailed("; ".join(f"variant '{item.name}' is excluded: {item.reason}" for item in found))
         return found
+
+
+def _claim(host: str, port: int, option: str) -> socket.socket:
+    from service.api.server import listen
+
+    try:
+        return listen(host, port)
+    except OSError as error:
+        text = f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or {option}"
+        raise StartupError(text) from error
 
 
 def _build_here(work: _Workplace) -> None:

@@ -42,6 +42,7 @@ ONLY = {
     "prometheus_client": {"service/telemetry/metrics.py"},
     "fastapi": {"service/api/app.py"},
     "uvicorn": {"service/api/server.py"},
+    "grpc": {"service/api/grpc_server.py"},
     "typer": {"service/__main__.py"},
 }
 LAZY = {
