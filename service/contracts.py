@@ -147,8 +147,8 @@ class Backend(Protocol):
     def name(self) -> str: ...
 
     @property
-    def static_rows(self) -> bool:
-        """Whether batches must be padded up to the next batch bucket (compiled shapes)."""
+    def row_buckets(self) -> tuple[int, ...]:
+        """The numbers of rows it was compiled for, ascending: batches are padded up to the next. Empty: any number."""
 
     def run(self, batch: Arrays) -> Arrays:
         """Run one batch; the outputs keep the order of the spec's outputs and the number of rows."""

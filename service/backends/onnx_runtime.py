@@ -52,8 +52,8 @@ class OnnxRuntimeBackend:
         return "onnxruntime"
 
     @property
-    def static_rows(self) -> bool:
-        return False
+    def row_buckets(self) -> tuple[int, ...]:
+        return ()
 
     def run(self, batch: Arrays) -> Arrays:
         outputs: Any = self._session.run(self._outputs, dict(zip(self._inputs, batch, strict=True)))

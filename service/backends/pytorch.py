@@ -17,8 +17,8 @@ from service.contracts import Array, Arrays, TorchModel
 class TorchBackend:
     """A `contracts.Backend`. Create, run and close it on one thread.
 
-    A module with an attribute `static_rows` is compiled: it is fed as it was compiled, and the attribute says whether
-    batches must be padded. Any other module is fed channels-last images if its weights are channels-last.
+    A module with an attribute `row_buckets` is compiled: it is fed as it was compiled, and the attribute says for which
+    numbers of rows (empty: any). Any other module is fed channels-last images if its weights are channels-last.
     """
 
     def __init__(self, model: TorchModel, threads: int) -> None:
@@ -26,8 +26,8 @@ class TorchBackend:
         torch.set_flush_denormal(True)  # before the first parallel region: its worker threads inherit the setting
         self._module = model.module.eval()
         self._dtypes = [_torch_dtype(item.dtype) for item in model.spec.outputs]
-        compiled: bool | None = getattr(model.module, "static_rows", None)
-        self._static_rows = bool(compiled)
+        compiled: tuple[int, ...] | None = getattr(model.module, "row_buckets", None)
+        self._row_buckets = compiled or ()
         self._channels_last = compiled is None and _has_channels_last_weights(model.module)
 
     @property
@@ -35,8 +35,8 @@ class TorchBackend:
         return "pytorch"
 
     @property
-    def static_rows(self) -> bool:
-        return self._static_rows
+    def row_buckets(self) -> tuple[int, ...]:
+        return self._row_buckets
 
     def run(self, batch: Arrays) -> Arrays:
         """Outputs have the dtypes of the spec, so that bfloat16, which numpy lacks, never leaves."""

@@ -7,7 +7,7 @@ is close to the best. On CPUs throughput often falls beyond a few rows, because 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 SMOOTHING = 0.1
 """Weight of a new observation against the old estimate (exponential moving average)."""
@@ -15,8 +15,13 @@ KNEE = 0.97
 """A batch at the knee reaches at least this share of the best measured throughput."""
 
 
-def buckets_up_to(max_rows: int) -> tuple[int, ...]:
-    """Batch buckets: the powers of two below the maximum, and the maximum."""
+def buckets_up_to(max_rows: int, compiled: Sequence[int] = ()) -> tuple[int, ...]:
+    """Batch buckets: those a backend was `compiled` for, else the powers of two below the maximum, and the maximum.
+
+    Of the compiled ones at least the smallest is used, even if it has more rows than the maximum.
+    """
+    if compiled:
+        return tuple(rows for rows in sorted(compiled) if rows <= max_rows) or (min(compiled),)
     sizes = [1]
     while sizes[-1] * 2 < max_rows:
         sizes.append(sizes[-1] * 2)

@@ -42,7 +42,7 @@ class Fleet:
         self.sticky_header = config.traffic.sticky_header.lower().encode()
 
     def open(self, name: str, load: Callable[[], Backend], batch: BatchConfig) -> None:
-        """Load a variant on the device thread and warm it in every batch bucket.
+        """Load a variant on the device thread and warm it in every batch bucket, that is in every shape it will meet.
 
         Raises:
             StartupError: it cannot be loaded or run; nothing half-warm is ever served.
@@ -101,8 +101,8 @@ class Fleet:
 
 def _warm(load: Callable[[], Backend], spec: InputSpec, max_rows: int) -> tuple[Backend, CostTable]:
     backend = load()
-    seconds = {rows: _seconds(backend, spec, rows) for rows in buckets_up_to(max_rows)}
-    return backend, CostTable(seconds)
+    buckets = buckets_up_to(max_rows, backend.row_buckets)
+    return backend, CostTable({rows: _seconds(backend, spec, rows) for rows in buckets})
 
 
 def _seconds(backend: Backend, spec: InputSpec, rows: int) -> float:

@@ -156,7 +156,7 @@ class Variant:
 
     def _run(self, tickets: list[_Ticket], taken: float) -> list[_Ran]:
         rows = sum(ticket.rows for ticket in tickets)
-        padded = self.costs.bucket(rows) if self.backend.static_rows else rows
+        padded = self.costs.bucket(rows) if self.backend.row_buckets else rows
         try:
             joined = join([ticket.sample for ticket in tickets], self._spec, padded)
             started = time.perf_counter()

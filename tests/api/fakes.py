@@ -44,7 +44,7 @@ class PixelBase:
 
 class PixelBackend:
     name = "pixel"
-    static_rows = False
+    row_buckets: tuple[int, ...] = ()
 
     def __init__(self, *, broken: bool = False, gate: threading.Event | None = None) -> None:
         self.broken = broken

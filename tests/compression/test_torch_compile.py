@@ -68,8 +68,7 @@ def test_any_batch_answers_as_eager_does_with_one_graph_per_bucket(freezing: str
         batch = SPEC.example(rows)
         assert compiled.run(batch)[0] == pytest.approx(eager.run(batch)[0], abs=1e-5)
     assert graphs() - before == 2
-    assert compiled.static_rows
-    assert not eager.static_rows
+    assert (compiled.row_buckets, eager.row_buckets) == ((1, 4), ())
 
 
 def test_without_buckets_one_graph_serves_any_number_of_rows() -> None:
@@ -79,7 +78,7 @@ def test_without_buckets_one_graph_serves_any_number_of_rows() -> None:
         batch = SPEC.example(rows)
         assert compiled.run(batch)[0] == pytest.approx(eager.run(batch)[0], abs=1e-5)
     assert graphs() - before == 2, "one for a single row, one for more"
-    assert not compiled.static_rows
+    assert compiled.row_buckets == ()
 
 
 def test_more_graphs_than_torch_allows_by_default_are_still_compiled() -> None:

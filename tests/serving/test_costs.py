@@ -12,6 +12,13 @@ def test_buckets_are_powers_of_two_and_the_maximum(most: int, buckets: tuple[int
     assert buckets_up_to(most) == buckets
 
 
+@pytest.mark.parametrize(
+    ("most", "compiled", "buckets"), [(32, (1, 8), (1, 8)), (20, (32, 8, 1), (1, 8)), (8, (64, 32), (32,))]
+)
+def test_compiled_shapes_are_the_only_buckets(most: int, compiled: tuple[int, ...], buckets: tuple[int, ...]) -> None:
+    assert buckets_up_to(most, compiled) == buckets
+
+
 def test_the_knee_is_the_smallest_batch_near_the_best_throughput() -> None:
     falling = CostTable({1: 0.010, 2: 0.016, 4: 0.0305, 8: 0.060, 16: 0.200})
     assert falling.knee == 4  # 8 rows are 1.6 % faster per row: not worth the latency

@@ -25,8 +25,8 @@ class ScriptedBackend:
 
     name = "scripted"
 
-    def __init__(self, *, static_rows: bool = False) -> None:
-        self.static_rows = static_rows
+    def __init__(self, row_buckets: tuple[int, ...] = ()) -> None:
+        self.row_buckets = row_buckets
         self.gate = threading.Event()
         self.gate.set()
         self.started = threading.Event()
@@ -180,12 +180,12 @@ def test_refused_at_the_door_with_the_time_after_which_to_retry(
     play(scenario, limits, seconds=1.0)
 
 
-def test_rows_are_padded_to_a_bucket_only_for_static_shapes() -> None:
+def test_rows_are_padded_to_a_bucket_only_for_compiled_shapes() -> None:
     async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
         prediction = await variant.predict(sample(1, rows=3), stay)
         assert prediction.outputs[0].shape == (3, 2)
 
-    static, dynamic = ScriptedBackend(static_rows=True), ScriptedBackend()
+    static, dynamic = ScriptedBackend((1, 2, 8)), ScriptedBackend()
     padded = play(scenario, QueueLimits(8, 100), static)
     play(scenario, QueueLimits(8, 100), dynamic)
     assert (static.ran, dynamic.ran, padded.metrics.padding_rows) == ([8], [3], 5)

@@ -41,30 +41,29 @@ class CompiledModule(nn.Module):
     def __init__(self, module: nn.Module, spec: InputSpec, buckets: Sequence[int], options: Mapping[str, Any]) -> None:
         super().__init__()
         self.inner = module
-        self.static_rows = bool(buckets)
+        self.row_buckets = tuple(sorted(buckets))
         self._spec = spec
-        self._buckets = sorted(buckets)
         self._options = dict(options)
         self._graphs: dict[int, Callable[..., Any]] = {}
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor | Tensors:
         rows = len(inputs[0])
-        if rows in self._buckets or not self._buckets:
+        if rows in self.row_buckets or not self.row_buckets:
             return self._run(inputs)
-        largest = self._buckets[-1]
+        largest = self.row_buckets[-1]
         parts = [self._padded(part) for part in zip(*(torch.split(item, largest) for item in inputs), strict=True)]
         joined = tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
         return joined if len(joined) > 1 else joined[0]
 
     def _padded(self, inputs: Tensors) -> Tensors:
         rows = len(inputs[0])
-        missing = next(bucket for bucket in self._buckets if bucket >= rows) - rows
+        missing = next(bucket for bucket in self.row_buckets if bucket >= rows) - rows
         outputs = self._run(tuple(F.pad(item, (0, 0) * (item.ndim - 1) + (0, missing)) for item in inputs))
         return tuple(item[:rows] for item in (outputs if isinstance(outputs, tuple) else (outputs,)))
 
     def _run(self, inputs: Tensors) -> torch.Tensor | Tensors:
         rows = len(inputs[0])
-        key = rows if self._buckets or rows == 1 else DYNAMIC
+        key = rows if self.row_buckets or rows == 1 else DYNAMIC
         graph = self._graphs.get(key)
         if graph is None:
             return self._first_run(key, inputs)
@@ -79,7 +78,7 @@ class CompiledModule(nn.Module):
 
     def _first_run(self, key: int, inputs: Tensors) -> torch.Tensor | Tensors:
         """Compile by running. A graph counts only once it has run, so that a failure can be tried again."""
-        if not self._buckets:
+        if not self.row_buckets:
             self._mark_dynamic(inputs)
 
         def whole(*tensors: torch.Tensor) -> torch.Tensor | Tensors:
