@@ -62,7 +62,7 @@ def serve(
     fleet = _open_fleet(work)
     ready = time.monotonic() - started
     names = ", ".join(fleet.variants)
-    err.print(f"ready in {ready:.1f} s: http://{host}:{port} serves {fleet.base.name} as {names}", highlight=False)
+    err.print(f"ready in {ready:.1f} s: http://{host}:{port} serves {fleet.base.name} as {names}", highlight=False, soft_wrap=True)
     serve_fleet(fleet, claimed, None if grpc_port is None else (host, grpc_port))
 
 
@@ -76,7 +76,7 @@ def build(config: ConfigOption = SHIPPED, cache: CacheOption = None) -> None:
         _build_here(work)
     for report in work.reports():
         state = f"excluded: {report.reason}" if report.reason else "passes its gate"
-        err.print(f"{report.name}: {escape(state)}", highlight=False)
+        err.print(f"{report.name}: {escape(state)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

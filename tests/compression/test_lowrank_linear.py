@@ -80,6 +80,14 @@ def test_whitened_truncation_loses_exactly_the_dropped_energy() -> None:
     assert float(lost) == pytest.approx(float(basis.energies[4:].sum()), rel=1e-3)
 
 
+def test_fewer_rows_than_dimensions_leave_moments_that_still_factorise() -> None:
+    rows = torch.randn(20, 300, generator=torch.Generator().manual_seed(0)) * 1e3
+    moments = (rows.T @ rows / 20).float()  # rank 20, and indefinite by rounding
+    scale = cholesky_scale(moments)
+    error = (scale @ scale.T - moments).norm() / moments.norm()
+    assert error < 1e-3
+
+
 def test_moments_are_those_of_numpy() -> None:
     x = np.random.default_rng(0).standard_normal((50, 5)).astype(np.float32) + 3
     moments = Moments()

@@ -8,6 +8,7 @@ are first multiplied by a factor of the input's second moments, which turns outp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -50,17 +51,20 @@ def output_basis(covariance: Tensor) -> Basis:
 
 
 def cholesky_scale(moments: Tensor) -> Tensor:
-    """Lower triangular S with `S S^T = moments` [d, d], damped so that it always exists."""
-    scale: Tensor = torch.linalg.cholesky(_damped(moments))
-    return scale
+    """Lower triangular S with `S S^T = moments` [d, d], damped until it exists.
+
+    Fewer calibration rows than dimensions leave the moments singular, and rounding may make them slightly indefinite.
+    """
+    damping = max(DAMPING * float(moments.diagonal().mean()), 1e-12)
+    unit = torch.eye(len(moments), dtype=torch.float64)
+    while True:
+        scale, failed = torch.linalg.cholesky_ex(moments.double() + damping * unit)
+        if not failed:
+            return cast("Tensor", scale)
+        damping *= 10
 
 
 def regress(moments: Tensor, features: int) -> Tensor:
     """Least-squares map [features, targets] from the joint covariance of features and targets [f + t, f + t]."""
-    solution: Tensor = torch.linalg.solve(_damped(moments[:features, :features]), moments[:features, features:])
-    return solution
-
-
-def _damped(moments: Tensor) -> Tensor:
-    size = max(DAMPING * float(moments.diagonal().mean()), 1e-12)
-    return moments + size * torch.eye(len(moments), dtype=moments.dtype)
+    scale = cholesky_scale(moments[:features, :features])
+    return torch.cholesky_solve(moments[:features, features:].double(), scale)
