@@ -48,6 +48,21 @@ class BatchConfig(Section):
     max_delay_ms: float = Field(0.0, ge=0, le=10_000, description="how long an idle device waits for more rows")
     queue_rows: int = Field(512, ge=1, description="rows that may wait; beyond it requests are refused with 429")
     timeout_ms: float = Field(10_000.0, gt=0, description="longest wait in the queue; beyond it 504")
+    priority_levels: int = Field(3, ge=1, le=16, description="priorities 1 (most urgent) to this one")
+    default_priority: int | None = Field(None, ge=1, description="of requests that name none; the middle by default")
+
+    @model_validator(mode="after")
+    def _default_is_a_level(self) -> Self:
+        if self.default_level > self.priority_levels:
+            raise ValueError(
+                f"default_priority {self.default_priority} is beyond priority_levels {self.priority_levels}"
+            )
+        return self
+
+    @property
+    def default_level(self) -> int:
+        """The priority level of a request that names none."""
+        return self.default_priority or (self.priority_levels + 1) // 2
 
 
 class TrafficConfig(Section):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.config import GateConfig, ServiceConfig, read_config
+from service.config import BatchConfig, GateConfig, ServiceConfig, read_config
 from service.errors import ConfigError
 
 GOOD = """\
@@ -67,6 +67,12 @@ MISTAKES = {
     "key given twice": ("base: digits", "base: digits\nbase: other", 2, "key 'base' was given already on line 1"),
     "not YAML": ("base: digits", "base: [digits", 2, "not valid YAML"),
     "limit out of range": ("max_drop: 0.01", "max_drop: 5", 2, "(got 5)"),
+    "default priority beyond the levels": (
+        "base: digits",
+        "base: digits\nbatch: {priority_levels: 2, default_priority: 3}",
+        2,
+        "default_priority 3 is beyond priority_levels 2",
+    ),
     "no threads": ("base: digits", "base: digits\nthreads: 0", 2, "threads must be 'auto' or at least 1"),
 }
 
@@ -116,3 +122,8 @@ def test_the_schema_describes_every_pass() -> None:
     mapping = schema["$defs"]["VariantConfig"]["properties"]["passes"]["items"]["discriminator"]["mapping"]
     assert set(mapping) == set(KINDS)
     assert schema["additionalProperties"] is False
+
+
+def test_the_default_priority_is_the_middle_level() -> None:
+    assert [BatchConfig(priority_levels=levels).default_level for levels in (1, 2, 3, 5)] == [1, 1, 2, 3]
+    assert BatchConfig(priority_levels=5, default_priority=5).default_level == 5

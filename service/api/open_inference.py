@@ -47,14 +47,14 @@ class OpenInference:
         return self.fleet.choose(version or wanted, caller_key)
 
     async def infer(self, variant: Variant, inputs: Arrays, options: InferOptions, gone: Gone) -> Prediction:
-        """Run a checked request. Its `timeout` may shorten the queue's own limit, not lengthen it (as in Triton).
+        """Run a checked request at its `priority`. Its `timeout` may shorten the queue's limit, not lengthen it.
 
         Raises:
             ServiceError: see `Variant.predict`.
         """
         limit = variant.batcher.limits.timeout_s
         timeout_s = limit if options.timeout_us is None else min(limit, options.timeout_us / 1e6)
-        return await variant.predict(inputs, gone, timeout_s)
+        return await variant.predict(inputs, gone, timeout_s, options.priority or 0)
 
     def health(self) -> dict[str, Json]:
         """Both keys in one body, because clients differ in which one they read, whatever they asked."""
@@ -77,14 +77,14 @@ class OpenInference:
         return model_metadata(self.fleet.base.spec, self.name, list(self.fleet.variants), platform)
 
     def config(self, model: str, version: str | None = None) -> dict[str, Json]:
-        """Batching as configured (`max_batch_size`) and as measured (the preferred size is the knee).
+        """Batching as configured (`max_batch_size`, priorities) and as measured (the preferred size is the knee).
 
-        Without a version it holds for all: the smallest maximum, the shortest delay.
+        Without a version it holds for all: the smallest maximum, the shortest delay, the fewest levels.
         """
         asked = self._serving(model, version)
         batches = {item.name: self.fleet.config.batch_of(item) for item in self.fleet.config.variants}
         knees = sorted({variant.batcher.limits.max_rows for variant in asked})
-        return model_config(
+        config = model_config(
             self.fleet.base.spec,
             self.name,
             _platform(asked),
@@ -92,6 +92,10 @@ class OpenInference:
             knees,
             round(min(batches[variant.name].max_delay_ms for variant in asked) * 1000),
         )
+        fewest = min((variant.batcher.limits for variant in asked), key=lambda limits: limits.levels)
+        priorities = {"priority_levels": fewest.levels, "default_priority_level": fewest.default_level}
+        config["dynamic_batching"] |= priorities
+        return config
 
     def statistics(self, model: str | None = None, version: str | None = None) -> dict[str, Json]:
         """What the variants have done since they were loaded."""

@@ -4,6 +4,9 @@ Late binding: a batch is formed by the device thread in the moment it is free to
 and a busy one lets the batch grow. Rows are counted, not requests. What expired or lost its client is left out when the
 batch is formed. No torch, no HTTP; the clock is an argument, so that a table of arrivals -> batches tests it.
 
+The most urgent priority level goes first, within a level the oldest request. Nothing but its deadline keeps a less
+urgent one from being overtaken again and again: no request waits longer than that.
+
 Offers come from the event loop, `take` from the device thread; one lock, held for microseconds, keeps them apart.
 """
 
@@ -28,9 +31,12 @@ Reply = TypeVar("Reply")
 
 
 class Ticket(Generic[Reply]):
-    """One request (or one part of a split request) waiting in a queue. Times are seconds of the caller's clock."""
+    """One request (or one part of a split request) waiting in a queue. Times are seconds of the caller's clock.
 
-    __slots__ = ("deadline", "enqueued_at", "gone", "reply", "rows", "sample")
+    `level` is its priority from 1, the most urgent, to the `levels` of the queue.
+    """
+
+    __slots__ = ("deadline", "enqueued_at", "gone", "level", "reply", "rows", "sample")
 
     def __init__(
         self,
@@ -40,12 +46,14 @@ class Ticket(Generic[Reply]):
         *,
         deadline: float = math.inf,
         gone: Callable[[], bool] = _never_gone,
+        level: int = 1,
     ) -> None:
         self.sample = sample
         self.rows = rows
         self.reply = reply
         self.deadline = deadline
         self.gone = gone
+        self.level = level
         self.enqueued_at = 0.0
 
 
@@ -59,21 +67,31 @@ class Formed(NamedTuple, Generic[Reply]):
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """Rows per batch, rows that may wait, the wait for company on an idle device, and the longest wait at all."""
+    """Rows per batch, rows that may wait, the wait for company on an idle device, and the longest wait at all.
+
+    Priorities are 1, the most urgent, to `levels`; requests that name none have `default_level`.
+    """
 
     max_rows: int
     queue_rows: int
     max_delay_s: float = 0.0
     timeout_s: float = 10.0
+    levels: int = 1
+    default_level: int = 1
+
+    def level(self, priority: int) -> int:
+        """The level of a request's priority; 0 and what is beyond the last level mean the default, as in Triton."""
+        return priority if 1 <= priority <= self.levels else self.default_level
 
 
 class Batcher(Generic[Reply]):
-    """A bounded first-in-first-out queue that closes a batch as late as possible."""
+    """A bounded queue, first in first out within each priority level, that closes a batch as late as possible."""
 
     def __init__(self, limits: QueueLimits) -> None:
         self.limits = limits
         self.waiting_rows = 0
-        self._queue: deque[Ticket[Reply]] = deque()
+        self._queues: list[deque[Ticket[Reply]]] = [deque() for _ in range(limits.levels)]
+        self._rows = [0] * limits.levels
         self._lock = threading.Lock()
         self._claimed = False
 
@@ -90,25 +108,34 @@ class Batcher(Generic[Reply]):
                 raise QueueFull(f"{full}; {rows} more do not fit")
             for ticket in tickets:
                 ticket.enqueued_at = now
-            self._queue.extend(tickets)
+                self._queues[ticket.level - 1].append(ticket)
+                self._rows[ticket.level - 1] += ticket.rows
             self.waiting_rows += rows
             unclaimed, self._claimed = not self._claimed, True
             return unclaimed
 
+    def rows_before(self, level: int) -> int:
+        """Waiting rows that go before a new request of this level: those of its own and of the more urgent ones."""
+        return sum(self._rows[:level])
+
     def due(self, now: float) -> float:
         """Seconds until the next batch should be formed: 0 when it is full or has waited `max_delay_s`."""
         with self._lock:
-            if not self._queue or self.waiting_rows >= self.limits.max_rows:
+            if not any(self._queues) or self.waiting_rows >= self.limits.max_rows:
                 return 0.0
-            return max(0.0, self._queue[0].enqueued_at + self.limits.max_delay_s - now)
+            oldest = min(queue[0].enqueued_at for queue in self._queues if queue)
+            return max(0.0, oldest + self.limits.max_delay_s - now)
 
     def take(self, now: float) -> Formed[Reply]:
-        """Form the next batch: the oldest live tickets, at most `max_rows` rows (a single larger ticket goes alone)."""
+        """Form the next batch: the most urgent live tickets, of these the oldest, at most `max_rows` rows.
+
+        A single larger ticket goes alone. No ticket is passed over for a later one that would still fit.
+        """
         formed: Formed[Reply] = Formed([], [], [])
         rows = 0
         with self._lock:
-            while self._queue:
-                ticket = self._queue[0]
+            while (queue := self._foremost()) is not None:
+                ticket = queue[0]
                 if ticket.gone():
                     formed.left.append(ticket)
                 elif ticket.deadline <= now:
@@ -118,21 +145,29 @@ class Batcher(Generic[Reply]):
                 else:
                     formed.batch.append(ticket)
                     rows += ticket.rows
-                self._queue.popleft()
-                self.waiting_rows -= ticket.rows
+                queue.popleft()
+                self._forget(ticket)
         return formed
 
     def release(self) -> bool:
         """Called after a batch was run: True if more is waiting (the claim is kept), False if the queue is idle."""
         with self._lock:
-            self._claimed = bool(self._queue)
+            self._claimed = any(self._queues)
             return self._claimed
 
     def expire(self, now: float) -> tuple[list[Ticket[Reply]], float]:
         """Remove what waited past its deadline; also the earliest deadline among the rest (inf if none)."""
         with self._lock:
-            expired = [ticket for ticket in self._queue if ticket.deadline <= now]
+            expired = [ticket for queue in self._queues for ticket in queue if ticket.deadline <= now]
             if expired:
-                self._queue = deque(ticket for ticket in self._queue if ticket.deadline > now)
-                self.waiting_rows -= sum(ticket.rows for ticket in expired)
-            return expired, min((ticket.deadline for ticket in self._queue), default=math.inf)
+                self._queues = [deque(ticket for ticket in queue if ticket.deadline > now) for queue in self._queues]
+            for ticket in expired:
+                self._forget(ticket)
+            return expired, min((ticket.deadline for queue in self._queues for ticket in queue), default=math.inf)
+
+    def _foremost(self) -> deque[Ticket[Reply]] | None:
+        return next((queue for queue in self._queues if queue), None)
+
+    def _forget(self, ticket: Ticket[Reply]) -> None:
+        self._rows[ticket.level - 1] -= ticket.rows
+        self.waiting_rows -= ticket.rows

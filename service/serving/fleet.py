@@ -51,10 +51,7 @@ class Fleet:
             backend, costs = self.device.call(lambda: _warm(load, self.base.spec, batch.max_rows))
         except Exception as error:
             raise StartupError(f"variant '{name}' cannot be loaded and warmed up: {error}") from error
-        rows = min(batch.max_rows, costs.knee)
-        batcher: Batcher[Reply] = Batcher(
-            QueueLimits(rows, batch.queue_rows, batch.max_delay_ms / 1000, batch.timeout_ms / 1000)
-        )
+        batcher: Batcher[Reply] = Batcher(_limits(batch, costs))
         self.variants[name] = Variant(name, self.base.spec, backend, self.device, costs, batcher)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -97,6 +94,17 @@ class Fleet:
         for variant in self.variants.values():
             self.device.call(variant.backend.close)
         self.device.close()
+
+
+def _limits(batch: BatchConfig, costs: CostTable) -> QueueLimits:
+    return QueueLimits(
+        max_rows=min(batch.max_rows, costs.knee),
+        queue_rows=batch.queue_rows,
+        max_delay_s=batch.max_delay_ms / 1000,
+        timeout_s=batch.timeout_ms / 1000,
+        levels=batch.priority_levels,
+        default_level=batch.default_level,
+    )
 
 
 def _warm(load: Callable[[], Backend], spec: InputSpec, max_rows: int) -> tuple[Backend, CostTable]:

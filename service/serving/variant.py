@@ -76,10 +76,13 @@ class Variant:
         self.metrics = metrics
         self.neighbours = neighbours
 
-    async def predict(self, sample: Arrays, gone: Gone, timeout_s: float | None = None) -> Prediction:
+    async def predict(
+        self, sample: Arrays, gone: Gone, timeout_s: float | None = None, priority: int = 0
+    ) -> Prediction:
         """Queue a request, wait for its batch, return its outputs.
 
         `sample` is checked against the spec by the codec. `gone` tells, from any thread, whether the client left.
+        `priority` is 1 for the most urgent level; 0, and what is beyond the last level, stand for the default.
 
         Raises:
             QueueFull, DeadlineUnreachable: refused at the door; `retry_after_s` is set.
@@ -91,8 +94,9 @@ class Variant:
         limits = self.batcher.limits
         timeout_s = limits.timeout_s if timeout_s is None else timeout_s
         parts = cut(sample, limits.max_rows)
-        self._admit(len(sample[0]), timeout_s)
-        tickets = [self._ticket(part, now + timeout_s, gone) for part in parts]
+        level = limits.level(priority)
+        self._admit(len(sample[0]), level, timeout_s)
+        tickets = [self._ticket(part, now + timeout_s, gone, level) for part in parts]
         self._enqueue(tickets, now)
         if len(tickets) == 1:
             outputs, queue_s, infer_s, batch_size = await tickets[0].reply
@@ -109,29 +113,31 @@ class Variant:
         """Predicted seconds of device time for the rows in this variant's queue."""
         return self.costs.drain_seconds(self.batcher.waiting_rows)
 
-    def wait_s(self, rows: int) -> float:
-        """Predicted queue time of a request of `rows` rows: own queue, and turns of the neighbours in between."""
-        own = self.batcher.waiting_rows
+    def wait_s(self, rows: int, level: int) -> float:
+        """Predicted queue time of a request: own queue up to its level, and turns of the neighbours in between."""
+        own = self.batcher.rows_before(level)
         turns = math.ceil((own + rows) / self.costs.knee)
         others = sum(min(other.backlog_s(), turns * other.costs.seconds(other.costs.knee)) for other in self.neighbours)
         return self.costs.drain_seconds(own) + others
 
-    def _admit(self, rows: int, timeout_s: float) -> None:
-        wait = self.wait_s(rows)
+    def _admit(self, rows: int, level: int, timeout_s: float) -> None:
+        wait = self.wait_s(rows, level)
         if wait > timeout_s:
             text = f"predicted to wait {wait * 1000:.0f} ms in the queue; the request allows {timeout_s * 1000:.0f} ms"
             raise DeadlineUnreachable(text, retry_after_s=wait - timeout_s)
 
-    def _ticket(self, sample: Arrays, deadline: float, gone: Gone) -> _Ticket:
+    def _ticket(self, sample: Arrays, deadline: float, gone: Gone, level: int) -> _Ticket:
         reply: Reply = self._loop.create_future()
         # A cancelled caller is as gone as a closed connection.
-        return Ticket(sample, len(sample[0]), reply, deadline=deadline, gone=lambda: reply.cancelled() or gone())
+        return Ticket(
+            sample, len(sample[0]), reply, deadline=deadline, gone=lambda: reply.cancelled() or gone(), level=level
+        )
 
     def _enqueue(self, tickets: list[_Ticket], now: float) -> None:
         try:
             unclaimed = self.batcher.offer(tickets, now)
         except QueueFull as error:
-            raise QueueFull(str(error), retry_after_s=self.wait_s(0)) from None
+            raise QueueFull(str(error), retry_after_s=self.wait_s(0, self.batcher.limits.levels)) from None
         if unclaimed:
             self._summon()
         self._sweep_at(tickets[0].deadline)

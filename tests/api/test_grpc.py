@@ -77,6 +77,8 @@ def test_descriptions(client: Any) -> None:
     assert (metadata.versions, metadata.inputs[0].shape) == (["a", "b", "broken", "held"], [-1, 1, 2, 2])
     config = client.get_model_config("pixels", "a").config
     assert (config.max_batch_size, config.input[0].dims) == (32, [1, 2, 2])
+    batching = config.dynamic_batching
+    assert (batching.priority_levels, batching.default_priority_level) == (3, 2)
     assert config.input[0].data_type == model_config_pb2.TYPE_FP32
     index = client.get_model_repository_index().models
     assert [(item.version, item.state, item.reason) for item in index][-1] == ("poor", "UNAVAILABLE", POOR)
@@ -161,7 +163,7 @@ def test_a_bug_of_ours_shows_no_stack(infer: Any, monkeypatch: pytest.MonkeyPatc
     assert "division" not in refused.value.details()
 
 
-def test_who_cancels_or_passes_a_deadline_is_not_executed(live: Live, infer: Any) -> None:
+def test_priorities_are_kept_and_who_cancels_or_passes_a_deadline_is_not_executed(live: Live, infer: Any) -> None:
     held = live.fleet.variants["held"]
     backend = held.backend
     assert isinstance(backend, PixelBackend)
@@ -170,8 +172,11 @@ def test_who_cancels_or_passes_a_deadline_is_not_executed(live: Live, infer: Any
     try:
         first = infer.future(typed("held"))
         until(lambda: backend.waits)
-        second, third = infer.future(typed("held")), infer.future(typed("held"), timeout=0.2)
+        urgent = changed(lambda made: made.parameters["priority"].__setattr__("int64_param", 1))
+        urgent.model_version = "held"
+        second, third = infer.future(urgent), infer.future(typed("held"), timeout=0.2)
         until(lambda: held.batcher.waiting_rows == 2)
+        assert held.batcher.rows_before(1) == 1
         second.cancel()
         assert third.exception().code() is grpc.StatusCode.DEADLINE_EXCEEDED
         until(lambda: held.metrics.requests["client_gone"].count == 2)

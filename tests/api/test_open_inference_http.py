@@ -58,8 +58,8 @@ def binary(pixels: np.ndarray[Any, Any] = PIXELS, **changes: Any) -> tuple[bytes
 
 
 @contextmanager
-def occupied(live: Live) -> Iterator[None]:
-    """The device is busy with a request to `held` until the block ends; nothing else is executed by `held`."""
+def occupied(live: Live, more: int = 0) -> Iterator[None]:
+    """The device is busy with a request to `held` until the block ends; `held` executes that and `more` others."""
     held = live.fleet.variants["held"]
     backend = held.backend
     assert isinstance(backend, PixelBackend)
@@ -73,7 +73,7 @@ def occupied(live: Live) -> Iterator[None]:
         finally:
             live.gate.set()
         assert first.result().status_code == 200
-    assert backend.ran == ran + 1
+    assert backend.ran == ran + 1 + more
 
 
 def until(happened: Any, seconds: float = 10) -> None:
@@ -114,6 +114,10 @@ def test_server_and_model_describe_themselves(http: httpx.Client) -> None:
     config = http.get("/v2/models/pixels/versions/a/config").json()
     assert config["max_batch_size"] == 32
     assert config["input"] == [{"name": "image", "data_type": "TYPE_FP32", "dims": [1, 2, 2]}]
+    assert (config["dynamic_batching"]["priority_levels"], config["dynamic_batching"]["default_priority_level"]) == (
+        3,
+        2,
+    )
     assert config["dynamic_batching"]["preferred_batch_size"][0] in {1, 2, 4, 8, 16, 32}
 
 
@@ -346,6 +350,21 @@ def test_the_timeout_parameter_bounds_the_queue(live: Live, http: httpx.Client) 
         assert 0.05 < time.monotonic() - started < 5
         assert reply.status_code in {429, 504}  # 429 if the measured cost says at once that it is hopeless
         assert reply.json()["code"] in {"queue_timeout", "deadline_unreachable"}
+
+
+def test_the_priority_parameter_decides_who_goes_first(live: Live) -> None:
+    held = live.fleet.variants["held"]
+    path = f"http://{live.http}/v2/models/pixels/versions/held/infer"
+    before: list[int] = []
+    with occupied(live, more=2), ThreadPoolExecutor(2) as pool:
+        background = pool.submit(httpx.post, path, json=request(parameters={"priority": 3}))
+        until(lambda: held.batcher.waiting_rows == 1)
+        urgent = pool.submit(httpx.post, path, json=request(parameters={"priority": 1}))
+        until(lambda: held.batcher.waiting_rows == 2)
+        before += [held.batcher.rows_before(level) for level in (1, 2, 3)]
+        live.gate.set()
+    assert before == [1, 1, 2]
+    assert (urgent.result().status_code, background.result().status_code) == (200, 200)
 
 
 def test_who_leaves_the_queue_is_not_executed(live: Live, http: httpx.Client) -> None:

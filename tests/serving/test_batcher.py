@@ -18,6 +18,11 @@ def ticket(name: str, rows: int = 1, deadline: float = math.inf, *, gone: bool =
     return Ticket(sample, rows, name, deadline=deadline, gone=lambda: gone)
 
 
+def of_level(name: str, level: int, rows: int = 1, deadline: float = math.inf, *, gone: bool = False) -> Ticket[str]:
+    sample: Arrays = (np.zeros((rows, 1), np.float32),)
+    return Ticket(sample, rows, name, deadline=deadline, gone=lambda: gone, level=level)
+
+
 def names(tickets: list[Ticket[str]]) -> list[str]:
     return [item.reply for item in tickets]
 
@@ -112,3 +117,60 @@ def test_expire_removes_the_late_and_tells_the_next_deadline() -> None:
     expired, earliest = batcher.expire(1.5)
     assert (names(expired), earliest, batcher.waiting_rows) == (["a"], 2.0, 2)
     assert batcher.expire(9.0)[1] == math.inf
+
+
+LEVELS = QueueLimits(max_rows=4, queue_rows=100, levels=3, default_level=2)
+PRIORITIES: dict[str, tuple[list[Ticket[str]], list[list[str]]]] = {
+    "urgent ones first, within a level the oldest": (
+        [of_level("c1", 3), of_level("b1", 2), of_level("a1", 1), of_level("b2", 2), of_level("a2", 1)],
+        [["a1", "a2", "b1", "b2"], ["c1"]],
+    ),
+    "a batch is filled up with less urgent ones": ([of_level("c", 3, 2), of_level("a", 1, 2)], [["a", "c"]]),
+    "none is passed over for a less urgent one that would fit": (
+        [of_level("c", 3, 1), of_level("b", 2, 3), of_level("a", 1, 2)],
+        [["a"], ["b", "c"]],
+    ),
+    "who left or expired makes room for the next level": (
+        [of_level("gone", 1, gone=True), of_level("late", 1, deadline=0.5), of_level("c", 3, 4)],
+        [["c"]],
+    ),
+}
+
+
+@pytest.mark.parametrize(("arrivals", "batches"), PRIORITIES.values(), ids=PRIORITIES.keys())
+def test_priorities_order_the_queue(arrivals: list[Ticket[str]], batches: list[list[str]]) -> None:
+    batcher: Batcher[str] = Batcher(LEVELS)
+    for arrival in arrivals:
+        batcher.offer([arrival], now=0.0)
+    assert [names(batcher.take(1.0).batch) for _ in batches] == batches
+    assert (batcher.waiting_rows, batcher.rows_before(3)) == (0, 0)
+
+
+def test_an_overtaken_request_waits_no_longer_than_its_deadline() -> None:
+    batcher: Batcher[str] = Batcher(LEVELS)
+    batcher.offer([of_level("patient", 3, deadline=3.0)], 0.0)
+    for second in range(1, 4):
+        batcher.offer([of_level(f"urgent {second}", 1, rows=4)], float(second))
+        formed = batcher.take(float(second))
+        assert names(formed.batch) == [f"urgent {second}"]
+        assert names(formed.expired) == (["patient"] if second == 3 else [])
+
+
+def test_what_goes_before_a_request_depends_on_its_level() -> None:
+    batcher: Batcher[str] = Batcher(LEVELS)
+    batcher.offer([of_level("a", 1, 1), of_level("b", 2, 2), of_level("c", 3, 4, deadline=1.0)], 0.0)
+    assert [batcher.rows_before(level) for level in (1, 2, 3)] == [1, 3, 7]
+    assert names(batcher.expire(2.0)[0]) == ["c"]
+    assert [batcher.rows_before(level) for level in (1, 2, 3)] == [1, 3, 3]
+
+
+def test_the_delay_counts_from_the_oldest_of_all_levels() -> None:
+    batcher: Batcher[str] = Batcher(QueueLimits(max_rows=4, queue_rows=9, max_delay_s=0.5, levels=2))
+    batcher.offer([of_level("b", 2)], 10.0)
+    batcher.offer([of_level("a", 1)], 10.4)
+    assert batcher.due(10.4) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("priority", "level"), [(0, 2), (1, 1), (3, 3), (4, 2), (2**40, 2)])
+def test_no_priority_and_one_beyond_the_levels_mean_the_default(priority: int, level: int) -> None:
+    assert LEVELS.level(priority) == level

@@ -101,6 +101,39 @@ def test_a_burst_behind_a_busy_device_becomes_full_batches_and_each_gets_its_own
     assert variant.metrics.rows.count == 4
 
 
+def test_an_urgent_request_is_run_before_those_that_wait() -> None:
+    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
+        first = await hold(variant, backend)
+        order: list[int] = []
+
+        async def ask(priority: int) -> None:
+            await variant.predict(sample(1), stay, priority=priority)
+            order.append(priority)
+
+        tasks = [asyncio.create_task(ask(priority)) for priority in (3, 0, 1)]
+        await asyncio.sleep(0)
+        backend.gate.set()
+        await asyncio.gather(first, *tasks)
+        assert order == [1, 0, 3]
+
+    play(scenario, QueueLimits(1, 100, levels=3, default_level=2))
+
+
+def test_admission_counts_only_what_goes_before_the_request() -> None:
+    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
+        first = await hold(variant, backend)
+        waiting = [asyncio.create_task(variant.predict(sample(1), stay, priority=2)) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(DeadlineUnreachable):
+            await variant.predict(sample(1), stay, timeout_s=1.5, priority=3)
+        urgent = asyncio.create_task(variant.predict(sample(1), stay, timeout_s=1.5, priority=1))
+        await asyncio.sleep(0)
+        backend.gate.set()
+        await asyncio.gather(first, urgent, *waiting)
+
+    play(scenario, QueueLimits(2, 100, levels=3, default_level=2), seconds=1.0)
+
+
 def test_a_large_request_is_split_and_rejoined_in_order() -> None:
     async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
         rows = (np.arange(18, dtype=np.float32).reshape(9, 2),)
