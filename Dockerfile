@@ -4,7 +4,8 @@
 #   docker build -t leanserve .
 #   docker run --rm -p 8000:8000 -v leanserve-cache:/var/cache/leanserve leanserve
 #
-# PyPI's torch for Linux carries CUDA; PyTorch's own index has a CPU-only one that is gigabytes smaller:
+# The default torch for Linux carries CUDA. PyTorch's own package index has a CPU-only build that is gigabytes smaller; its
+# address is in PyTorch's installation guide:
 #   docker build -t leanserve --build-arg TORCH_INDEX_URL=ADDRESS .
 FROM python:3.11-slim
 

@@ -55,7 +55,7 @@ MISTAKES = {
     "impossible order": (
         "      - {kind: quantize_static}\n      - {kind: onnxruntime}",
         "      - {kind: onnxruntime}\n      - {kind: quantize_static}",
-        8,
+        9,
         "'quantize_static' cannot come after 'onnxruntime'",
     ),
     "name used twice": ("name: int8", "name: float", 5, "the name 'float' is used twice"),
