@@ -201,7 +201,10 @@ def _unseal(path: Path, kind: type[Document]) -> Document:
         raise ArtifactCorrupt(f"{path}: cannot be read ({type(error).__name__})") from error
     if hashlib.sha256(sealed.document.encode()).hexdigest() != sealed.sha256:
         raise ArtifactCorrupt(f"{path}: does not match its checksum")
-    return kind.model_validate(json.loads(sealed.document))
+    try:
+        return kind.model_validate(json.loads(sealed.document))
+    except ValidationError as error:
+        raise ArtifactCorrupt(f"{path}: was written by another version of leanserve") from error
 
 
 def _flush(path: Path) -> None:

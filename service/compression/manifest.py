@@ -30,6 +30,8 @@ class Fidelity(BaseModel):
     """Mean KL divergence (nats) of the variant's class distribution from the base's; `None` as above."""
     cosine: float
     """Mean cosine similarity of the first output to that of the base."""
+    batch_dependence: float
+    """Largest change of the first output by the rows that share its batch, relative to the largest output; 0: none."""
     disk_bytes: int
     parameters: int
     macs: int

@@ -1,4 +1,4 @@
-"""Run one artifact in a fresh process: what it answers on the gate split, and how much memory it takes.
+"""Run one artifact in a fresh process: what it answers on the gate split, alone and in company, and its memory.
 
 A process of its own, because the builder's heap and thread pools would colour the memory; and on a device thread,
 because that is where the server runs models. Started by `quality.py` as ``python -m service.compression.measure``;
@@ -18,6 +18,7 @@ import numpy as np
 from service.backends.choose import open_backend
 from service.bases import load_base
 from service.compression.artifacts import ArtifactStore
+from service.compression.batch_dependence import batch_dependence
 from service.compression.load import load_model
 from service.contracts import Arrays, Backend, Base, Data
 from service.serving.device import Device
@@ -27,7 +28,7 @@ ROWS = 32
 
 
 def main(cache: str, key: str, base_name: str, threads: str, answers: str) -> None:
-    """Measure the artifact `key`, write its outputs on the gate split to `answers` (.npz), print its memory as JSON."""
+    """Measure the artifact `key`: write its outputs on the gate split to `answers` (.npz), print the rest as JSON."""
     base = load_base(base_name)
     device = Device("measure", int(threads))
     try:
@@ -50,12 +51,14 @@ def _measure(store: ArtifactStore, base: Base, key: str, threads: int, answers: 
     _reset_peak()
     backend = open_backend(load_model(store, base, key), threads)
     try:
-        backend.run(next(gate.batches(ROWS)).inputs)
+        first = next(gate.batches(ROWS)).inputs
+        backend.run(first)
         peak = max(0, _peak_bytes() - before)
         np.savez(answers, *outputs_on(backend, gate))
+        dependence = batch_dependence(backend, base.spec, first)
     finally:
         backend.close()
-    return {"peak_memory_bytes": peak, "samples": len(gate)}
+    return {"peak_memory_bytes": peak, "samples": len(gate), "batch_dependence": dependence}
 
 
 def _import_runtimes(store: ArtifactStore, key: str) -> None:

@@ -76,6 +76,7 @@ def report(name: str, reason: str | None = None) -> VariantReport:
         agreement=1.0,
         kl=0.0,
         cosine=1.0,
+        batch_dependence=0.0,
         disk_bytes=10,
         parameters=1,
         macs=1,

@@ -22,6 +22,7 @@ def artifact(kind: str | None = None, gain: float = 1.0, score: float | None = 0
         "agreement": 0.9945,
         "kl": 0.0123,
         "cosine": 0.9987,
+        "batch_dependence": 1.2e-6,
         "disk_bytes": 4_800_000,
         "parameters": 1_190_000,
         "macs": 148_000_000,

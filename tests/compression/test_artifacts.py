@@ -46,6 +46,7 @@ def measurement() -> Measurement:
         agreement=None,
         kl=None,
         cosine=1.0,
+        batch_dependence=0.0,
         disk_bytes=1,
         parameters=1,
         macs=1,
@@ -96,6 +97,13 @@ def test_a_damaged_measurement_is_measured_again(tmp_path: Path) -> None:
     store.attach(KEY, measurement())
     path = store.folder(KEY) / "quality.json"
     path.write_bytes(path.read_bytes().replace(b"x", b"y", 1))
+    assert store.measurement(KEY) is None
+
+
+def test_a_measurement_of_another_version_is_measured_again(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    publish(store)
+    store.attach(KEY, measurement().model_copy(update={"fidelity": None}))
     assert store.measurement(KEY) is None
 
 

@@ -89,13 +89,18 @@ def _latency(rows: int) -> Column:
 
 
 SCORE = Column("score % [95 % CI]", "the base's own score on the gate split, with its 95 % confidence interval", score)
-DROP = Column("drop, points", "points of score lost against the base; minus means better than the base", drop)
+DROP = Column("drop, pts", "points of score lost against the base; minus means better than the base", drop)
 AGREEMENT = Column(
     "agreement", "share of rows with the same top class as the base", lambda item: share(item.quality.agreement)
 )
 KL = Column("KL, nats", "mean divergence of the class probabilities from the base's", _divergence)
 COSINE = Column(
     "cosine", "mean cosine similarity of the outputs to the base's", lambda item: f"{item.quality.cosine:.4f}"
+)
+DEPENDENCE = Column(
+    "mates",
+    "largest change of an output by the rows that share its batch, relative to the largest output",
+    lambda item: f"{item.quality.batch_dependence:.1g}",
 )
 SIZE = Column("size", "bytes on disk", lambda item: amount(item.quality.disk_bytes, "B"))
 PARAMETERS = Column("params", "number of parameters", lambda item: amount(item.quality.parameters))
@@ -116,9 +121,9 @@ BUILD = Column(
 )
 
 _BY_MEASURE: dict[Measure, tuple[Column, ...]] = {
-    "score": (SCORE, DROP, AGREEMENT, KL, COSINE),
-    "agreement": (AGREEMENT, KL, COSINE),
-    "cosine": (COSINE,),
+    "score": (SCORE, DROP, AGREEMENT, KL, COSINE, DEPENDENCE),
+    "agreement": (AGREEMENT, KL, COSINE, DEPENDENCE),
+    "cosine": (COSINE, DEPENDENCE),
 }
 
 

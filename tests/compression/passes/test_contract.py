@@ -91,7 +91,9 @@ def outputs(model: Callable[[], Model], batch: Arrays, *, alone: bool = False) -
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring needs a base that another process can load; end-to-end tests do that."""
     nothing = dict.fromkeys(("score", "score_low", "score_high", "agreement", "kl"))
-    size = {"samples": 1, "cosine": 1, "disk_bytes": 1, "parameters": 1, "macs": 1, "peak_memory_bytes": 1}
+    size = dict.fromkeys(
+        ("samples", "cosine", "batch_dependence", "disk_bytes", "parameters", "macs", "peak_memory_bytes"), 1
+    )
     found = Fidelity.model_validate(nothing | size)
     answer = (Measurement(fidelity=found, cpu=cpu_name(), threads=1), Answers((), None))
     latencies = SideBySide(cpu=cpu_name(), threads=1, latency_ms={})

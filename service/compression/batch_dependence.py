@@ -1,0 +1,62 @@
+"""Does a row's answer depend on the rows that happen to share its batch?
+
+Users of other servers find out in production: kernels are chosen by batch size and add in another order, one scale is
+taken for a whole batch of activations, padding leaks into an attention. Here it is a number of every artifact, taken
+through the same `join` that serving uses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from service.contracts import Array, Arrays, Backend, Field, InputSpec
+from service.serving.assembly import join
+
+GOLDEN = 8
+"""Rows whose answers are compared."""
+COMPANY = 32
+"""Rows in the largest batch they are put into."""
+
+
+def batch_dependence(backend: Backend, spec: InputSpec, rows: Arrays) -> float:
+    """The largest change of the first output by company, relative to the largest absolute output alone; at least 0.
+
+    The first `GOLDEN` of the given rows run alone, then together, then in front of a batch of `COMPANY` rows (given
+    rows are repeated to fill it). Along dynamic axes the rows are cut to different lengths, from half to whole, so that
+    in company the shorter ones are padded; what the model answers at padded positions is left out.
+    """
+    golden = min(GOLDEN, len(rows[0]))
+    samples = [_sample(rows, spec, index) for index in range(len(rows[0]))]
+    alone = [_answers(backend, spec, [sample])[0] for sample in samples[:golden]]
+    crowd = [samples[index % len(samples)] for index in range(COMPANY)]
+    largest = max(float(np.abs(answer).max(initial=0)) for answer in alone)
+    change = 0.0
+    for company in (samples[:golden], crowd):
+        together = _answers(backend, spec, company)
+        change = max(change, *(_change(ours, theirs) for ours, theirs in zip(alone, together, strict=False)))
+    return change / max(largest, float(np.finfo(np.float32).tiny))
+
+
+def _answers(backend: Backend, spec: InputSpec, samples: Sequence[Arrays]) -> list[Array]:
+    """The first output of every sample of one batch."""
+    first, *_ = backend.run(join(samples, spec, len(samples)))
+    return list(np.array(first, np.float64))
+
+
+def _change(alone: Array, together: Array) -> float:
+    shared = together[tuple(slice(0, size) for size in alone.shape)]
+    return float(np.abs(shared - alone).max(initial=0))
+
+
+def _sample(rows: Arrays, spec: InputSpec, index: int) -> Arrays:
+    """One row; its dynamic axes keep between a half and all of their length, by its place among the golden rows."""
+    kept = (GOLDEN + 1 + index % GOLDEN) / (2 * GOLDEN)
+    return tuple(_cut(array[index : index + 1], item, kept) for item, array in zip(spec.fields, rows, strict=True))
+
+
+def _cut(row: Array, item: Field, kept: float) -> Array:
+    lengths = zip(item.shape, row.shape[1:], strict=True)
+    return row[(slice(None), *(slice(math.ceil(has * kept) if size is None else has) for size, has in lengths))]
