@@ -21,15 +21,24 @@ Result = TypeVar("Result")
 
 
 class Device:
-    """A named device with its thread. `busy_s` counts the seconds in which it ran jobs."""
+    """A named device with its thread.
+
+    `busy_s` counts the seconds in which it ran jobs. `due_at` is when the batch that runs now should be done by its
+    measured cost (seconds of `time.perf_counter`); whoever runs a batch sets it, and sets it back to 0 afterwards.
+    """
 
     def __init__(self, name: str, threads: int) -> None:
         self.name = name
         self.threads = threads
         self.busy_s = 0.0
+        self.due_at = 0.0
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"device-{name}", daemon=True)
         self._thread.start()
+
+    def remaining_s(self) -> float:
+        """Predicted seconds until the batch that runs now is done; 0 if none runs, or if it is overdue."""
+        return max(0.0, self.due_at - time.perf_counter())
 
     def post(self, job: Job) -> None:
         """Queue a job behind all others. Callable from any thread; the job must not raise."""

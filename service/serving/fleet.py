@@ -29,7 +29,7 @@ WARM_SECONDS = 0.15
 
 
 class Fleet:
-    """The variants that serve, those that do not and why, and the traffic split among them."""
+    """The variants that serve, those that do not and why, and the traffic split among them (`weights`)."""
 
     def __init__(self, base: Base, config: ServiceConfig, reports: list[VariantReport], device: Device) -> None:
         self.base = base
@@ -40,6 +40,7 @@ class Fleet:
         self.metrics = Metrics(base.name)
         self.draining = False
         self.sticky_header = config.traffic.sticky_header.lower().encode()
+        self.weights: Mapping[str, float] = {}
 
     def open(self, name: str, load: Callable[[], Backend], batch: BatchConfig) -> None:
         """Load a variant on the device thread and warm it in every batch bucket, that is in every shape it will meet.
@@ -53,6 +54,7 @@ class Fleet:
             raise StartupError(f"variant '{name}' cannot be loaded and warmed up: {error}") from error
         batcher: Batcher[Reply] = Batcher(_limits(batch, costs))
         self.variants[name] = Variant(name, self.base.spec, backend, self.device, costs, batcher)
+        self.weights = self._share_out()
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Bind all variants to the loop that serves, and declare their metrics."""
@@ -66,8 +68,7 @@ class Fleet:
             others = [other for other in self.variants.values() if other is not variant]
             variant.bind(loop, metrics, others)
 
-    @property
-    def weights(self) -> Mapping[str, float]:
+    def _share_out(self) -> Mapping[str, float]:
         """The traffic split over serving variants; an excluded variant's share goes to the others."""
         given = self.config.traffic.weights
         weights = {name: given.get(name, 0.0) if given else 1.0 for name in self.variants}

@@ -114,11 +114,18 @@ class Variant:
         return self.costs.drain_seconds(self.batcher.waiting_rows)
 
     def wait_s(self, rows: int, level: int) -> float:
-        """Predicted queue time of a request: own queue up to its level, and turns of the neighbours in between."""
+        """Predicted queue time of a request of `rows` rows.
+
+        What is left of the batch on the device, the own queue up to its level, and turns of the neighbours in between.
+        """
         own = self.batcher.rows_before(level)
         turns = math.ceil((own + rows) / self.costs.knee)
-        others = sum(min(other.backlog_s(), turns * other.costs.seconds(other.costs.knee)) for other in self.neighbours)
-        return self.costs.drain_seconds(own) + others
+        others = sum(
+            min(other.backlog_s(), turns * other.costs.seconds(other.costs.knee))
+            for other in self.neighbours
+            if other.batcher.waiting_rows
+        )
+        return self._device.remaining_s() + self.costs.drain_seconds(own) + others
 
     def _admit(self, rows: int, level: int, timeout_s: float) -> None:
         wait = self.wait_s(rows, level)
@@ -166,10 +173,13 @@ class Variant:
         try:
             joined = join([ticket.sample for ticket in tickets], self._spec, padded)
             started = time.perf_counter()
+            self._device.due_at = started + self.costs.seconds(padded)
             outputs = self.backend.run(joined)
             ended = time.perf_counter()
         except Exception as error:
             return self._run_apart(tickets, taken, error)
+        finally:
+            self._device.due_at = 0.0
         infer_s = ended - started
         replies = split(outputs, [ticket.rows for ticket in tickets])
         self.costs.observe(padded, infer_s)

@@ -55,3 +55,11 @@ def test_a_shape_above_the_limit_is_filled_no_further_than_the_limit(fleet: Flee
     fleet.open("a", lambda: CompiledBackend((16,)), BatchConfig(max_rows=4))
     assert fleet.variants["a"].costs.buckets == (16,)
     assert fleet.variants["a"].batcher.limits.max_rows == 4
+
+
+def test_the_split_is_worked_out_when_a_variant_is_opened(fleet: Fleet) -> None:
+    assert fleet.weights == {}
+    fleet.open("a", lambda: CompiledBackend((1,)), BatchConfig(max_rows=1))
+    assert fleet.weights == {"a": 1.0}
+    assert fleet.weights is fleet.weights
+    assert fleet.choose(None, None) is fleet.variants["a"]

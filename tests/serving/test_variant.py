@@ -206,11 +206,28 @@ def test_refused_at_the_door_with_the_time_after_which_to_retry(
         with pytest.raises(expected) as refusal:
             await variant.predict(sample(1), stay, timeout_s)
         assert refusal.value.retry_after_s is not None
-        assert 0 < refusal.value.retry_after_s <= 2.0  # two full batches of a second each
+        assert 0 < refusal.value.retry_after_s <= 3.0  # the batch that runs and two full ones, a second each
         backend.gate.set()
         await asyncio.gather(first, *tasks)
 
     play(scenario, limits, seconds=1.0)
+
+
+def test_admission_counts_what_is_left_of_the_batch_that_runs() -> None:
+    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
+        assert variant.wait_s(1, level=1) == 0.0
+        first = await hold(variant, backend)
+        assert 0.5 < variant.wait_s(1, level=1) <= 1.0
+        with pytest.raises(DeadlineUnreachable):
+            await variant.predict(sample(1), stay, timeout_s=0.2)
+        backend.gate.set()
+        await first
+        assert variant.wait_s(1, level=1) == 0.0
+        with pytest.raises(BackendFailed):
+            await variant.predict(sample(-1), stay)
+        assert variant.wait_s(1, level=1) == 0.0
+
+    play(scenario, QueueLimits(4, 100), seconds=1.0)
 
 
 def test_rows_are_padded_to_a_bucket_only_for_compiled_shapes() -> None:
