@@ -8,6 +8,7 @@ A second signal skips the delay.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -51,8 +52,13 @@ def serve_fleet(fleet: Fleet, claimed: socket.socket, grpc_at: tuple[str, int] |
         access_log=False,
         log_level="warning",
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=max(1, round(fleet.config.drain.timeout_s)),
     )
+    # What start-up made lives as long as the process. Left to the collector, scanning it stops the loop for 20-30 ms
+    # again and again: a quarter of the throughput of a tiny model.
+    gc.collect()
+    gc.freeze()
     _DrainingServer(config, fleet).run(sockets=[claimed])
 
 
