@@ -62,7 +62,8 @@ def serve(
     fleet = _open_fleet(work)
     ready = time.monotonic() - started
     names = ", ".join(fleet.variants)
-    err.print(f"ready in {ready:.1f} s: http://{host}:{port} serves {fleet.base.name} as {names}", highlight=False, soft_wrap=True)
+    text = f"ready in {ready:.1f} s: http://{host}:{port} serves {fleet.base.name} as {names}"
+    err.print(text, highlight=False, soft_wrap=True)
     serve_fleet(fleet, claimed, None if grpc_port is None else (host, grpc_port))
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import get_args
@@ -79,6 +83,25 @@ def test_every_dependency_has_its_reason_in_the_readme() -> None:
         name = re.split(r"[\[<>=; ]", requirement)[0]
         if name != "leanserve":
             assert re.search(rf"`{re.escape(name)}`", table), f"{name} has no reason"
+
+
+def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+    python = [shlex.split(line)[1:] for line in commands if line.startswith(".venv/bin/python ")]
+    assert python
+    for arguments in python:
+        subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
+    assert (tmp_path / "digit.png").exists()
+    for line in commands:
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["leanserve"]:
+            done = subprocess.run(
+                [sys.executable, "-m", "service", words[1], "--help"], capture_output=True, check=True
+            )
+            for option in (word for word in words if word.startswith("--")):
+                assert option in re.sub(r"\x1b\[[0-9;]*m", "", done.stdout.decode()), f"{line}: no option {option}"
 
 
 def test_links_and_make_targets_in_the_docs_exist() -> None:
