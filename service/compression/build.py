@@ -167,6 +167,9 @@ class Builder:
             return step.step.apply(parent, context), time.perf_counter() - started
         except StartupError:
             raise
+        except ModuleNotFoundError as error:
+            extra = "the extra 'cpu' (or 'gpu') brings the ONNX libraries: pip install 'leanserve[cpu]'"
+            raise PassFailed(f"{error}; {extra}") from error
         except Exception as error:
             raise PassFailed(f"{type(error).__name__}: {error}") from error
 
