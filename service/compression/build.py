@@ -117,9 +117,13 @@ class Builder:
                     where = _where(variant, step.step, step.position) if step.step else f"base '{self._base.name}'"
                     raise PassFailed(f"{where}: {error}") from error
                 done.add(step.key)
-        if self._store.side_by_side(work.keys, self._threads) is None:
-            with self._progress.artifact("all, side by side"):
-                self._store.keep_side_by_side(work.keys, race(self._store, self._base, work.keys, self._threads))
+        self._compare(work.keys)
+
+    def _compare(self, keys: tuple[str, ...]) -> None:
+        """Time all artifacts side by side, unless that was done; two builders never time at once."""
+        with self._store.lock("race"), self._progress.artifact("all, side by side"):
+            if self._store.side_by_side(keys, self._threads) is None:
+                self._store.keep_side_by_side(keys, race(self._store, self._base, keys, self._threads))
 
     def _advance(self, step: Step, model: Model | None, label: str) -> Model | None:
         """Make sure that one artifact exists and is measured; returns its model if it had to be made."""
