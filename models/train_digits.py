@@ -9,23 +9,23 @@ epoch, so that an interrupted run, started again, goes on from its last epoch to
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from models import digits
 
-CHECKPOINT = Path(".leanserve") / "train-digits" / "checkpoint.pt"
+CHECKPOINT = Path(".leanserve") / "train-digits" / "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -103,19 +103,23 @@ def _resume(checkpoint: Path, recipe: Recipe, network: nn.Module, optimizer: tor
     """Load the checkpoint and return its epoch; 0 if there is none or it belongs to another recipe."""
     if not checkpoint.exists():
         return 0
-    state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
-    if state["recipe"] != asdict(recipe):
+    with safe_open(checkpoint, framework="pt") as file:
+        told = json.loads(file.metadata()["told"])
+    if told["recipe"] != asdict(recipe):
         return 0
-    network.load_state_dict(state["network"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["epoch"])
+    tensors = load_file(checkpoint)
+    network.load_state_dict({name: tensors[f"network.{name}"] for name in network.state_dict()})
+    for index, parameter in enumerate(network.parameters()):
+        optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(tensors[f"momentum.{index}"])
+    return int(told["epoch"])
 
 
 def _save(checkpoint: Path, epoch: int, recipe: Recipe, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-    content = BytesIO()
-    torch.save({**state, "epoch": epoch, "recipe": asdict(recipe)}, content)
-    _replace(checkpoint, content.getvalue())
+    tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    for index, parameter in enumerate(network.parameters()):
+        tensors[f"momentum.{index}"] = optimizer.state[parameter]["momentum_buffer"]
+    told = json.dumps({"epoch": epoch, "recipe": asdict(recipe)})
+    _replace(checkpoint, save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"told": told}))
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -87,6 +87,12 @@ def test_a_checkpoint_cut_short_by_a_kill_is_never_read(tmp_path: Path) -> None:
     assert equal(trained(tmp_path), trained(tmp_path / "clean"))
 
 
+@pytest.mark.parametrize("content", [b"", b"half", bytes(64)])
+def test_an_unreadable_checkpoint_is_trained_anew(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "training.safetensors").write_bytes(content)
+    assert equal(trained(tmp_path), trained(tmp_path / "clean"))
+
+
 def test_zeros_of_a_sparse_weight_stay_and_an_all_zero_weight_learns(tmp_path: Path) -> None:
     module = lively(TinyNet(), seed=7)
     assert isinstance(module, TinyNet)

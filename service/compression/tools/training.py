@@ -8,22 +8,20 @@ where the CPU has instructions for it, and whoever waits sees how far it is.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from service.compression.tools.augmentation import AUGMENTATIONS, Augment
+from service.compression.tools.checkpoint import read_checkpoint, read_notes, write_checkpoint
 from service.contracts import BuildContext, Data
 from service.errors import PassFailed
 from service.machine import isa_flags
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from torch import nn
 
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
 FAST_BF16 = frozenset({"avx512_bf16", "amx_bf16"})
 """Instruction sets that train faster in bfloat16; ARM's `bf16` is left out because nobody has measured it here."""
 
-CHECKPOINT = "training.pt"
+CHECKPOINT = "training.safetensors"
 
 
 class TrainingOptions(BaseModel):
@@ -169,39 +167,15 @@ class _Run:
         return self._options.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
 
     def _save(self) -> None:
-        """Write the checkpoint beside the old one and swap: a kill at any moment leaves one that is whole."""
-        import torch
-
-        state = {
-            "options": self._options.model_dump_json(),
-            "losses": self._losses,
-            "module": self._module.state_dict(),
-            "optimiser": self._optimiser.state_dict(),
-        }
-        self._context.scratch.mkdir(parents=True, exist_ok=True)
-        partial = self._checkpoint.with_suffix(".partial")
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._checkpoint)
+        notes = {"options": self._options.model_dump_json(), "losses": self._losses}
+        write_checkpoint(self._checkpoint, self._module, self._optimiser, notes)
 
     def _resume(self) -> None:
-        state = _read(self._checkpoint)
-        if state is None or state["options"] != self._options.model_dump_json():
+        notes = read_notes(self._checkpoint)
+        if notes is None or notes["options"] != self._options.model_dump_json():
             return
-        self._module.load_state_dict(state["module"])
-        self._optimiser.load_state_dict(state["optimiser"])
-        self._losses = state["losses"]
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    import torch
-
-    if not path.exists():
-        return None
-    state: dict[str, Any] = torch.load(path, weights_only=True)
-    return state
+        read_checkpoint(self._checkpoint, self._module, self._optimiser)
+        self._losses = notes["losses"]
 
 
 def _optimiser(module: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
