@@ -1,0 +1,80 @@
+"""`python rule_fleet.py FOLDER PORT CONFIG`: a real server process, with drain and all, over scripted variants.
+
+The kind of a variant is its name up to a digit: `rule` obeys its rows, `slow` takes 10 ms more per batch, `onnx` is a
+float network in onnxruntime. CONFIG is a service config as JSON. FOLDER holds the gate file and the network.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import onnx
+from fakes import PixelBase, report
+from onnx import TensorProto, helper
+from rules import LABELS, SPEC, WIDTH, RuleBackend
+
+from service.api.codecs.image import ImageCodec
+from service.api.server import listen, serve_fleet
+from service.backends.onnx_runtime import OnnxRuntimeBackend
+from service.config import ServiceConfig
+from service.contracts import Backend, OnnxModel
+from service.serving.device import Device
+from service.serving.fleet import Fleet
+
+HIDDEN = 1024
+SLOW_BATCH_S = 0.01
+
+
+class RuleBase(PixelBase):
+    """Pictures of 4 x 2 pixels, or eight numbers."""
+
+    name = "rules"
+    spec = SPEC
+    codec = ImageCodec(mode="L", size=(4, 2), mean=(0.0,), std=(1.0,), labels=LABELS)
+
+
+def write_network(path: Path) -> None:
+    """8 -> 1024 -> 1024 -> 8 with random weights: large enough that onnxruntime has threads to share it among."""
+    random = np.random.default_rng(0)
+    widths = (WIDTH, HIDDEN, HIDDEN, WIDTH)
+    weights = [random.standard_normal(pair).astype(np.float32) / pair[0] ** 0.5 for pair in pairwise(widths)]
+    constants = [onnx.numpy_helper.from_array(weight, f"w{index}") for index, weight in enumerate(weights)]
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["h0"]),
+        helper.make_node("MatMul", ["h0", "w0"], ["m0"]),
+        helper.make_node("Relu", ["m0"], ["h1"]),
+        helper.make_node("MatMul", ["h1", "w1"], ["m1"]),
+        helper.make_node("Relu", ["m1"], ["h2"]),
+        helper.make_node("MatMul", ["h2", "w2"], ["y"]),
+    ]
+    takes = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 1, 2, 4])
+    gives = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", WIDTH])
+    graph = helper.make_graph(nodes, "network", [takes], [gives], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+
+
+def loader(name: str, folder: Path) -> Callable[[], Backend]:
+    """How to load the variant of that name on the device thread."""
+    kind = name.rstrip("0123456789")
+    if kind == "onnx":
+        return lambda: OnnxRuntimeBackend(OnnxModel(folder / "network.onnx", SPEC), threads=2)
+    return lambda: RuleBackend(folder, {"rule": 0.0, "slow": SLOW_BATCH_S}[kind])
+
+
+def main(folder: Path, port: int, config: ServiceConfig) -> None:
+    claimed = listen("127.0.0.1", port)
+    write_network(folder / "network.onnx")
+    reports = [report(item.name) for item in config.variants]
+    fleet = Fleet(RuleBase(), config, reports, Device("cpu", 2))  # type: ignore[arg-type]
+    for item in config.variants:
+        fleet.open(item.name, loader(item.name, folder), config.batch_of(item))
+    serve_fleet(fleet, claimed)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), ServiceConfig.model_validate(json.loads(sys.argv[3])))
