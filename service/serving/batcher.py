@@ -114,6 +114,10 @@ class Batcher(Generic[Reply]):
             unclaimed, self._claimed = not self._claimed, True
             return unclaimed
 
+    def waiting_requests(self) -> int:
+        """Tickets in the queue now."""
+        return sum(map(len, self._queues))
+
     def rows_before(self, level: int) -> int:
         """Waiting rows that go before a new request of this level: those of its own and of the more urgent ones."""
         return sum(self._rows[:level])

@@ -64,7 +64,7 @@ class Fleet:
             if variant is None:
                 self.metrics.add(report.name, facts)
                 continue
-            metrics = self.metrics.add(report.name, facts, variant.waiting_rows)
+            metrics = self.metrics.add(report.name, facts, variant.waiting_rows, variant.batcher.waiting_requests)
             others = [other for other in self.variants.values() if other is not variant]
             variant.bind(loop, metrics, others)
 

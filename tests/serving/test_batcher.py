@@ -77,7 +77,7 @@ def test_a_full_queue_refuses_all_parts_of_a_request() -> None:
     batcher.offer([ticket("a", 4)], 0.0)
     with pytest.raises(QueueFull, match="holds 4 of at most 5 rows; 2 more"):
         batcher.offer([ticket("b"), ticket("c")], 0.0)
-    assert batcher.waiting_rows == 4
+    assert (batcher.waiting_rows, batcher.waiting_requests()) == (4, 1)
     batcher.offer([ticket("d")], 0.0)
     assert names(batcher.take(0.0).batch) == ["a"]
 
