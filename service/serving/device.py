@@ -23,14 +23,13 @@ Result = TypeVar("Result")
 class Device:
     """A named device with its thread.
 
-    `busy_s` counts the seconds in which it ran jobs. `due_at` is when the batch that runs now should be done by its
-    measured cost (seconds of `time.perf_counter`); whoever runs a batch sets it, and sets it back to 0 afterwards.
+    `due_at` is when the batch that runs now should be done by its measured cost (seconds of `time.perf_counter`);
+    whoever runs a batch sets it, and sets it back to 0 afterwards.
     """
 
     def __init__(self, name: str, threads: int) -> None:
         self.name = name
         self.threads = threads
-        self.busy_s = 0.0
         self.due_at = 0.0
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"device-{name}", daemon=True)
@@ -68,10 +67,8 @@ class Device:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            started = time.perf_counter()
             try:
                 job()
             except BaseException:
                 # The thread outlives any job: a lost device would hang every variant on it.
                 logger.exception("a job on device %s failed", self.name)
-            self.busy_s += time.perf_counter() - started
