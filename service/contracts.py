@@ -107,6 +107,10 @@ class Base(Protocol):
     def codec(self) -> Codec: ...
 
     @property
+    def origin(self) -> str:
+        """What a process of its own needs to open this base again (`service.bases.reopen_base`)."""
+
+    @property
     def digest(self) -> str:
         """sha256 over everything that decides the base's answers and data: source, weights, library versions."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from service.backends.choose import open_backend
-from service.bases import load_base
+from service.bases import reopen_base
 from service.compression.artifacts import ArtifactStore
 from service.compression.batch_dependence import batch_dependence
 from service.compression.load import load_model
@@ -27,9 +27,9 @@ ROWS = 32
 """Rows of the batch whose memory is measured."""
 
 
-def main(cache: str, key: str, base_name: str, threads: str, answers: str) -> None:
+def main(cache: str, key: str, origin: str, threads: str, answers: str) -> None:
     """Measure the artifact `key`: write its outputs on the gate split to `answers` (.npz), print the rest as JSON."""
-    base = load_base(base_name)
+    base = reopen_base(origin)
     device = Device("measure", int(threads))
     try:
         cost = device.call(lambda: _measure(ArtifactStore(Path(cache)), base, key, int(threads), Path(answers)))

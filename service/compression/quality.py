@@ -43,7 +43,7 @@ def measure(
         PassFailed: the artifact cannot be loaded or run.
     """
     path = store.root / "tmp" / f"{recipe.key}.{os.getpid()}.npz"
-    known = _in_fresh_process("measure", str(store.root), recipe.key, base.name, str(threads), str(path))
+    known = _in_fresh_process("measure", str(store.root), recipe.key, base.origin, str(threads), str(path))
     with np.load(path, allow_pickle=False) as stored:
         answers = Answers(tuple(stored[name] for name in stored.files), labels_of(base))
     path.unlink()
@@ -60,7 +60,7 @@ def race(store: ArtifactStore, base: Base, keys: Sequence[str], threads: int) ->
     Raises:
         PassFailed: they cannot be loaded or run together.
     """
-    latencies = _in_fresh_process("race", str(store.root), base.name, str(threads), *keys)
+    latencies = _in_fresh_process("race", str(store.root), base.origin, str(threads), *keys)
     return SideBySide(cpu=cpu_name(), threads=threads, latency_ms=latencies)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from service.backends.choose import open_backend
-from service.bases import load_base
+from service.bases import reopen_base
 from service.compression.artifacts import ArtifactStore
 from service.compression.load import load_model
 from service.contracts import Arrays, Backend
@@ -43,9 +43,9 @@ def interleaved(
         yield latencies
 
 
-def main(cache: str, base_name: str, threads: str, *keys: str) -> None:
+def main(cache: str, origin: str, threads: str, *keys: str) -> None:
     """Time the artifacts `keys` and print the median milliseconds by key and rows as JSON."""
-    base = load_base(base_name)
+    base = reopen_base(origin)
     store = ArtifactStore(Path(cache))
     device = Device("race", int(threads))
 

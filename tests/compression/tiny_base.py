@@ -42,6 +42,7 @@ class TinyBase:
     labels: Array | None
     spec: InputSpec = IMAGES
     name: str = "tiny"
+    origin: str = "tiny"
     digest: str = "0"
 
     @property

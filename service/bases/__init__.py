@@ -53,6 +53,10 @@ class ModuleBase:
     spec: InputSpec
     codec: ImageCodec
 
+    @property
+    def origin(self) -> str:
+        return self.name
+
     @cached_property
     def digest(self) -> str:
         """sha256 (hex) over the module's source, its files and the versions of its libraries."""
@@ -73,6 +77,11 @@ class ModuleBase:
 
     def score(self, outputs: Arrays, labels: Array) -> float:
         return self.module.score(outputs, labels)
+
+
+def reopen_base(origin: str) -> ModuleBase:
+    """The base of which `Base.origin` is this, in another process."""
+    return load_base(origin)
 
 
 @cache
