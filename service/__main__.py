@@ -147,20 +147,27 @@ class _Workplace:
     """A read config with its base, plan and store: what every command starts from."""
 
     def __init__(self, path: Path, cache: Path | None, *, make_cache: bool = True) -> None:
-        from service.bases import load_base
+        from service.bases.opening import Origin, open_base
         from service.compression.build import finished, plan
         from service.config import read_config
         from service.machine import thread_budget
 
         self.config: ServiceConfig = read_config(path)
-        self.base: Base = load_base(self.config.base)
+        root = cache or self.config.cache
+        origin = Origin(
+            base=self.config.base,
+            data=self.config.data,
+            folder=path.resolve().parent,
+            cache=root.resolve() if make_cache else None,
+        )
+        self.base: Base = open_base(origin)
         self.plan: Plan = plan(self.config, self.base)
         self.threads: int = thread_budget() if self.config.threads == "auto" else self.config.threads
         self.store: ArtifactStore
         if make_cache:
             from service.compression.artifacts import ArtifactStore
 
-            self.store = ArtifactStore(cache or self.config.cache)
+            self.store = ArtifactStore(root)
             self.finished = finished(self.store, self.plan, self.threads)
 
     def reports(self) -> list[VariantReport]:

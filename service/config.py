@@ -5,32 +5,20 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from service.compression.passes import AnyPass
+from service.bases.data_declaration import AnyData
+from service.bases.declaration import AnyBase, OnnxBase, TorchExportBase
+from service.compression.passes import ALL, AnyPass
+from service.compression.passes.base import BASE_TAGS, GRAPH_TAGS, PROGRAM_TAGS, Tag
 from service.compression.passes.composition import find_violation
-from service.config_errors import describe
+from service.config_errors import describe, kind_of
 from service.errors import ConfigError
+from service.section import Name, Section
 from service.yaml_source import read_yaml
-
-
-def _name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", value):
-        raise ValueError("a name is 1-63 letters, digits, '.', '_' or '-', and starts with a letter or digit")
-    return value
-
-
-Name = Annotated[str, AfterValidator(_name)]
-
-
-class Section(BaseModel):
-    """A part of the config file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class GateConfig(Section):
@@ -95,18 +83,12 @@ class VariantConfig(Section):
     gate: GateConfig | None = Field(None, description="overrides the common gate")
     batch: BatchConfig | None = Field(None, description="overrides the common batch settings")
 
-    @model_validator(mode="after")
-    def _passes_compose(self) -> Self:
-        violation = find_violation(self.passes)
-        if violation is not None:
-            raise ValueError(f"pass {violation.position + 1} of variant '{self.name}': {violation.message}")
-        return self
-
 
 class ServiceConfig(Section):
     """The whole file."""
 
-    base: Name = Field(description="the model that the variants compress")
+    base: AnyBase = Field(description="the model that the variants compress")
+    data: AnyData | None = Field(None, description="rows for calibration, training and the gate")
     variants: tuple[VariantConfig, ...] = Field(min_length=1)
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every pass that draws random numbers")
     threads: int | Literal["auto"] = Field("auto", description="CPU threads for inference; auto = quota and affinity")
@@ -133,6 +115,29 @@ class ServiceConfig(Section):
         if self.threads != "auto" and self.threads < 1:
             raise ValueError("threads must be 'auto' or at least 1")
         return self
+
+    @model_validator(mode="after")
+    def _passes_compose(self) -> Self:
+        for index, variant in enumerate(self.variants):
+            violation = find_violation(variant.passes, self.base_tags)
+            if violation is not None:
+                place = f"variants[{index}].passes[{violation.position}]"
+                raise ValueError(f"{place} of variant '{variant.name}': {violation.message}{self._what_applies()}")
+        return self
+
+    def _what_applies(self) -> str:
+        """For a base on which only some passes can work at all: which."""
+        if self.base_tags == BASE_TAGS:
+            return ""
+        able = [kind_of(known) for known in ALL if known.requires <= self.base_tags]
+        return f" To a base of the form '{self.base.kind}' apply only: {', '.join(able)}."
+
+    @property
+    def base_tags(self) -> frozenset[Tag]:
+        """What passes may assume of the base."""
+        if isinstance(self.base, OnnxBase):
+            return GRAPH_TAGS
+        return PROGRAM_TAGS if isinstance(self.base, TorchExportBase) else BASE_TAGS
 
     def gate_of(self, variant: VariantConfig) -> GateConfig:
         """The variant's own gate, else the common one."""

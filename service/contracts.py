@@ -55,7 +55,9 @@ def _random_field(random: np.random.Generator, item: Field, rows: int, length: i
     shape = (rows, *(length if size is None else size for size in item.shape))
     if np.issubdtype(np.dtype(item.dtype), np.floating):
         return random.standard_normal(shape).astype(item.dtype)
-    return random.integers(0, 2, shape).astype(item.dtype)
+    drawn = random.integers(0, 2, shape).astype(item.dtype)
+    drawn[:, :1] = 1  # a mask without a single 1 would be a row of nothing
+    return drawn
 
 
 class Batch(NamedTuple):
@@ -108,14 +110,25 @@ class Base(Protocol):
 
     @property
     def origin(self) -> str:
-        """What a process of its own needs to open this base again (`service.bases.reopen_base`)."""
+        """What a process of its own needs to open this base again (`service.bases.opening.reopen_base`)."""
 
     @property
     def digest(self) -> str:
         """sha256 over everything that decides the base's answers and data: source, weights, library versions."""
 
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What everyone who sees a result must know: `untrained` weights, `synthetic data`."""
+
+    @property
+    def unit(self) -> int:
+        """Consecutive rows of the data that are scored together: 2 for pairs of texts, else 1."""
+
+    def model(self) -> Model:
+        """The uncompressed model, fresh: a torch module with its weights, or the ONNX file that was brought."""
+
     def build(self) -> nn.Module:
-        """A fresh module with its trained weights, in eval mode, float32, on the CPU."""
+        """The torch module of `model`, in eval mode, float32, on the CPU. A base that is an ONNX file has none."""
 
     def data(self, split: Split, n: int | None = None) -> Data:
         """The first `n` rows of a split (all by default). Splits never share samples."""

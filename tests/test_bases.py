@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from service.bases import BaseModule, load_base, read_module
+from service.bases.opening import Origin, codec_of, open_base
+from service.bases.shipped import BaseModule, ModuleSource
 from service.contracts import Base, Field
 from service.errors import ConfigError
 
@@ -39,11 +40,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def digest(folder: Path) -> str:
-    return read_module("little", cast(BaseModule, import_module("little"))).digest
+    return ModuleSource("little", cast(BaseModule, import_module("little"))).fingerprint()
 
 
 def test_digits_keeps_the_contract() -> None:
-    base: Base = load_base("digits")
+    base: Base = open_base(Origin.shipped("digits"))
     assert base.name == "digits"
     assert base.spec.fields == (Field("image", "float32", (1, 32, 32)),)
     assert base.spec.outputs == (Field("logits", "float32", (10,)),)
@@ -61,15 +62,16 @@ def test_digits_keeps_the_contract() -> None:
 
 
 def test_a_module_becomes_a_base(folder: Path) -> None:
-    base = read_module("little", cast(BaseModule, import_module("little")))
-    decoded = base.codec.decode("application/json", b'{"inputs": [[[255, 0, 0]]]}')
-    assert decoded.inputs[0].shape == (1, *base.spec.fields[0].shape)
+    description = ModuleSource("little", cast(BaseModule, import_module("little"))).describe()
+    codec = codec_of(description, description.spec())
+    decoded = codec.decode("application/json", b'{"inputs": [[[255, 0, 0]]]}')
+    assert decoded.inputs[0].shape == (1, *description.spec().fields[0].shape)
     np.testing.assert_array_equal(decoded.inputs[0][0, :, 0, 0], [1, 0, 0])
 
 
 def test_an_unknown_base_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(ConfigError, match=r"unknown base 'digit': the shipped bases are digits"):
-        load_base("digit")
+        open_base(Origin.shipped("digit"))
 
 
 def test_the_digest_follows_source_files_and_library_versions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +89,7 @@ def test_the_digest_follows_source_files_and_library_versions(folder: Path, monk
 
 def test_loading_a_base_and_its_digest_import_no_heavy_library() -> None:
     program = (
-        "import sys; from service.bases import load_base; base = load_base('digits'); base.digest; base.codec;"
+        "import sys; from service.bases.opening import *; base = open_base(Origin.shipped('digits')); base.digest; base.codec;"
         "print(*{'torch', 'sklearn', 'onnxruntime'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

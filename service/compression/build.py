@@ -162,7 +162,7 @@ class Builder:
         """The artifact's model and the seconds that making it took."""
         if step.parent is None or step.step is None:
             started = time.perf_counter()
-            return Applied(TorchModel(self._base.build(), self._base.spec)), time.perf_counter() - started
+            return Applied(self._base.model()), time.perf_counter() - started
         parent = model or load_model(self._store, self._base, step.parent)
         scratch = self._store.scratch(step.key)
         context = BuildContext(self._base, self._config.seed, self._threads, scratch, self._progress)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from service.backends.choose import open_backend
-from service.bases import reopen_base
+from service.bases.opening import reopen_base
 from service.compression.artifacts import ArtifactStore
 from service.compression.batch_dependence import batch_dependence
 from service.compression.load import load_model

@@ -134,7 +134,10 @@ def _bootstrap(base: Base, answers: Answers) -> tuple[float, float]:
     """Percentile bootstrap over rows (Efron 1979), seeded."""
     assert answers.labels is not None
     random = np.random.default_rng(0)
-    rows = random.integers(0, len(answers.labels), (RESAMPLES, len(answers.labels)))
+    units = len(answers.labels) // base.unit
+    drawn = random.integers(0, units, (RESAMPLES, units))
+    # Rows that are scored together are drawn together.
+    rows = (drawn[:, :, None] * base.unit + np.arange(base.unit)).reshape(RESAMPLES, -1)
     scores = [base.score(tuple(array[row] for array in answers.outputs), answers.labels[row]) for row in rows]
     low, high = np.nanpercentile(scores, [2.5, 97.5])
     return float(low), float(high)

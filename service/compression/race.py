@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from service.backends.choose import open_backend
-from service.bases import reopen_base
+from service.bases.opening import reopen_base
 from service.compression.artifacts import ArtifactStore
 from service.compression.load import load_model
 from service.contracts import Arrays, Backend

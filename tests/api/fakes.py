@@ -13,10 +13,11 @@ from typing import Any
 import uvicorn
 
 from service.api.app import create_app
+from service.api.codecs.answers import Answers
 from service.api.codecs.image import ImageCodec
 from service.compression.manifest import Manifest, Quality, VariantReport
 from service.config import ServiceConfig
-from service.contracts import Array, Arrays, Codec, Data, Field, InputSpec, Split
+from service.contracts import Array, Arrays, Codec, Data, Field, InputSpec, Model, Split
 from service.serving.device import Device
 from service.serving.fleet import Fleet
 
@@ -29,8 +30,14 @@ class PixelBase:
 
     name = "pixels"
     spec = SPEC
-    codec: Codec = ImageCodec(mode="L", size=(2, 2), mean=(0.0,), std=(1.0,), labels=LABELS)
+    codec: Codec = ImageCodec(mode="L", size=(2, 2), mean=(0.0,), std=(1.0,), answers=Answers(SPEC))
     digest = "0"
+    origin = "pixels"
+    caveats = ()
+    unit = 1
+
+    def model(self) -> Model:
+        raise NotImplementedError
 
     def build(self) -> object:
         raise NotImplementedError

@@ -18,6 +18,7 @@ from fakes import PixelBase, report
 from onnx import TensorProto, helper
 from rules import LABELS, SPEC, WIDTH, RuleBackend
 
+from service.api.codecs.answers import Answers
 from service.api.codecs.image import ImageCodec
 from service.api.server import listen, serve_fleet
 from service.backends.onnx_runtime import OnnxRuntimeBackend
@@ -35,7 +36,7 @@ class RuleBase(PixelBase):
 
     name = "rules"
     spec = SPEC
-    codec = ImageCodec(mode="L", size=(4, 2), mean=(0.0,), std=(1.0,), labels=LABELS)
+    codec = ImageCodec(mode="L", size=(4, 2), mean=(0.0,), std=(1.0,), answers=Answers(SPEC))
 
 
 def write_network(path: Path) -> None:

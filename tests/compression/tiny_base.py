@@ -10,7 +10,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from service.contracts import Array, ArrayData, Arrays, BuildContext, Codec, Field, InputSpec, Progress, Split
+from service.contracts import (
+    Array,
+    ArrayData,
+    Arrays,
+    BuildContext,
+    Codec,
+    Field,
+    InputSpec,
+    Progress,
+    Split,
+    TorchModel,
+)
 
 IMAGES = InputSpec((Field("image", "float32", (1, 8, 8)),), (Field("logits", "float32", (2,)),), ("left", "right"))
 
@@ -44,10 +55,15 @@ class TinyBase:
     name: str = "tiny"
     origin: str = "tiny"
     digest: str = "0"
+    caveats: tuple[str, ...] = ()
+    unit: int = 1
 
     @property
     def codec(self) -> Codec:
         raise NotImplementedError("no test of a pass decodes requests")
+
+    def model(self) -> TorchModel:
+        return TorchModel(self.build(), self.spec)
 
     def build(self) -> nn.Module:
         return copy.deepcopy(self.teacher).eval()

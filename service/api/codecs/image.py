@@ -1,4 +1,4 @@
-"""Pictures in, class probabilities out: the codec of image classifiers.
+"""Pictures in: the codec of models of images.
 
 A body is untrusted: its size is read from the header before a pixel is decoded, only the decoder of the declared format
 ever sees it, and whatever is wrong becomes an error that says where, before anything reaches a queue.
@@ -9,11 +9,12 @@ and as JSON pixels:
   the pixels are taken as stored (orientation tags are not applied).
 - `application/json`: `{"inputs": pixels}`, a picture or a list of pictures; see `service.api.codecs.pixels`.
 
-A picture of any size is taken; it is stretched to the input's size, which does not keep its aspect ratio.
+A picture of any size is taken. It is stretched to the input's size, or cut out of the centre (`fit`).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Literal
@@ -24,9 +25,10 @@ from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
+from service.api.codecs.answers import Answers
 from service.api.codecs.pixels import parse_pictures, to_array
 from service.contracts import Array, Arrays, Decoded, Json
-from service.errors import BackendFailed, BadInput, BodyTooLarge, ConfigError, UnsupportedMediaType
+from service.errors import BadInput, BodyTooLarge, ConfigError, UnsupportedMediaType
 
 JSON = "application/json"
 DECODERS: dict[str, type[ImageFile]] = {"image/png": PngImageFile, "image/jpeg": JpegImageFile}
@@ -36,13 +38,11 @@ FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-MANY_LABELS, BEST = 20, 5
-"""With more labels than the first number, an answer tells only so many of the best scores."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageCodec:
-    """Codec of a base that takes one float32 image field [C, H, W] and whose first output is the logits of `labels`.
+    """Codec of a base that takes one float32 image field [C, H, W].
 
     `size` is (width, height). `mean` and `std` are per channel, of pixels scaled to 0..1. `max_pixels` bounds an image
     file as sent, and the pictures of a JSON body together as resized.
@@ -52,16 +52,16 @@ class ImageCodec:
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    labels: tuple[str, ...]
+    answers: Answers
     resize: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    fit: Literal["stretch", "crop"] = "stretch"
+    crop: float = 1.0
     max_pixels: int = 50_000_000
 
     def __post_init__(self) -> None:
         channels = {"L": 1, "RGB": 3}[self.mode]
         if not len(self.mean) == len(self.std) == channels:
             raise ConfigError(f"a picture of mode {self.mode} needs {channels} values in mean and in std")
-        if len(set(self.labels)) < len(self.labels):
-            raise ConfigError("the labels must differ from each other: they are the keys of the scores")
 
     @property
     def media_types(self) -> tuple[str, ...]:
@@ -79,35 +79,15 @@ class ImageCodec:
         if kind == JSON:
             pictures, many = parse_pictures(body)
             self._bound(len(pictures), self.size, f"{len(pictures)} pictures, resized to")
-            rows = [self._row(Image.fromarray(to_array(*picture))) for picture in pictures]
+            rows = [self.row(Image.fromarray(to_array(*picture))) for picture in pictures]
             return Decoded((np.stack(rows),), many)
         if kind in DECODERS:
-            return Decoded((self._row(self._open(DECODERS[kind], body))[None],), many=False)
+            return Decoded((self.row(self._open(DECODERS[kind], body))[None],), many=False)
         raise UnsupportedMediaType(f"content type {media_type!r} is none of {', '.join(self.media_types)}")
 
     def encode(self, outputs: Arrays) -> list[dict[str, Json]]:
-        """Logits [rows, labels] -> per row the best label and the probabilities, best first.
-
-        Raises:
-            BackendFailed: the logits are not finite (JSON has no NaN) or not one per label.
-        """
-        logits = outputs[0].astype(np.float64)
-        if logits.ndim != 2 or logits.shape[1] != len(self.labels):
-            raise BackendFailed(f"the model gave {logits.shape} logits for {len(self.labels)} labels")
-        broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-        if broken.size:
-            raise BackendFailed(f"the model's logits are not finite in row {broken[0]}")
-        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-        shares /= shares.sum(axis=1, keepdims=True)
-        told = BEST if len(self.labels) > MANY_LABELS else len(self.labels)
-        best = (-logits).argsort(axis=1, kind="stable")[:, :told]
-        scores = np.take_along_axis(shares, best, axis=1)
-        return [self._answer(*row) for row in zip(best.tolist(), scores.tolist(), strict=True)]
-
-    def _answer(self, best: list[int], scores: list[float]) -> dict[str, Json]:
-        names = [self.labels[column] for column in best]
-        # Six digits are more than float32 logits justify, and a third of the bytes.
-        return {"label": names[0], "scores": {name: round(p, 6) for name, p in zip(names, scores, strict=True)}}
+        """One answer per row, see `service.api.codecs.answers`."""
+        return self.answers.encode(outputs)
 
     def _open(self, decoder: type[ImageFile], body: bytes) -> Image.Image:
         """Decode an untrusted file; before `load`, only its header is read."""
@@ -129,12 +109,27 @@ class ImageCodec:
         if pictures * size[0] * size[1] > self.max_pixels:
             raise BodyTooLarge(f"{what} {size[0]} x {size[1]} pixels, above the limit of {self.max_pixels} pixels")
 
-    def _row(self, picture: Image.Image) -> Array:
+    def row(self, picture: Image.Image) -> Array:
         """Picture -> float32 [C, H, W], scaled and normalised."""
-        small = np.asarray(_in_mode(picture, self.mode).resize(self.size, FILTERS[self.resize]), dtype=np.float32)
+        small = np.asarray(self._fitted(_in_mode(picture, self.mode)), dtype=np.float32)
         planes = small[None] if small.ndim == 2 else small.transpose(2, 0, 1)
         mean, std = (np.array(values, dtype=np.float32)[:, None, None] for values in (self.mean, self.std))
         return np.asarray((planes / np.float32(255) - mean) / std)
+
+    def _fitted(self, picture: Image.Image) -> Image.Image:
+        """Resized to `size`; with `fit: crop` the short side to `size / crop` first, then the centre is cut out.
+
+        Rounds as torchvision's Resize and CenterCrop do, so that a checkpoint sees the pixels it was evaluated on.
+        """
+        width, height = self.size
+        if self.fit == "stretch":
+            return picture.resize(self.size, FILTERS[self.resize])
+        short = math.floor(min(self.size) / self.crop)
+        longer = int(short * max(picture.size) / min(picture.size))
+        scaled = (short, longer) if picture.width <= picture.height else (longer, short)
+        large = picture.resize(scaled, FILTERS[self.resize])
+        left, top = round((large.width - width) / 2), round((large.height - height) / 2)
+        return large.crop((left, top, left + width, top + height))
 
 
 def _in_mode(picture: Image.Image, mode: str) -> Image.Image:

@@ -29,6 +29,12 @@ Need = Literal["inputs", "calibration", "train", "labels", "gpu", "compiler"]
 BASE_TAGS: frozenset[Tag] = frozenset({"eager_module", "float_weights", "exportable"})
 """The state tags of an uncompressed torch base."""
 
+GRAPH_TAGS: frozenset[Tag] = frozenset({"float_weights", "exportable", "onnx_graph"})
+"""Of a base that is an ONNX file."""
+
+PROGRAM_TAGS: frozenset[Tag] = frozenset({"float_weights", "exportable"})
+"""Of a base that is an exported program: it runs and exports, but has no layers that a pass could replace."""
+
 EXPORTED: frozenset[Tag] = frozenset({"eager_module"})
 """What a pass that lowers to ONNX removes."""
 

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from models import digits
+from service.api.codecs.answers import Answers
 from service.api.codecs.image import ImageCodec
-from service.bases import load_base
-from service.contracts import Array
+from service.bases.opening import Origin, open_base
+from service.contracts import Array, Field, InputSpec
 from service.errors import (
     BackendFailed,
     BadInput,
@@ -27,9 +28,14 @@ from service.errors import (
     UnsupportedMediaType,
 )
 
-CODEC = load_base("digits").codec
-PLAIN = ImageCodec(mode="L", size=(2, 1), mean=(0,), std=(1,), labels=("a", "b"), resize="nearest")
-COLOUR = ImageCodec(mode="RGB", size=(2, 1), mean=(0, 0, 0), std=(1, 1, 1), labels=("a", "b"), resize="nearest")
+
+def of(labels: tuple[str, ...]) -> Answers:
+    return Answers(InputSpec((), (Field("logits", "float32", (len(labels),)),), labels))
+
+
+CODEC = open_base(Origin.shipped("digits")).codec
+PLAIN = ImageCodec(mode="L", size=(2, 1), mean=(0,), std=(1,), answers=of(("a", "b")), resize="nearest")
+COLOUR = ImageCodec(mode="RGB", size=(2, 1), mean=(0, 0, 0), std=(1, 1, 1), answers=of(("a", "b")), resize="nearest")
 
 
 def encoded(picture: Image.Image, form: str = "PNG", **options: Any) -> bytes:
@@ -87,7 +93,7 @@ def test_jpeg_decodes_to_what_pillow_decodes(samples: tuple[Array, Array]) -> No
 
 
 def test_colour_planes_come_first_and_are_normalised_each() -> None:
-    codec = ImageCodec(mode="RGB", size=(1, 1), mean=(0.0, 0.5, 1.0), std=(1.0, 0.5, 0.25), labels=("a",))
+    codec = ImageCodec(mode="RGB", size=(1, 1), mean=(0.0, 0.5, 1.0), std=(1.0, 0.5, 0.25), answers=of(("a",)))
     pixels = codec.decode("image/png", encoded(Image.new("RGB", (3, 3), (255, 255, 0)))).inputs[0]
     np.testing.assert_array_equal(pixels, np.array([1, 1, -4], dtype=np.float32).reshape(1, 3, 1, 1))
 
@@ -206,7 +212,7 @@ def test_a_huge_picture_is_refused_from_its_header(width: int, height: int) -> N
 
 
 def test_json_pictures_are_bounded_by_what_they_inflate_to() -> None:
-    codec = ImageCodec(mode="L", size=(32, 32), mean=(0,), std=(1,), labels=("a",), max_pixels=3 * 32 * 32)
+    codec = ImageCodec(mode="L", size=(32, 32), mean=(0,), std=(1,), answers=of(("a",)), max_pixels=3 * 32 * 32)
     assert len(codec.decode("application/json", as_json([[[0, 0]]] * 3)).inputs[0]) == 3
     with pytest.raises(BodyTooLarge, match="4 pictures"):
         codec.decode("application/json", as_json([[[0, 0]]] * 4))
@@ -233,7 +239,7 @@ def test_encode_survives_huge_and_half_precision_logits() -> None:
 
 def test_encode_tells_the_best_five_of_many_labels() -> None:
     labels = tuple(f"class {index}" for index in range(21))
-    codec = ImageCodec(mode="L", size=(1, 1), mean=(0,), std=(1,), labels=labels)
+    codec = ImageCodec(mode="L", size=(1, 1), mean=(0,), std=(1,), answers=of(labels))
     answer = codec.encode((np.arange(21, dtype=np.float32)[None],))[0]
     assert list(answer["scores"]) == ["class 20", "class 19", "class 18", "class 17", "class 16"]
     assert 0.99 < sum(answer["scores"].values()) < 1
@@ -252,9 +258,9 @@ def test_encode_refuses_logits_that_are_not_one_per_label() -> None:
 
 def test_a_codec_that_cannot_work_is_refused() -> None:
     with pytest.raises(ConfigError, match="mode RGB needs 3 values"):
-        ImageCodec(mode="RGB", size=(1, 1), mean=(0,), std=(1,), labels=("a",))
+        ImageCodec(mode="RGB", size=(1, 1), mean=(0,), std=(1,), answers=of(("a",)))
     with pytest.raises(ConfigError, match="labels must differ"):
-        ImageCodec(mode="L", size=(1, 1), mean=(0,), std=(1,), labels=("crane", "crane"))
+        ImageCodec(mode="L", size=(1, 1), mean=(0,), std=(1,), answers=of(("crane", "crane")))
 
 
 FILES = {

@@ -1,0 +1,26 @@
+"""From the config's `data:` to rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from service.bases.data_declaration import AnyData, SyntheticData
+from service.bases.datasets.synthetic import SyntheticRows
+from service.bases.description import Description
+from service.bases.loaded import Rows
+from service.contracts import Codec
+from service.errors import ConfigError
+
+SYNTHETIC_LENGTH = 32
+"""Length of dynamic axes in synthetic rows."""
+
+
+def open_rows(data: AnyData, description: Description, codec: Codec, folder: Path) -> Rows:
+    """The rows that the config declares, prepared for the model.
+
+    Raises:
+        ConfigError: files are missing or damaged, or do not suit the model; the text names the key.
+    """
+    if isinstance(data, SyntheticData):
+        return SyntheticRows(description.spec(), data.synthetic, min(SYNTHETIC_LENGTH, description.max_length))
+    raise ConfigError(f"data.{data.kind}")

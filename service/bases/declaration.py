@@ -1,0 +1,165 @@
+"""The config sections `base:` and what belongs to it: which model is served, and how a request becomes its input.
+
+One form per way of bringing a model; the first key names the form. What a form cannot find out by itself (labels,
+preprocessing, input shapes) has a key here, and errors ask for it by that key. Paths are relative to the config file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from service.contracts import Json
+from service.section import Name, Section
+
+Resize = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+
+class ImageInput(Section):
+    """How a picture becomes the model's input [C, H, W]."""
+
+    mode: Literal["RGB", "L"] = Field("RGB", description="colour or grey")
+    size: tuple[int, int] = Field(description="[width, height] of the model's input")
+    fit: Literal["stretch", "crop"] = Field("stretch", description="to that size: distort, or cut from the centre")
+    crop: float = Field(1.0, gt=0, le=1, description="with fit crop: share of the short side that is kept (crop_pct)")
+    resize: Resize = Field("bilinear", description="filter")
+    mean: tuple[float, ...] = Field(description="per channel, of pixels scaled to 0..1")
+    std: tuple[float, ...] = Field(description="per channel, of pixels scaled to 0..1")
+
+    @model_validator(mode="after")
+    def _one_value_per_channel(self) -> Self:
+        channels = 3 if self.mode == "RGB" else 1
+        if not len(self.mean) == len(self.std) == channels:
+            raise ValueError(f"a picture of mode {self.mode} needs {channels} values in mean and in std")
+        if min(self.size) < 1:
+            raise ValueError("size is [width, height] in pixels, both at least 1")
+        if min(self.std) <= 0:
+            raise ValueError("every value of std must be above 0")
+        return self
+
+
+class TextInput(Section):
+    """How a text becomes token ids."""
+
+    tokenizer: Path = Field(description="the model's tokenizer.json, or the folder that has it")
+    max_length: int = Field(256, ge=4, le=8192, description="tokens after which a text is cut, special ones included")
+
+
+class TensorInput(Section):
+    """One input tensor of a model that takes neither pictures nor texts."""
+
+    dtype: str = Field("float32", pattern="^(bool|u?int(8|16|32|64)|float(16|32|64))$", description="numpy's name")
+    shape: tuple[Annotated[int, Field(ge=1)] | None, ...] = Field(description="of one row; null: any size")
+
+
+class ShippedBase(Section):
+    """A base that comes with the service."""
+
+    kind: ClassVar[str] = "shipped"
+    shipped: Name = Field(description="its name; `base: NAME` is short for it")
+    weights: str | None = Field(None, description="a file, hub or random, for bases that come without weights")
+
+
+class BroughtBase(Section):
+    """What is common to all forms that bring a model."""
+
+    kind: ClassVar[str]
+    name: Name | None = Field(None, description="under which it is served; by default from the model's own name")
+    labels: tuple[str, ...] | Path | None = Field(None, description="class names, or a text file with one per line")
+    image: ImageInput | None = Field(None, description="for a model of pictures")
+    text: TextInput | None = Field(None, description="for a model of token ids with a mask")
+    inputs: Mapping[str, TensorInput] | None = Field(
+        None, description="for any other model, in the order it takes them"
+    )
+
+    @model_validator(mode="after")
+    def _one_kind_of_input(self) -> Self:
+        given = [key for key in ("image", "text", "inputs") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"only one of image, text and inputs can be given, not {' and '.join(given)}")
+        return self
+
+
+class PythonBase(BroughtBase):
+    """A torch module of the user's own."""
+
+    kind: ClassVar[str] = "python"
+    python: str = Field(
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="package.module:factory, found beside the config file or installed; returns a torch module",
+    )
+    arguments: Mapping[str, Json] = Field(default_factory=dict, description="keyword arguments of the factory")
+    weights: Path | None = Field(None, description="state dict for the module: safetensors, or torch's own format")
+
+
+class TimmBase(BroughtBase):
+    """A model of timm."""
+
+    kind: ClassVar[str] = "timm"
+    timm: str = Field(description="timm's name of the model")
+    weights: str = Field("hub", description="a file, `hub` (download once), or `random` (speed work only)")
+
+
+class TransformersBase(BroughtBase):
+    """A model of transformers."""
+
+    kind: ClassVar[str] = "transformers"
+    transformers: str = Field(description="a folder as written by save_pretrained, or the model's name on the hub")
+    task: Literal["auto", "classification", "embedding"] = Field(
+        "auto", description="class logits, or pooled and normalised embeddings; auto: by the checkpoint's architecture"
+    )
+    pooling: Literal["auto", "mean", "cls"] = Field("auto", description="of embeddings; auto: as the checkpoint says")
+
+
+class OnnxBase(BroughtBase):
+    """An ONNX file."""
+
+    kind: ClassVar[str] = "onnx"
+    onnx: Path = Field(description="the file; tensors stored outside it are found beside it")
+
+
+class TorchExportBase(BroughtBase):
+    """A program saved by torch.export."""
+
+    kind: ClassVar[str] = "torch_export"
+    torch_export: Path = Field(description="the .pt2 file, exported with a dynamic batch axis")
+
+
+FORMS: tuple[type[ShippedBase | BroughtBase], ...] = (
+    ShippedBase,
+    PythonBase,
+    TimmBase,
+    TransformersBase,
+    OnnxBase,
+    TorchExportBase,
+)
+
+
+def _form(value: Any) -> str | None:
+    if isinstance(value, Mapping):
+        return next((f"base.{form.kind}" for form in FORMS if form.kind in value), None)
+    return f"base.{value.kind}" if isinstance(value, FORMS) else None
+
+
+def _named(value: Any) -> Any:
+    return {"shipped": value} if isinstance(value, str) else value
+
+
+AnyBase = Annotated[
+    Annotated[ShippedBase, Tag("base.shipped")]
+    | Annotated[PythonBase, Tag("base.python")]
+    | Annotated[TimmBase, Tag("base.timm")]
+    | Annotated[TransformersBase, Tag("base.transformers")]
+    | Annotated[OnnxBase, Tag("base.onnx")]
+    | Annotated[TorchExportBase, Tag("base.torch_export")],
+    Discriminator(
+        _form,
+        custom_error_type="base_form",
+        custom_error_message="a base is the name of a shipped one, or a mapping with one of the keys "
+        + ", ".join(form.kind for form in FORMS),
+    ),
+    BeforeValidator(_named),
+]

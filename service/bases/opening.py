@@ -1,0 +1,119 @@
+"""From what the config declares to the `Base` that everything else works with; also in another process."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Protocol, Self
+
+from service.api.codecs.answers import Answers
+from service.api.codecs.image import ImageCodec
+from service.bases.data_declaration import AnyData
+from service.bases.datasets.opening import open_rows
+from service.bases.declaration import AnyBase, BroughtBase, PythonBase, ShippedBase
+from service.bases.description import Description, remembered
+from service.bases.loaded import LoadedBase, Rows, Score
+from service.bases.scores import accuracy, pair_correlation
+from service.bases.shipped import ModuleRows, ModuleSource, shipped_module
+from service.bases.sources.python_module import PythonSource
+from service.contracts import Codec, InputSpec, Model
+from service.errors import ConfigError
+from service.section import Section
+
+
+class Source(Protocol):
+    """One way of bringing a model."""
+
+    def fingerprint(self) -> str:
+        """sha256 over everything that decides the model's answers. Imports nothing heavy."""
+
+    def describe(self) -> Description:
+        """What the model takes and gives. May import anything and run the model.
+
+        Raises:
+            ConfigError: something cannot be found out; the text names the key that tells it.
+        """
+
+    def model(self, spec: InputSpec) -> Model:
+        """The model itself, fresh: weights loaded, eval mode, float32, on the CPU."""
+
+
+class Origin(Section):
+    """All it takes to open a base, here or in another process."""
+
+    base: AnyBase
+    data: AnyData | None = None
+    folder: Path = Path()
+    """To which the paths in both are relative: that of the config file."""
+    cache: Path | None = None
+    """Where descriptions are remembered; `None`: nowhere."""
+
+    @classmethod
+    def shipped(cls, name: str) -> Self:
+        """Of a shipped base with its own data."""
+        return cls(base=ShippedBase(shipped=name))
+
+
+def reopen_base(origin: str) -> LoadedBase:
+    """The base of which `Base.origin` is this, in another process."""
+    return open_base(Origin.model_validate_json(origin))
+
+
+def open_base(origin: Origin) -> LoadedBase:
+    """The base that the config declares.
+
+    Raises:
+        ConfigError: it cannot be opened; the text names the key.
+    """
+    source = open_source(origin.base, origin.folder)
+    fingerprint = source.fingerprint()
+    asked = hashlib.sha256(f"{fingerprint} {origin.base.model_dump_json()}".encode()).hexdigest()
+    description = remembered(origin.cache, asked, source.describe)
+    spec = description.spec()
+    codec = codec_of(description, spec)
+    rows, score = _rows_and_score(origin, source, description, codec)
+    ingredients = f"{fingerprint} {description.model_dump_json(exclude={'name'})} {rows.digest}"
+    return LoadedBase(
+        name=description.name,
+        spec=spec,
+        codec=codec,
+        origin=origin.model_dump_json(),
+        digest=hashlib.sha256(ingredients.encode()).hexdigest(),
+        caveats=description.caveats + (("synthetic data",) if origin.data and origin.data.kind == "synthetic" else ()),
+        load=lambda: source.model(spec),
+        rows=rows,
+        scored_by=score,
+    )
+
+
+def open_source(base: ShippedBase | BroughtBase, folder: Path) -> Source:
+    """What reads models of this form."""
+    if isinstance(base, ShippedBase):
+        if base.weights is not None:
+            raise ConfigError(f"base.weights: the base '{base.shipped}' comes with its weights")
+        return ModuleSource(base.shipped, shipped_module(base.shipped))
+    if isinstance(base, PythonBase):
+        return PythonSource(base, folder)
+    raise ConfigError(f"base.{base.kind}: not a form of base")
+
+
+def codec_of(description: Description, spec: InputSpec) -> Codec:
+    """What turns requests into the inputs of the model, and its outputs into answers."""
+    answers = Answers(spec)
+    if description.image is not None:
+        return ImageCodec(answers=answers, **description.image.model_dump())
+    raise ConfigError("base: only pictures")
+
+
+def _rows_and_score(origin: Origin, source: Source, description: Description, codec: Codec) -> tuple[Rows, Score]:
+    score = accuracy if description.labels else pair_correlation
+    if isinstance(source, ModuleSource):
+        score = source.module.score
+        if origin.data is None:
+            return ModuleRows(source.module), score
+    if origin.data is None:
+        raise ConfigError(
+            "data: this base comes without rows, and the report, the gate and calibration need some; add `data:` with "
+            "images, arrays or texts like those it will be asked about (synthetic: 64 for a first look at speed)"
+        )
+    return open_rows(origin.data, description, codec, origin.folder), score

@@ -1,0 +1,123 @@
+"""The bases that come with the service: a plain module in `models/` is read into the parts of a `Base`.
+
+Modules in `models/` never import the service, so that a data scientist can write and run one alone; this file is the
+only bridge. Importing one imports neither torch nor scikit-learn; only `build`, `data` and `score` may.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
+
+from service.bases.declaration import ImageInput, TextInput
+from service.bases.description import Description, Tensor
+from service.contracts import Array, ArrayData, Arrays, Data, InputSpec, Json, Split, TorchModel
+from service.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Shipped(NamedTuple):
+    """Where a shipped base is declared, and the extra that brings what it needs."""
+
+    module: str
+    extra: str | None = None
+
+
+SHIPPED: Final[Mapping[str, Shipped]] = {"digits": Shipped("models.digits")}
+"""By the name in the config."""
+
+
+class BaseModule(Protocol):
+    """What a module in `models/` declares; `models/__init__.py` explains each."""
+
+    __file__: str
+    INPUTS: tuple[Mapping[str, Json], ...]
+    OUTPUTS: tuple[Mapping[str, Json], ...]
+    LABELS: tuple[str, ...]
+    FILES: tuple[str, ...]
+    LIBRARIES: tuple[str, ...]
+
+    def build(self) -> nn.Module: ...
+
+    def data(self, split: Split, n: int | None) -> Data | tuple[Arrays, Array | None]: ...
+
+    def score(self, outputs: Arrays, labels: Array) -> float: ...
+
+
+def shipped_module(name: str) -> BaseModule:
+    """The module of a shipped base.
+
+    Raises:
+        ConfigError: there is no such base, or the extra that brings its weights is not installed.
+    """
+    if name not in SHIPPED:
+        raise ConfigError(f"unknown base {name!r}: the shipped bases are {', '.join(sorted(SHIPPED))}")
+    where = SHIPPED[name]
+    try:
+        return cast(BaseModule, import_module(where.module))
+    except ModuleNotFoundError as error:
+        if where.extra is None:
+            raise
+        raise ConfigError(
+            f"the base '{name}' needs the extra '{where.extra}': pip install 'leanserve[{where.extra}]'"
+        ) from error
+
+
+@dataclass(frozen=True)
+class ModuleSource:
+    """A `bases.opening.Source`: model, description, own rows and score of a module in `models/`."""
+
+    name: str
+    module: BaseModule
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over the module's source, its files and the versions of its libraries."""
+        source = Path(self.module.__file__)
+        total = hashlib.sha256()
+        for name in (source.name, *self.module.FILES):
+            content = (source.parent / name).read_bytes()
+            total.update(f"{name} {len(content)}\n".encode() + content)
+        for library in self.module.LIBRARIES:
+            total.update(f"{library}=={metadata.version(library)}\n".encode())
+        return total.hexdigest()
+
+    def describe(self) -> Description:
+        image, text = (getattr(self.module, name, None) for name in ("IMAGE", "TEXT"))
+        return Description(
+            name=self.name,
+            inputs=tuple(Tensor.model_validate(item) for item in self.module.INPUTS),
+            outputs=tuple(Tensor.model_validate(item) for item in self.module.OUTPUTS),
+            labels=self.module.LABELS,
+            image=None if image is None else ImageInput.model_validate(image),
+            text=None if text is None else TextInput.model_validate(text),
+            max_length=512 if text is None else text["max_length"],
+        )
+
+    def model(self, spec: InputSpec) -> TorchModel:
+        return TorchModel(self.module.build(), spec)
+
+
+@dataclass(frozen=True)
+class ModuleRows:
+    """A `bases.loaded.Rows`: the data that a module brings; its digest is part of the module's."""
+
+    module: BaseModule
+
+    @cached_property
+    def digest(self) -> str:
+        return "own"
+
+    @property
+    def unit(self) -> int:
+        return int(getattr(self.module, "UNIT", 1))
+
+    def split(self, split: Split, n: int | None) -> Data:
+        found = self.module.data(split, n)
+        return ArrayData(*found) if isinstance(found, tuple) else found
