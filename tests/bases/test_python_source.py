@@ -1,0 +1,169 @@
+"""`base: {python: module:factory}`: what it finds out, what it asks for, and what makes it a different model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from service.bases.declaration import PythonBase
+from service.bases.opening import Origin, open_base, open_source, reopen_base
+from service.contracts import Field
+from service.errors import ConfigError
+
+SOURCE = """
+import torch
+from torch import nn
+from bring_blocks import Scale
+
+INPUTS = ({"name": "left", "dtype": "float32", "shape": (3,)}, {"name": "ids", "dtype": "int64", "shape": (None,)})
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = Scale()
+    def forward(self, left, ids):
+        return self.scale(left.sum(1, keepdim=True)), ids + 1
+
+def two():
+    return Two()
+
+def linear(classes=4):
+    return nn.Linear(3, classes)
+
+def total():
+    class Total(nn.Module):
+        def forward(self, image):
+            return image.sum()
+    return Total()
+
+def picture():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 5, 2))
+
+def broken():
+    raise RuntimeError("no such luck")
+
+def number():
+    return 5
+"""
+BLOCKS = """
+import torch
+class Scale(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.ones(1))
+    def forward(self, x):
+        return x * self.factor
+"""
+ROWS = {"synthetic": 16}
+VECTOR = {"inputs": {"x": {"shape": [3]}}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "bring_model.py").write_text(SOURCE)
+    (tmp_path / "bring_blocks.py").write_text(BLOCKS)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    yield tmp_path
+    for name in ("bring_model", "bring_blocks"):
+        sys.modules.pop(name, None)
+
+
+def origin(folder: Path, factory: str, **keys: Any) -> Origin:
+    declared = {"python": f"bring_model:{factory}", **keys}
+    return Origin.model_validate({"base": declared, "data": ROWS, "folder": folder, "cache": folder / "cache"})
+
+
+def test_outputs_are_traced_and_the_answers_are_those_of_the_module(folder: Path) -> None:
+    base = open_base(origin(folder, "two"))
+    assert base.name == "bring_model"
+    assert base.spec.outputs == (Field("output", "float32", (1,)), Field("output_1", "int64", (None,)))
+    left, ids = base.spec.example(2, length=5)
+    got, plus = base.build()(torch.from_numpy(left), torch.from_numpy(ids))
+    np.testing.assert_allclose(got.detach(), left.sum(1, keepdims=True), rtol=1e-6)
+    assert (plus.numpy() == ids + 1).all()
+
+
+def test_another_process_opens_the_same_base(folder: Path) -> None:
+    base = open_base(origin(folder, "linear", **VECTOR))
+    again = reopen_base(base.origin)
+    assert (again.digest, again.spec) == (base.digest, base.spec)
+    assert len(again.data("gate")) == ROWS["synthetic"]
+    assert again.caveats == ("synthetic data",)
+
+
+def test_labels_make_it_a_classifier_and_must_be_as_many_as_its_classes(folder: Path) -> None:
+    base = open_base(origin(folder, "linear", **VECTOR, labels=["a", "b", "c", "d"]))
+    assert base.spec.outputs[0] == Field("logits", "float32", (4,))
+    assert base.score((np.eye(4, dtype=np.float32),), np.array([0, 1, 2, 0])) == 0.75
+    with pytest.raises(ConfigError, match=r"base\.labels: 2 labels for a model whose output 'logits' has shape \[4\]"):
+        open_base(origin(folder, "linear", **VECTOR, labels=["a", "b"]))
+    (folder / "labels.txt").write_text("a\nb\na\nc\n")
+    with pytest.raises(ConfigError, match=r"base\.labels: 'a' stands twice"):
+        open_base(origin(folder, "linear", **VECTOR, labels="labels.txt"))
+
+
+def test_a_picture_model_takes_pictures(folder: Path) -> None:
+    image = {"size": [5, 4], "mean": [0, 0, 0], "std": [1, 1, 1]}
+    base = open_base(origin(folder, "picture", image=image, labels=["cat", "dog"]))
+    assert base.spec.fields == (Field("image", "float32", (3, 4, 5)),)
+    decoded = base.codec.decode("application/json", b'{"inputs": [[[255, 0, 0]]]}')
+    assert decoded.inputs[0].shape == (1, 3, 4, 5)
+
+
+def test_the_second_opening_asks_nobody(folder: Path) -> None:
+    first = open_base(origin(folder, "linear", **VECTOR))
+    sys.modules.pop("bring_model")
+    again = open_base(origin(folder, "linear", **VECTOR))
+    assert again.digest == first.digest
+    assert "bring_model" not in sys.modules, "the module was imported though its description is remembered"
+
+
+def test_the_digest_follows_code_imports_arguments_and_weights(folder: Path) -> None:
+    def digest(**keys: Any) -> str:
+        return open_source(PythonBase(python="bring_model:linear", **keys), folder).fingerprint()
+
+    seen = [digest(), digest(arguments={"classes": 2})]
+    for scale in (1.0, 2.0):
+        save_file({"weight": torch.full((4, 3), scale), "bias": torch.zeros(4)}, folder / "w.safetensors")
+        seen.append(digest(weights=Path("w.safetensors")))
+    (folder / "bring_blocks.py").write_text(BLOCKS + "# changed\n")
+    seen.append(digest())
+    (folder / "unrelated.py").write_text("x = 1\n")
+    assert digest() == seen[-1]
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize(
+    ("factory", "keys", "message"),
+    [
+        ("linear", {"inputs": {"x": {"shape": [7]}}}, r"does not run on x \[2, 7\].*base\.image, base\.text or base\.inputs"),
+        ("total", VECTOR, "its first axis must count the rows"),
+        ("broken", VECTOR, "bring_model:broken failed: RuntimeError: no such luck"),
+        ("number", VECTOR, "returned a int, no torch module"),
+        ("absent", VECTOR, "has no function absent"),
+        ("linear", {**VECTOR, "arguments": {"colour": 1}}, "bring_model:linear failed: TypeError"),
+        ("linear", {**VECTOR, "weights": "none.pt"}, "cannot read .*none.pt"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_key(folder: Path, factory: str, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_base(origin(folder, factory, **keys))
+
+
+def test_what_cannot_be_found_out_is_asked_for(folder: Path) -> None:
+    (folder / "bring_model.py").write_text(SOURCE.replace("INPUTS", "UNTOLD"))
+    with pytest.raises(ConfigError, match=r"declare base\.image .* base\.text .*base\.inputs"):
+        open_base(origin(folder, "linear"))
+    without_data = Origin.model_validate({"base": {"python": "bring_model:linear", **VECTOR}, "folder": folder})
+    with pytest.raises(ConfigError, match="add `data:` with images, arrays or texts"):
+        open_base(without_data)
+    (folder / "bring_model.py").write_text("def linear(:\n")
+    with pytest.raises(ConfigError, match=r"bring_model\.py:1"):
+        open_base(origin(folder, "linear", **VECTOR))
