@@ -8,6 +8,7 @@ from typing import Protocol, Self
 
 from service.api.codecs.answers import Answers
 from service.api.codecs.image import ImageCodec
+from service.api.codecs.text import TextCodec
 from service.bases.data_declaration import AnyData
 from service.bases.datasets.opening import open_rows
 from service.bases.declaration import AnyBase, BroughtBase, PythonBase, ShippedBase
@@ -102,7 +103,9 @@ def codec_of(description: Description, spec: InputSpec) -> Codec:
     answers = Answers(spec)
     if description.image is not None:
         return ImageCodec(answers=answers, **description.image.model_dump())
-    raise ConfigError("base: only pictures")
+    if description.text is not None:
+        return TextCodec(description.text.tokenizer, description.text.max_length, answers)
+    raise ConfigError("base: only pictures and texts")
 
 
 def _rows_and_score(origin: Origin, source: Source, description: Description, codec: Codec) -> tuple[Rows, Score]:
