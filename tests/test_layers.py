@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("service.compression", 7),
     ("service.serving", 8),
     ("service.bench", 9),
+    ("service.init", 9),
     ("service.api", 9),
     ("service.__main__", 10),
     ("service", 0),

@@ -28,6 +28,7 @@ class Shipped(NamedTuple):
 
     module: str
     extra: str | None = None
+    has_data: bool = True
 
 
 SHIPPED: Final[Mapping[str, Shipped]] = {"digits": Shipped("models.digits")}

@@ -1,0 +1,111 @@
+"""From a model's name to a commented config file that can be served at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jinja2
+import yaml
+from pydantic import ValidationError
+
+from service.bases.loaded import LoadedBase
+from service.bases.opening import Origin, open_base
+from service.bases.shipped import SHIPPED
+from service.config import read_config
+from service.contracts import Json
+from service.errors import ConfigError
+from service.init.data_argument import SYNTHETIC, data_section
+from service.init.inspection import Look, inspect
+from service.init.ladder import Rung, ladder
+from service.init.model_argument import Hints, base_section
+from service.machine import isa_flags
+
+TEMPLATE = Path(__file__).parent / "config.yaml.j2"
+CLASSES_AGREE, COSINE = 0.98, 0.99
+
+
+def write_config(model: str, path: Path, hints: Hints, data: Path | None) -> tuple[Look, tuple[Rung, ...]]:
+    """Look at a model and write a config for it; also what was seen and suggested.
+
+    Raises:
+        ConfigError: the model cannot be opened, or does not fit the data; the text names what to add.
+    """
+    folder = path.resolve().parent
+    base = base_section(model, hints, folder)
+    own = data is None and has_own_rows(base)
+    opened = _open(base, None if own else SYNTHETIC, folder)
+    rows = None if own else data_section(data, opened.spec, folder)
+    if data is not None:
+        opened = _open(base, rows, folder)
+    look = inspect(opened, next(iter(base)))
+    labelled = next(opened.data("gate", 2 * opened.unit).batches(8)).labels is not None
+    rungs = ladder(look, isa_flags(), trainable=rows != SYNTHETIC)
+    text = _rendered(path, look, rungs, {"base": base, "data": rows}, labelled=labelled)
+    path.write_text(text, encoding="utf-8")
+    read_config(path)
+    return look, rungs
+
+
+def has_own_rows(base: Mapping[str, Json]) -> bool:
+    """Whether it is a shipped base that comes with data."""
+    return "shipped" in base and SHIPPED[base["shipped"]].has_data
+
+
+def _open(base: Mapping[str, Json], data: Mapping[str, Json] | None, folder: Path) -> LoadedBase:
+    try:
+        origin = Origin.model_validate({"base": base, "data": data, "folder": folder})
+    except ValidationError as error:
+        raise ConfigError("; ".join(str(item["msg"]) for item in error.errors())) from error
+    return open_base(origin)
+
+
+Sections = Mapping[str, Mapping[str, Json] | None]
+
+
+def _rendered(path: Path, look: Look, rungs: tuple[Rung, ...], sections: Sections, *, labelled: bool) -> str:
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
+    classes = bool(look.spec.labels)
+    return template.render(
+        look=look,
+        file=path.name,
+        parameters=_short(look.parameters),
+        sections=[(name, _block(section)) for name, section in sections.items() if section is not None],
+        remarks=_remarks(sections),
+        labelled=labelled,
+        agreement=CLASSES_AGREE if classes else COSINE,
+        meaning="least share of answers equal to the base's" if classes else "least mean cosine to the base's outputs",
+        rungs=[(rung, [_flow(step) for step in rung.passes]) for rung in rungs],
+    )
+
+
+def _remarks(sections: Sections) -> dict[str, list[str]]:
+    """Per section, what to check or to replace before a result is believed."""
+    base, data = (sections[name] or {} for name in ("base", "data"))
+    found: dict[str, list[str]] = {"base": [], "data": []}
+    if "image" in base:
+        found["base"].append("Check mean, std, fit and resize: they must be those of the training.")
+    if base.get("weights") == "random":
+        found["base"].append("Random weights: good for speed work only. Give a file, or `hub`.")
+    if data == SYNTHETIC:
+        found["data"] += [
+            "Random rows, good for a first look at speed. Put your own data here before you believe quality:",
+            "{images: FOLDER}, {arrays: FILE.npz, labels: NAME} or {texts: FILE.csv, text: COLUMN, label: COLUMN}.",
+        ]
+    return found
+
+
+def _block(section: Mapping[str, Json]) -> str:
+    return "\n".join(f"  {key}: {_flow(value)}" for key, value in section.items())
+
+
+def _flow(value: Json) -> str:
+    """On one line."""
+    text: str = yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=10_000, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"

@@ -1,0 +1,171 @@
+"""From a model's name to a config that is valid, suits the model, and says what to expect."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import yaml
+
+from service.config import ServiceConfig, read_config
+from service.errors import ConfigError
+from service.init.ladder import ladder
+from service.init.model_argument import Hints, base_section
+from service.init.writing import write_config
+
+SOURCE = """
+from torch import nn
+
+def pictures():
+    blocks = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(4)]
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+def depthwise():
+    blocks = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)) for _ in range(4)]
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+def dense():
+    return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3))
+"""
+EVERYTHING = frozenset({"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"})
+PICTURES = Hints(image="16x16")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "init_model.py").write_text(SOURCE)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    yield tmp_path
+    sys.modules.pop("init_model", None)
+
+
+def written(path: Path, model: str, hints: Hints = Hints(), data: Path | None = None) -> ServiceConfig:  # noqa: B008
+    write_config(model, path, hints, data)
+    return read_config(path)
+
+
+def kinds(config: ServiceConfig) -> dict[str, list[str]]:
+    return {variant.name: [step.kind for step in variant.passes] for variant in config.variants}
+
+
+def test_a_shipped_base_gets_a_ladder_with_its_own_data(tmp_path: Path) -> None:
+    config = written(tmp_path / "c.yaml", "digits")
+    assert config.data is None
+    assert config.gate.max_drop is not None, "digits has labels"
+    assert len(config.variants) >= 5
+    assert config.variants[0].passes == ()
+    assert "distill" in kinds(config)["pruned-int8"]
+
+
+def test_what_the_model_is_made_of_decides(folder: Path) -> None:
+    convolutional = kinds(written(folder / "a.yaml", "init_model:pictures", PICTURES))
+    assert convolutional["onnx"] == ["fold_bn", "onnxruntime"]
+    assert "lowrank-int8" in convolutional
+    assert "pruned-int8" not in convolutional, "nothing to train on in synthetic rows"
+    depthwise = kinds(written(folder / "b.yaml", "init_model:depthwise", PICTURES))
+    assert "lowrank-int8" not in depthwise
+    assert depthwise["onnx"] == ["onnxruntime"], "no batch norms to fold"
+    dense = kinds(written(folder / "c.yaml", "init_model:dense", Hints(shapes=("x=6",))))
+    assert dense["int8"] == ["quantize_dynamic", "onnxruntime"]
+    assert min(map(len, (convolutional, depthwise, dense))) >= 5
+
+
+def test_a_machine_without_instructions_is_not_offered_what_would_be_emulated(folder: Path) -> None:
+    look, offered = write_config("init_model:pictures", folder / "a.yaml", PICTURES, None)
+    assert "bf16" in {rung.name for rung in ladder(look, EVERYTHING, trainable=False)}
+    poor = ladder(look, frozenset({"avx2"}), trainable=False)
+    assert "bf16" not in {rung.name for rung in poor}
+    assert "no fast int8" in next(rung.expect for rung in poor if rung.name == "int8")
+    assert offered[0].name == "float"
+
+
+def test_data_is_looked_at_before_it_is_written_down(folder: Path) -> None:
+    rows = np.random.default_rng(0).integers(0, 255, (40, 16, 16, 3), np.uint8)
+    np.savez(folder / "rows.npz", photos=rows, y=np.arange(40) % 3)
+    (folder / "labels.txt").write_text("a\nb\nc\n")
+    hints = Hints(image="16x16", labels=folder / "labels.txt")
+    config = written(folder / "c.yaml", "init_model:pictures", hints, folder / "rows.npz")
+    assert yaml.safe_load((folder / "c.yaml").read_text())["data"] == {
+        "arrays": "rows.npz",
+        "inputs": "photos",
+        "labels": "y",
+    }
+    assert config.gate.max_drop is not None
+    assert "pruned-int8" in kinds(config)
+    np.savez(folder / "wrong.npz", photos=rows[..., :2], y=np.arange(40))
+    with pytest.raises(ConfigError, match="photos"):
+        write_config("init_model:pictures", folder / "d.yaml", hints, folder / "wrong.npz")
+    assert not (folder / "d.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "section"),
+    [
+        ("timm:resnet18", {"timm": "resnet18"}),
+        ("transformers:org/name", {"transformers": "org/name"}),
+        ("a.b:c", {"python": "a.b:c"}),
+        ("digits", {"shipped": "digits"}),
+    ],
+)
+def test_forms_of_the_argument(tmp_path: Path, argument: str, section: dict[str, str]) -> None:
+    assert base_section(argument, Hints(), tmp_path) == section
+
+
+def test_files_are_named_relative_to_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "net.onnx").write_bytes(b"")
+    (tmp_path / "w.pt").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    assert base_section("models/net.onnx", Hints(), tmp_path / "configs") == {"onnx": "../models/net.onnx"}
+    assert base_section("timm:x", Hints(weights="w.pt"), tmp_path)["weights"] == "w.pt"
+    assert base_section("timm:x", Hints(weights="random"), tmp_path)["weights"] == "random"
+    with pytest.raises(ConfigError, match=r"no architecture.*--weights w\.pt"):
+        base_section("w.pt", Hints(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argument", "hints", "message"),
+    [
+        ("resnet fifty", Hints(), "names no model; give a shipped base .*timm:NAME"),
+        ("none.onnx", Hints(), "no file none.onnx"),
+        ("a:b", Hints(image="224"), "--image 224: give WIDTHxHEIGHT"),
+        ("a:b", Hints(shapes=("x",)), "--input x: give NAME=SIZES"),
+    ],
+)
+def test_what_names_nothing_is_refused(tmp_path: Path, argument: str, hints: Hints, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        base_section(argument, hints, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "classes", "columns"),
+    [
+        ("a.csv", "A man eats food.,A man is eating.,4.2\nNo.,A plane takes off.,0\n", False, [0, 1, 2]),
+        ("a.csv", "sentence,label\nso good it hurts,1\nvery very bad,0\n", True, ["sentence", None, "label"]),
+        ("a.tsv", "a text of some length\nanother text\n", False, [0, None, None]),
+        (
+            "a.jsonl",
+            '{"id": "x", "review": "long enough a text"}\n{"id": "y", "review": "b"}\n',
+            True,
+            ["review", None, "id"],
+        ),
+    ],
+)
+def test_columns_of_tables_are_guessed(
+    tmp_path: Path,
+    name: str,
+    text: str,
+    classes: Literal[True, False],
+    columns: list[str | int | None],
+) -> None:
+    from service.contracts import Field, InputSpec
+    from service.init.data_argument import data_section
+
+    (tmp_path / name).write_text(text)
+    spec = InputSpec((), (Field("x", "float32", (2,)),), ("a", "b") if classes else ())
+    section = data_section(tmp_path / name, spec, tmp_path)
+    assert [section.get(key) for key in ("text", "pair", "label")] == columns
