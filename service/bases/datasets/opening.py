@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from service.bases.data_declaration import AnyData, SyntheticData
+from service.bases.data_declaration import AnyData, ArrayFileData, ImageData, SyntheticData
+from service.bases.datasets.arrays import open_arrays
+from service.bases.datasets.images import open_images
 from service.bases.datasets.synthetic import SyntheticRows
 from service.bases.description import Description
 from service.bases.loaded import Rows
@@ -23,4 +25,10 @@ def open_rows(data: AnyData, description: Description, codec: Codec, folder: Pat
     """
     if isinstance(data, SyntheticData):
         return SyntheticRows(description.spec(), data.synthetic, min(SYNTHETIC_LENGTH, description.max_length))
+    if isinstance(data, ArrayFileData):
+        return open_arrays(data, description.spec(), codec, folder)
+    if isinstance(data, ImageData):
+        if description.image is None:
+            raise ConfigError("data.images: the model takes no pictures; if it does, say how with base.image")
+        return open_images(data, description.labels, codec, folder)
     raise ConfigError(f"data.{data.kind}")

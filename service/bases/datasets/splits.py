@@ -35,19 +35,60 @@ def cut(digests: Sequence[bytes], sizes: SplitSizes | None, seed: int) -> dict[S
     Raises:
         ConfigError: fewer than 8 rows differ.
     """
-    groups: dict[bytes, list[int]] = {}
-    for row, digest in enumerate(digests):
-        groups.setdefault(digest, []).append(row)
-    if len(groups) < LEAST:
-        raise ConfigError(f"data: {len(groups)} different rows are too few to cut into splits, at least {LEAST} needed")
-    order = sorted(groups, key=lambda digest: hashlib.sha256(seed.to_bytes(8, "big") + digest).digest())
-    waiting = [groups[digest] for digest in order]
+    waiting = _groups(digests, seed)
+    if len(waiting) < LEAST:
+        raise ConfigError(
+            f"data: {len(waiting)} different rows are too few to cut into splits; at least {LEAST} are needed"
+        )
     splits: dict[Split, Rows] = {}
     for split, size in _sizes(len(digests), sizes).items():
         taken, waiting = _take(waiting, size)
         splits[split] = np.array(taken, dtype=np.int64)
-    splits["train"] = np.array([row for group in waiting for row in group], dtype=np.int64)
+    splits["train"] = _joined(waiting)
     return splits
+
+
+def deal(
+    digests: Mapping[Split, Sequence[bytes]],
+    sizes: SplitSizes | None,
+    seed: int,
+    key: str,
+    names: Mapping[Split, Sequence[str]] | None = None,
+) -> dict[Split, tuple[Split, Rows]]:
+    """Splits that have files of their own: whose file has the rows of a split, and which rows of it.
+
+    Without files for calibration, its rows are taken out of those of train, half of them at most. Train and test may be
+    empty. The rows are shuffled as by `cut`, since files are often sorted by class and passes take the first rows.
+
+    Raises:
+        ConfigError: there are no files for the gate, or splits share rows.
+    """
+    if not digests.get("gate"):
+        raise ConfigError(
+            f"{key}: there are no files for the split 'gate', on which variants are compared with the base"
+        )
+    refuse_shared(digests, key, names)
+    dealt: dict[Split, tuple[Split, Rows]] = {split: ("gate", _joined([])) for split in ("train", "test")}
+    dealt |= {split: (split, _joined(_groups(rows, seed))) for split, rows in digests.items()}
+    if "calibration" not in digests and digests.get("train"):
+        groups = _groups(digests["train"], seed)
+        size = min((sizes or SplitSizes()).calibration, max(1, len(digests["train"]) // 2))
+        taken, left = _take(groups, size)
+        dealt |= {"calibration": ("train", np.array(taken, dtype=np.int64)), "train": ("train", _joined(left))}
+    return dealt
+
+
+def _groups(digests: Sequence[bytes], seed: int) -> list[list[int]]:
+    """Row numbers of equal content, in the order that seed and content decide."""
+    groups: dict[bytes, list[int]] = {}
+    for row, digest in enumerate(digests):
+        groups.setdefault(digest, []).append(row)
+    order = sorted(groups, key=lambda digest: hashlib.sha256(seed.to_bytes(8, "big") + digest).digest())
+    return [groups[digest] for digest in order]
+
+
+def _joined(groups: list[list[int]]) -> Rows:
+    return np.array([row for group in groups for row in group], dtype=np.int64)
 
 
 def _sizes(rows: int, sizes: SplitSizes | None) -> dict[Split, int]:
