@@ -5,7 +5,7 @@ HOST ?= 127.0.0.1
 ONNXRUNTIME ?= cpu# or gpu
 BIN := .venv/bin
 
-.PHONY: install serve test check build bench train-digits clean
+.PHONY: install serve test fuzz check build bench train-digits clean
 
 install: .venv/.installed
 
@@ -29,6 +29,9 @@ bench: install
 
 test: install
 	$(BIN)/pytest
+
+fuzz: install
+	LEANSERVE_FUZZ_SECONDS=120 $(BIN)/pytest tests/fuzz --timeout 7200
 
 check: install
 	$(BIN)/ruff format --check .

@@ -1,8 +1,7 @@
 """Fuzzes the infer codec: whatever the bytes, the answer is a request that fits the spec, or a `ServiceError`.
 
-`python tests/fuzz/fuzz_open_inference.py -max_total_time=60 [folder of inputs]`, from the repository, with the package
-`atheris` installed: libFuzzer then mutates the seeds below under guidance of the codec's own branches. The ordinary
-tests run the same check over hypothesis' bytes, without atheris.
+`python tests/fuzz/fuzz_open_inference.py -max_total_time=60 [folder of inputs]`: libFuzzer (atheris) mutates the seeds
+below under guidance of the codec's own branches. `test_fuzz.py` runs it for some seconds in every test run.
 
 An input is one byte that chooses where the JSON ends (nowhere, at once, behind the first line, at a place that is
 hardly right), one that chooses the spec, then the body.
