@@ -31,7 +31,10 @@ class Shipped(NamedTuple):
     has_data: bool = True
 
 
-SHIPPED: Final[Mapping[str, Shipped]] = {"digits": Shipped("models.digits")}
+SHIPPED: Final[Mapping[str, Shipped]] = {
+    "digits": Shipped("models.digits"),
+    "minilm": Shipped("models.minilm", "text"),
+}
 """By the name in the config."""
 
 
