@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from service.api.codecs.answers import Answers
+from service.api.codecs.arrays import ArrayCodec
 from service.api.codecs.image import ImageCodec
 from service.api.codecs.text import TextCodec
 from service.bases.data_declaration import AnyData
 from service.bases.datasets.opening import open_rows
-from service.bases.declaration import AnyBase, BroughtBase, PythonBase, ShippedBase
+from service.bases.declaration import AnyBase, BroughtBase, OnnxBase, PythonBase, ShippedBase
 from service.bases.description import Description, remembered
 from service.bases.loaded import LoadedBase, Rows, Score
 from service.bases.scores import accuracy, pair_correlation
 from service.bases.shipped import ModuleRows, ModuleSource, shipped_module
+from service.bases.sources.onnx_file import OnnxSource
 from service.bases.sources.python_module import PythonSource
 from service.contracts import Codec, InputSpec, Model
 from service.errors import ConfigError
@@ -95,6 +97,8 @@ def open_source(base: ShippedBase | BroughtBase, folder: Path) -> Source:
         return ModuleSource(base.shipped, shipped_module(base.shipped))
     if isinstance(base, PythonBase):
         return PythonSource(base, folder)
+    if isinstance(base, OnnxBase):
+        return OnnxSource(base, folder)
     raise ConfigError(f"base.{base.kind}: not a form of base")
 
 
@@ -105,7 +109,7 @@ def codec_of(description: Description, spec: InputSpec) -> Codec:
         return ImageCodec(answers=answers, **description.image.model_dump())
     if description.text is not None:
         return TextCodec(description.text.tokenizer, description.text.max_length, answers)
-    raise ConfigError("base: only pictures and texts")
+    return ArrayCodec(answers)
 
 
 def _rows_and_score(origin: Origin, source: Source, description: Description, codec: Codec) -> tuple[Rows, Score]:

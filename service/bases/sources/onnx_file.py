@@ -1,0 +1,111 @@
+"""`base: {onnx: FILE}`: a model that is an ONNX graph already.
+
+There are no layers in it that a pass could prune or train, so only passes on ONNX apply. Input names are the graph's
+own; dtypes and shapes come from the graph, and from the config where the graph leaves them open. The uncompressed
+variant is the graph itself in onnxruntime.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+
+from service.bases.checkpoints import file_digest
+from service.bases.declaration import OnnxBase
+from service.bases.description import Description, Tensor
+from service.bases.inputs import described
+from service.bases.sources.onnx_preparation import Prepared, prepared
+from service.bases.sources.onnx_reading import files_of, nodes_of, read_onnx
+from service.bases.sources.onnx_trial import Trial, tried
+from service.contracts import InputSpec, OnnxModel
+from service.errors import ConfigError
+
+NAME_AT_MOST = 63
+SCALED_BY_BATCH = "DynamicQuantize"
+"""How operators that find the scale of activations at run time begin."""
+
+
+@dataclass(frozen=True)
+class OnnxSource:
+    """A `bases.opening.Source`."""
+
+    declared: OnnxBase
+    folder: Path
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over the file, those that hold its tensors, and the version of the library that prepares it."""
+        total = hashlib.sha256(f"onnx=={_onnx_version()}\n".encode())
+        for path in files_of(self._path):
+            total.update(f"{path.name} {file_digest(path)}\n".encode())
+        return total.hexdigest()
+
+    def describe(self) -> Description:
+        with tempfile.TemporaryDirectory(prefix="leanserve-onnx-") as folder:
+            inputs, outputs = self._tensors(Path(folder) / "model.onnx")
+        return described(self.declared, self.folder, _served_name(self._path), inputs, outputs)
+
+    def model(self, spec: InputSpec) -> OnnxModel:
+        """The prepared graph as one file, which lives as long as this source does."""
+        path = Path(self._workplace.name) / "model.onnx"
+        if not path.exists():
+            self._write(path)
+        return OnnxModel(path, spec)
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / self.declared.onnx
+
+    @cached_property
+    def _workplace(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix="leanserve-onnx-")
+
+    def _write(self, path: Path) -> Prepared:
+        import onnx
+
+        ready = prepared(read_onnx(self._path), self.declared)
+        onnx.save(ready.model, path)
+        return ready
+
+    def _tensors(self, path: Path) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Inputs and outputs of the graph, which is prepared at `path` and run beside the file."""
+        ready = self._write(path)
+        trial = Trial(
+            original=self._path,
+            candidate=path,
+            inputs=ready.inputs,
+            outputs=ready.outputs,
+            fixed_rows=ready.fixed_rows,
+            scaled_by_batch=any(node.op_type.startswith(SCALED_BY_BATCH) for node in nodes_of(ready.model.graph)),
+        )
+        try:
+            return ready.inputs, tried(trial)
+        except ConfigError as error:
+            raise ConfigError(f"base.onnx: {self._path} cannot be served: {error}{_remedy(ready)}") from error
+
+
+def _remedy(ready: Prepared) -> str:
+    if ready.fixed_rows is None:
+        return ""
+    axes = ", ".join(f"'{item.name}': {{0: 'rows'}}" for item in ready.inputs)
+    return (
+        f". Its graph has the number of rows ({ready.fixed_rows}) written into it and could not be made to take any "
+        f"number. Export it again with a dynamic batch axis: torch.onnx.export(..., dynamic_shapes or "
+        f"dynamic_axes={{{axes}}})"
+    )
+
+
+def _served_name(path: Path) -> str:
+    """The file's name as far as it can stand in a URL."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:NAME_AT_MOST] or "onnx"
+
+
+def _onnx_version() -> str:
+    try:
+        return metadata.version("onnx")
+    except metadata.PackageNotFoundError as error:
+        raise ConfigError("base.onnx: needs the extra 'cpu' (or 'gpu'): pip install 'leanserve[cpu]'") from error
