@@ -91,7 +91,7 @@ def _output(name: str, together: Array, alone: Sequence[Array], longer: Array, t
     reason = differs(Answer(name, together, np.concatenate(alone)), tolerance)
     if reason:
         raise ConfigError(
-            f"the answer to a row depends on the other rows of its batch ({reason} from that row's answer alone), so "
+            f"the answer to a row depends on the other rows of its batch (alone and together, {reason}), so "
             "requests cannot share one; was it exported in training mode, or does it work across the first axis?"
         )
     shape = tuple(a if a == b else None for a, b in zip(together.shape[1:], longer.shape[1:], strict=True))

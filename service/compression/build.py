@@ -13,6 +13,7 @@ from pathlib import Path
 from service.compression.artifacts import ONNX_FILE, TORCH_FILE, ArtifactStore, checksums
 from service.compression.load import load_model
 from service.compression.manifest import Manifest, Recipe, VariantReport
+from service.compression.model_size import model_size
 from service.compression.passes.base import Applied, Pass
 from service.compression.progress import BuildProgress
 from service.compression.quality import Answers, gate_reason, measure, race
@@ -179,7 +180,9 @@ class Builder:
 
     def _recipe(self, step: Step, applied: Applied, seconds: float, files: dict[str, str]) -> Recipe:
         parent = self._store.recipe(step.parent) if step.parent else None
-        macs, parameters = _size(applied.model) or ((parent.macs, parent.parameters) if parent else (0, 0))
+        # Lowering to ONNX and what follows it change neither.
+        same = parent if isinstance(applied.model, OnnxModel) else None
+        macs, parameters = (same.macs, same.parameters) if same else model_size(applied.model)
         return Recipe(
             key=step.key,
             parent=step.parent,
@@ -193,7 +196,7 @@ class Builder:
             parameters=parameters,
             macs=macs,
             seconds=seconds,
-            versions=versions_of(("leanserve", *(step.step.libraries if step.step else ("torch",)))),
+            versions=versions_of(("leanserve", *(step.step.libraries if step.step else _runtime(applied.model)))),
             isa=sorted(isa_flags()),
         )
 
@@ -222,13 +225,9 @@ def _write(model: Model, folder: Path) -> None:
         (folder / ONNX_FILE).write_bytes(model.path.read_bytes())
 
 
-def _size(model: Model) -> tuple[int, int] | None:
-    """MACs per row and parameters of a torch model; lowering to ONNX changes neither."""
-    if not isinstance(model, TorchModel):
-        return None
-    from service.compression.tools.macs import count_macs, count_parameters
-
-    return count_macs(model), count_parameters(model)
+def _runtime(model: Model) -> tuple[str, ...]:
+    """Distributions that run a base."""
+    return ("torch",) if isinstance(model, TorchModel) else ("onnx", "onnxruntime")
 
 
 def _set_threads(threads: int) -> None:

@@ -167,14 +167,17 @@ def _copy_rows_in_reshapes(graph: GraphProto, rows: int) -> None:
         if node.op_type == "Constant" and attribute.name == "value"
     }
     for index, node in enumerate(graph.node):
-        zero_is_a_size = any(item.name == "allowzero" and item.i for item in node.attribute)
-        if node.op_type != "Reshape" or node.input[1] not in constants or zero_is_a_size:
+        if node.op_type != "Reshape" or node.input[1] not in constants:
             continue
         target = numpy_helper.to_array(constants[node.input[1]]).copy()
-        if target.size and target[0] == rows:
+        if target.size and target[0] == rows and 0 not in target:
             target[0] = 0
             node.input[1] = f"{ROWS}_of_reshape_{index}"
             graph.initializer.append(numpy_helper.from_array(target, node.input[1]))
+            # `allowzero` would make the 0 a size; without a 0 before, it meant nothing.
+            kept = [item for item in node.attribute if item.name != "allowzero"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
 
 
 def _inferred(model: ModelProto) -> ModelProto:

@@ -104,7 +104,11 @@ DEPENDENCE = Column(
 )
 SIZE = Column("size", "bytes on disk", lambda item: amount(item.quality.disk_bytes, "B"))
 PARAMETERS = Column("params", "number of parameters", lambda item: amount(item.quality.parameters))
-MACS = Column("MACs", "multiply-accumulates per row, whatever their precision", lambda item: amount(item.quality.macs))
+MACS = Column(
+    "MACs",
+    "multiply-accumulates per row, whatever their precision; a dash where they cannot be told",
+    lambda item: amount(item.quality.macs) if item.quality.macs else "–",
+)
 THROUGHPUT = Column(
     "rows/s", "rows per second at the best of the measured batch sizes", lambda item: f"{item.quality.throughput:,.0f}"
 )
