@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from service.bases.data_declaration import AnyData, ArrayFileData, ImageData, SyntheticData
+from service.bases.data_declaration import AnyData, ArrayFileData, ImageData, SyntheticData, TextData
 from service.bases.datasets.arrays import open_arrays
 from service.bases.datasets.images import open_images
 from service.bases.datasets.synthetic import SyntheticRows
+from service.bases.datasets.texts import open_texts
 from service.bases.description import Description
 from service.bases.loaded import Rows
 from service.contracts import Codec
@@ -31,4 +32,6 @@ def open_rows(data: AnyData, description: Description, codec: Codec, folder: Pat
         if description.image is None:
             raise ConfigError("data.images: the model takes no pictures; if it does, say how with base.image")
         return open_images(data, description.labels, codec, folder)
+    if isinstance(data, TextData):
+        return open_texts(data, description.labels, codec, folder)
     raise ConfigError(f"data.{data.kind}")
