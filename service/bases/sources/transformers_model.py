@@ -1,0 +1,226 @@
+"""`base: {transformers: FOLDER_OR_NAME}`: a checkpoint of the transformers library.
+
+Texts become class logits or one pooled embedding, pictures become class logits. Weights are safetensors, and code that
+a checkpoint brings is never run. The library takes seconds to import, so that everything but running the model is read
+from the checkpoint's JSON files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from service.bases.checkpoints import file_digest
+from service.bases.declaration import ImageInput, TextInput, TransformersBase
+from service.bases.description import Description, Tensor
+from service.bases.inputs import MASKED_TEXT, image_tensor, read_labels, resolved_text
+from service.bases.sources.hub import hub_folder, is_repository
+from service.bases.sources.torchvision_import import make_torchvision_importable
+from service.bases.sources.transformers_folder import Task, TransformersFolder
+from service.bases.sources.transformers_pictures import picture_input
+from service.bases.tracing import traced_outputs
+from service.contracts import InputSpec, TorchModel
+from service.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PATTERNS = ("*.json", "model*.safetensors", "*/model*.safetensors")
+"""Files of a checkpoint on the hub, in either layout."""
+NEEDED = ("*config.json", "*model*.safetensors")
+LIBRARIES = ("torch", "transformers")
+UNUSED = ("pooler.", "position_ids")
+"""Weights that checkpoints may lack: embeddings are pooled here, and positions are numbers from 0."""
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class TransformersSource:
+    """A `bases.opening.Source`."""
+
+    declared: TransformersBase
+    folder: Path
+
+    def fingerprint(self) -> str:
+        total = hashlib.sha256(self._found.digest().encode())
+        for library in LIBRARIES:
+            total.update(f"{library}=={_version(library)}\n".encode())
+        if self.declared.text is not None:
+            total.update(file_digest(resolved_text(self.declared.text, self.folder).tokenizer).encode())
+        return total.hexdigest()
+
+    def describe(self) -> Description:
+        task = self._task()
+        image = self._image() if task == "picture classification" else None
+        module = self._module()
+        if image is not None:
+            return self._described(module, (image_tensor(image),), image=image)
+        text = self._text(module)
+        ids, mask = MASKED_TEXT
+        prompt = self._found.prompt
+        return self._described(
+            module,
+            (ids.model_copy(update={"pad": float(self._found.pad)}), mask),
+            text=text,
+            caveats=(f"texts are not preceded by the checkpoint's prompt '{prompt}'",) if prompt else (),
+        )
+
+    def model(self, spec: InputSpec) -> TorchModel:
+        return TorchModel(self._module(), spec)
+
+    @cached_property
+    def _found(self) -> TransformersFolder:
+        name = self.declared.transformers
+        if (self.folder / name).is_dir():
+            return TransformersFolder((self.folder / name).resolve())
+        if not is_repository(name) or name.startswith("."):
+            raise ConfigError(f"base.transformers: there is no folder {self.folder / name}")
+        return TransformersFolder(hub_folder(name, PATTERNS, NEEDED))
+
+    def _task(self) -> Task:
+        if self.declared.inputs is not None:
+            raise ConfigError("base.inputs: a model of transformers takes texts or pictures; see base.text, base.image")
+        if self.declared.task == "auto":
+            return self._found.task
+        if self.declared.task == "embedding":
+            return "embedding"
+        return "picture classification" if self._found.task == "picture classification" else "text classification"
+
+    def _described(self, module: nn.Module, inputs: Sequence[Tensor], **how: Any) -> Description:
+        """With the outputs found by running the module."""
+        embeds = self._task() == "embedding"
+        outputs = traced_outputs(module, inputs, ("embedding" if embeds else "logits",))
+        return Description(
+            name=self.declared.name or _served_name(self.declared.transformers),
+            inputs=tuple(inputs),
+            outputs=outputs,
+            labels=() if embeds else self._labels(outputs[0]),
+            max_length=how["text"].max_length if "text" in how else 512,
+            **how,
+        )
+
+    def _labels(self, logits: Tensor) -> tuple[str, ...]:
+        classes = logits.shape[0] or 0
+        kind = self._found.config.get("problem_type")
+        if classes < 2 or kind not in {None, "single_label_classification"}:
+            raise ConfigError(
+                f"base.task: the checkpoint gives {classes} value{'s' if classes != 1 else ''} per row for the problem "
+                f"'{kind or 'regression'}', and answers here are one class of several; build it in a module of your "
+                "own and bring it with base.python"
+            )
+        labels = read_labels(self.declared, self.folder) or self._found.labels(classes)
+        if len(labels) != classes:
+            raise ConfigError(f"base.labels: {len(labels)} labels for a model with {classes} classes")
+        return labels
+
+    def _image(self) -> ImageInput:
+        return self.declared.image or picture_input(self._found.preprocessor())
+
+    def _text(self, module: nn.Module) -> TextInput:
+        """The tokenizer, and the length that model, tokenizer and config agree on."""
+        limit = min(self._found.max_length, _positions(module))
+        if self.declared.text is not None:
+            text = resolved_text(self.declared.text, self.folder)
+            return text.model_copy(update={"max_length": min(text.max_length, limit)})
+        if not self._found.tokenizer.is_file():
+            raise ConfigError(
+                f"base.text.tokenizer: there is no {self._found.tokenizer}. Name a tokenizer.json, or write one: "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) converts older formats"
+            )
+        return TextInput(tokenizer=self._found.tokenizer, max_length=limit)
+
+    def _module(self) -> nn.Module:
+        """A fresh module with its weights, in eval mode, float32."""
+        from service.bases.modules.transformers_heads import PictureLogits, TextEmbedding, TextLogits
+
+        task = self._task()
+        model = self._pretrained(task)
+        if task == "picture classification":
+            return PictureLogits(model).eval()
+        if task == "text classification":
+            return TextLogits(model).eval()
+        if getattr(model, "pooler", None) is not None:
+            setattr(model, "pooler", None)  # noqa: B010 - a head that embeddings do not use
+        pooling = self._found.pooling if self.declared.pooling == "auto" else self.declared.pooling
+        return TextEmbedding(model, pooling, self._found.length).eval()
+
+    def _pretrained(self, task: Task) -> nn.Module:
+        """The library's model of the checkpoint, whole: nothing in it was left at random values."""
+        weights = self._found.weights
+        make_torchvision_importable()
+        try:
+            import transformers
+        except ModuleNotFoundError as error:
+            raise ConfigError("base.transformers needs the extra 'text': pip install 'leanserve[text]'") from error
+        loader = {
+            "embedding": transformers.AutoModel,
+            "text classification": transformers.AutoModelForSequenceClassification,
+            "picture classification": transformers.AutoModelForImageClassification,
+        }[task]
+        try:
+            with _silent():
+                model, found = loader.from_pretrained(
+                    weights[0].parent,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    dtype="float32",
+                )
+        except Exception as error:  # a library of hundreds of architectures
+            reason = str(error).strip().splitlines()
+            raise ConfigError(
+                f"base.transformers: {self._found.model_path} cannot be loaded: {reason[0] if reason else error!r}"
+            ) from error
+        missing = sorted(name for name in found["missing_keys"] if not any(part in name for part in UNUSED))
+        if missing or found["mismatched_keys"]:
+            raise ConfigError(
+                f"base.task: as a model for {task}, {self._found.model_path} lacks trained weights for "
+                f"{', '.join(missing[:SHOWN]) or 'some layers'}; it was saved for another task"
+            )
+        loaded: nn.Module = model
+        return loaded
+
+
+def _positions(module: nn.Module) -> int:
+    """Tokens for which the model has position vectors: some architectures keep the first ones for padding."""
+    from torch import nn
+
+    for name, part in module.named_modules():
+        if name.endswith("position_embeddings") and isinstance(part, nn.Embedding):
+            return part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
+    return 8192
+
+
+def _served_name(given: str) -> str:
+    """The last part of a path or of a name on the hub, as a name that fits into URLs."""
+    return re.sub(r"[^A-Za-z0-9._-]|^[^A-Za-z0-9]+", "-", Path(given).name).lstrip("-._")[:63] or "model"
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the library's progress bars and its table of unused weights, which is checked here."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
