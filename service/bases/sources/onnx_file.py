@@ -8,7 +8,6 @@ variant is the graph itself in onnxruntime.
 from __future__ import annotations
 
 import hashlib
-import re
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,13 +18,13 @@ from service.bases.checkpoints import file_digest
 from service.bases.declaration import OnnxBase
 from service.bases.description import Description, Tensor
 from service.bases.inputs import described
+from service.bases.naming import served_name
 from service.bases.sources.onnx_preparation import Prepared, prepared
 from service.bases.sources.onnx_reading import files_of, nodes_of, read_onnx
 from service.bases.sources.onnx_trial import Trial, tried
 from service.contracts import InputSpec, OnnxModel
 from service.errors import ConfigError
 
-NAME_AT_MOST = 63
 SCALED_BY_BATCH = "DynamicQuantize"
 """How operators that find the scale of activations at run time begin."""
 
@@ -47,7 +46,7 @@ class OnnxSource:
     def describe(self) -> Description:
         with tempfile.TemporaryDirectory(prefix="leanserve-onnx-") as folder:
             inputs, outputs = self._tensors(Path(folder) / "model.onnx")
-        return described(self.declared, self.folder, _served_name(self._path), inputs, outputs)
+        return described(self.declared, self.folder, served_name(self._path), inputs, outputs)
 
     def model(self, spec: InputSpec) -> OnnxModel:
         """The prepared graph as one file, which lives as long as this source does."""
@@ -97,11 +96,6 @@ def _remedy(ready: Prepared) -> str:
         f"number. Export it again with a dynamic batch axis: torch.onnx.export(..., dynamic_shapes or "
         f"dynamic_axes={{{axes}}})"
     )
-
-
-def _served_name(path: Path) -> str:
-    """The file's name as far as it can stand in a URL."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:NAME_AT_MOST] or "onnx"
 
 
 def _onnx_version() -> str:
