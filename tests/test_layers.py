@@ -62,7 +62,7 @@ LAZY = {
     "ray",
     "matplotlib",
 }
-MAY_IMPORT_AT_TOP = ("service/backends/", "service/compression/tools/")
+MAY_IMPORT_AT_TOP = ("service/backends/", "service/bases/modules/", "service/compression/tools/")
 
 
 def files(*tops: str) -> list[Path]:
