@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from service import __version__
-from service.errors import StartupError
+from service.errors import ConfigError, StartupError
 
 if TYPE_CHECKING:
     from service.compression.artifacts import ArtifactStore
@@ -62,7 +62,8 @@ def serve(
     fleet = _open_fleet(work)
     ready = time.monotonic() - started
     names = ", ".join(fleet.variants)
-    text = f"ready in {ready:.1f} s: http://{host}:{port} serves {fleet.base.name} as {names}"
+    lanes = f"{len(fleet.device.lanes)} x {fleet.device.lane_threads} threads"
+    text = f"ready in {ready:.1f} s: http://{host}:{port} serves {fleet.base.name} as {names} on {lanes}"
     err.print(text, highlight=False, soft_wrap=True)
     serve_fleet(fleet, claimed, None if grpc_port is None else (host, grpc_port))
 
@@ -163,6 +164,10 @@ class _Workplace:
         self.base: Base = open_base(origin)
         self.plan: Plan = plan(self.config, self.base)
         self.threads: int = thread_budget() if self.config.threads == "auto" else self.config.threads
+        if self.config.lanes != "auto" and self.config.lanes > self.threads:
+            raise ConfigError(
+                f"{path}: lanes is {self.config.lanes}, but there are only {self.threads} threads to share"
+            )
         self.store: ArtifactStore
         if make_cache:
             from service.compression.artifacts import ArtifactStore
@@ -179,6 +184,16 @@ class _Workplace:
         if all(report.state == "excluded" for report in found):
             raise GateFailed("; ".join(f"variant '{item.name}' is excluded: {item.reason}" for item in found))
         return found
+
+    def lanes(self, reports: list[VariantReport]) -> int:
+        """Batches that run at a time: as configured, or as pays for the variants that serve."""
+        from service.compression.build import speeds
+
+        if self.config.lanes != "auto":
+            return self.config.lanes
+        race = speeds(self.store, self.plan, self.threads)
+        assert race is not None  # what is reported was measured
+        return race.best_lanes([report.chain[-1].key for report in reports if report.state == "serving"])
 
 
 def _claim(host: str, port: int, option: str) -> socket.socket:
@@ -214,7 +229,7 @@ def _build_in_child(config: Path, cache: Path) -> None:
 
 
 def _open_fleet(work: _Workplace) -> Fleet:
-    """Load and warm every variant that passed its gate, on the device thread."""
+    """Load and warm every variant that passed its gate, on every lane of the device."""
     from functools import partial
 
     from service.backends.choose import open_backend
@@ -223,10 +238,11 @@ def _open_fleet(work: _Workplace) -> Fleet:
     from service.serving.fleet import Fleet
 
     reports = work.reports()
-    fleet = Fleet(work.base, work.config, reports, Device("cpu", work.threads))
+    device = Device("cpu", work.threads, work.lanes(reports))
+    fleet = Fleet(work.base, work.config, reports, device)
 
     def load(key: str) -> Any:
-        return open_backend(load_model(work.store, work.base, key), work.threads)
+        return open_backend(load_model(work.store, work.base, key), device.lane_threads)
 
     for variant, steps in work.plan.chains:
         if fleet.reports[variant.name].state == "serving":

@@ -9,20 +9,35 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from service.compression.race import Latencies, interleaved
+from service.compression.race import Latencies, examples, interleaved
 from service.serving.fleet import Fleet
 
 ROUND_S = 0.1
 
 
 def run_bench(fleet: Fleet, sizes: Sequence[int], seconds: float) -> Latencies:
-    """Latencies of every serving variant, about `seconds` for each at each batch size, on the fleet's device thread."""
-    backends = {name: variant.backend for name, variant in fleet.variants.items()}
+    """Latencies of every serving variant, about `seconds` for each at each batch size, on all lanes of the device.
+
+    They are seconds of the device per batch: a lane's, divided by the number of lanes that run batches side by side.
+    """
     rounds = max(3, round(seconds / ROUND_S))
-    timing = interleaved(backends, [fleet.base.spec.example(rows) for rows in sizes], rounds, ROUND_S)
+    batches = examples(fleet.base.spec, sizes)
+    timings = []
+    for lane in fleet.device.lanes:
+        backends = {name: variant.backends[lane.index] for name, variant in fleet.variants.items()}
+        timings.append(interleaved(backends, batches, rounds, ROUND_S))
     for _ in track(range(rounds), "measuring", transient=True):
-        latencies = fleet.device.call(lambda: next(timing))
-    return latencies
+        by_lane = fleet.device.call_on_each(lambda lane: next(timings[lane.index]))
+    return {
+        name: {
+            rows: [
+                1 / sum(1 / s for s in of_lanes)
+                for of_lanes in zip(*(lane[name][rows] for lane in by_lane), strict=True)
+            ]
+            for rows in sizes
+        }
+        for name in fleet.variants
+    }
 
 
 def print_bench(latencies: Latencies, console: Console) -> None:

@@ -92,6 +92,7 @@ class ServiceConfig(Section):
     variants: tuple[VariantConfig, ...] = Field(min_length=1)
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every pass that draws random numbers")
     threads: int | Literal["auto"] = Field("auto", description="CPU threads for inference; auto = quota and affinity")
+    lanes: int | Literal["auto"] = Field("auto", description="batches at a time; auto = measured by the build")
     cache: Path = Field(Path(".leanserve"), description="folder of the artifact store")
     gate: GateConfig = GateConfig()
     batch: BatchConfig = BatchConfig()
@@ -114,6 +115,8 @@ class ServiceConfig(Section):
             raise ValueError("traffic.weights: at least one weight must be above 0")
         if self.threads != "auto" and self.threads < 1:
             raise ValueError("threads must be 'auto' or at least 1")
+        if self.lanes != "auto" and self.lanes < 1:
+            raise ValueError("lanes must be 'auto' or at least 1")
         return self
 
     @model_validator(mode="after")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from service.contracts import Backend, Model, TorchModel
 
 
@@ -17,3 +19,15 @@ def open_backend(model: Model, threads: int) -> Backend:
     from service.backends.onnx_runtime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(model, threads)
+
+
+def use_threads(threads: int) -> None:
+    """Give torch this many threads: for a process in which models run with different numbers of them in turn.
+
+    The setting holds for all threads of the process, whichever of them makes it. Other libraries need nothing: their
+    models have threads of their own.
+    """
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(threads)

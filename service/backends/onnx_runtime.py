@@ -13,6 +13,7 @@ from typing import Any
 
 import onnxruntime
 
+from service.backends.denormals import flush_denormals
 from service.contracts import Arrays, Json, OnnxModel
 from service.errors import StartupError
 
@@ -29,8 +30,8 @@ ERRORS_ONLY = 3
 class OnnxRuntimeBackend:
     """A `contracts.Backend`. What the pass `onnxruntime` decided is in `model.session`; `{}` stands for its defaults.
 
-    Denormals are flushed by the session's threads, and by the thread that opens the first session of the process: so
-    create backends on the device thread, and no session elsewhere.
+    Create, run and close it on one thread, a lane of the device: a lane does its share of the work and has to flush
+    denormals like the session's own threads, but onnxruntime sets only the one lane that opens the first session.
 
     Raises:
         StartupError: the execution provider asked for is not active on this machine.
@@ -44,6 +45,7 @@ class OnnxRuntimeBackend:
             str(model.path), _options(settings, threads), providers=list(dict.fromkeys([provider, PROVIDERS["cpu"]]))
         )
         _require(provider, self._session.get_providers())
+        flush_denormals()
         self._inputs = [item.name for item in model.spec.fields]
         self._outputs = [item.name for item in model.spec.outputs]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from service.compression.artifacts import ONNX_FILE, TORCH_FILE, ArtifactStore, checksums
 from service.compression.load import load_model
-from service.compression.manifest import Manifest, Recipe, VariantReport
+from service.compression.manifest import Manifest, Recipe, SideBySide, VariantReport
 from service.compression.model_size import model_size
 from service.compression.passes.base import Applied, Pass
 from service.compression.progress import BuildProgress
@@ -35,6 +35,11 @@ class Plan:
         """Every artifact of the plan once, in building order."""
         return tuple(dict.fromkeys(step.key for _, steps in self.chains for step in steps))
 
+    @property
+    def served(self) -> tuple[str, ...]:
+        """The last artifact of every variant, once."""
+        return tuple(dict.fromkeys(steps[-1].key for _, steps in self.chains))
+
 
 def plan(config: ServiceConfig, base: Base) -> Plan:
     """The chains of all variants.
@@ -49,9 +54,16 @@ def plan(config: ServiceConfig, base: Base) -> Plan:
     return Plan(tuple((variant, steps_of(config, base, variant)) for variant in config.variants))
 
 
+def speeds(store: ArtifactStore, work: Plan, threads: int) -> SideBySide | None:
+    """What was measured side by side on this machine, with lanes too if there are threads for several."""
+    race = store.side_by_side(work.keys, threads)
+    complete = race is not None and (threads == 1 or set(work.served) <= race.lane_rates.keys())
+    return race if complete else None
+
+
 def finished(store: ArtifactStore, work: Plan, threads: int) -> bool:
     """Whether every artifact is there, intact, and measured on this machine with this number of threads."""
-    race = store.side_by_side(work.keys, threads)
+    race = speeds(store, work, threads)
     try:
         return race is not None and all(store.manifest(key, race) for key in work.keys)
     except ArtifactCorrupt:
@@ -65,7 +77,7 @@ def reports(store: ArtifactStore, config: ServiceConfig, work: Plan, threads: in
         GateFailed: a variant fails a gate that says `on_fail: abort`.
         ArtifactCorrupt: an artifact is missing or damaged.
     """
-    race = store.side_by_side(work.keys, threads)
+    race = speeds(store, work, threads)
     manifests = {key: store.manifest(key, race) for key in work.keys} if race else {}
     found = []
     for variant, steps in work.chains:
@@ -118,13 +130,14 @@ class Builder:
                     where = _where(variant, step.step, step.position) if step.step else f"base '{self._base.name}'"
                     raise PassFailed(f"{where}: {error}") from error
                 done.add(step.key)
-        self._compare(work.keys)
+        self._compare(work)
 
-    def _compare(self, keys: tuple[str, ...]) -> None:
+    def _compare(self, work: Plan) -> None:
         """Time all artifacts side by side, unless that was done; two builders never time at once."""
         with self._store.lock("race"), self._progress.artifact("all, side by side"):
-            if self._store.side_by_side(keys, self._threads) is None:
-                self._store.keep_side_by_side(keys, race(self._store, self._base, keys, self._threads))
+            if speeds(self._store, work, self._threads) is None:
+                measured = race(self._store, self._base, work.keys, work.served, self._threads)
+                self._store.keep_side_by_side(work.keys, measured)
 
     def _advance(self, step: Step, model: Model | None, label: str) -> Model | None:
         """Make sure that one artifact exists and is measured; returns its model if it had to be made."""

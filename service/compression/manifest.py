@@ -5,6 +5,8 @@ Manifests are JSON files beside the artifact's weights; the report, the gate, th
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -82,8 +84,12 @@ class Measurement(BaseModel):
     threads: int
 
 
+LANE_GAIN = 1.1
+"""Several lanes must answer this many times the rows per second of one: a lone request is slower on fewer threads."""
+
+
 class SideBySide(BaseModel):
-    """Latencies of several artifacts, interleaved in one run on one machine, so that their ratios can be trusted."""
+    """Speed of several artifacts, interleaved in one run on one machine, so that its ratios can be trusted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -91,6 +97,17 @@ class SideBySide(BaseModel):
     threads: int
     latency_ms: dict[str, dict[int, float]]
     """Artifact key -> rows in the batch -> median milliseconds per batch."""
+    lane_rates: dict[str, dict[int, float]]
+    """Key of a variant's last artifact -> lanes (1, and one per thread) -> rows per second; none on a single thread."""
+
+    def lane_gain(self, keys: Sequence[str]) -> float:
+        """Rows per second with a lane per thread over those with one lane: the geometric mean over artifacts."""
+        gains = [self.lane_rates[key][self.threads] / self.lane_rates[key][1] for key in keys if self.threads > 1]
+        return statistics.geometric_mean(gains) if gains else 1.0
+
+    def best_lanes(self, keys: Sequence[str]) -> int:
+        """A lane per thread if that pays for these artifacts, else one lane."""
+        return self.threads if self.lane_gain(keys) >= LANE_GAIN else 1
 
 
 class Manifest(Recipe):

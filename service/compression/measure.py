@@ -32,7 +32,8 @@ def main(cache: str, key: str, origin: str, threads: str, answers: str) -> None:
     base = reopen_base(origin)
     device = Device("measure", int(threads))
     try:
-        cost = device.call(lambda: _measure(ArtifactStore(Path(cache)), base, key, int(threads), Path(answers)))
+        store = ArtifactStore(Path(cache))
+        [cost] = device.call_on_each(lambda _: _measure(store, base, key, int(threads), Path(answers)))
     finally:
         device.close()
     sys.stdout.write(json.dumps(cost) + "\n")

@@ -54,14 +54,15 @@ def measure(
     return Measurement(fidelity=found, cpu=cpu_name(), threads=threads), answers
 
 
-def race(store: ArtifactStore, base: Base, keys: Sequence[str], threads: int) -> SideBySide:
-    """Time published artifacts side by side in a fresh process.
+def race(store: ArtifactStore, base: Base, keys: Sequence[str], served: Sequence[str], threads: int) -> SideBySide:
+    """Time published artifacts side by side in a fresh process; those that are `served` also with a lane per thread.
 
     Raises:
         PassFailed: they cannot be loaded or run together.
     """
     latencies = _in_fresh_process("race", str(store.root), base.origin, str(threads), *keys)
-    return SideBySide(cpu=cpu_name(), threads=threads, latency_ms=latencies)
+    rates = _in_fresh_process("lane_rates", str(store.root), base.origin, str(threads), *served) if threads > 1 else {}
+    return SideBySide(cpu=cpu_name(), threads=threads, latency_ms=latencies, lane_rates=rates)
 
 
 def _in_fresh_process(module: str, *arguments: str) -> Json:

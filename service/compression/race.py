@@ -12,14 +12,14 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from service.backends.choose import open_backend
 from service.bases.opening import reopen_base
 from service.compression.artifacts import ArtifactStore
 from service.compression.load import load_model
-from service.contracts import Arrays, Backend
+from service.contracts import Arrays, Backend, InputSpec
 from service.serving.device import Device
 
 BATCHES = (1, 8, 32)
@@ -30,14 +30,18 @@ Latencies = dict[str, dict[int, list[float]]]
 """Name -> rows in the batch -> seconds per batch, one median per round."""
 
 
+def examples(spec: InputSpec, sizes: Iterable[int]) -> list[Arrays]:
+    """The batches that are timed, one of each number of rows."""
+    return [spec.example(rows) for rows in sizes]
+
+
 def interleaved(
-    backends: Mapping[str, Backend], batches: Iterable[Arrays], rounds: int, round_s: float
+    backends: Mapping[str, Backend], batches: Sequence[Arrays], rounds: int, round_s: float
 ) -> Iterator[Latencies]:
     """Time every backend on every batch, round by round; yields the latencies so far. Call it on the device thread."""
     latencies: Latencies = {name: {} for name in backends}
-    examples = list(batches)
     for _ in range(rounds):
-        for batch in examples:
+        for batch in batches:
             for name, backend in backends.items():
                 latencies[name].setdefault(len(batch[0]), []).append(_median_s(backend, batch, round_s))
         yield latencies
@@ -51,11 +55,11 @@ def main(cache: str, origin: str, threads: str, *keys: str) -> None:
 
     def run() -> Latencies:
         backends = {key: open_backend(load_model(store, base, key), int(threads)) for key in keys}
-        *_, last = interleaved(backends, map(base.spec.example, BATCHES), ROUNDS, ROUND_S)
+        *_, last = interleaved(backends, examples(base.spec, BATCHES), ROUNDS, ROUND_S)
         return last
 
     try:
-        timed = device.call(run)
+        [timed] = device.call_on_each(lambda _: run())
     finally:
         device.close()
     medians = {key: {rows: statistics.median(s) * 1000 for rows, s in by.items()} for key, by in timed.items()}

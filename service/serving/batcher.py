@@ -1,13 +1,14 @@
 """The bounded queue of one variant and the forming of its batches.
 
-Late binding: a batch is formed by the device thread in the moment it is free to run it, so an idle device adds no wait
-and a busy one lets the batch grow. Rows are counted, not requests. What expired or lost its client is left out when the
-batch is formed. No torch, no HTTP; the clock is an argument, so that a table of arrivals -> batches tests it.
+Late binding: a batch is formed by a lane of the device in the moment it is free to run it, so an idle lane adds no wait
+and a busy device lets the batch grow. Rows are counted, not requests. What expired or lost its client is left out when
+the batch is formed. No torch, no HTTP; the clock is an argument, so that a table of arrivals -> batches tests it.
 
 The most urgent priority level goes first, within a level the oldest request. Nothing but its deadline keeps a less
 urgent one from being overtaken again and again: no request waits longer than that.
 
-Offers come from the event loop, `take` from the device thread; one lock, held for microseconds, keeps them apart.
+Offers come from the event loop, `take` from the lanes; one lock, held for microseconds, keeps them apart. Somebody is
+always on the way to `take` while anything waits, and never more than one (the *claim*).
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class Formed(NamedTuple, Generic[Reply]):
     batch: list[Ticket[Reply]]
     expired: list[Ticket[Reply]]
     left: list[Ticket[Reply]]
+    more: bool
+    """Others are waiting: whoever took this batch sees to it that the next one is taken, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,8 @@ class Batcher(Generic[Reply]):
 
     def due(self, now: float) -> float:
         """Seconds until the next batch should be formed: 0 when it is full or has waited `max_delay_s`."""
+        if self.limits.max_delay_s == 0:
+            return 0.0
         with self._lock:
             if not any(self._queues) or self.waiting_rows >= self.limits.max_rows:
                 return 0.0
@@ -133,31 +138,29 @@ class Batcher(Generic[Reply]):
     def take(self, now: float) -> Formed[Reply]:
         """Form the next batch: the most urgent live tickets, of these the oldest, at most `max_rows` rows.
 
-        A single larger ticket goes alone. No ticket is passed over for a later one that would still fit.
+        A single larger ticket goes alone. No ticket is passed over for a later one that would still fit. If `more` are
+        waiting the caller has to see to it that they are taken; if not, the next offer will be told to.
         """
-        formed: Formed[Reply] = Formed([], [], [])
+        batch: list[Ticket[Reply]] = []
+        expired: list[Ticket[Reply]] = []
+        left: list[Ticket[Reply]] = []
         rows = 0
         with self._lock:
             while (queue := self._foremost()) is not None:
                 ticket = queue[0]
                 if ticket.gone():
-                    formed.left.append(ticket)
+                    left.append(ticket)
                 elif ticket.deadline <= now:
-                    formed.expired.append(ticket)
-                elif formed.batch and rows + ticket.rows > self.limits.max_rows:
+                    expired.append(ticket)
+                elif batch and rows + ticket.rows > self.limits.max_rows:
                     break
                 else:
-                    formed.batch.append(ticket)
+                    batch.append(ticket)
                     rows += ticket.rows
                 queue.popleft()
                 self._forget(ticket)
-        return formed
-
-    def release(self) -> bool:
-        """Called after a batch was run: True if more is waiting (the claim is kept), False if the queue is idle."""
-        with self._lock:
-            self._claimed = any(self._queues)
-            return self._claimed
+            self._claimed = queue is not None
+        return Formed(batch, expired, left, more=queue is not None)
 
     def expire(self, now: float) -> tuple[list[Ticket[Reply]], float]:
         """Remove what waited past its deadline; also the earliest deadline among the rest (inf if none)."""

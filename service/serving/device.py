@@ -1,7 +1,9 @@
-"""One thread per device: the only place where models are loaded, run and closed.
+"""The lanes of a device: the only threads on which models are loaded, run and closed.
 
-Work arrives in one first-in-first-out queue, so variants that share the device take turns batch by batch and never run
-at the same time: contention shows in queue time, never in inference time.
+A device runs `lanes` batches at a time, each with its share of the device's threads. One lane of all threads answers a
+lone request soonest; several narrow lanes leave fewer threads waiting for each other within a batch and yield more
+rows per second (docs/decisions/005-lanes.md). All lanes take their work from one first-in-first-out queue, in the
+moment they are free, so variants that share the device take turns batch by batch and contention shows in queue time.
 """
 
 from __future__ import annotations
@@ -10,65 +12,97 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TypeVar
 
 logger = logging.getLogger(__name__)
 
-Job = Callable[[], None]
-Result = TypeVar("Result")
 
-
-class Device:
-    """A named device with its thread.
+@dataclass(slots=True)
+class Lane:
+    """One thread of a device and the cores it may use.
 
     `due_at` is when the batch that runs now should be done by its measured cost (seconds of `time.perf_counter`);
     whoever runs a batch sets it, and sets it back to 0 afterwards.
     """
 
-    def __init__(self, name: str, threads: int) -> None:
+    index: int
+    threads: int
+    due_at: float = 0.0
+
+
+Job = Callable[[Lane], None]
+Result = TypeVar("Result")
+
+
+class Device:
+    """A named device of `threads` threads, shared out among its lanes."""
+
+    def __init__(self, name: str, threads: int, lanes: int = 1) -> None:
         self.name = name
-        self.threads = threads
-        self.due_at = 0.0
+        self.lanes = tuple(Lane(index, max(1, threads // lanes)) for index in range(lanes))
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=f"device-{name}", daemon=True)
-        self._thread.start()
+        self._posting = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._work, args=(lane,), name=f"device-{name}-{lane.index}", daemon=True)
+            for lane in self.lanes
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def lane_threads(self) -> int:
+        """CPU threads of every lane."""
+        return self.lanes[0].threads
 
     def remaining_s(self) -> float:
-        """Predicted seconds until the batch that runs now is done; 0 if none runs, or if it is overdue."""
-        return max(0.0, self.due_at - time.perf_counter())
+        """Predicted seconds until a lane is free: 0 if one is, or if its batch is overdue."""
+        due_at = min(lane.due_at for lane in self.lanes) if len(self.lanes) > 1 else self.lanes[0].due_at
+        return max(0.0, due_at - time.perf_counter())
 
     def post(self, job: Job) -> None:
-        """Queue a job behind all others. Callable from any thread; the job must not raise."""
+        """Queue a job behind all others, for the next free lane. Callable from any thread; the job must not raise."""
         self._jobs.put(job)
 
-    def call(self, function: Callable[[], Result]) -> Result:
-        """Run a function on the device thread, wait for it, and return its result or raise its exception."""
-        return self.submit(function).result()
+    def waiting(self) -> int:
+        """Jobs that no lane has taken yet."""
+        return self._jobs.qsize()
 
-    def submit(self, function: Callable[[], Result]) -> Future[Result]:
-        """Run a function on the device thread; the future gets its result or exception."""
-        future: Future[Result] = Future()
+    def call_on_each(self, function: Callable[[Lane], Result]) -> list[Result]:
+        """Run a function on every lane, all at the same time, and wait; the results by lane.
 
-        def job() -> None:
+        Raises:
+            Exception: what the function raised, that of the first lane if there are several.
+        """
+        futures: list[Future[Result]] = [Future() for _ in self.lanes]
+        together = threading.Barrier(len(self.lanes))
+
+        def job(lane: Lane) -> None:
+            together.wait()  # a lane that waits here cannot take the job of another
             try:
-                future.set_result(function())
+                futures[lane.index].set_result(function(lane))
             except BaseException as error:
-                future.set_exception(error)
+                futures[lane.index].set_exception(error)
 
-        self.post(job)
-        return future
+        with self._posting:  # the jobs of two callers must not mix: their barriers would wait for each other
+            for _ in self.lanes:
+                self.post(job)
+        wait(futures)
+        return [future.result() for future in futures]
 
     def close(self) -> None:
-        """Finish the queued jobs and end the thread."""
-        self._jobs.put(None)
-        self._thread.join()
+        """Finish the queued jobs and end the threads."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
 
-    def _work(self) -> None:
+    def _work(self, lane: Lane) -> None:
         while (job := self._jobs.get()) is not None:
             try:
-                job()
+                job(lane)
             except BaseException:
-                # The thread outlives any job: a lost device would hang every variant on it.
-                logger.exception("a job on device %s failed", self.name)
+                # The thread outlives any job: a lost lane would hang what waits for it, the last one every variant.
+                logger.exception("a job on lane %d of device %s failed", lane.index, self.name)

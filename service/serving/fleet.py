@@ -7,25 +7,22 @@ root gives it what it needs.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping
 from random import random
 
 from service.compression.manifest import VariantReport
 from service.config import BatchConfig, ServiceConfig
-from service.contracts import Backend, Base, InputSpec
+from service.contracts import Backend, Base
 from service.errors import NotFound, NotReady, StartupError
 from service.serving.batcher import Batcher, QueueLimits
-from service.serving.costs import CostTable, buckets_up_to
-from service.serving.device import Device
+from service.serving.costs import CostTable
+from service.serving.device import Device, Lane
+from service.serving.execution import Reply
 from service.serving.traffic import share_out, sticky_point
-from service.serving.variant import Reply, Variant
+from service.serving.variant import Variant
+from service.serving.warmup import warm_up
 from service.telemetry.metrics import Metrics
 from service.telemetry.observations import VariantFacts
-
-WARM_RUNS = 3
-WARM_SECONDS = 0.15
-"""Per batch bucket: at least one run after the first, at most this many runs or seconds."""
 
 
 class Fleet:
@@ -43,24 +40,24 @@ class Fleet:
         self.weights: Mapping[str, float] = {}
 
     def open(self, name: str, load: Callable[[], Backend], batch: BatchConfig) -> None:
-        """Load a variant on the device thread and warm it in every batch bucket, that is in every shape it will meet.
+        """Load a variant on every lane (`load` is called there) and warm it in every shape that it will meet.
 
         Raises:
             StartupError: it cannot be loaded or run; nothing half-warm is ever served.
         """
         try:
-            backend, costs = self.device.call(lambda: _warm(load, self.base.spec, batch.max_rows))
+            running = warm_up(self.device, load, self.base.spec, batch.max_rows)
         except Exception as error:
             raise StartupError(f"variant '{name}' cannot be loaded and warmed up: {error}") from error
-        batcher: Batcher[Reply] = Batcher(_limits(batch, costs))
-        self.variants[name] = Variant(name, self.base.spec, backend, self.device, costs, batcher)
+        batcher: Batcher[Reply] = Batcher(_limits(batch, running.costs))
+        self.variants[name] = Variant(name, self.base.spec, running, batcher)
         self.weights = self._share_out()
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Bind all variants to the loop that serves, and declare their metrics."""
         for report in self.reports.values():
             variant = self.variants.get(report.name)
-            facts = _facts(report, variant, self.device.name)
+            facts = _facts(report, variant, self.device)
             if variant is None:
                 self.metrics.add(report.name, facts)
                 continue
@@ -91,10 +88,13 @@ class Fleet:
         raise NotFound(f"no variant '{name}'; there are {', '.join(self.reports)}")
 
     def close(self) -> None:
-        """Close all backends on the device thread, then end it."""
-        for variant in self.variants.values():
-            self.device.call(variant.backend.close)
+        """Close all backends on the lanes that ran them, then end these."""
+        self.device.call_on_each(self._close_on)
         self.device.close()
+
+    def _close_on(self, lane: Lane) -> None:
+        for variant in self.variants.values():
+            variant.backends[lane.index].close()
 
 
 def _limits(batch: BatchConfig, costs: CostTable) -> QueueLimits:
@@ -108,32 +108,13 @@ def _limits(batch: BatchConfig, costs: CostTable) -> QueueLimits:
     )
 
 
-def _warm(load: Callable[[], Backend], spec: InputSpec, max_rows: int) -> tuple[Backend, CostTable]:
-    backend = load()
-    buckets = buckets_up_to(max_rows, backend.row_buckets)
-    return backend, CostTable({rows: _seconds(backend, spec, rows) for rows in buckets})
-
-
-def _seconds(backend: Backend, spec: InputSpec, rows: int) -> float:
-    batch = spec.example(rows)
-    backend.run(batch)
-    best, spent = float("inf"), 0.0
-    for _ in range(WARM_RUNS):
-        started = time.perf_counter()
-        backend.run(batch)
-        took = time.perf_counter() - started
-        best, spent = min(best, took), spent + took
-        if spent > WARM_SECONDS:
-            break
-    return best
-
-
-def _facts(report: VariantReport, variant: Variant | None, device: str) -> VariantFacts:
+def _facts(report: VariantReport, variant: Variant | None, device: Device) -> VariantFacts:
     passes = report.chain[1:]
     return VariantFacts(
         passes=tuple(str(manifest.kind) for manifest in passes),
         backend=variant.backend.name if variant else "",
-        device=device if variant else "",
+        device=device.name if variant else "",
+        lanes=len(device.lanes),
         state=report.state,
         reason=report.reason or "",
         quality=report.quality.model_dump(),

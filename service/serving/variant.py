@@ -1,29 +1,24 @@
 """A variant at work: `predict` is the hot path from decoded arrays to a prediction.
 
-The event loop offers tickets to the batcher; the device thread takes a batch in the moment it can run it, and wakes the
-loop once per batch. A batch that fails is retried split, so that one bad row fails alone.
+The event loop offers tickets to the batcher; a lane of the device takes a batch in the moment it can run it, and wakes
+the loop once per batch. A batch that fails is retried split, so that one bad row fails alone.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from service.contracts import Arrays, Backend, InputSpec
-from service.errors import BackendFailed, ClientGone, DeadlineUnreachable, QueueFull, QueueTimeout
-from service.serving.assembly import cut, join, rejoin, split
+from service.errors import ClientGone, DeadlineUnreachable, QueueFull, QueueTimeout
+from service.serving.assembly import cut, rejoin
 from service.serving.batcher import Batcher, Formed, Ticket
-from service.serving.costs import CostTable
-from service.serving.device import Device
+from service.serving.device import Lane
+from service.serving.execution import Execution, Ran, Reply, Running
 from service.telemetry.observations import VariantMetrics
-
-logger = logging.getLogger(__name__)
 
 CAUTION = 1.05
 """Admission expects waits longer than predicted by this factor. Under overload those who are admitted are predicted to
@@ -43,33 +38,20 @@ class Prediction:
     batch_size: int
 
 
-class _Ran(NamedTuple):
-    """What became of one ticket on the device."""
-
-    ticket: _Ticket
-    outcome: Arrays | Exception
-    infer_s: float
-    batch_size: int
-
-
-Reply = asyncio.Future[tuple[Arrays, float, float, int]]
-_Ticket = Ticket[Reply]
-
-
 class Variant:
     """One warm variant on its device. Create it with its measured costs, `bind` it to the loop, then `predict`."""
 
-    def __init__(
-        self, name: str, spec: InputSpec, backend: Backend, device: Device, costs: CostTable, batcher: Batcher[Reply]
-    ) -> None:
+    def __init__(self, name: str, spec: InputSpec, running: Running, batcher: Batcher[Reply]) -> None:
         self.name = name
-        self.costs = costs
-        self.backend = backend
+        self.costs = running.costs
+        self.backends = running.backends
         self.batcher = batcher
         self.metrics: VariantMetrics
         self.neighbours: Sequence[Variant] = ()
         self._spec = spec
-        self._device = device
+        self._device = running.device
+        self._running = running
+        self._execution: Execution
         self._loop: asyncio.AbstractEventLoop
         self._sweep: asyncio.TimerHandle | None = None
         self._next_sweep = math.inf
@@ -78,7 +60,13 @@ class Variant:
         """Connect to the loop that calls `predict`, to the metrics, and to the variants that share the device."""
         self._loop = loop
         self.metrics = metrics
+        self._execution = Execution(self.name, self._spec, self._running, metrics)
         self.neighbours = neighbours
+
+    @property
+    def backend(self) -> Backend:
+        """The backend of the first lane; those of the others are of the same kind."""
+        return self.backends[0]
 
     async def predict(
         self, sample: Arrays, gone: Gone, timeout_s: float | None = None, priority: int = 0
@@ -114,13 +102,14 @@ class Variant:
         return self.batcher.waiting_rows
 
     def backlog_s(self) -> float:
-        """Predicted seconds of device time for the rows in this variant's queue."""
+        """Predicted seconds of one lane for the rows in this variant's queue."""
         return self.costs.drain_seconds(self.batcher.waiting_rows)
 
     def wait_s(self, rows: int, level: int) -> float:
         """Predicted queue time of a request of `rows` rows.
 
-        What is left of the batch on the device, the own queue up to its level, and turns of the neighbours in between.
+        Until a lane is free, and what the lanes do together before: the own queue up to this level, and turns of the
+        neighbours in between.
         """
         own = self.batcher.rows_before(level)
         turns = math.ceil((own + rows) / self.costs.knee)
@@ -129,7 +118,7 @@ class Variant:
             for other in self.neighbours
             if other.batcher.waiting_rows
         )
-        return self._device.remaining_s() + self.costs.drain_seconds(own) + others
+        return self._device.remaining_s() + (self.costs.drain_seconds(own) + others) / len(self.backends)
 
     def _admit(self, rows: int, level: int, timeout_s: float) -> None:
         wait = self.wait_s(rows, level) * CAUTION
@@ -137,14 +126,14 @@ class Variant:
             text = f"predicted to wait {wait * 1000:.0f} ms in the queue; the request allows {timeout_s * 1000:.0f} ms"
             raise DeadlineUnreachable(text, retry_after_s=wait - timeout_s)
 
-    def _ticket(self, sample: Arrays, deadline: float, gone: Gone, level: int) -> _Ticket:
+    def _ticket(self, sample: Arrays, deadline: float, gone: Gone, level: int) -> Ticket[Reply]:
         reply: Reply = self._loop.create_future()
         # A cancelled caller is as gone as a closed connection.
         return Ticket(
             sample, len(sample[0]), reply, deadline=deadline, gone=lambda: reply.cancelled() or gone(), level=level
         )
 
-    def _enqueue(self, tickets: list[_Ticket], now: float) -> None:
+    def _enqueue(self, tickets: list[Ticket[Reply]], now: float) -> None:
         try:
             unclaimed = self.batcher.offer(tickets, now)
         except QueueFull as error:
@@ -154,56 +143,36 @@ class Variant:
         self._sweep_at(tickets[0].deadline)
 
     def _summon(self) -> None:
-        """See to it that the device comes for the queue: now, or when the oldest request has waited `max_delay_s`."""
+        """See to it that a lane comes for the queue: now, or when the oldest request has waited `max_delay_s`."""
         due = self.batcher.due(time.perf_counter())
         if due > 0:
             self._loop.call_later(due, self._device.post, self._run_next)
         else:
             self._device.post(self._run_next)
 
-    def _run_next(self) -> None:
-        """On the device thread: form a batch, run it, wake the loop once."""
+    def _run_next(self, lane: Lane) -> None:
+        """On a lane: form a batch, have the next lane come for what is left, run it, wake the loop once."""
         formed = self.batcher.take(time.perf_counter())
         taken = time.perf_counter()
-        ran = self._run(formed.batch, taken) if formed.batch else []
-        more = self.batcher.release()
-        self._loop.call_soon_threadsafe(self._settle, formed, ran, taken, more)
-        if more and self.batcher.limits.max_delay_s == 0:
+        if formed.more and self.batcher.limits.max_delay_s == 0:
+            self._device.post(self._go_on)
+        elif formed.more:
+            self._loop.call_soon_threadsafe(self._summon)
+        ran = self._execution.run(lane, formed.batch, taken) if formed.batch else []
+        self._loop.call_soon_threadsafe(self._settle, formed, ran, taken)
+
+    def _go_on(self, lane: Lane) -> None:
+        """On a lane: run the next batch of a queue that has just had its turn, but let the others have theirs first.
+
+        This was posted before the batch of that turn was run, for any lane that would be idle otherwise; a neighbour
+        whose request arrived since has waited longer for a turn.
+        """
+        if self._device.waiting():
             self._device.post(self._run_next)
+        else:
+            self._run_next(lane)
 
-    def _run(self, tickets: list[_Ticket], taken: float) -> list[_Ran]:
-        rows = sum(ticket.rows for ticket in tickets)
-        padded = self.costs.bucket(rows) if self.backend.row_buckets else rows
-        try:
-            joined = join([ticket.sample for ticket in tickets], self._spec, padded)
-            started = time.perf_counter()
-            self._device.due_at = started + self.costs.seconds(padded)
-            outputs = self.backend.run(joined)
-            ended = time.perf_counter()
-            replies = split(outputs, [ticket.rows for ticket in tickets])
-        except BaseException as error:  # a panic in a native library is no Exception, and these clients wait
-            return self._run_apart(tickets, taken, error)
-        finally:
-            self._device.due_at = 0.0
-        infer_s = ended - started
-        self.costs.observe(padded, infer_s)
-        waits = [taken - ticket.enqueued_at for ticket in tickets]
-        self.metrics.batch_done(rows, padded - rows, infer_s, waits, started - taken, time.perf_counter() - ended)
-        return [_Ran(ticket, reply, infer_s, rows) for ticket, reply in zip(tickets, replies, strict=True)]
-
-    def _run_apart(self, tickets: list[_Ticket], taken: float, error: BaseException) -> list[_Ran]:
-        """Find the bad request by halving: its batch mates are answered, it alone fails."""
-        if len(tickets) > 1:
-            middle = len(tickets) // 2
-            return self._run(tickets[:middle], taken) + self._run(tickets[middle:], taken)
-        incident = uuid.uuid4().hex[:12]
-        logger.error("variant %s failed on a request, id %s", self.name, incident, exc_info=error)
-        failure = BackendFailed(
-            f"the model failed on this request; the server's log has the details under id {incident}"
-        )
-        return [_Ran(tickets[0], failure, 0.0, tickets[0].rows)]
-
-    def _settle(self, formed: Formed[Reply], ran: list[_Ran], taken: float, more: bool) -> None:  # noqa: FBT001
+    def _settle(self, formed: Formed[Reply], ran: list[Ran], taken: float) -> None:
         """On the loop, once per batch: hand every ticket its outcome."""
         for ticket, outcome, infer_s, batch_size in ran:
             if ticket.reply.done():
@@ -216,8 +185,6 @@ class Variant:
         for ticket in formed.left:
             if not ticket.reply.done():
                 ticket.reply.set_exception(ClientGone("the client left before its rows were executed"))
-        if more and self.batcher.limits.max_delay_s > 0:
-            self._summon()
 
     def _expire(self) -> None:
         """Refuse in time what waits too long behind a slow batch; runs at the earliest deadline in the queue."""
@@ -235,7 +202,7 @@ class Variant:
         self._next_sweep = deadline
         self._sweep = self._loop.call_later(deadline - time.perf_counter(), self._expire)
 
-    def _refuse(self, tickets: list[_Ticket]) -> None:
+    def _refuse(self, tickets: list[Ticket[Reply]]) -> None:
         for ticket in tickets:
             if not ticket.reply.done():
                 waited = time.perf_counter() - ticket.enqueued_at

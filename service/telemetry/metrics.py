@@ -71,6 +71,10 @@ def _busy(variant: VariantMetrics) -> Samples:
     return [({"device": variant.facts.device}, variant.infer.total)]
 
 
+def _lanes(variant: VariantMetrics) -> Samples:
+    return [({"device": variant.facts.device}, variant.facts.lanes)]
+
+
 def _info(variant: VariantMetrics) -> Samples:
     facts = variant.facts
     labels = {"passes": ",".join(facts.passes), "backend": facts.backend, "device": facts.device}
@@ -114,7 +118,8 @@ TRAFFIC = (
     Family("leanserve_batch_rows", "histogram", "Rows per batch, padding excluded.", lambda v: _only(v.rows)),
     Family("leanserve_padding_rows", "counter", "Rows added to fill a batch.", lambda v: _only(v.padding_rows)),
     Family("leanserve_queue_rows", "gauge", "Rows in the queue now.", lambda v: _only(v.queue_rows())),
-    Family("leanserve_device_busy_seconds", "counter", "Seconds in which the device ran the variant.", _busy),
+    Family("leanserve_device_busy_seconds", "counter", "Seconds in which lanes of the device ran the variant.", _busy),
+    Family("leanserve_device_lanes", "gauge", "Batches that the variant's device runs at a time.", _lanes),
     Family("nv_inference_request_success", "unknown", "Requests answered.", lambda v: _only(v.requests["ok"].count)),
     Family("nv_inference_request_failure", "unknown", "Requests not answered, by Triton's reason.", _failures),
     Family("nv_inference_count", "unknown", "Rows executed.", lambda v: _only(v.rows.total)),

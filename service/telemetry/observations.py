@@ -64,6 +64,8 @@ class VariantFacts:
     passes: Sequence[str] = ()
     backend: str = ""
     device: str = ""
+    lanes: int = 1
+    """Batches that its device runs at a time."""
     state: Literal["serving", "excluded"] = "serving"
     reason: str = ""
     quality: Mapping[str, Json] = field(default_factory=dict)
@@ -88,7 +90,7 @@ def no_queue() -> int:
 class VariantMetrics:
     """The numbers of one variant.
 
-    One thread calls `request_done`, one thread calls `batch_done`; they may differ, for no field is written by both.
+    One thread calls `request_done`; the lanes call `batch_done` one at a time. No field is written by both.
     `queue_rows` and `queue_requests` are called at scrape, on the scraping thread. `batches` has an entry per batch
     size (rows) that occurred; a reader on another thread copies it first (`dict(batches)`), for it grows.
     `last_batch_at` is in seconds since the epoch, 0 before the first batch.

@@ -64,7 +64,7 @@ def publish(store: ArtifactStore, key: str = KEY, parent: str | None = None) -> 
 def test_published_is_found_again_with_its_measurement(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
     assert store.recipe(KEY) is None
-    race = SideBySide(cpu="x", threads=1, latency_ms={KEY: {1: 2.0, 8: 4.0}})
+    race = SideBySide(cpu="x", threads=1, latency_ms={KEY: {1: 2.0, 8: 4.0}}, lane_rates={})
     assert store.manifest(KEY, race) is None
     publish(store)
     assert store.manifest(KEY, race) is None  # made, but not measured yet
@@ -109,7 +109,7 @@ def test_a_measurement_of_another_version_is_measured_again(tmp_path: Path) -> N
 
 def test_latencies_belong_to_the_set_of_artifacts_they_were_measured_with(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
-    race = SideBySide(cpu=cpu_name(), threads=2, latency_ms={"a": {1: 2.0}, "b": {1: 4.0}})
+    race = SideBySide(cpu=cpu_name(), threads=2, latency_ms={"a": {1: 2.0}, "b": {1: 4.0}}, lane_rates={})
     store.keep_side_by_side(["a", "b"], race)
     assert store.side_by_side(["b", "a"], 2) == race
     assert store.side_by_side(["a"], 2) is None

@@ -86,13 +86,49 @@ def test_exactly_one_claim_at_a_time() -> None:
     batcher: Batcher[str] = Batcher(QueueLimits(max_rows=1, queue_rows=9))
     assert batcher.offer([ticket("a")], 0.0)
     assert not batcher.offer([ticket("b")], 0.0)
-    batcher.take(0.0)
-    assert batcher.release()  # b is waiting: the claim is kept
+    assert batcher.take(0.0).more  # b is waiting: whoever took a sees to it
     assert not batcher.offer([ticket("c")], 0.0)
-    batcher.take(0.0)
-    batcher.take(0.0)
-    assert not batcher.release()
-    assert batcher.offer([ticket("d")], 0.0)
+    assert batcher.take(0.0).more
+    assert not batcher.take(0.0).more
+    assert batcher.offer([ticket("d")], 0.0), "although c may still be running"
+
+
+LANES: dict[str, tuple[list[tuple[float, int]], list[tuple[float, float, str]]]] = {
+    "the next free lane takes what is left": (
+        [(0.0, 9)],
+        [(0.0, 1.0, "0123"), (0.0, 1.0, "4567"), (1.0, 2.0, "8")],
+    ),
+    "an idle lane adds no wait to who comes while the other is busy": (
+        [(0.0, 1), (0.4, 2)],
+        [(0.0, 1.0, "0"), (0.4, 1.4, "12")],
+    ),
+    "while both are busy the batch grows": (
+        [(0.0, 1), (0.1, 1), (0.2, 2), (0.9, 1), (1.05, 1)],
+        [(0.0, 1.0, "0"), (0.1, 1.1, "1"), (1.0, 2.0, "234"), (1.1, 2.1, "5")],
+    ),
+}
+
+
+@pytest.mark.parametrize(("arrivals", "batches"), LANES.values(), ids=LANES.keys())
+def test_two_lanes_take_turns(arrivals: list[tuple[float, int]], batches: list[tuple[float, float, str]]) -> None:
+    """Played with a clock of events: a batch takes a second, and a lane comes when it is asked to and free."""
+    batcher: Batcher[str] = Batcher(QueueLimits(max_rows=4, queue_rows=100))
+    free_at, asked_at, count = [0.0, 0.0], math.inf, 0
+    ran: list[tuple[float, float, str]] = []
+    while arrivals or asked_at < math.inf:
+        lane_at = max(asked_at, min(free_at))
+        if arrivals and arrivals[0][0] <= lane_at:
+            now, rows = arrivals.pop(0)
+            offered = [ticket(str(count + index)) for index in range(rows)]
+            asked_at = now if batcher.offer(offered, now) else asked_at
+            count += rows
+        else:
+            formed = batcher.take(lane_at)
+            ran.append((lane_at, lane_at + 1, "".join(names(formed.batch))))
+            free_at[free_at.index(min(free_at))] = lane_at + 1
+            asked_at = lane_at if formed.more else math.inf
+    assert [who for *_, who in ran] == [who for *_, who in batches]
+    assert [time for *times, _ in ran for time in times] == pytest.approx([t for *times, _ in batches for t in times])
 
 
 def test_no_delay_means_due_at_once_and_a_delay_counts_from_the_oldest() -> None:

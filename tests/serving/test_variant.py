@@ -9,12 +9,13 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 import pytest
 
-from service.contracts import Arrays, Field, InputSpec
+from service.contracts import Array, Arrays, Field, InputSpec
 from service.errors import BackendFailed, ClientGone, DeadlineUnreachable, QueueFull, QueueTimeout, ServiceError
 from service.serving.batcher import Batcher, QueueLimits
 from service.serving.costs import CostTable
 from service.serving.device import Device
-from service.serving.variant import Prediction, Reply, Variant
+from service.serving.execution import Reply, Running
+from service.serving.variant import Prediction, Variant
 from service.telemetry.observations import VariantFacts, VariantMetrics
 
 SPEC = InputSpec((Field("x", "float32", (2,)),), (Field("y", "float32", (2,)),))
@@ -55,13 +56,17 @@ Scenario = Callable[[Variant, ScriptedBackend], Awaitable[None]]
 
 
 def play(
-    scenario: Scenario, limits: QueueLimits, backend: ScriptedBackend | None = None, seconds: float = 0.001
+    scenario: Scenario,
+    limits: QueueLimits,
+    backend: ScriptedBackend | None = None,
+    seconds: float = 0.001,
+    lanes: int = 1,
 ) -> Variant:
-    """Run a scenario against a variant whose every batch is believed to cost `seconds`."""
+    """Run a scenario against a variant whose every batch is believed to cost `seconds`; all lanes share the backend."""
     backend = backend or ScriptedBackend()
-    device = Device("test", 1)
+    device = Device("test", lanes, lanes)
     costs = CostTable(dict.fromkeys((1, 2, limits.max_rows), seconds))
-    variant = Variant("v", SPEC, backend, device, costs, Batcher[Reply](limits))
+    variant = Variant("v", SPEC, Running(device, (backend,) * lanes, costs), Batcher[Reply](limits))
 
     async def body() -> None:
         variant.bind(asyncio.get_running_loop(), VariantMetrics("v", VariantFacts()), [])
@@ -254,3 +259,97 @@ def test_a_delay_gathers_company_on_an_idle_device_but_a_full_batch_does_not_wai
         assert backend.ran == [2, 4]
 
     play(scenario, QueueLimits(4, 100, max_delay_s=0.1))
+
+
+def test_a_second_lane_runs_what_waits_while_the_first_is_busy() -> None:
+    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
+        backend.gate.clear()
+        tasks = [asyncio.create_task(variant.predict(sample(i), stay)) for i in range(6)]
+        async with asyncio.timeout(5):
+            while variant.waiting_rows() > 2:  # both lanes hold two rows, at the same time
+                await asyncio.sleep(0.001)
+        await asyncio.sleep(0.02)
+        assert variant.waiting_rows() == 2
+        assert variant.wait_s(2, level=1) == pytest.approx(1.0 + 1.0 / 2, abs=0.2), "two lanes drain the queue"
+        backend.gate.set()
+        predictions = await asyncio.gather(*tasks)
+        assert [prediction.outputs[0][0, 0] for prediction in predictions] == [2 * i for i in range(6)]
+
+    variant = play(scenario, QueueLimits(2, 100), seconds=1.0, lanes=2)
+    assert (variant.metrics.rows.total, variant.metrics.rows.count) == (6, 3)
+
+
+def test_lanes_count_every_batch_and_no_answer_goes_astray() -> None:
+    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
+        async def client(value: int) -> None:
+            for turn in range(40):
+                wanted = -1 if (value + turn) % 13 == 0 else value
+                try:
+                    prediction = await variant.predict(sample(wanted), stay)
+                except BackendFailed:
+                    assert wanted == -1
+                else:
+                    assert prediction.outputs[0].tolist() == [[2 * value, 2 * value]]
+
+        await asyncio.gather(*(client(value) for value in range(1, 25)))
+
+    variant = play(scenario, QueueLimits(4, 100), lanes=3)
+    failed = sum((value + turn) % 13 == 0 for value in range(1, 25) for turn in range(40))
+    assert variant.metrics.rows.total == 24 * 40 - failed
+    assert variant.waiting_rows() == 0
+
+
+def test_a_neighbour_that_came_meanwhile_goes_before_the_rest_of_a_burst() -> None:
+    order: list[str] = []
+
+    class Named(ScriptedBackend):
+        def __init__(self, label: str) -> None:
+            super().__init__()
+            self.label = label
+
+        def run(self, batch: Arrays) -> Arrays:
+            order.append(self.label)
+            return super().run(batch)
+
+    async def body(device: Device) -> None:
+        backends = {label: Named(label) for label in "ab"}
+        variants = {}
+        for label, backend in backends.items():
+            running = Running(device, (backend,), CostTable({1: 0.001}))
+            variants[label] = Variant(label, SPEC, running, Batcher[Reply](QueueLimits(1, 100)))
+        for variant in variants.values():
+            others = [other for other in variants.values() if other is not variant]
+            variant.bind(asyncio.get_running_loop(), VariantMetrics(variant.name, VariantFacts()), others)
+        backends["a"].gate.clear()
+        burst = [asyncio.create_task(variants["a"].predict(sample(1), stay)) for _ in range(4)]
+        await asyncio.to_thread(backends["a"].started.wait, 5)
+        lone = asyncio.create_task(variants["b"].predict(sample(1), stay))
+        await asyncio.sleep(0.02)
+        backends["a"].gate.set()
+        await asyncio.gather(lone, *burst)
+
+    device = Device("test", 1)
+    try:
+        asyncio.run(asyncio.wait_for(body(device), 20))
+    finally:
+        device.close()
+    assert "".join(order) == "abaaa"
+
+
+@pytest.mark.parametrize("answer", [lambda x: x[:-1], lambda x: np.concatenate([x, x])], ids=["too few", "too many"])
+def test_a_wrong_number_of_rows_is_a_failure_of_that_batch(answer: Callable[[Array], Array]) -> None:
+    class Miscounting(ScriptedBackend):
+        def run(self, batch: Arrays) -> Arrays:
+            (doubled,) = super().run(batch)
+            return (answer(doubled),) if (batch[0] == 5).any() else (doubled,)
+
+    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
+        first = await hold(variant, backend)
+        tasks = [asyncio.create_task(variant.predict(sample(i), stay)) for i in range(8)]
+        await asyncio.sleep(0)
+        backend.gate.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        await first
+        assert [type(result) for result in results] == [Prediction] * 5 + [BackendFailed] + [Prediction] * 2
+
+    play(scenario, QueueLimits(8, 100), Miscounting())

@@ -96,7 +96,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     found = Fidelity.model_validate(nothing | size)
     answer = (Measurement(fidelity=found, cpu=cpu_name(), threads=1), Answers((), None))
-    latencies = SideBySide(cpu=cpu_name(), threads=1, latency_ms={})
+    latencies = SideBySide(cpu=cpu_name(), threads=1, latency_ms={}, lane_rates={})
     monkeypatch.setattr(build, "measure", lambda *_: answer)
     monkeypatch.setattr(build, "race", lambda *_: latencies)
 

@@ -1,0 +1,101 @@
+"""How many rows per second artifacts answer with one lane of all threads, and with a lane per thread.
+
+`lanes: auto` decides by these numbers, so they are taken as the lanes would work: in one fresh process, every lane with
+its own instance of the model, all lanes at once, and the two ways in turns, so that a slow minute hits both alike. One
+artifact at a time, so that memory holds no more than one model for every lane and one. Started by `quality.py` as
+``python -m service.compression.lane_rates``; prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+
+from service.backends.choose import open_backend, use_threads
+from service.bases.opening import reopen_base
+from service.compression.artifacts import ArtifactStore
+from service.compression.load import load_model
+from service.compression.race import BATCHES, examples
+from service.contracts import Arrays, Backend
+from service.serving.device import Device, Lane
+
+ROUNDS = 5
+TURN_S = 0.05
+
+
+def main(cache: str, origin: str, threads: str, *keys: str) -> None:
+    """Measure the artifacts `keys` and print rows per second by key and number of lanes as JSON."""
+    base = reopen_base(origin)
+    store = ArtifactStore(Path(cache))
+    batches = examples(base.spec, BATCHES)
+    rates = {}
+    for key in keys:
+
+        def load(threads: int, key: str = key) -> Backend:
+            return open_backend(load_model(store, base, key), threads)
+
+        rates[key] = lane_rates(load, batches, int(threads))
+    sys.stdout.write(json.dumps(rates) + "\n")
+
+
+def lane_rates(load: Callable[[int], Backend], batches: Sequence[Arrays], threads: int) -> dict[int, float]:
+    """Number of lanes (1 and `threads`) -> rows per second at the best of the batch sizes, in the best round.
+
+    The best and not the median: what else the machine does can only slow a round down, and a wide lane, whose threads
+    wait for each other, far more than narrow ones. `load` opens the model for a lane of so many threads, on that lane.
+    """
+    ways = [_Way(load, threads, lanes) for lanes in dict.fromkeys((1, threads))]
+    best = dict.fromkeys((len(way.device.lanes) for way in ways), 0.0)
+    try:
+        for _ in range(ROUNDS):
+            for batch, way in product(batches, ways):
+                lanes = len(way.device.lanes)
+                best[lanes] = max(best[lanes], way.turn(batch))
+    finally:
+        for way in ways:
+            way.close()
+    return best
+
+
+class _Way:
+    """A device with that many lanes, and the model on each of them."""
+
+    def __init__(self, load: Callable[[int], Backend], threads: int, lanes: int) -> None:
+        self.device = Device(f"{lanes}-lanes", threads, lanes)
+        loading = threading.Lock()
+
+        def open_on(lane: Lane) -> Backend:
+            with loading:
+                use_threads(lane.threads)
+                return load(lane.threads)
+
+        self.backends = self.device.call_on_each(open_on)
+
+    def turn(self, batch: Arrays) -> float:
+        """Rows per second of all lanes together, over `TURN_S` seconds or at least one batch each."""
+        return sum(self.device.call_on_each(lambda lane: self._rate(lane, batch)))
+
+    def close(self) -> None:
+        self.device.call_on_each(lambda lane: self.backends[lane.index].close())
+        self.device.close()
+
+    def _rate(self, lane: Lane, batch: Arrays) -> float:
+        use_threads(lane.threads)
+        backend = self.backends[lane.index]
+        backend.run(batch)  # brings caches and threads back after the other way's turn
+        started, runs, elapsed = time.perf_counter(), 0, 0.0
+        while elapsed < TURN_S:
+            backend.run(batch)
+            runs, elapsed = runs + 1, time.perf_counter() - started
+        return runs * len(batch[0]) / elapsed
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    os._exit(0)  # skip the teardown of thread pools: nothing is left to lose

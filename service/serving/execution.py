@@ -1,0 +1,101 @@
+"""A batch on a lane: joined, run, split and counted; and run again in halves where it fails.
+
+This is all that happens between taking a batch from the queue and waking the event loop. It runs on the lanes of a
+device, several at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from service.contracts import Arrays, Backend, InputSpec
+from service.errors import BackendFailed
+from service.serving.assembly import join, split
+from service.serving.batcher import Ticket
+from service.serving.costs import CostTable
+from service.serving.device import Device, Lane
+from service.telemetry.observations import VariantMetrics
+
+logger = logging.getLogger(__name__)
+
+Reply = asyncio.Future[tuple[Arrays, float, float, int]]
+"""Outputs, seconds in the queue, seconds on the device, rows in the batch."""
+
+
+class Ran(NamedTuple):
+    """What became of one ticket on the device, and how long and in what company it ran."""
+
+    ticket: Ticket[Reply]
+    outcome: Arrays | Exception
+    infer_s: float
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """What runs a variant: a device, a warm backend for each of its lanes, and what a batch costs there."""
+
+    device: Device
+    backends: tuple[Backend, ...]
+    costs: CostTable
+
+
+class Execution:
+    """Runs the batches of one variant."""
+
+    def __init__(self, name: str, spec: InputSpec, running: Running, metrics: VariantMetrics) -> None:
+        self._name = name
+        self._spec = spec
+        self._backends = running.backends
+        self._costs = running.costs
+        self._metrics = metrics
+        self._counting = threading.Lock()
+
+    def run(self, lane: Lane, tickets: list[Ticket[Reply]], taken: float) -> list[Ran]:
+        """Run tickets, `taken` from their queue at that time, as one batch on this lane; never raises."""
+        backend = self._backends[lane.index]
+        rows = sum(ticket.rows for ticket in tickets)
+        padded = self._costs.bucket(rows) if backend.row_buckets else rows
+        try:
+            joined = join([ticket.sample for ticket in tickets], self._spec, padded)
+            started = time.perf_counter()
+            lane.due_at = started + self._costs.seconds(padded)
+            outputs = backend.run(joined)
+            ended = time.perf_counter()
+            _check_rows(outputs, padded)
+            replies = split(outputs, [ticket.rows for ticket in tickets])
+        except BaseException as error:  # a panic in a native library is no Exception, and these clients wait
+            return self._run_apart(lane, tickets, taken, error)
+        finally:
+            lane.due_at = 0.0
+        infer_s = ended - started
+        waits = [taken - ticket.enqueued_at for ticket in tickets]
+        with self._counting:  # lanes count in the same places
+            self._costs.observe(padded, infer_s)
+            self._metrics.batch_done(rows, padded - rows, infer_s, waits, started - taken, time.perf_counter() - ended)
+        return [Ran(ticket, reply, infer_s, rows) for ticket, reply in zip(tickets, replies, strict=True)]
+
+    def _run_apart(self, lane: Lane, tickets: list[Ticket[Reply]], taken: float, error: BaseException) -> list[Ran]:
+        """Find the bad request by halving: its batch mates are answered, it alone fails."""
+        if len(tickets) > 1:
+            middle = len(tickets) // 2
+            return self.run(lane, tickets[:middle], taken) + self.run(lane, tickets[middle:], taken)
+        incident = uuid.uuid4().hex[:12]
+        logger.error("variant %s failed on a request, id %s", self._name, incident, exc_info=error)
+        failure = BackendFailed(
+            f"the model failed on this request; the server's log has the details under id {incident}"
+        )
+        return [Ran(tickets[0], failure, 0.0, tickets[0].rows)]
+
+
+def _check_rows(outputs: Arrays, rows: int) -> None:
+    """A backend that answers too few rows would leave clients without an answer, or with that of another."""
+    for position, array in enumerate(outputs):
+        if len(array) != rows:
+            raise ValueError(f"output {position} of the model has {len(array)} rows for a batch of {rows}")

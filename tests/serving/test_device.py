@@ -1,0 +1,102 @@
+"""Lanes: one queue for all of them, every lane by name for opening and closing, none of them mortal."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from service.serving.device import Device, Lane
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    made = Device("test", 5, 2)
+    yield made
+    made.close()
+
+
+def test_the_threads_are_shared_out(device: Device) -> None:
+    assert [(lane.index, lane.threads) for lane in device.lanes] == [(0, 2), (1, 2)]
+    assert device.lane_threads == 2
+
+
+def test_every_lane_is_called_on_its_own_thread_at_the_same_time(device: Device) -> None:
+    meeting = threading.Barrier(2)
+
+    def meet(lane: Lane) -> tuple[int, str]:
+        meeting.wait(5)
+        return lane.index, threading.current_thread().name
+
+    assert device.call_on_each(meet) == [(0, "device-test-0"), (1, "device-test-1")]
+
+
+def test_callers_on_several_threads_do_not_lock_each_other_out(device: Device) -> None:
+    counted: list[int] = []
+
+    def call() -> None:
+        for _ in range(50):
+            counted.extend(device.call_on_each(lambda lane: lane.index))
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(20)
+    assert sorted(counted) == [0] * 200 + [1] * 200
+
+
+def test_an_exception_on_any_lane_reaches_the_caller_after_all_are_done(device: Device) -> None:
+    finished: list[int] = []
+
+    def fail_on_the_first(lane: Lane) -> None:
+        if lane.index == 0:
+            raise ValueError("lane 0")
+        time.sleep(0.05)
+        finished.append(lane.index)
+
+    with pytest.raises(ValueError, match="lane 0"):
+        device.call_on_each(fail_on_the_first)
+    assert finished == [1]
+
+
+def test_a_stuck_lane_does_not_stop_the_other(device: Device) -> None:
+    unstick = threading.Event()
+    done: list[int] = []
+    arrived = threading.Event()
+
+    def stuck(lane: Lane) -> None:
+        arrived.set()
+        unstick.wait(10)
+
+    device.post(stuck)
+    assert arrived.wait(5)
+    last = threading.Event()
+    for number in range(5):
+        device.post(lambda lane, number=number: done.append(number))  # type: ignore[misc]
+    device.post(lambda lane: last.set())
+    assert last.wait(5)
+    assert done == [0, 1, 2, 3, 4]
+    assert device.waiting() == 0
+    unstick.set()
+
+
+def test_a_lane_outlives_whatever_a_job_throws(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    def leave(lane: Lane) -> None:
+        raise SystemExit
+
+    for _ in range(4):
+        device.post(leave)
+    assert device.call_on_each(lambda lane: lane.index) == [0, 1]
+    assert caplog.text.count("failed") == 4
+
+
+def test_what_is_left_is_that_of_the_lane_that_is_free_first(device: Device) -> None:
+    now = time.perf_counter()
+    first, second = device.lanes
+    first.due_at, second.due_at = now + 5, now + 2
+    assert 1.9 < device.remaining_s() <= 2
+    second.due_at = 0.0
+    assert device.remaining_s() == 0.0
