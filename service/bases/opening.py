@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Final, Protocol, Self
 
 from service.api.codecs.answers import Answers
 from service.api.codecs.arrays import ArrayCodec
@@ -12,13 +13,25 @@ from service.api.codecs.image import ImageCodec
 from service.api.codecs.text import TextCodec
 from service.bases.data_declaration import AnyData
 from service.bases.datasets.opening import open_rows
-from service.bases.declaration import AnyBase, BroughtBase, OnnxBase, PythonBase, ShippedBase
+from service.bases.declaration import (
+    AnyBase,
+    BroughtBase,
+    OnnxBase,
+    PythonBase,
+    ShippedBase,
+    TimmBase,
+    TorchExportBase,
+    TransformersBase,
+)
 from service.bases.description import Description, remembered
 from service.bases.loaded import LoadedBase, Rows, Score
 from service.bases.scores import accuracy, pair_correlation
-from service.bases.shipped import ModuleRows, ModuleSource, shipped_module
+from service.bases.shipped import ModuleRows, ModuleSource, borrowed, shipped_module
+from service.bases.sources.exported_program import ExportedSource
 from service.bases.sources.onnx_file import OnnxSource
 from service.bases.sources.python_module import PythonSource
+from service.bases.sources.timm_model import TimmSource
+from service.bases.sources.transformers_model import TransformersSource
 from service.contracts import Codec, InputSpec, Model
 from service.errors import ConfigError
 from service.section import Section
@@ -39,6 +52,16 @@ class Source(Protocol):
 
     def model(self, spec: InputSpec) -> Model:
         """The model itself, fresh: weights loaded, eval mode, float32, on the CPU."""
+
+
+SOURCES: Final[Mapping[type[BroughtBase], Callable[[Any, Path], Source]]] = {
+    PythonBase: PythonSource,
+    TimmBase: TimmSource,
+    TransformersBase: TransformersSource,
+    OnnxBase: OnnxSource,
+    TorchExportBase: ExportedSource,
+}
+"""What reads models of each form, from what is declared and the folder to which its paths are relative."""
 
 
 class Origin(Section):
@@ -92,14 +115,12 @@ def open_base(origin: Origin) -> LoadedBase:
 def open_source(base: ShippedBase | BroughtBase, folder: Path) -> Source:
     """What reads models of this form."""
     if isinstance(base, ShippedBase):
+        if (model_of_timm := borrowed(base)) is not None:
+            return TimmSource(model_of_timm, folder)
         if base.weights is not None:
             raise ConfigError(f"base.weights: the base '{base.shipped}' comes with its weights")
         return ModuleSource(base.shipped, shipped_module(base.shipped))
-    if isinstance(base, PythonBase):
-        return PythonSource(base, folder)
-    if isinstance(base, OnnxBase):
-        return OnnxSource(base, folder)
-    raise ConfigError(f"base.{base.kind}: not a form of base")
+    return SOURCES[type(base)](base, folder)
 
 
 def codec_of(description: Description, spec: InputSpec) -> Codec:

@@ -14,7 +14,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
 
-from service.bases.declaration import ImageInput, TextInput
+from service.bases.declaration import ImageInput, ShippedBase, TextInput, TimmBase
 from service.bases.description import Description, Tensor
 from service.contracts import Array, ArrayData, Arrays, Data, InputSpec, Json, Split, TorchModel
 from service.errors import ConfigError
@@ -26,14 +26,17 @@ if TYPE_CHECKING:
 class Shipped(NamedTuple):
     """Where a shipped base is declared, and the extra that brings what it needs."""
 
-    module: str
+    module: str | None
     extra: str | None = None
     has_data: bool = True
+    timm: str | None = None
+    """Instead of a module: timm's name of a model for which the user says where the weights come from."""
 
 
 SHIPPED: Final[Mapping[str, Shipped]] = {
     "digits": Shipped("models.digits"),
     "minilm": Shipped("models.minilm", "text"),
+    "resnet50": Shipped(None, "vision", has_data=False, timm="resnet50.a1_in1k"),
 }
 """By the name in the config."""
 
@@ -64,6 +67,8 @@ def shipped_module(name: str) -> BaseModule:
     if name not in SHIPPED:
         raise ConfigError(f"unknown base {name!r}: the shipped bases are {', '.join(sorted(SHIPPED))}")
     where = SHIPPED[name]
+    if where.module is None:
+        raise ConfigError(f"the base '{name}' is a model of timm and has no module")
     try:
         return cast(BaseModule, import_module(where.module))
     except ModuleNotFoundError as error:
@@ -72,6 +77,23 @@ def shipped_module(name: str) -> BaseModule:
         raise ConfigError(
             f"the base '{name}' needs the extra '{where.extra}': pip install 'leanserve[{where.extra}]'"
         ) from error
+
+
+def borrowed(base: ShippedBase) -> TimmBase | None:
+    """What a shipped base stands for whose architecture and weights are timm's; `None` for the others.
+
+    Raises:
+        ConfigError: the weights are not chosen.
+    """
+    where = SHIPPED.get(base.shipped)
+    if where is None or where.timm is None:
+        return None
+    if base.weights is None:
+        raise ConfigError(
+            f"base.weights: the base '{base.shipped}' comes without weights; write base: {{shipped: {base.shipped}, "
+            "weights: ...} with hub (downloaded once), a file, or random (speed work only)"
+        )
+    return TimmBase(timm=where.timm, weights=base.weights, name=base.shipped)
 
 
 @dataclass(frozen=True)
