@@ -1,7 +1,7 @@
 """A `.pt2` file as torch.export saves it, with nothing left in it that torch would run while reading it.
 
 Torch warns to load such files from trusted sources only, and it is right: example inputs and odd tensors are pickles,
-shapes are evaluated as Python by sympy, guards are Python, operators are looked up by any name below `torch`, and a
+shapes and guards are evaluated as Python, operators are looked up by any name below `torch`, and a
 file may bring compiled libraries. None of that is needed to run a model. So the file is read here as what it is, a zip
 of JSON and raw tensors; what can be left out is left out, what must stay has to look as torch itself writes it, and
 torch gets the copy.
@@ -34,15 +34,19 @@ OPERATOR = re.compile(
     r"|torch\.(_sym_sqrt|sym_(int|float|max|min|not|sum|ite))"
     r"|math\.(ceil|floor|trunc|sqrt)"
 )
-SYMBOLIC = re.compile(r"[\w\s+*/%(),<>=&|~.-]*")
+QUOTED = re.compile(r"'[\w.+-]*'")
+SIZE = re.compile(r"L\['\w+'\](\[\d+\])*(\.size\(\)\[\d+\])?")
+ARITHMETIC = re.compile(r"(\w|\d\.\d|[\s+*/%(),<>=!&|~-])*")
 FUNCTIONS = frozenset(
     re.findall(
         r"\w+",
-        "FloorDiv ModularIndexing Where PythonMod Mod CleanDiv CeilToInt FloorToInt CeilDiv LShift RShift PowByNatural "
-        "FloatPow FloatTrueDiv IntTrueDiv TruncToFloat TruncToInt RoundToInt ToFloat Identity Max Min Eq Ne And Or Not",
+        "Symbol Integer Float Rational Add Mul Pow FloorDiv ModularIndexing Where PythonMod Mod CleanDiv CeilToInt "
+        "FloorToInt CeilDiv LShift RShift PowByNatural FloatPow FloatTrueDiv IntTrueDiv TruncToFloat TruncToInt "
+        "RoundToInt ToFloat Identity Max Min Equality Unequality LessThan StrictLessThan GreaterThan StrictGreaterThan "
+        "And Or Not max min and or not",
     )
 )
-"""What a shape may be computed with."""
+"""What a shape may be computed with, and a guard."""
 TREE = re.compile(r'(?:(?!__)[\w \[\]{}":,.\\])*')
 STACK = re.compile(r"[\w\s.,;@$\[\]()'<>-]*")
 
@@ -93,8 +97,8 @@ def _pickled(config: Json) -> Iterator[str]:
 
 
 def _program(program: Json, path: Path) -> Json:
-    """The program without guards, remarks and traces of where it was made, everything else looked at."""
-    kept = _without_remarks(program) | {"guards_code": []}
+    """The program without remarks and traces of where it was made, everything else looked at."""
+    kept = _without_remarks(program)
     _check(kept, "", path)
     return kept
 
@@ -118,7 +122,7 @@ def _check(value: Json, key: str, path: Path) -> None:
     if isinstance(value, dict):
         for name, item in value.items():
             if name not in {"metadata", "as_string", "as_strings"}:  # strings that torch only passes on
-                _require(PLAIN.fullmatch(name) or _is_symbolic(name), "the name", name, path)
+                _require(PLAIN.fullmatch(name) or _is_arithmetic(name), "the name", name, path)
                 _check(item, name, path)
     elif isinstance(value, list):
         for item in value:
@@ -127,17 +131,19 @@ def _check(value: Json, key: str, path: Path) -> None:
         if key in {"target", "as_operator"}:
             _require(OPERATOR.fullmatch(value), "the operator", value, path)
         elif key == "expr_str":
-            _require(_is_symbolic(value), "the shape", value, path)
+            _require(_is_arithmetic(QUOTED.sub("s", value)), "the shape", value, path)
+        elif key == "guards_code":
+            _require(_is_arithmetic(SIZE.sub("s", value)), "the guard", value, path)
         else:
             pattern = TREE if key in {"in_spec", "out_spec"} else PLAIN
             _require(pattern.fullmatch(value), f"under '{key}'", value, path)
 
 
-def _is_symbolic(text: str) -> bool:
-    """Whether it is arithmetic on symbols and numbers: sympy evaluates it as Python."""
+def _is_arithmetic(text: str) -> bool:
+    """Whether it computes with symbols and numbers alone: torch evaluates it as Python."""
     called = re.findall(r"(\w+)\s*\(", text)
-    reaches = "__" in text or re.search(r"\.\s*[A-Za-z_]|\)\s*\(", text)
-    return SYMBOLIC.fullmatch(text) is not None and not reaches and FUNCTIONS.issuperset(called)
+    known = FUNCTIONS.issuperset(called) and not re.search(r"\)\s*\(|__", text)
+    return known and ARITHMETIC.fullmatch(text) is not None
 
 
 def _require(right: object, what: str, found: str, path: Path) -> None:
