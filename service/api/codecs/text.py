@@ -63,6 +63,10 @@ class TextCodec:
         """Number of token ids; they are below it."""
         return int(_opened(self.tokenizer, self.max_length).get_vocab_size())
 
+    def open(self) -> None:
+        """Open the tokenizer now, rather than with the first text. Raises `ConfigError` if it cannot be read."""
+        _opened(self.tokenizer, self.max_length)
+
     def decode(self, media_type: str, body: bytes) -> Decoded:
         """Body -> the model's inputs, [rows, length of the longest text] each.
 

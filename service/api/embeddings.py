@@ -1,0 +1,155 @@
+"""`POST /v1/embeddings` for clients of OpenAI's API, from request to reply.
+
+`model` names the base (the traffic split chooses, as everywhere), a variant, or both as `base:variant`. The texts of a
+request are cut into groups of similar length that queue apart: a batch is as long as its longest text, so that one long
+text among thirty short ones would cost as much as thirty-one long ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from service.api.codecs.openai import EmbeddingRequest, Tokens, encode_reply, error_body, parse_request, token_rows
+from service.api.codecs.tensors import clip
+from service.api.codecs.text import TextCodec
+from service.api.predict import how_it_ran, off_loop, plain_body
+from service.api.wire import Caller, Reply, Route, error_headers, gone_check, json_reply
+from service.contracts import Array, InputSpec
+from service.errors import BackendFailed, BadInput, NotFound, ServiceError
+from service.serving.fleet import Fleet
+from service.serving.variant import Gone, Prediction, Variant
+
+SMALL = 2 * 2**10
+"""Bytes of a body that is tokenized on the event loop: half a millisecond, where a thread costs 50 microseconds."""
+SMALL_REPLY = 32 * 2**10
+"""Numbers that are written as JSON on the event loop."""
+SHORTEST = 16
+"""Tokens of the first group; that of each further group is twice as long."""
+
+
+def embeddings_route(fleet: Fleet) -> Route:
+    """The route of this fleet; of a base that gives no embeddings of texts, one that says so."""
+    codec, spec = fleet.base.codec, fleet.base.spec
+    if isinstance(codec, TextCodec) and gives_embeddings(spec):
+        return Route("POST", "prediction", _Embeddings(fleet, codec).answer, refusal)
+
+    async def refuse(_: Caller) -> Reply:
+        raise NotFound(
+            f"the base '{fleet.base.name}' gives no embeddings of texts; POST /v1/predict answers what it does"
+        )
+
+    return Route("POST", "prediction", refuse, refusal)
+
+
+def gives_embeddings(spec: InputSpec) -> bool:
+    """Whether the answer for a row is a single list of numbers that are no class logits."""
+    return not spec.labels and len(spec.outputs) == 1 and len(spec.outputs[0].shape) == 1
+
+
+def refusal(error: ServiceError) -> Reply:
+    """The reply to a request that was refused or failed, in OpenAI's shape."""
+    headers = [(name.encode(), value.encode()) for name, value in error_headers(error).items()]
+    return json_reply(error_body(error), headers, error.status)
+
+
+class _Embeddings:
+    def __init__(self, fleet: Fleet, codec: TextCodec) -> None:
+        self._fleet = fleet
+        self._codec = codec
+        self._width = fleet.base.spec.outputs[0].shape[0] or 0
+        codec.open()
+
+    async def answer(self, caller: Caller) -> Reply:
+        body = await plain_body(caller, self._fleet.config.limits.body_bytes)
+        request = await self._parsed(body)
+        variant = self._choose(request.model, caller)
+        caller.variant = variant.name
+        tokens = await self._tokenized(request, len(body))
+        prediction = await predict_by_length(variant, self._codec, tokens, gone_check(caller.receive))
+        text = await self._encoded(prediction, request, sum(map(len, tokens)))
+        how = [
+            (f"x-{name.replace('_', '-')}".encode(), str(value).encode())
+            for name, value in how_it_ran(prediction).items()
+        ]
+        return Reply(text, [(b"content-type", b"application/json"), (b"x-variant", variant.name.encode()), *how])
+
+    async def _parsed(self, body: bytes) -> EmbeddingRequest:
+        if len(body) <= SMALL:
+            return parse_request(body, self._width)
+        return await off_loop(parse_request, body, self._width)
+
+    async def _tokenized(self, request: EmbeddingRequest, size: int) -> Tokens:
+        if size <= SMALL:
+            return token_rows(request.input, self._codec)
+        return await off_loop(token_rows, request.input, self._codec)
+
+    def _choose(self, model: str, caller: Caller) -> Variant:
+        """The variant that `model` asks for.
+
+        Raises:
+            NotFound: no such model. NotReady: its gate excluded it. BadInput: the header asks for another one.
+        """
+        fleet, named = self._fleet, caller.header(b"x-variant")
+        base = fleet.base.name
+        if model == base:
+            return fleet.choose(named, caller.header(fleet.sticky_header))
+        name = model.removeprefix(f"{base}:")
+        if name not in fleet.reports:
+            known = ", ".join((base, *(f"{base}:{variant}" for variant in fleet.reports)))
+            raise NotFound(f"the model {clip(model)} does not exist; there are {known}")
+        if named not in {None, name}:
+            raise BadInput(f"the model {clip(model)} and the header x-variant name two variants")
+        return fleet.choose(name, None)
+
+    async def _encoded(self, prediction: Prediction, request: EmbeddingRequest, tokens: int) -> bytes:
+        embeddings = prediction.outputs[0]
+        if not np.isfinite(embeddings).all():
+            raise BackendFailed("the model's embeddings are not finite")
+        if embeddings.size <= SMALL_REPLY:
+            return encode_reply(embeddings, request.form, prediction.variant, tokens)
+        return await off_loop(encode_reply, embeddings, request.form, prediction.variant, tokens)
+
+
+async def predict_by_length(variant: Variant, codec: TextCodec, tokens: Tokens, gone: Gone) -> Prediction:
+    """Predict the rows in groups of similar length; the outputs are in the order of the rows.
+
+    Raises:
+        ServiceError: of the first group that failed; the others are taken back.
+    """
+    groups = length_groups(list(map(len, tokens)))
+    if len(groups) == 1:
+        return await variant.predict(codec.arrays(tokens), gone)
+    samples = [codec.arrays([tokens[row] for row in group]) for group in groups]
+    tasks = [asyncio.ensure_future(variant.predict(sample, gone)) for sample in samples]
+    try:
+        parts = await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        raise
+    return _in_order(parts, groups)
+
+
+def length_groups(lengths: Sequence[int]) -> list[list[int]]:
+    """Row numbers by length: up to `SHORTEST` tokens, up to twice as many, and so on; only groups that have rows."""
+    groups: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        groups.setdefault(max(SHORTEST, 1 << (length - 1).bit_length()), []).append(row)
+    return [groups[longest] for longest in sorted(groups)]
+
+
+def _in_order(parts: Sequence[Prediction], groups: Iterable[Sequence[int]]) -> Prediction:
+    rows = np.concatenate([np.asarray(group) for group in groups])
+    joined: Array = np.concatenate([part.outputs[0] for part in parts])
+    outputs = np.empty_like(joined)
+    outputs[rows] = joined
+    return Prediction(
+        (outputs,),
+        parts[0].variant,
+        max(part.queue_s for part in parts),
+        sum(part.infer_s for part in parts),
+        max(part.batch_size for part in parts),
+    )
