@@ -11,22 +11,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from service import __version__
-from service.errors import ConfigError, StartupError
-
-if TYPE_CHECKING:
-    from service.compression.artifacts import ArtifactStore
-    from service.compression.build import Plan
-    from service.compression.manifest import VariantReport
-    from service.config import ServiceConfig
-    from service.contracts import Base
-    from service.serving.fleet import Fleet
+from service.errors import StartupError
+from service.workplace import Workplace
 
 SHIPPED = Path("models/digits.yaml")
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The YAML file.", envvar="LEANSERVE_CONFIG")]
@@ -51,7 +44,7 @@ def serve(
     from service.api.server import serve_fleet
 
     started = time.monotonic()
-    work = _Workplace(config, cache)
+    work = Workplace(config, cache)
     claimed = _claim(host, port, "--port")
     if grpc_port is not None:
         if importlib.util.find_spec("grpc") is None:
@@ -59,7 +52,7 @@ def serve(
         _claim(host, grpc_port, "--grpc-port").close()  # grpc binds by itself; this only finds out early
     if not work.finished:
         _build_in_child(config, work.store.root)
-    fleet = _open_fleet(work)
+    fleet = work.open_fleet()
     ready = time.monotonic() - started
     names = ", ".join(fleet.variants)
     lanes = f"{len(fleet.device.lanes)} x {fleet.device.lane_threads} threads"
@@ -71,7 +64,7 @@ def serve(
 @app.command()
 def build(config: ConfigOption = SHIPPED, cache: CacheOption = None) -> None:
     """Build, measure and gate every variant exactly as `serve` does, then stop."""
-    work = _Workplace(config, cache)
+    work = Workplace(config, cache)
     if work.finished:
         err.print("everything is built already")
     else:
@@ -84,9 +77,34 @@ def build(config: ConfigOption = SHIPPED, cache: CacheOption = None) -> None:
 @app.command()
 def check(config: ConfigOption = SHIPPED) -> None:
     """Validate the config (keys, values, pass order, names, whether this machine suits the passes); build nothing."""
-    work = _Workplace(config, None, make_cache=False)
+    work = Workplace(config, None, make_cache=False)
     passes = sum(len(variant.passes) for variant in work.config.variants)
     out.print(f"{config}: {len(work.config.variants)} variants, {passes} passes, no problem found", highlight=False)
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Argument(help="timm:NAME, transformers:NAME, FILE.onnx, FILE.pt2, module:factory ...")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The config to write.")] = Path("leanserve.yaml"),
+    data: Annotated[Path | None, typer.Option(help="Folder of pictures, .npz, .csv, .tsv or .jsonl.")] = None,
+    weights: Annotated[str | None, typer.Option(help="A checkpoint, or: hub, random.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Text file with one class name per line.")] = None,
+    image: Annotated[str | None, typer.Option(help="Takes pictures of WIDTHxHEIGHT (grey: WIDTHxHEIGHTxL).")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Takes texts, by this tokenizer.json.")] = None,
+    shape: Annotated[list[str] | None, typer.Option("--input", help="Takes NAME=3,224 or NAME:int64=?.")] = None,
+) -> None:
+    """Look at a model and write a commented config with variants worth trying on this machine."""
+    from service.init.model_argument import Hints
+    from service.init.writing import write_config
+
+    if output.exists():
+        raise StartupError(f"{output} exists and is not replaced; remove it, or write another file with --output")
+    with err.status(f"looking at {escape(model)} ..."):
+        look, rungs = write_config(model, output, Hints(weights, labels, image, tokenizer, tuple(shape or ())), data)
+    err.print(f"{look.name}: {escape(look.inputs)} -> {escape(look.outputs)}", highlight=False, soft_wrap=True)
+    for rung in rungs:
+        err.print(f"  {rung.name}: {escape(rung.expect)}", highlight=False, soft_wrap=True)
+    err.print(f"wrote {output}; next: leanserve serve --config {output}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -108,7 +126,7 @@ def report(
     """Show quality and cost of every built variant."""
     from service.compression.report import print_table, write_html
 
-    work = _Workplace(config, cache)
+    work = Workplace(config, cache)
     if not work.finished:
         raise StartupError(f"not every variant of {config} is built; run `leanserve build --config {config}` first")
     reports = work.reports()
@@ -128,10 +146,10 @@ def bench(
     """Measure all variants side by side, interleaved on one device, and print ratios to the first."""
     from service.bench import print_bench, run_bench
 
-    work = _Workplace(config, cache)
+    work = Workplace(config, cache)
     if not work.finished:
         raise StartupError(f"not every variant of {config} is built; run `leanserve build --config {config}` first")
-    fleet = _open_fleet(work)
+    fleet = work.open_fleet()
     try:
         print_bench(run_bench(fleet, tuple(rows or (1, 8, 32)), seconds), out)
     finally:
@@ -144,58 +162,6 @@ def version() -> None:
     typer.echo(__version__)
 
 
-class _Workplace:
-    """A read config with its base, plan and store: what every command starts from."""
-
-    def __init__(self, path: Path, cache: Path | None, *, make_cache: bool = True) -> None:
-        from service.bases.opening import Origin, open_base
-        from service.compression.build import finished, plan
-        from service.config import read_config
-        from service.machine import thread_budget
-
-        self.config: ServiceConfig = read_config(path)
-        root = cache or self.config.cache
-        origin = Origin(
-            base=self.config.base,
-            data=self.config.data,
-            folder=path.resolve().parent,
-            cache=root.resolve() if make_cache else None,
-        )
-        self.base: Base = open_base(origin)
-        self.plan: Plan = plan(self.config, self.base)
-        self.threads: int = thread_budget() if self.config.threads == "auto" else self.config.threads
-        if self.config.lanes != "auto" and self.config.lanes > self.threads:
-            raise ConfigError(
-                f"{path}: lanes is {self.config.lanes}, but there are only {self.threads} threads to share"
-            )
-        self.store: ArtifactStore
-        if make_cache:
-            from service.compression.artifacts import ArtifactStore
-
-            self.store = ArtifactStore(root)
-            self.finished = finished(self.store, self.plan, self.threads)
-
-    def reports(self) -> list[VariantReport]:
-        """Every variant's report; raises where a gate says abort, or where none is left to serve."""
-        from service.compression.build import reports
-        from service.errors import GateFailed
-
-        found = reports(self.store, self.config, self.plan, self.threads)
-        if all(report.state == "excluded" for report in found):
-            raise GateFailed("; ".join(f"variant '{item.name}' is excluded: {item.reason}" for item in found))
-        return found
-
-    def lanes(self, reports: list[VariantReport]) -> int:
-        """Batches that run at a time: as configured, or as pays for the variants that serve."""
-        from service.compression.build import speeds
-
-        if self.config.lanes != "auto":
-            return self.config.lanes
-        race = speeds(self.store, self.plan, self.threads)
-        assert race is not None  # what is reported was measured
-        return race.best_lanes([report.chain[-1].key for report in reports if report.state == "serving"])
-
-
 def _claim(host: str, port: int, option: str) -> socket.socket:
     from service.api.server import listen
 
@@ -206,12 +172,11 @@ def _claim(host: str, port: int, option: str) -> socket.socket:
         raise StartupError(text) from error
 
 
-def _build_here(work: _Workplace) -> None:
-    from service.compression.build import Builder
+def _build_here(work: Workplace) -> None:
     from service.compression.progress import BuildProgress
 
     with BuildProgress(err, len(work.plan.keys) + 1).running() as progress:
-        Builder(work.store, work.config, work.base, work.threads, progress).build(work.plan)
+        work.build(progress)
 
 
 def _build_in_child(config: Path, cache: Path) -> None:
@@ -226,28 +191,6 @@ def _build_in_child(config: Path, cache: Path) -> None:
         raise
     if status != 0:
         raise typer.Exit(status if status > 0 else 1)  # the child has said why
-
-
-def _open_fleet(work: _Workplace) -> Fleet:
-    """Load and warm every variant that passed its gate, on every lane of the device."""
-    from functools import partial
-
-    from service.backends.choose import open_backend
-    from service.compression.load import load_model
-    from service.serving.device import Device
-    from service.serving.fleet import Fleet
-
-    reports = work.reports()
-    device = Device("cpu", work.threads, work.lanes(reports))
-    fleet = Fleet(work.base, work.config, reports, device)
-
-    def load(key: str) -> Any:
-        return open_backend(load_model(work.store, work.base, key), device.lane_threads)
-
-    for variant, steps in work.plan.chains:
-        if fleet.reports[variant.name].state == "serving":
-            fleet.open(variant.name, partial(load, steps[-1].key), work.config.batch_of(variant))
-    return fleet
 
 
 def main() -> None:

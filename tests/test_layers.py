@@ -40,13 +40,14 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("service.bench", 9),
     ("service.init", 9),
     ("service.api", 9),
-    ("service.__main__", 10),
+    ("service.workplace", 10),
+    ("service.__main__", 11),
     ("service", 0),
 )
 ONLY = {
     "prometheus_client": {"service/telemetry/metrics.py"},
     "fastapi": {"service/api/app.py"},
-    "uvicorn": {"service/api/server.py"},
+    "uvicorn": {"service/api/connection.py", "service/api/server.py"},
     "grpc": {"service/api/grpc_server.py"},
     "typer": {"service/__main__.py"},
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,3 +171,28 @@ def test_columns_of_tables_are_guessed(
     spec = InputSpec((), (Field("x", "float32", (2,)),), ("a", "b") if classes else ())
     section = data_section(tmp_path / name, spec, tmp_path)
     assert [section.get(key) for key in ("text", "pair", "label")] == columns
+
+
+def test_the_command_writes_a_file_once_and_checks_out(tmp_path: Path) -> None:
+    def leanserve(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "service", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        )
+
+    first = leanserve("init", "digits", "--output", "mine.yaml")
+    assert first.returncode == 0, first.stderr
+    assert "next: leanserve serve --config mine.yaml" in first.stderr
+    checked = leanserve("check", "--config", "mine.yaml")
+    assert "no problem found" in checked.stdout, checked.stderr
+    again = leanserve("init", "digits", "--output", "mine.yaml")
+    assert again.returncode == 2
+    assert "mine.yaml exists and is not replaced" in again.stderr
+    lost = leanserve("init", "resnet fifty")
+    assert lost.returncode == 2
+    assert "names no model" in lost.stderr
+    assert "Traceback" not in lost.stderr

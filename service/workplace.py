@@ -1,0 +1,95 @@
+"""The rooms put together: a read config with its base, plan and store, and the fleet that serves it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from service.errors import ConfigError
+
+if TYPE_CHECKING:
+    from service.compression.artifacts import ArtifactStore
+    from service.compression.build import Plan
+    from service.compression.manifest import VariantReport
+    from service.compression.progress import BuildProgress
+    from service.config import ServiceConfig
+    from service.contracts import Backend, Base
+    from service.serving.fleet import Fleet
+
+
+class Workplace:
+    """A read config with its base, plan and store: what every command starts from."""
+
+    def __init__(self, path: Path, cache: Path | None, *, make_cache: bool = True) -> None:
+        from service.bases.opening import Origin, open_base
+        from service.compression.build import finished, plan
+        from service.config import read_config
+        from service.machine import thread_budget
+
+        self.config: ServiceConfig = read_config(path)
+        root = cache or self.config.cache
+        origin = Origin(
+            base=self.config.base,
+            data=self.config.data,
+            folder=path.resolve().parent,
+            cache=root.resolve() if make_cache else None,
+        )
+        self.base: Base = open_base(origin)
+        self.plan: Plan = plan(self.config, self.base)
+        self.threads: int = thread_budget() if self.config.threads == "auto" else self.config.threads
+        if self.config.lanes != "auto" and self.config.lanes > self.threads:
+            raise ConfigError(
+                f"{path}: lanes is {self.config.lanes}, but there are only {self.threads} threads to share"
+            )
+        self.store: ArtifactStore
+        if make_cache:
+            from service.compression.artifacts import ArtifactStore
+
+            self.store = ArtifactStore(root)
+            self.finished = finished(self.store, self.plan, self.threads)
+
+    def reports(self) -> list[VariantReport]:
+        """Every variant's report; raises where a gate says abort, or where none is left to serve."""
+        from service.compression.build import reports
+        from service.errors import GateFailed
+
+        found = reports(self.store, self.config, self.plan, self.threads)
+        if all(report.state == "excluded" for report in found):
+            raise GateFailed("; ".join(f"variant '{item.name}' is excluded: {item.reason}" for item in found))
+        return found
+
+    def lanes(self, reports: list[VariantReport]) -> int:
+        """Batches that run at a time: as configured, or as pays for the variants that serve."""
+        from service.compression.build import speeds
+
+        if self.config.lanes != "auto":
+            return self.config.lanes
+        race = speeds(self.store, self.plan, self.threads)
+        assert race is not None  # what is reported was measured
+        return race.best_lanes([report.chain[-1].key for report in reports if report.state == "serving"])
+
+    def build(self, progress: BuildProgress) -> None:
+        """Build, measure and time every artifact of the plan that is missing."""
+        from service.compression.build import Builder
+
+        Builder(self.store, self.config, self.base, self.threads, progress).build(self.plan)
+
+    def open_fleet(self) -> Fleet:
+        """Load and warm every variant that passed its gate, on every lane of the device."""
+        from service.backends.choose import open_backend
+        from service.compression.load import load_model
+        from service.serving.device import Device
+        from service.serving.fleet import Fleet
+
+        reports = self.reports()
+        device = Device("cpu", self.threads, self.lanes(reports))
+        fleet = Fleet(self.base, self.config, reports, device)
+
+        def load(key: str) -> Backend:
+            return open_backend(load_model(self.store, self.base, key), device.lane_threads)
+
+        for variant, steps in self.plan.chains:
+            if fleet.reports[variant.name].state == "serving":
+                fleet.open(variant.name, partial(load, steps[-1].key), self.config.batch_of(variant))
+        return fleet
