@@ -34,7 +34,9 @@ def encoding_of_body(header: str | None) -> Encoding | None:
 
 def encoding_of_reply(accepted: str | None) -> Encoding | None:
     """The encoding that `Accept-Encoding` asks for: the only one it names, unless with the weight 0."""
-    name, _, weight = (accepted or "").lower().partition(";")
+    if accepted is None:
+        return None
+    name, _, weight = accepted.lower().partition(";")
     if weight.strip().removeprefix("q=").strip("0.") == "" and weight:
         return None
     return _ENCODINGS.get(name.strip())

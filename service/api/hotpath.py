@@ -12,36 +12,32 @@ import uuid
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from service.api.embeddings import embeddings_route
 from service.api.open_inference_http import no_such_path, open_inference_routes
 from service.api.predict import predict
-from service.api.wire import (
-    Caller,
-    Receive,
-    Reply,
-    Route,
-    Scope,
-    Send,
-    error_body,
-    error_headers,
-    send_json,
-    send_reply,
-)
+from service.api.wire import Caller, Receive, Reply, Route, Scope, Send, error_body, json_reply, send_reply
 from service.errors import ClientGone, ServiceError
 from service.serving.fleet import Fleet
 
 logger = logging.getLogger(__name__)
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-PREDICT = "/v1/predict"
+PREDICT, EMBEDDINGS = "/v1/predict", "/v1/embeddings"
 
 
 class HotPath:
     """The outermost ASGI app: serves and counts predictions, passes what it has no route for to `app`."""
 
     def __init__(self, fleet: Fleet, app: App) -> None:
+        self.body_limit = fleet.config.limits.body_bytes
+        """Bytes that a request's body may have."""
         self._fleet = fleet
         self._app = app
-        self._routes = {PREDICT: Route("POST", "prediction", partial(predict, fleet)), **open_inference_routes(fleet)}
+        self._routes = {
+            PREDICT: Route("POST", "prediction", partial(predict, fleet)),
+            EMBEDDINGS: embeddings_route(fleet),
+            **open_inference_routes(fleet),
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,38 +51,45 @@ class HotPath:
         if method != route.method and not (method == "HEAD" and route.method == "GET"):
             error = error_body(f"{path} takes {route.method}, not {method}", "method_not_allowed")
             allow = b"GET, HEAD" if route.method == "GET" else route.method.encode()
-            return await send_json(send, 405, error, [(b"allow", allow)])
-        return await self._serve(route, Caller(scope, receive), send)
+            return await send_reply(send, json_reply(error, [(b"allow", allow)], 405))
+        # ASGI gives the names in lower case. A dict costs less than a second look through the list.
+        reply = await self.answer(route, Caller(path, dict(scope["headers"]), receive))
+        if reply is not None:
+            await send_reply(send, reply)
+        return None
 
-    async def _unknown(self, caller: Caller) -> Reply:
-        raise no_such_path(self._fleet, caller.scope["path"])
+    def prediction(self, method: str, path: str) -> Route | None:
+        """The route of a path that answers predictions by this method, else `None`."""
+        route = self._routes.get(path)
+        return route if route is not None and route[:2] == (method, "prediction") else None
 
-    async def _serve(self, route: Route, caller: Caller, send: Send) -> None:
+    async def answer(self, route: Route, caller: Caller) -> Reply | None:
+        """The reply to a request, also where it is refused or fails; `None` where nobody is left to get it."""
         started = time.perf_counter()
-        outcome = "internal"
+        outcome = ServiceError.code
         try:
             reply = await route.answer(caller)
             outcome = "ok"
-            await send_reply(send, 200, reply)
         except ClientGone as error:
             outcome = error.code
+            return None
         except ServiceError as error:
             outcome = error.code
-            headers = [(name.encode(), value.encode()) for name, value in error_headers(error).items()]
-            await send_json(send, error.status, error_body(str(error), error.code), headers)
+            return route.refuse(error)
         except Exception:
-            if outcome == "ok":
-                raise  # the reply is on its way already
-            await _confess(send, caller.scope["path"])
+            return route.refuse(_confession(caller.path))
         finally:
             if route.counts == "prediction":
                 counted = self._fleet.metrics.variants.get(caller.variant or "", self._fleet.metrics.unrouted)
                 counted.request_done(outcome, time.perf_counter() - started)
+        return reply
+
+    async def _unknown(self, caller: Caller) -> Reply:
+        raise no_such_path(self._fleet, caller.path)
 
 
-async def _confess(send: Send, path: str) -> None:
+def _confession(path: str) -> ServiceError:
     """A bug of ours: the stack goes into the log, the client gets the id to ask for it."""
     incident = uuid.uuid4().hex[:12]
     logger.exception("failed on a request to %s, id %s", path, incident)
-    text = f"the service failed on this request; its log has the details under id {incident}"
-    await send_json(send, 500, error_body(text, ServiceError.code))
+    return ServiceError(f"the service failed on this request; its log has the details under id {incident}")

@@ -8,7 +8,7 @@ more than about a millisecond is sent to a thread, for the way there and back co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import orjson
@@ -16,7 +16,6 @@ import orjson
 from service.api.codecs.open_inference import (
     InferDecoder,
     InferReply,
-    InferRequest,
     encode_infer,
     parse_json_length,
 )
@@ -24,7 +23,7 @@ from service.api.content_encoding import compress, encoding_of_reply
 from service.api.open_inference import OpenInference
 from service.api.predict import how_it_ran, off_loop, plain_body
 from service.api.wire import Caller, Reply, Route, gone_check, json_reply
-from service.contracts import Arrays, Json
+from service.contracts import Json
 from service.errors import BadInput, NotFound
 from service.serving.fleet import Fleet
 
@@ -110,44 +109,35 @@ class _Infer:
 
     async def answer(self, version: str | None, caller: Caller) -> Reply:
         protocol, fleet = self._protocol, self._protocol.fleet
-        body = await plain_body(caller, fleet.config.limits.body_bytes)
+        body = caller.body
+        if body is None:
+            body = await plain_body(caller, fleet.config.limits.body_bytes)
         variant = protocol.choose(
             protocol.name, version, caller.header(b"x-variant"), caller.header(fleet.sticky_header)
         )
         caller.variant = variant.name
-        request = await self._decode(body, parse_json_length(caller.headers.get(_JSON_LENGTH)))
+        json_length = parse_json_length(caller.headers.get(_JSON_LENGTH))
+        if self._is_small(body, json_length):
+            request = self._decoder.decode(body, json_length)
+        else:
+            request = await off_loop(self._decoder.decode, body, json_length)
         prediction = await protocol.infer(variant, request.inputs, request.options, gone_check(caller.receive))
-        encode = partial(
-            encode_infer, request.options, prediction.outputs, protocol.name, variant.name, how_it_ran(prediction)
-        )
-        reply = encode() if _size(prediction.outputs) <= SMALL else await off_loop(encode)
-        return await _packed(reply, variant.name, caller.header(b"accept-encoding"))
+        parts = (request.options, prediction.outputs, protocol.name, variant.name, how_it_ran(prediction))
+        small = sum([output.nbytes for output in prediction.outputs]) <= SMALL
+        reply = encode_infer(*parts) if small else await off_loop(encode_infer, *parts)
+        encoding = encoding_of_reply(caller.header(b"accept-encoding"))
+        if encoding is None:
+            return Reply(reply.body, _headers(reply, variant.name))
+        body = await off_loop(compress, reply.body, encoding)
+        return Reply(body, (*_headers(reply, variant.name), (b"content-encoding", encoding.encode())))
 
-    async def _decode(self, body: bytes, json_length: int | None) -> InferRequest:
+    def _is_small(self, body: bytes, json_length: int | None) -> bool:
         parsed = len(body) if json_length is None or self._strings else json_length
-        if parsed <= SMALL and len(body) <= SMALL_BINARY:
-            return self._decoder.decode(body, json_length)
-        return await off_loop(self._decoder.decode, body, json_length)
+        return parsed <= SMALL and len(body) <= SMALL_BINARY
 
 
-def _size(outputs: Arrays) -> int:
-    return sum(output.nbytes for output in outputs)
-
-
-async def _packed(reply: InferReply, variant: str, accepted: str | None) -> Reply:
-    body = reply.body
-    headers = list(_headers(reply, variant))
-    encoding = encoding_of_reply(accepted)
-    if encoding is not None:
-        body = await off_loop(compress, body, encoding)
-        headers.append((b"content-encoding", encoding.encode()))
-    return Reply(body, headers)
-
-
-def _headers(reply: InferReply, variant: str) -> Iterator[tuple[bytes, bytes]]:
-    yield (b"x-variant", variant.encode())
+def _headers(reply: InferReply, variant: str) -> tuple[tuple[bytes, bytes], ...]:
+    name = (b"x-variant", variant.encode())
     if reply.json_length is None:
-        yield (b"content-type", b"application/json")
-    else:
-        yield (b"content-type", b"application/octet-stream")
-        yield (_JSON_LENGTH, b"%d" % reply.json_length)
+        return name, (b"content-type", b"application/json")
+    return name, (b"content-type", b"application/octet-stream"), (_JSON_LENGTH, b"%d" % reply.json_length)

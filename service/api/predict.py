@@ -36,6 +36,8 @@ async def plain_body(caller: Caller, limit: int) -> bytes:
         BodyTooLarge: above `limit` bytes, compressed or inflated. UnsupportedMediaType: an unknown encoding.
         BadInput: the compressed body is damaged. ClientGone: the client left while sending.
     """
+    if caller.body is not None:
+        return caller.body
     encoding = encoding_of_body(caller.header(b"content-encoding"))
     body = await read_body(caller, limit)
     return body if encoding is None else await off_loop(inflate, body, encoding, limit)

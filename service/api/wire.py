@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import orjson
@@ -21,16 +21,17 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 @dataclass(slots=True)
 class Caller:
-    """One request; `variant` is the name of the variant that was chosen for it, once known."""
+    """One request; `variant` is the name of the variant that was chosen for it, once known.
 
-    scope: Scope
+    The names in `headers` are in lower case. `body` is there where it came with the head: whole, not compressed, and
+    not above the limit.
+    """
+
+    path: str
+    headers: Mapping[bytes, bytes]
     receive: Receive
-    headers: Mapping[bytes, bytes] = field(init=False)
+    body: bytes | None = None
     variant: str | None = None
-
-    def __post_init__(self) -> None:
-        # ASGI gives the names in lower case. A dict costs less than a second look through the list.
-        self.headers = dict(self.scope["headers"])
 
     def header(self, name: bytes) -> str | None:
         """The header of that (lower-case) name, decoded; `None` if absent or empty."""
@@ -39,23 +40,34 @@ class Caller:
 
 
 class Reply(NamedTuple):
-    """The body of a successful reply and its headers, but for the content length."""
+    """The body of a reply and its headers, but for the content length."""
 
     body: bytes
     headers: Headers
+    status: int = 200
+
+
+def error_reply(error: ServiceError) -> Reply:
+    """The reply to a request that was refused or failed."""
+    headers = [(name.encode(), value.encode()) for name, value in error_headers(error).items()]
+    return json_reply(error_body(str(error), error.code), headers, error.status)
 
 
 class Route(NamedTuple):
-    """What answers a path, by which method (GET includes HEAD), and whether the metrics count it as a prediction."""
+    """What answers a path, by which method (GET includes HEAD), and whether the metrics count it as a prediction.
+
+    `refuse` writes what is not answered; only a foreign protocol has a shape of its own for that.
+    """
 
     method: str
     counts: Literal["prediction", "description"]
     answer: Callable[[Caller], Awaitable[Reply]]
+    refuse: Callable[[ServiceError], Reply] = error_reply
 
 
-def json_reply(body: Json, headers: Headers = ()) -> Reply:
+def json_reply(body: Json, headers: Headers = (), status: int = 200) -> Reply:
     """A reply with a JSON body."""
-    return Reply(orjson.dumps(body), [(b"content-type", b"application/json"), *headers])
+    return Reply(orjson.dumps(body), [(b"content-type", b"application/json"), *headers], status)
 
 
 async def read_body(caller: Caller, limit: int) -> bytes:
@@ -123,15 +135,10 @@ def gone_check(receive: Receive) -> Callable[[], bool]:
     return lambda: cycle.disconnected
 
 
-async def send_json(send: Send, status: int, body: Json, headers: Headers = ()) -> None:
-    """Send a JSON reply in one go."""
-    await send_reply(send, status, json_reply(body, headers))
-
-
-async def send_reply(send: Send, status: int, reply: Reply) -> None:
+async def send_reply(send: Send, reply: Reply) -> None:
     """Send a reply in one go. For a HEAD request, too: the server leaves the body out."""
     headers = [(b"content-length", b"%d" % len(reply.body)), *reply.headers]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.start", "status": reply.status, "headers": headers})
     await send({"type": "http.response.body", "body": reply.body})
 
 

@@ -15,6 +15,7 @@ import uvicorn
 from service.api.app import create_app
 from service.api.codecs.answers import Answers
 from service.api.codecs.image import ImageCodec
+from service.api.connection import connections_to
 from service.compression.manifest import Manifest, Quality, VariantReport
 from service.config import ServiceConfig
 from service.contracts import Array, Arrays, Codec, Data, Field, InputSpec, Model, Split
@@ -144,6 +145,7 @@ class Live:
     gate: threading.Event
     http: str
     grpc: str
+    server: uvicorn.Server
 
     @property
     def host_and_port(self) -> tuple[str, int]:
@@ -156,10 +158,17 @@ def live_server(spec: InputSpec = SPEC, **changes: Any) -> Iterator[Live]:
     """HTTP and gRPC on free ports, served from a thread."""
     gate = threading.Event()
     gate.set()
-    fleet = open_fleet(gate, spec, **changes)
+    with serving(open_fleet(gate, spec, **changes), gate) as live:
+        yield live
+
+
+@contextmanager
+def serving(fleet: Fleet, gate: threading.Event) -> Iterator[Live]:
+    """A live server over any fleet; the gate is opened and the fleet closed at the end."""
     listening = socket.create_server(("127.0.0.1", 0))
     grpc_port = _free_port()
-    config = uvicorn.Config(create_app(fleet, ("127.0.0.1", grpc_port)), http="httptools", log_level="critical")
+    app = create_app(fleet, ("127.0.0.1", grpc_port))
+    config = uvicorn.Config(app, http=connections_to(app), log_level="critical")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
@@ -169,7 +178,7 @@ def live_server(spec: InputSpec = SPEC, **changes: Any) -> Iterator[Live]:
                 break
             assert thread.is_alive()
             time.sleep(0.01)
-        yield Live(fleet, gate, f"127.0.0.1:{listening.getsockname()[1]}", f"127.0.0.1:{grpc_port}")
+        yield Live(fleet, gate, f"127.0.0.1:{listening.getsockname()[1]}", f"127.0.0.1:{grpc_port}", server)
     finally:
         gate.set()
         server.should_exit = True

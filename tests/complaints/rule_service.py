@@ -78,8 +78,9 @@ class RuleService:
         return sum(local.endswith(here) and state in {ESTABLISHED, CLOSE_WAIT} for _, local, _, state, *_ in lines)
 
     def census(self) -> dict[str, int]:
-        """What the process holds for requests, this question included."""
-        reply = asyncio.run(ask(self.port, infer_request("rule", row(CENSUS))))
+        """What the process holds for requests, this question included; asked twice, for then its head is known."""
+        for _ in range(2):
+            reply = asyncio.run(ask(self.port, infer_request("rule", row(CENSUS))))
         return dict(zip(COUNTED, map(int, reply.outputs()), strict=False))
 
     def _proc(self, name: str) -> str:

@@ -101,7 +101,7 @@ def test_thousands_of_leavers_leave_nothing_behind(service: RuleService) -> None
         await until(lambda: service.connections() == 0)
 
     empty = service.census()
-    assert (empty["Ticket"], empty["Caller"], empty["RequestResponseCycle"]) == (1, 1, 1)  # the question's own
+    assert (empty["Ticket"], empty["Caller"], empty["Exchange"]) == (1, 1, 1)  # the question's own
     resident = []
     for seed in range(WARM_ROUNDS + ROUNDS):
         asyncio.run(one_round(seed))

@@ -1,0 +1,196 @@
+"""One client connection: uvicorn's, with a short way for a request whose head was seen before.
+
+A client that keeps its connection sends the same head again, byte for byte, and only the body behind it differs. Yet
+parsing the head, a scope, a task, two events, a timer and two writes per reply cost more than everything this service
+does for a small model. So a head that came with a whole prediction request is remembered with what the parser made of
+it; when the same bytes come again, whole and between two requests, the request is answered straight away, in the same
+turn of the event loop, with one write. Everything else (descriptions, chunked or slow bodies, pipelining, `Connection:
+close`, HTTP/1.0, clients that do not read their replies) takes uvicorn's way, which is the same to the client.
+
+`tests/api/test_connection.py` holds both ways against each other; it fails if a new uvicorn lacks what is used here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Mapping
+from typing import Any, NamedTuple
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from service.api.hotpath import HotPath
+from service.api.wire import Caller, Reply, Route, Scope
+
+logger = logging.getLogger(__name__)
+
+_HEADS = 256
+_HEAD_BYTES = 4096
+_ONE_WRITE = 2**16
+"""Bytes of a body up to which copying it behind its head is cheaper than a second write."""
+_UNUSUAL = frozenset({b"content-encoding", b"transfer-encoding", b"expect", b"upgrade"})
+
+
+class Head(NamedTuple):
+    """What the head of a request says: a prediction, `length` bytes of body, and the connection stays open."""
+
+    route: Route
+    path: str
+    headers: Mapping[bytes, bytes]
+    length: int
+
+
+class KnownHeads:
+    """The heads of recent prediction requests: at most 256 of at most 4 KiB; starts afresh when these are used up."""
+
+    def __init__(self, hot: HotPath) -> None:
+        self._hot = hot
+        self._heads: dict[bytes, Head] = {}
+        self.get = self._heads.get
+
+    def learn(self, head: bytes, scope: Scope, length: int) -> None:
+        """Remember what was parsed from this head of a request with `length` bytes of body, if it is a usual one."""
+        route = self._hot.prediction(scope["method"], scope["path"])
+        names = [name for name, _ in scope["headers"]]
+        headers = dict(scope["headers"])
+        if (
+            route is None
+            or len(head) > _HEAD_BYTES
+            or not _UNUSUAL.isdisjoint(names)
+            or names.count(b"content-length") != 1
+            or headers[b"content-length"] != b"%d" % length
+            or length > self._hot.body_limit
+        ):
+            return
+        if len(self._heads) >= _HEADS:
+            self._heads.clear()
+        self._heads[head] = Head(route, scope["path"], headers, length)
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's connection of one client to a `HotPath`."""
+
+    heads: KnownHeads
+    hot: HotPath
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._between = True
+        """No request is half read."""
+        self._answered_at = 0.0
+        self._event = asyncio.Event()
+
+    def data_received(self, data: bytes) -> None:
+        before = self.cycle
+        if not self._between or (before is not None and not before.response_complete) or self.flow.write_paused:
+            super().data_received(data)
+            return
+        end = data.find(b"\r\n\r\n") + 4
+        known = self.heads.get(data[:end])
+        if known is not None and len(data) - end == known.length:
+            self._answer(known, data[end:])
+            return
+        super().data_received(data)
+        # Exactly one request, whole: its head is what stands before the first empty line.
+        if self._between and self.cycle is not before and self.cycle.keep_alive and not self.pipeline:
+            self.heads.learn(data[:end], self.cycle.scope, len(data) - end)  # type: ignore[arg-type]
+
+    def on_message_begin(self) -> None:
+        self._between = False
+        super().on_message_begin()
+
+    def on_message_complete(self) -> None:
+        self._between = True
+        super().on_message_complete()
+
+    def _answer(self, head: Head, body: bytes) -> None:
+        exchange = Exchange(self, self._event)
+        self.cycle = exchange  # type: ignore[assignment]
+        caller = Caller(head.path, head.headers, exchange.receive, body)
+        exchange.begin(self.hot.answer(head.route, caller))
+
+    def reply(self, exchange: Exchange, reply: Reply | None) -> None:
+        """Send the reply, if there is one, and be ready for the next request."""
+        exchange.response_complete = True
+        if exchange.disconnected:
+            return
+        if reply is None:
+            self.transport.close()
+            return
+        body, headers = reply.body, (*self.server_state.default_headers, *reply.headers)
+        lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+        if not exchange.keep_alive:
+            lines += b"connection: close\r\n"
+        head = b"%b%bcontent-length: %d\r\n\r\n" % (STATUS_LINE[reply.status], lines, len(body))
+        if len(body) <= _ONE_WRITE:
+            self.transport.write(head + body)
+        else:
+            self.transport.write(head)
+            self.transport.write(body)
+        if not exchange.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
+    def on_response_complete(self) -> None:
+        """After each reply. One timer watches an idle connection, instead of a new one after every reply."""
+        self._answered_at = self.loop.time()
+        if self.pipeline or self.timeout_keep_alive_task is None:
+            super().on_response_complete()
+        else:
+            self.server_state.total_requests += 1
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close the connection if it was idle for long enough; else look again when it may have been."""
+        rest: float = self.timeout_keep_alive
+        if self.cycle.response_complete:
+            rest = self._answered_at + rest - self.loop.time()
+        if rest > 0:
+            self.timeout_keep_alive_task = self.loop.call_later(rest, self.timeout_keep_alive_handler)
+        else:
+            super().timeout_keep_alive_handler()
+
+
+def connections_to(hot: HotPath) -> type[Connection]:
+    """The class of all connections to `hot`, as uvicorn wants it; they share what they know of heads."""
+    return type("Connection", (Connection,), {"hot": hot, "heads": KnownHeads(hot)})
+
+
+class Exchange:
+    """A request on the short way, where uvicorn keeps its own `cycle`: it has the attributes that are asked for there.
+
+    It also drives the coroutine that answers: as a task would, but from where it stands, and without a turn of the
+    loop before the first step. The coroutine must not ask for the current task.
+    """
+
+    __slots__ = ("_connection", "_coroutine", "disconnected", "keep_alive", "message_event", "response_complete")
+
+    def __init__(self, connection: Connection, event: asyncio.Event) -> None:
+        self._connection = connection
+        self._coroutine: Coroutine[Any, None, Reply | None]
+        self.disconnected = False
+        self.keep_alive = True
+        self.response_complete = False
+        self.message_event = event
+
+    async def receive(self) -> dict[str, str]:
+        """ASGI's, for one whose body is here already."""
+        return {"type": "http.disconnect"}
+
+    def begin(self, coroutine: Coroutine[Any, None, Reply | None]) -> None:
+        """Answer the request by this coroutine."""
+        self._coroutine = coroutine
+        self._step()
+
+    def _step(self, _: object = None) -> None:
+        """Go on until the coroutine waits for something, or is done."""
+        try:
+            waited = self._coroutine.send(None)
+        except StopIteration as done:
+            self._connection.reply(self, done.value)
+        except BaseException:
+            logger.exception("a request was left without a reply")
+            self._connection.reply(self, None)
+        else:
+            # What a task does with the future that an `await` hands to it.
+            waited._asyncio_future_blocking = False
+            waited.add_done_callback(self._step)

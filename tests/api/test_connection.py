@@ -1,0 +1,433 @@
+"""The short way of a connection against uvicorn's own: the same replies, and nothing taken that is unusual."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import socket
+import time
+from asyncio import Future
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+from fakes import Live, live_server
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from service.api.connection import KnownHeads, connections_to
+from service.api.hotpath import HotPath
+from service.api.wire import Caller, Reply, Route
+from service.serving.variant import Variant
+
+INFER = "/v2/models/pixels/versions/a/infer"
+LIMIT = 4096
+ROW = np.array([[[[0, 1], [2, 3]]]], np.float32)
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[Live]:
+    with live_server(limits={"body_bytes": LIMIT}) as server:
+        yield server
+
+
+@pytest.fixture
+def parsed(live: Live, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What goes through uvicorn's parser, from a time on when no head is known."""
+    connections: Any = live.server.config.http_protocol_class
+    connections.heads = KnownHeads(connections.hot)
+    seen: list[bytes] = []
+    original = HttpToolsProtocol.data_received
+
+    def spy(self: HttpToolsProtocol, data: bytes) -> None:
+        seen.append(data)
+        original(self, data)
+
+    monkeypatch.setattr(HttpToolsProtocol, "data_received", spy)
+    return seen
+
+
+def infer(pixel: float = 1.0, path: str = INFER, headers: str = "", **changes: Any) -> bytes:
+    """An infer request; its head is the same for all pixels from 0 to 9."""
+    data = (ROW + pixel).ravel().tolist()
+    tensor = {"name": "image", "shape": [1, 1, 2, 2], "datatype": "FP32", "data": data, **changes}
+    body = json.dumps({"inputs": [tensor]})
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\n{headers}content-length: {len(body)}\r\n\r\n"
+    return (head + body).encode()
+
+
+class Client:
+    """One connection."""
+
+    def __init__(self, live: Live) -> None:
+        self.socket = socket.create_connection(live.host_and_port, timeout=10)
+        self.file = self.socket.makefile("rb")
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def reply(self) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of the next reply."""
+        status = int(self.file.readline().split()[1])
+        headers = {}
+        while (line := self.file.readline().decode().strip()) != "":
+            name, _, value = line.partition(": ")
+            headers[name] = value
+        return status, headers, self.file.read(int(headers["content-length"]))
+
+    def ask(self, data: bytes) -> tuple[int, dict[str, str], bytes]:
+        self.send(data)
+        return self.reply()
+
+    def pixels(self) -> list[float]:
+        """The outputs of the next reply."""
+        status, _, body = self.reply()
+        assert status == 200, body
+        return [float(value) for value in json.loads(body)["outputs"][0]["data"]]
+
+    def close(self) -> None:
+        self.file.close()
+        self.socket.close()
+
+    def is_closed(self) -> bool:
+        """Whether the server has closed it; waits for that."""
+        return self.file.read(1) == b""
+
+
+@pytest.fixture
+def client(live: Live) -> Iterator[Client]:
+    made = Client(live)
+    yield made
+    made.close()
+
+
+def answer_to(pixel: float) -> list[float]:
+    return [float(value) for value in ((ROW + pixel) * 10).ravel()]
+
+
+def without_times(reply: tuple[int, dict[str, str], bytes]) -> tuple[int, dict[str, str], bytes]:
+    status, headers, body = reply
+    body = gzip.decompress(body) if "content-encoding" in headers else body
+    still = {name: value for name, value in headers.items() if name not in {"date", "content-length"}}
+    return status, still, re.sub(rb'"(queue|inference)_ms":[\d.]+', b"", body)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        infer(),
+        infer(headers="x-variant: b\r\n", path="/v2/models/pixels/infer"),
+        infer(headers="accept-encoding: gzip\r\n", path=INFER + "?q=1"),
+        infer(datatype="FP99"),
+        infer(path="/v2/models/pixels/versions/poor/infer"),
+        infer(headers="x-variant: none\r\n", path="/v2/models/pixels/infer"),
+        infer(path="/v2/models/pixels/versions/broken/infer", data=[1, 1, 1, 1]),
+        infer(path="/v1/predict", headers="content-type: image/png\r\n"),
+    ],
+    ids=["infer", "variant", "packed", "refused", "excluded", "unknown", "broken", "predict"],
+)
+def test_the_short_way_replies_as_uvicorns_does(client: Client, parsed: list[bytes], request_: bytes) -> None:
+    first, second = client.ask(request_), client.ask(request_)
+    assert parsed == [request_]
+    if first[0] == 500:  # an id of its own
+        assert first[0] == second[0]
+        assert second[2].startswith(first[2][:30])
+    else:
+        assert without_times(second) == without_times(first)
+    assert set(first[1]) == set(second[1])
+
+
+def test_a_known_head_with_another_body_has_the_other_answer(client: Client, parsed: list[bytes]) -> None:
+    for pixel in range(5):
+        client.send(infer(pixel))
+        assert client.pixels() == answer_to(pixel)
+    assert len(parsed) == 1
+
+
+def test_heads_are_known_on_all_connections(live: Live, client: Client, parsed: list[bytes]) -> None:
+    request = infer(headers="x-shared: 1\r\n")
+    client.ask(request)
+    other = Client(live)
+    assert other.ask(request)[0] == 200
+    other.close()
+    assert len(parsed) == 1
+
+
+def test_requests_on_the_short_way_are_counted_like_others(live: Live, client: Client) -> None:
+    counted = live.fleet.metrics.variants["a"].requests["ok"]
+    before = counted.count
+    for _ in range(5):
+        client.ask(infer())
+    assert counted.count == before + 5
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("connection: close\r\n", 200),
+        ("expect: 100-continue\r\n", 200),
+        ("content-encoding: identity\r\n", 200),
+        (f"x-long: {'x' * 4096}\r\n", 200),
+    ],
+    ids=["close", "expect", "encoded", "long"],
+)
+def test_what_is_out_of_the_ordinary_is_parsed_every_time(
+    live: Live, parsed: list[bytes], head: str, status: int
+) -> None:
+    for _ in range(2):
+        client = Client(live)
+        client.send(infer(headers=head))
+        if "expect" in head:
+            assert client.file.readline() + client.file.readline() == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert client.reply()[0] == status
+        client.close()
+    assert len(parsed) == 2
+
+
+def test_a_body_above_the_limit_is_refused_every_time(live: Live, parsed: list[bytes]) -> None:
+    for _ in range(2):
+        client = Client(live)
+        status, _, body = client.ask(infer(name="x" * LIMIT))
+        assert (status, json.loads(body)["code"]) == (413, "body_too_large")
+        client.close()
+    assert len(parsed) == 2
+
+
+@pytest.mark.parametrize("cut", [3, 60, -1], ids=["in the head", "behind a line", "in the body"])
+def test_a_known_head_that_comes_in_pieces(client: Client, cut: int) -> None:
+    request = infer(2)
+    assert client.ask(infer())[0] == 200
+    for _ in range(2):
+        client.send(request[:cut])
+        time.sleep(0.02)
+        client.send(request[cut:])
+        assert client.pixels() == answer_to(2)
+        client.send(infer(3))
+        assert client.pixels() == answer_to(3)
+
+
+def test_head_and_body_apart(client: Client) -> None:
+    head, _, body = infer(4).partition(b"\r\n\r\n")
+    assert client.ask(infer())[0] == 200
+    client.send(head + b"\r\n\r\n")
+    time.sleep(0.02)
+    client.send(body)
+    assert client.pixels() == answer_to(4)
+
+
+def test_requests_that_come_while_one_is_answered_wait_their_turn(live: Live, client: Client) -> None:
+    held = [infer(pixel, path="/v2/models/pixels/versions/held/infer") for pixel in range(5)]
+    client.send(held[0])
+    assert client.pixels() == answer_to(0)
+    live.gate.clear()
+    try:
+        for request in held[1:]:
+            client.send(request)
+            time.sleep(0.02)
+        client.send(infer(5) + infer(6))
+        time.sleep(0.02)
+    finally:
+        live.gate.set()
+    assert [client.pixels() for _ in range(6)] == [answer_to(pixel) for pixel in range(1, 7)]
+    client.send(infer(7))
+    assert client.pixels() == answer_to(7)
+
+
+def test_who_left_on_the_short_way_is_not_executed(live: Live, client: Client) -> None:
+    path = "/v2/models/pixels/versions/held/infer"
+    assert client.ask(infer(path=path))[0] == 200
+    ran = live.fleet.metrics.variants["held"].rows.total
+    gone = live.fleet.metrics.variants["held"].requests["client_gone"]
+    live.gate.clear()
+    try:
+        client.send(infer(1, path=path))  # on the device
+        time.sleep(0.05)
+        for _ in range(3):
+            leaver = Client(live)
+            leaver.send(infer(2, path=path))
+            time.sleep(0.05)
+            leaver.close()
+        time.sleep(0.05)
+    finally:
+        live.gate.set()
+    assert client.pixels() == answer_to(1)
+    _wait_for(lambda: gone.count == 3)
+    assert live.fleet.metrics.variants["held"].rows.total == ran + 1
+
+
+def _wait_for(happened: Any) -> None:
+    give_up = time.monotonic() + 10
+    while not happened():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+def test_a_request_in_flight_at_the_end_of_the_server_is_answered_and_told_that_it_was_the_last() -> None:
+    path = "/v2/models/pixels/versions/held/infer"
+    with live_server() as server:
+        client = Client(server)
+        assert client.ask(infer(path=path))[0] == 200
+        server.gate.clear()
+        client.send(infer(1, path=path))
+        time.sleep(0.05)
+        server.server.should_exit = True
+        time.sleep(0.3)
+        server.gate.set()
+        status, headers, _ = client.reply()
+        assert (status, headers["connection"]) == (200, "close")
+        assert client.is_closed()
+        client.close()
+
+
+async def no_app(*_: Any) -> None:
+    raise AssertionError("only the one route is asked")
+
+
+class Transport:
+    """Takes what is written."""
+
+    def __init__(self) -> None:
+        self.writes: list[bytes] = []
+        self.closing = False
+
+    def write(self, data: bytes) -> None:
+        self.writes.append(data)
+
+    def close(self) -> None:
+        self.closing = True
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def get_extra_info(self, _name: str) -> None:
+        return None
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+class Clock:
+    """A loop of which only the timers are used."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.timers: list[tuple[float, Any]] = []
+        self.tasks: list[Any] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def get_debug(self) -> bool:
+        return False
+
+    def call_later(self, seconds: float, call: Any) -> Any:
+        self.timers.append((self.now + seconds, call))
+        return SimpleNamespace(cancel=self.timers.clear)
+
+    def create_task(self, coroutine: Any) -> Future[None]:
+        coroutine.close()
+        self.tasks.append(coroutine)
+        return Future(loop=self)  # type: ignore[arg-type]
+
+    def run_until(self, now: float) -> None:
+        while self.timers and self.timers[0][0] <= now:
+            self.now, call = self.timers.pop(0)
+            call()
+        self.now = now
+
+
+class Bench:
+    """A connection over a transport and a clock of the test, to an app with one route that replies with `body`."""
+
+    def __init__(self, live: Live, body: bytes = b"{}") -> None:
+        hot = HotPath(live.fleet, no_app)
+        hot._routes = {"/p": Route("POST", "prediction", self.route)}
+        config = uvicorn.Config(hot, http=connections_to(hot), lifespan="off", log_level="critical")
+        config.load()
+        self.body = body
+        self.clock, self.transport = Clock(), Transport()
+        make: Any = config.http_protocol_class
+        self.connection = make(config=config, server_state=ServerState(), app_state={}, _loop=self.clock)
+        self.connection.connection_made(self.transport)
+        self.request = b"POST /p HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
+        scope = {"method": "POST", "path": "/p", "headers": [(b"content-length", b"2")]}
+        self.connection.heads.learn(self.request[:-2], scope, 2)
+
+    async def route(self, _: Caller) -> Reply:
+        return Reply(self.body, ())
+
+    def ask(self) -> None:
+        self.connection.data_received(self.request)
+
+
+def test_a_reply_is_one_write_unless_it_is_large(live: Live) -> None:
+    small, large = Bench(live), Bench(live, bytes(100_000))
+    small.ask()
+    large.ask()
+    assert small.transport.writes == [b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"]
+    assert large.transport.writes == [b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n", bytes(100_000)]
+
+
+def test_an_idle_connection_is_closed_in_time_and_a_used_one_is_not(live: Live) -> None:
+    bench = Bench(live)
+    for second in range(0, 20, 2):
+        bench.clock.run_until(second)
+        bench.ask()
+    bench.clock.run_until(22.9)
+    assert not bench.transport.closing
+    assert len(bench.clock.timers) == 1
+    bench.clock.run_until(23.1)
+    assert bench.transport.closing
+
+
+def test_a_connection_that_waits_for_its_reply_is_not_idle(live: Live) -> None:
+    bench = Bench(live)
+    bench.ask()
+    bench.connection.cycle.response_complete = False
+    bench.clock.run_until(60)
+    assert not bench.transport.closing
+
+
+def test_a_client_that_does_not_read_its_replies_gets_no_further_ones_on_the_short_way(live: Live) -> None:
+    bench = Bench(live)
+    bench.ask()
+    bench.connection.pause_writing()
+    bench.ask()
+    assert len(bench.transport.writes) == 1
+    assert len(bench.clock.tasks) == 1  # uvicorn's way, which waits until the client has read
+
+
+def test_only_so_many_heads_are_remembered(live: Live) -> None:
+    heads = Bench(live).connection.heads
+    for number in range(300):
+        headers = [(b"content-length", b"2"), (b"x", b"%d" % number)]
+        heads.learn(b"%d" % number, {"method": "POST", "path": "/p", "headers": headers}, 2)
+    assert heads.get(b"299") is not None
+    assert sum(heads.get(b"%d" % number) is not None for number in range(300)) <= 256
+
+
+def test_a_failure_that_nobody_foresaw_closes_the_connection(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(live)
+
+    async def fail(*_: Any) -> Reply:
+        raise SystemExit("out of the blue")
+
+    monkeypatch.setattr(HotPath, "answer", fail)
+    bench.ask()
+    assert bench.transport.closing
+    assert bench.transport.writes == []
+
+
+def test_a_bug_on_the_short_way_is_confessed(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    assert client.ask(infer())[0] == 200
+    monkeypatch.setattr(Variant, "predict", fail)
+    status, _, body = client.ask(infer())
+    assert (status, json.loads(body)["code"]) == (500, "internal")
