@@ -57,6 +57,7 @@ class KnownHeads:
             route is None
             or len(head) > _HEAD_BYTES
             or not _UNUSUAL.isdisjoint(names)
+            or headers.get(b"connection", b"keep-alive").lower() != b"keep-alive"
             or names.count(b"content-length") != 1
             or headers[b"content-length"] != b"%d" % length
             or length > self._hot.body_limit
