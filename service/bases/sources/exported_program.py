@@ -156,6 +156,8 @@ def _module(program: ExportedProgram) -> nn.Module:
     def stay(*_: object) -> nn.Module:
         return module
 
+    for part in module.modules():
+        part.training = False
     vars(module).update(train=stay, eval=stay)
     return module
 
