@@ -56,7 +56,9 @@ def serve(
     ready = time.monotonic() - started
     names = ", ".join(fleet.variants)
     lanes = f"{len(fleet.device.lanes)} x {fleet.device.lane_threads} threads"
-    text = f"ready in {ready:.1f} s: http://{host}:{port} serves {fleet.base.name} as {names} on {lanes}"
+    text = (
+        f"ready in {ready:.1f} s: http://{host}:{port} serves {fleet.base.name} as {names} on {lanes}{_caveats(work)}"
+    )
     err.print(text, highlight=False, soft_wrap=True)
     serve_fleet(fleet, claimed, None if grpc_port is None else (host, grpc_port))
 
@@ -71,7 +73,7 @@ def build(config: ConfigOption = SHIPPED, cache: CacheOption = None) -> None:
         _build_here(work)
     for report in work.reports():
         state = f"excluded: {report.reason}" if report.reason else "passes its gate"
-        err.print(f"{report.name}: {escape(state)}", highlight=False, soft_wrap=True)
+        err.print(f"{report.name}: {escape(state + _caveats(work))}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -130,9 +132,9 @@ def report(
     if not work.finished:
         raise StartupError(f"not every variant of {config} is built; run `leanserve build --config {config}` first")
     reports = work.reports()
-    print_table(reports, out)
+    print_table(reports, out, work.base.caveats)
     if html is not None:
-        write_html(reports, html, title=f"leanserve: variants of {work.base.name}")
+        write_html(reports, html, title=f"leanserve: variants of {work.base.name}", caveats=work.base.caveats)
         err.print(f"wrote {html}", highlight=False)
 
 
@@ -151,7 +153,7 @@ def bench(
         raise StartupError(f"not every variant of {config} is built; run `leanserve build --config {config}` first")
     fleet = work.open_fleet()
     try:
-        print_bench(run_bench(fleet, tuple(rows or (1, 8, 32)), seconds), out)
+        print_bench(run_bench(fleet, tuple(rows or (1, 8, 32)), seconds), out, work.base.caveats)
     finally:
         fleet.close()
 
@@ -160,6 +162,10 @@ def bench(
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
+
+
+def _caveats(work: Workplace) -> str:
+    return f" ({', '.join(work.base.caveats)})" if work.base.caveats else ""
 
 
 def _claim(host: str, port: int, option: str) -> socket.socket:

@@ -40,10 +40,11 @@ def run_bench(fleet: Fleet, sizes: Sequence[int], seconds: float) -> Latencies:
     }
 
 
-def print_bench(latencies: Latencies, console: Console) -> None:
+def print_bench(latencies: Latencies, console: Console, caveats: Sequence[str] = ()) -> None:
     """One row per variant: rows per second, and the median ratio to the first variant, by batch size."""
     first = next(iter(latencies.values()))
-    table = Table("variant", title="rows per second, and gain over the first variant (interleaved)")
+    title = "rows per second, and gain over the first variant (interleaved)"
+    table = Table("variant", title=title, caption=", ".join(caveats) or None, caption_style="yellow")
     for rows in first:
         table.add_column(f"batch {rows}", justify="right")
         table.add_column("gain", justify="right")

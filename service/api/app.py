@@ -61,7 +61,11 @@ def create_app(fleet: Fleet, grpc_at: tuple[str, int] | None = None) -> HotPath:
 
     async def variants() -> Json:
         """Every variant with its state, quality and share of the traffic; excluded ones with their reason."""
-        return {"model": fleet.base.name, "variants": [_variant(fleet, name) for name in fleet.reports]}
+        return {
+            "model": fleet.base.name,
+            "caveats": fleet.base.caveats,
+            "variants": [_variant(fleet, name) for name in fleet.reports],
+        }
 
     async def metrics(request: Request) -> Response:
         """Prometheus metrics."""

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from service.api.caveats import caveat_headers
 from service.api.embeddings import embeddings_route
 from service.api.open_inference_http import no_such_path, open_inference_routes
 from service.api.predict import predict
@@ -33,6 +34,7 @@ class HotPath:
         """Bytes that a request's body may have."""
         self._fleet = fleet
         self._app = app
+        self._caveats = caveat_headers(fleet.base.caveats)
         self._routes = {
             PREDICT: Route("POST", "prediction", partial(predict, fleet)),
             EMBEDDINGS: embeddings_route(fleet),
@@ -82,6 +84,8 @@ class HotPath:
             if route.counts == "prediction":
                 counted = self._fleet.metrics.variants.get(caller.variant or "", self._fleet.metrics.unrouted)
                 counted.request_done(outcome, time.perf_counter() - started)
+        if self._caveats and route.counts == "prediction":
+            return reply._replace(headers=(*reply.headers, *self._caveats))
         return reply
 
     async def _unknown(self, caller: Caller) -> Reply:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from service import __version__
+from service.api.caveats import caveat_parameters
 from service.api.codecs.description import (
     Compute,
     Counters,
@@ -95,7 +96,7 @@ class OpenInference:
         fewest = min((variant.batcher.limits for variant in asked), key=lambda limits: limits.levels)
         priorities = {"priority_levels": fewest.levels, "default_priority_level": fewest.default_level}
         config["dynamic_batching"] |= priorities
-        return config
+        return config | caveat_parameters(self.fleet.base.caveats)
 
     def statistics(self, model: str | None = None, version: str | None = None) -> dict[str, Json]:
         """What the variants have done since they were loaded."""

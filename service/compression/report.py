@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 STYLES = {"serving": "", "excluded": "red", "reference": "dim"}
 
 
-def print_table(reports: Sequence[VariantReport], console: Console) -> None:
+def print_table(reports: Sequence[VariantReport], console: Console, caveats: Sequence[str] = ()) -> None:
     """Print the verdict, tables of answers and of cost, and every variant's gains pass by pass.
 
     Nothing is cut off at any width: where the console is narrow, names wrap.
@@ -33,7 +33,7 @@ def print_table(reports: Sequence[VariantReport], console: Console) -> None:
     Raises:
         ValueError: there is no variant to report.
     """
-    summary = summarise(reports)
+    summary = summarise(reports, caveats)
     console.print(_verdict(summary))
     console.print(_variants_table(summary))
     console.print(_numbers_table("Answers", answers(summary.yardstick.measure), summary))
@@ -46,7 +46,7 @@ def print_table(reports: Sequence[VariantReport], console: Console) -> None:
         console.print(Text(line, style="dim"))
 
 
-def write_html(reports: Sequence[VariantReport], path: Path, title: str) -> None:
+def write_html(reports: Sequence[VariantReport], path: Path, title: str, caveats: Sequence[str] = ()) -> None:
     """Write the report as one HTML file that needs nothing else: styles and plots are inside.
 
     The same reports give the same bytes. Missing parent folders are made.
@@ -57,7 +57,7 @@ def write_html(reports: Sequence[VariantReport], path: Path, title: str) -> None
     """
     from service.compression.report_page.page import render
 
-    text = render(summarise(reports), title)
+    text = render(summarise(reports, caveats), title)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
@@ -69,8 +69,8 @@ def _verdict(summary: Summary) -> Text:
         text.append(words.name, style="bold green").append(" ")
     text.append(words.claim, style="bold")
     text.append(f"\n{words.rule}", style="dim")
-    if words.caution:
-        text.append(f"\n{words.caution}", style="yellow")
+    for doubt in filter(None, (words.caveat, words.caution)):
+        text.append(f"\n{doubt}", style="yellow")
     return text
 
 

@@ -34,7 +34,7 @@ class Fleet:
         self.reports = {report.name: report for report in reports}
         self.device = device
         self.variants: dict[str, Variant] = {}
-        self.metrics = Metrics(base.name)
+        self.metrics = Metrics(base.name, caveats=base.caveats)
         self.draining = False
         self.sticky_header = config.traffic.sticky_header.lower().encode()
         self.weights: Mapping[str, float] = {}

@@ -9,7 +9,7 @@ appends `_total` to the name of a counter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
@@ -187,8 +187,9 @@ def _gauge(name: str, text: str, value: float) -> Metric:
 class Metrics(Collector):
     """The metrics of all variants of one model; made once, by the composition root."""
 
-    def __init__(self, model: str, proc: Path = Path("/proc")) -> None:
+    def __init__(self, model: str, proc: Path = Path("/proc"), caveats: Sequence[str] = ()) -> None:
         self.model = model
+        self.caveats = caveats
         self.variants: dict[str, VariantMetrics] = {}
         self.unrouted = VariantMetrics("", VariantFacts())
         """Counts the requests that reached no variant: unknown path or variant, malformed input."""
@@ -219,7 +220,13 @@ class Metrics(Collector):
         serving = [variant for variant in variants if variant.facts.state == "serving"]
         for families, shown in ((REQUESTS, [*variants, self.unrouted]), (FACTS, variants), (TRAFFIC, serving)):
             yield from (self._metric(family, shown) for family in families)
+        yield self._base_info()
         yield from self._host.collect()
+
+    def _base_info(self) -> Metric:
+        metric = Metric("leanserve_base_info", "1; the labels describe the base.", "gauge")
+        metric.add_sample(metric.name, {"model": self.model, "caveats": ", ".join(self.caveats)}, 1)
+        return metric
 
     def _metric(self, family: Family, variants: Iterable[VariantMetrics]) -> Metric:
         metric = Metric(family.name, family.text, family.kind)

@@ -35,7 +35,7 @@ class CompiledBackend:
 @pytest.fixture
 def fleet() -> Iterator[Fleet]:
     config = ServiceConfig.model_validate({"base": "fake", "variants": [{"name": "a"}]})
-    fleet = Fleet(SimpleNamespace(name="fake", spec=SPEC), config, [], Device("cpu", 1))
+    fleet = Fleet(SimpleNamespace(name="fake", spec=SPEC, caveats=()), config, [], Device("cpu", 1))
     yield fleet
     fleet.close()
 

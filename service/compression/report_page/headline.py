@@ -12,22 +12,25 @@ NOUNS = {"score": "score", "agreement": "agreement with the base", "cosine": "co
 
 @dataclass(frozen=True, slots=True)
 class Headline:
-    """The claim (which begins with `name` where a variant earned it), the rule behind it, and any doubt about it."""
+    """The claim (which begins with `name` where a variant earned it), the rule behind it, and any doubt about it.
+
+    `caveat` is what the base brings along, whatever the numbers are.
+    """
 
     name: str
     claim: str
     rule: str
     caution: str
+    caveat: str
 
 
 def headline(summary: Summary) -> Headline:
     """Say which variant is the cheapest that still answers right, or why none is."""
     rule = _rule(summary.yardstick)
     if summary.cheapest is None:
-        return Headline("", _why_none(summary), rule, "")
-    return Headline(
-        summary.cheapest.name, _claim(summary, summary.cheapest), rule, _caution(summary.yardstick, summary.cheapest)
-    )
+        return Headline("", _why_none(summary), rule, "", _caveat(summary))
+    best = summary.cheapest
+    return Headline(best.name, _claim(summary, best), rule, _caution(summary.yardstick, best), _caveat(summary))
 
 
 def tiles(summary: Summary) -> tuple[tuple[str, str, str], ...]:
@@ -114,6 +117,10 @@ def _rule(yardstick: Yardstick) -> str:
         f"A variant answers right if it passed its own gate and {bound}. "
         "The cheapest of these is the one with the most rows per second."
     )
+
+
+def _caveat(summary: Summary) -> str:
+    return f"Mind the base: {', '.join(summary.caveats)}." if summary.caveats else ""
 
 
 def _caution(yardstick: Yardstick, best: Variant) -> str:

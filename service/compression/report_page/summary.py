@@ -116,6 +116,8 @@ class Summary:
     base: str
     variants: tuple[Variant, ...]
     yardstick: Yardstick
+    caveats: tuple[str, ...] = ()
+    """What is true of every number in it: the base is `untrained`, its rows are `synthetic data`."""
 
     @cached_property
     def manifests(self) -> tuple[Manifest, ...]:
@@ -141,7 +143,7 @@ class Summary:
         return best if best is not None and best.passes and best.measured.gain > 1 else None
 
 
-def summarise(reports: Sequence[VariantReport]) -> Summary:
+def summarise(reports: Sequence[VariantReport], caveats: Sequence[str] = ()) -> Summary:
     """Compute what the report shows. A reference row of the bare base is put first unless a variant is just that.
 
     Raises:
@@ -154,7 +156,7 @@ def summarise(reports: Sequence[VariantReport]) -> Summary:
         reference = variants[0].steps[0]
         name = f"base ({reference.manifest.base})"
         variants.insert(0, Variant(0, name, "reference", None, reference.measured, (reference,)))
-    return Summary(reports[0].chain[0].base, tuple(variants), _yardstick(reports))
+    return Summary(reports[0].chain[0].base, tuple(variants), _yardstick(reports), tuple(caveats))
 
 
 def _variant(number: int, report: VariantReport) -> Variant:
