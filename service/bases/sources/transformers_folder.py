@@ -83,10 +83,6 @@ class TransformersFolder:
         return "text classification" if any(name.endswith("SequenceClassification") for name in names) else "embedding"
 
     @property
-    def takes_pictures(self) -> bool:
-        return (self.model_path / "preprocessor_config.json").is_file() and not self.tokenizer.is_file()
-
-    @property
     def weights(self) -> tuple[Path, ...]:
         """The safetensors, in one file or several.
 

@@ -1,12 +1,14 @@
 """`preprocessor_config.json` of a transformers checkpoint as the picture's way into the model.
 
-The library has one class per architecture with defaults of its own; what the file says is read, and what it leaves open
-or does in a way that the codec of pictures does not is asked for, never guessed.
+The library has one class per architecture, each with defaults and habits of its own. Those of the common ones are read
+here; of others, and where the file leaves something open, the config is asked, because a guess would only show as
+slightly worse answers.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 from service.bases.declaration import ImageInput, Resize
@@ -15,8 +17,10 @@ from service.errors import ConfigError
 
 FILTERS: Mapping[int, Resize] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """Pillow's numbers."""
-LARGE = 384
-"""ConvNeXt's preprocessing stretches from this size on, and cuts out the centre below it (Liu et al. 2022)."""
+KNOWN = ("ViT", "CLIP", "Bit", "MobileNetV2", "ConvNext")
+"""Classes that resize, cut out the centre, scale and normalise, and do nothing else."""
+LARGE, CROP = 384, 224 / 256
+"""ConvNext's stretches to sizes from the first on; below, the second is the share that it keeps (Liu et al. 2022)."""
 
 
 def picture_input(said: Mapping[str, Json]) -> ImageInput:
@@ -25,15 +29,16 @@ def picture_input(said: Mapping[str, Json]) -> ImageInput:
     Raises:
         ConfigError: not everything is said, or something is asked for that the service does not do.
     """
+    kind = _kind(said)
     if not said.get("do_resize", True):
-        raise _ask("not to resize")
+        raise _ask("it does not resize")
     scale = float(said.get("rescale_factor", 1 / 255))
     if not said.get("do_rescale", True) or not math.isclose(scale, 1 / 255, rel_tol=1e-3):
-        raise _ask(f"to scale pixels by {scale:.4g}, not by 1/255")
+        raise _ask("it does not scale pixels by 1/255")
     if said.get("resample") not in FILTERS:
-        raise _ask("not to say by which filter (resample) pictures are resized")
-    mean, std = ([0.0] * 3, [1.0] * 3) if not said.get("do_normalize", True) else _statistics(said)
-    width, height, short = _sizes(said)
+        raise _ask("it does not say by which filter (resample) pictures are resized")
+    mean, std = _statistics(said) if said.get("do_normalize", True) else ([0.0] * 3, [1.0] * 3)
+    width, height, short = _convnext_sizes(said) if kind == "ConvNext" else _sizes(said)
     return ImageInput(
         size=(width, height),
         fit="stretch" if short is None else "crop",
@@ -44,26 +49,42 @@ def picture_input(said: Mapping[str, Json]) -> ImageInput:
     )
 
 
+def _kind(said: Mapping[str, Json]) -> str:
+    name = str(said.get("image_processor_type") or said.get("feature_extractor_type") or "a class without a name")
+    kind = re.sub("(FeatureExtractor|ImageProcessor)(Fast|Pil)?$", "", name)
+    if kind not in KNOWN:
+        raise _ask(f"it is for {name}")
+    return kind
+
+
 def _statistics(said: Mapping[str, Json]) -> tuple[list[float], list[float]]:
     mean, std = said.get("image_mean"), said.get("image_std")
     if not isinstance(mean, list) or not isinstance(std, list) or not len(mean) == len(std) == 3:
-        raise _ask("not to give mean and standard deviation of three channels")
+        raise _ask("it does not give mean and standard deviation of three channels")
     return mean, std
 
 
 def _sizes(said: Mapping[str, Json]) -> tuple[int, int, int | None]:
     """Width and height of the input, and the short side to which pictures are resized before the centre is cut out."""
     size, cropped = said.get("size"), said.get("do_center_crop", False)
-    if isinstance(size, dict) and "shortest_edge" in size:
-        short = int(size["shortest_edge"])
+    if not isinstance(size, dict) or "shortest_edge" not in size:
         if cropped:
-            return *_box(said.get("crop_size")), short
-        if said.get("crop_pct"):
-            return (short, short, int(short / said["crop_pct"])) if short < LARGE else (short, short, None)
-        raise _ask("to keep pictures of different shapes")
-    if cropped:
-        raise _ask("to distort pictures before they cut out the centre")
-    return *_box(size), None
+            raise _ask("it distorts pictures before it cuts out the centre")
+        return *_box(size), None
+    if not cropped:
+        raise _ask("it leaves pictures in different shapes")
+    width, height = _box(said.get("crop_size"))
+    if max(width, height) > int(size["shortest_edge"]):
+        raise _ask("it pads pictures")
+    return width, height, int(size["shortest_edge"])
+
+
+def _convnext_sizes(said: Mapping[str, Json]) -> tuple[int, int, int | None]:
+    size = said.get("size")
+    side = size.get("shortest_edge") if isinstance(size, dict) else size
+    if not isinstance(side, int):
+        raise _ask(f"its size is {size}")
+    return side, side, None if side >= LARGE else int(side / float(said.get("crop_pct") or CROP))
 
 
 def _box(size: Json) -> tuple[int, int]:
@@ -71,16 +92,15 @@ def _box(size: Json) -> tuple[int, int]:
         return size, size
     if isinstance(size, dict) and {"height", "width"} <= size.keys():
         return int(size["width"]), int(size["height"])
-    raise _ask(f"to give no size of width and height ({size})")
+    raise _ask(f"its size is {size}")
 
 
 def _share(side: int, short: int) -> float:
     """The share of the short side that is kept, such that dividing by it rounds down to `short` again."""
-    share = min(1.0, side / short)
-    return share if math.floor(side / share) == short else side / (short + 0.5)
+    return side / short if math.floor(side / (side / short)) == short else side / (short + 0.5)
 
 
-def _ask(what: str) -> ConfigError:
+def _ask(why: str) -> ConfigError:
     return ConfigError(
-        f"base.image: the checkpoint's preprocessor_config.json cannot be followed, it seems {what}; declare the key"
+        f"base.image: the checkpoint's preprocessor_config.json cannot be followed, {why}; declare the key"
     )
