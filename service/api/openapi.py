@@ -8,6 +8,8 @@ from typing import Any
 
 from service.api.codecs.open_inference import JSON_LENGTH_HEADER
 from service.api.codecs.tensors import Port, ports
+from service.api.codecs.text import TextCodec
+from service.api.embeddings import gives_embeddings
 from service.contracts import InputSpec, Json
 from service.serving.fleet import Fleet
 
@@ -15,6 +17,22 @@ _ERROR = {
     "type": "object",
     "required": ["error", "code"],
     "properties": {"error": {"type": "string"}, "code": {"type": "string"}},
+}
+_OPENAI_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"enum": ["invalid_request_error", "rate_limit_error", "server_error"]},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+            },
+        }
+    },
 }
 _FAILURES = {
     "400": "something in the request is wrong",
@@ -50,6 +68,10 @@ def hot_paths(fleet: Fleet) -> dict[str, Any]:
             "post": _operation("The variants and their states", {"application/json": {"schema": _INDEX}})
         },
     }
+    if isinstance(fleet.base.codec, TextCodec) and gives_embeddings(fleet.base.spec):
+        paths["/v1/embeddings"] = {
+            "post": _operation("Embeddings, as of OpenAI's API", _embeddings(fleet), choice, _OPENAI_ERROR)
+        }
     infer = {"application/json": {"schema": _infer(fleet.base.spec)}, "application/octet-stream": {}}
     for version, named in (("", []), ("/versions/{version}", [_named("version", list(fleet.variants))])):
         path, own = f"/v2/models/{{model}}{version}", [_named("model", [fleet.base.name]), *named]
@@ -58,6 +80,28 @@ def hot_paths(fleet: Fleet) -> dict[str, Any]:
         paths[f"{path}/ready"] = {"get": _operation("Is the model ready", parameters=own)}
         paths[f"{path}/infer"] = {"post": _operation("Infer", infer, own + choice + length)}
     return paths
+
+
+def _embeddings(fleet: Fleet) -> Json:
+    """The media of a request for embeddings."""
+    name, width = fleet.base.name, fleet.base.spec.outputs[0].shape[0]
+    text, ids = {"type": "string"}, {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+    texts, rows = ({"type": "array", "items": item, "minItems": 1} for item in (text, ids))
+    properties = {
+        "input": {"anyOf": [text, texts, ids, rows], "description": "texts, or token ids with the special ones"},
+        "model": {"enum": [name, *(form for variant in fleet.variants for form in (variant, f"{name}:{variant}"))]},
+        "encoding_format": {"enum": ["float", "base64"], "default": "float"},
+        "dimensions": {"const": width},
+        "user": {"type": "string", "description": "not used"},
+    }
+    schema = {
+        "type": "object",
+        "required": ["input", "model"],
+        "properties": properties,
+        "additionalProperties": False,
+        "example": {"input": ["one text", "another"], "model": name},
+    }
+    return {"application/json": {"schema": schema}}
 
 
 def _infer(spec: InputSpec) -> Json:
@@ -114,9 +158,10 @@ def _headers(texts: Mapping[str, str]) -> list[Json]:
     ]
 
 
-def _operation(summary: str, media: Json = None, parameters: list[Json] | None = None) -> Json:
+def _operation(summary: str, media: Json = None, parameters: list[Json] | None = None, error: Json = _ERROR) -> Json:
+    schemas = dict.fromkeys(_FAILURES, error) | {"405": _ERROR}  # a wrong verb is no request of any protocol
     failures = {
-        status: {"description": text, "content": {"application/json": {"schema": _ERROR}}}
+        status: {"description": text, "content": {"application/json": {"schema": schemas[status]}}}
         for status, text in _FAILURES.items()
     }
     operation = {"summary": summary, "responses": {"200": {"description": "the answer"}, **failures}}

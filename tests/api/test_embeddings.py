@@ -1,0 +1,305 @@
+"""`POST /v1/embeddings`: OpenAI's own client unmodified, and what any client gets that sends something wrong."""
+
+from __future__ import annotations
+
+import base64
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import orjson
+import pytest
+from fakes import Live, live_server
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from text_fleet import CLS, MAX_LENGTH, SEP, WORDS, A, B, embedded, live_texts
+
+from service.api import embeddings
+from service.api.embeddings import length_groups
+from service.contracts import Arrays
+from service.serving.variant import Prediction, Variant
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with live_texts(
+        tmp_path_factory.mktemp("tokenizer"), limits={"body_bytes": 200_000}, batch={"queue_rows": 2048}
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(live: Live) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"http://{live.http}/v1", api_key="none is needed", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(live: Live) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=f"http://{live.http}") as client:
+        yield client
+
+
+def ids_of(text: str) -> list[int]:
+    return [CLS, *map(WORDS.index, text.split()), SEP]
+
+
+def post(http: httpx.Client, body: Any, **headers: str) -> httpx.Response:
+    content = body if isinstance(body, bytes) else orjson.dumps(body)
+    return http.post("/v1/embeddings", content=content, headers=headers)
+
+
+def error_of(reply: httpx.Response, status: int) -> dict[str, Any]:
+    assert reply.status_code == status, reply.text
+    body = reply.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    return dict(body["error"])
+
+
+@pytest.mark.parametrize("form", ["float", "base64"])
+@pytest.mark.parametrize(
+    ("sent", "rows"),
+    [
+        ("a b", [ids_of("a b")]),
+        (["b", "a a", ""], [ids_of("b"), ids_of("a a"), [CLS, SEP]]),
+        ([CLS, A, SEP], [[CLS, A, SEP]]),
+        ([[A], [B, A]], [[A], [B, A]]),
+    ],
+    ids=["text", "texts", "tokens", "lists of tokens"],
+)
+def test_the_client_of_openai_gets_embeddings(client: openai.OpenAI, sent: Any, rows: Any, form: Any) -> None:
+    reply = client.embeddings.create(model="words", input=sent, encoding_format=form, user="somebody")
+    assert reply.object == "list"
+    assert reply.model in {"a", "b"}
+    assert [(item.object, item.index) for item in reply.data] == [("embedding", index) for index in range(len(rows))]
+    wanted = np.array([embedded(row) for row in rows], np.float32)
+    given: list[Any] = [item.embedding for item in reply.data]
+    if form == "base64":  # asked for explicitly, the client hands it on as it is
+        given = [np.frombuffer(base64.b64decode(text), "<f4") for text in given]
+    np.testing.assert_array_equal(np.array(given, np.float32), wanted)
+    assert reply.usage.prompt_tokens == reply.usage.total_tokens == sum(map(len, rows))
+
+
+def test_the_client_asks_for_base64_by_itself_and_reads_it(client: openai.OpenAI) -> None:
+    raw = client.embeddings.with_raw_response.create(model="words", input="a b")
+    assert b'"encoding_format":"base64"' in raw.http_request.content
+    assert raw.parse().data[0].embedding == list(np.array(embedded(ids_of("a b")), np.float32))
+
+
+def test_base64_and_decimal_are_the_same_bits(http: httpx.Client) -> None:
+    request = {"model": "words:a", "input": ["a b c".replace(" c", ""), "one two"]}
+    decimal, packed = (post(http, request | {"encoding_format": form}).json()["data"] for form in ("float", "base64"))
+    for one, other in zip(decimal, packed, strict=True):
+        assert np.array(one["embedding"], "<f4").tobytes() == base64.b64decode(other["embedding"])
+
+
+@pytest.mark.parametrize("model", ["b", "words:b"])
+def test_a_model_may_be_a_variant(client: openai.OpenAI, model: str) -> None:
+    raw = client.embeddings.with_raw_response.create(model=model, input="a", dimensions=4)
+    assert raw.parse().model == "b"
+    assert raw.headers["x-variant"] == "b"
+    assert float(raw.headers["x-inference-ms"]) >= 0
+    assert float(raw.headers["x-queue-ms"]) >= 0
+    assert raw.headers["x-batch-rows"] == "1"
+
+
+def test_headers_choose_where_the_model_does_not(http: httpx.Client) -> None:
+    request = {"model": "words", "input": "a"}
+    assert {post(http, request, **{"x-variant": "b"}).json()["model"] for _ in range(8)} == {"b"}
+    sticky = {key: {post(http, request, **{"x-caller-key": key}).json()["model"] for _ in range(4)} for key in "rstuvw"}
+    assert all(len(models) == 1 for models in sticky.values())
+    assert set.union(*sticky.values()) == {"a", "b"}
+    error = error_of(post(http, {"model": "words:a", "input": "a"}, **{"x-variant": "b"}), 400)
+    assert "name two variants" in error["message"]
+    assert post(http, {"model": "a", "input": "a"}, **{"x-variant": "a"}).status_code == 200
+
+
+def test_texts_of_different_length_queue_apart(live: Live, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    variant, shapes = live.fleet.variants["a"], []
+
+    async def watched(sample: Arrays, *rest: Any) -> Prediction:
+        shapes.append(sample[0].shape)
+        return await Variant.predict(variant, sample, *rest)
+
+    monkeypatch.setattr(variant, "predict", watched)
+    data = post(http, {"model": "a", "input": ["a " * count for count in (3, 60, 1, 20, 2)]}).json()["data"]
+    assert shapes == [(3, 5), (1, 22), (1, 62)]
+    assert [item["embedding"][0] for item in data] == [5, 62, 3, 22, 4]
+
+
+def test_a_group_that_fails_fails_the_request(http: httpx.Client) -> None:
+    error = error_of(post(http, {"model": "a", "input": ["a", "c", "a " * 40]}), 500)
+    assert (error["type"], error["code"]) == ("server_error", "backend_failed")
+    assert "secret" not in error["message"]
+
+
+def test_rows_are_grouped_by_the_next_power_of_two() -> None:
+    assert length_groups([5]) == [[0]]
+    assert length_groups([17, 16, 1, 32, 33]) == [[1, 2], [0, 3], [4]]
+
+
+def test_large_bodies_and_replies_take_the_same_way_through_a_thread(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["a", "b"] * 600
+    small = post(http, {"model": "b", "input": texts[:2]}).json()
+    monkeypatch.setattr(embeddings, "SMALL_REPLY", 10)
+    assert len(orjson.dumps(texts)) > embeddings.SMALL
+    large = post(http, {"model": "b", "input": texts}).json()
+    assert [item["embedding"] for item in large["data"]] == [item["embedding"] for item in small["data"]] * 600
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "said"),
+    [
+        ({"input": None}, "input", "missing"),
+        ({"input": []}, None, "empty list"),
+        ({"input": ["a", 7]}, None, r"input[1]: expected a text, got a number"),
+        ({"input": [7, "a"]}, "input", "does not mix"),
+        ({"input": [True]}, None, "got a boolean"),
+        ({"input": [1.5]}, None, "got a number"),
+        ({"input": {"text": "a"}}, None, "got an object"),
+        ({"input": [len(WORDS)]}, "input", f"{len(WORDS)} is no token id; they are 0 to {len(WORDS) - 1}"),
+        ({"input": [[A], [-1]]}, "input", "input[1]: -1 is no token id"),
+        ({"input": [[A], []]}, "input", f"input[1] has 0 token ids; the model takes 1 to {MAX_LENGTH}"),
+        ({"input": [A] * 65}, "input", "input has 65 token ids"),
+        ({"input": [[A], "a"]}, "input", "input[1] is not a list of token ids"),
+        ({"model": None}, "model", "missing"),
+        ({"model": 7}, "model", "'model' must be a text"),
+        ({"encoding_format": "hex"}, "encoding_format", "'float' or 'base64'"),
+        ({"encoding_format": []}, "encoding_format", "'float' or 'base64'"),
+        ({"dimensions": 2}, "dimensions", "must be 4, or left out"),
+        ({"dimensions": True}, "dimensions", "must be 4"),
+        ({"user": 7}, "user", "must be a text"),
+        ({"truncate": "end"}, "truncate", "unknown key 'truncate'"),
+    ],
+)
+def test_what_is_wrong_is_named(http: httpx.Client, changes: dict[str, Any], param: str | None, said: str) -> None:
+    error = error_of(post(http, {"model": "words", "input": "a"} | changes), 400)
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, "bad_input")
+    assert said in error["message"]
+
+
+def test_nulls_are_left_out_keys(http: httpx.Client) -> None:
+    request = {"model": "words", "input": "a", "encoding_format": None, "dimensions": None, "user": None}
+    assert isinstance(post(http, request).json()["data"][0]["embedding"], list)
+
+
+@pytest.mark.parametrize("sent", [b"", b"{", b"[]", b"7", b'"a"', b"\xff"])
+def test_what_is_no_request_is_refused(http: httpx.Client, sent: bytes) -> None:
+    assert error_of(post(http, sent), 400)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("model", ["gpt-5", "words:gpt-5", "other:a", "", "x" * 9000])
+def test_an_unknown_model_is_404_as_the_client_knows_it(client: openai.OpenAI, model: str) -> None:
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.embeddings.create(model=model, input="a")
+    assert (refused.value.code, refused.value.param, refused.value.type) == (
+        "model_not_found",
+        "model",
+        "invalid_request_error",
+    )
+    assert "there are words, words:a, words:b" in str(refused.value)
+    assert len(str(refused.value)) < 500
+
+
+def test_an_excluded_variant_is_not_ready(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.InternalServerError, match="excluded: its cosine") as refused:
+        client.embeddings.create(model="poor", input="a")
+    assert refused.value.status_code == 503
+
+
+def test_too_large_is_413(http: httpx.Client) -> None:
+    assert error_of(post(http, {"model": "words", "input": "a" * 150_000}), 413)["code"] == "body_too_large"
+    assert error_of(post(http, {"model": "words", "input": "a" * 250_000}), 413)["code"] == "body_too_large"
+    assert error_of(post(http, {"model": "words", "input": [[A]] * 2049}), 413)["code"] == "body_too_large"
+
+
+def test_bodies_may_be_compressed(http: httpx.Client) -> None:
+    from service.api.content_encoding import compress
+
+    body = compress(orjson.dumps({"model": "words", "input": "a"}), "gzip")
+    assert post(http, body, **{"content-encoding": "gzip"}).status_code == 200
+    assert error_of(post(http, body, **{"content-encoding": "br"}), 415)["type"] == "invalid_request_error"
+
+
+def test_another_verb_is_refused(http: httpx.Client) -> None:
+    reply = http.get("/v1/embeddings")
+    assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
+
+
+def test_a_full_queue_is_a_rate_limit_with_its_time(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("full")
+    with live_texts(folder, batch={"max_rows": 1, "queue_rows": 1}) as live, httpx.Client() as http:
+        url, held = f"http://{live.http}/v1/embeddings", {"model": "held", "input": "a"}
+        live.gate.clear()
+        waiting = [threading.Thread(target=httpx.post, args=(url,), kwargs={"json": held}) for _ in range(2)]
+        for thread in waiting:
+            thread.start()
+            time.sleep(0.1)
+        reply = http.post(url, json=held)
+        error = error_of(reply, 429)
+        assert int(reply.headers["retry-after"]) >= 1
+        assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
+        live.gate.set()
+        for thread in waiting:
+            thread.join()
+
+
+def test_requests_count_for_the_variant_that_answered(live: Live, http: httpx.Client) -> None:
+    counted = live.fleet.metrics.variants["b"].requests
+    before = {outcome: counted[outcome].count for outcome in ("ok", "bad_input")}
+    post(http, {"model": "b", "input": "a"})
+    post(http, {"model": "b", "input": []})
+    assert {outcome: counted[outcome].count - before[outcome] for outcome in before} == {"ok": 1, "bad_input": 1}
+
+
+def test_a_base_of_pictures_gives_no_embeddings() -> None:
+    with live_server() as pixels, httpx.Client(base_url=f"http://{pixels.http}") as http:
+        error = error_of(post(http, {"model": "pixels", "input": "a"}), 404)
+        assert "the base 'pixels' gives no embeddings of texts" in error["message"]
+        assert "/v1/embeddings" not in http.get("/openapi.json").json()["paths"]
+
+
+def test_the_api_describes_itself(http: httpx.Client) -> None:
+    operation = http.get("/openapi.json").json()["paths"]["/v1/embeddings"]["post"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["required"] == ["input", "model"]
+    assert post(http, schema["example"]).status_code == 200
+    assert schema["properties"]["model"]["enum"] == ["words", "a", "words:a", "b", "words:b", "held", "words:held"]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), min_size=1, max_size=5))
+def test_any_texts_are_answered(http: httpx.Client, texts: list[str]) -> None:
+    # `c` is the word on which the scripted backend fails.
+    texts = [text.replace("c", "b").replace("C", "b") for text in texts]
+    reply = post(http, {"model": "a", "input": texts})
+    assert reply.status_code == 200, reply.text
+    assert len(reply.json()["data"]) == len(texts)
+
+
+KEYS = st.sampled_from(["input", "model", "encoding_format", "dimensions", "user", "x"])
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 20)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(["words", "a", "float", "base64"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=2),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.dictionaries(KEYS, VALUES))
+def test_any_request_is_answered_or_refused(http: httpx.Client, request: dict[str, Any]) -> None:
+    reply = post(http, request)
+    if reply.status_code != 200:
+        assert error_of(reply, reply.status_code)["type"] == "invalid_request_error"
+        assert reply.status_code in {400, 404}

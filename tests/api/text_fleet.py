@@ -1,0 +1,94 @@
+"""A base of texts with a tokenizer of twelve words, and variants that tell what they read: for tests of text APIs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fakes import Live, PixelBase, report, serving
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from service.api.codecs.answers import Answers
+from service.api.codecs.text import TextCodec
+from service.config import ServiceConfig
+from service.contracts import Arrays, Field, InputSpec
+from service.serving.device import Device
+from service.serving.fleet import Fleet
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "one", "two", "three", "four", "five"]
+PAD, UNK, CLS, SEP, A, B, C = range(7)
+FIELDS = (Field("input_ids", "int64", (None,)), Field("attention_mask", "int64", (None,)))
+SPEC = InputSpec(FIELDS, (Field("embedding", "float32", (4,)),))
+MAX_LENGTH = 64
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """A `tokenizer.json` that splits at spaces and punctuation, and puts a text between [CLS] and [SEP]."""
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
+    tokenizer.enable_padding(length=20)  # as files of real models have it; a server pads by itself
+    path = folder / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def embedded(ids: list[int]) -> list[float]:
+    """What `ReadingBackend` answers for a row."""
+    return [len(ids), sum(ids), ids[0], ids[-1] / 7]
+
+
+class ReadingBackend:
+    """Embeds a row as its number of tokens, their sum, the first and a seventh of the last; padding is not read."""
+
+    name = "reading"
+    row_buckets: tuple[int, ...] = ()
+
+    def __init__(self, gate: threading.Event | None = None) -> None:
+        self.gate = gate
+
+    def run(self, batch: Arrays) -> Arrays:
+        if self.gate is not None:
+            assert self.gate.wait(20)
+        ids, mask = batch
+        if (ids == C).any():
+            raise RuntimeError("secret detail")
+        rows = [embedded(row[shown == 1].tolist()) for row, shown in zip(ids, mask, strict=True)]
+        return (np.array(rows, np.float32),)
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+
+def text_fleet(folder: Path, gate: threading.Event, spec: InputSpec = SPEC, **changes: Any) -> Fleet:
+    """`a` and `b` answer, `held` waits for the gate to open, `poor` is excluded by its gate. `c` is a fatal word."""
+    names = ("a", "b", "held", "poor")
+    settings = {
+        "base": "words",
+        "variants": [{"name": name} for name in names],
+        "traffic": {"weights": {"a": 1, "b": 1}},
+    }
+    config = ServiceConfig.model_validate(settings | {"drain": {"delay_s": 0, "timeout_s": 5}} | changes)
+    base = PixelBase()
+    base.name, base.spec = "words", spec
+    base.codec = TextCodec(tokenizer_file(folder), MAX_LENGTH, Answers(spec))
+    reports = [report(name, "its cosine is 0.5" if name == "poor" else None) for name in names]
+    fleet = Fleet(base, config, reports, Device("cpu", 1))  # type: ignore[arg-type]
+    for name in names[:3]:
+        backend = ReadingBackend(gate if name == "held" else None)
+        fleet.open(name, lambda backend=backend: backend, config.batch)  # type: ignore[misc]
+    return fleet
+
+
+@contextmanager
+def live_texts(folder: Path, **changes: Any) -> Iterator[Live]:
+    """HTTP on a free port over a `text_fleet`."""
+    gate = threading.Event()
+    gate.set()
+    with serving(text_fleet(folder, gate, **changes), gate) as live:
+        yield live
