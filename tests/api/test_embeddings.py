@@ -92,7 +92,7 @@ def test_the_client_asks_for_base64_by_itself_and_reads_it(client: openai.OpenAI
 
 
 def test_base64_and_decimal_are_the_same_bits(http: httpx.Client) -> None:
-    request = {"model": "words:a", "input": ["a b c".replace(" c", ""), "one two"]}
+    request = {"model": "words:a", "input": ["a b c", "one two"]}
     decimal, packed = (post(http, request | {"encoding_format": form}).json()["data"] for form in ("float", "base64"))
     for one, other in zip(decimal, packed, strict=True):
         assert np.array(one["embedding"], "<f4").tobytes() == base64.b64decode(other["embedding"])
@@ -133,7 +133,7 @@ def test_texts_of_different_length_queue_apart(live: Live, http: httpx.Client, m
 
 
 def test_a_group_that_fails_fails_the_request(http: httpx.Client) -> None:
-    error = error_of(post(http, {"model": "a", "input": ["a", "c", "a " * 40]}), 500)
+    error = error_of(post(http, {"model": "a", "input": ["a", "five", "a " * 40]}), 500)
     assert (error["type"], error["code"]) == ("server_error", "backend_failed")
     assert "secret" not in error["message"]
 
@@ -277,8 +277,6 @@ def test_the_api_describes_itself(http: httpx.Client) -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), min_size=1, max_size=5))
 def test_any_texts_are_answered(http: httpx.Client, texts: list[str]) -> None:
-    # `c` is the word on which the scripted backend fails.
-    texts = [text.replace("c", "b").replace("C", "b") for text in texts]
     reply = post(http, {"model": "a", "input": texts})
     assert reply.status_code == 200, reply.text
     assert len(reply.json()["data"]) == len(texts)

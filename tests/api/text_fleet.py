@@ -20,7 +20,8 @@ from service.serving.device import Device
 from service.serving.fleet import Fleet
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "one", "two", "three", "four", "five"]
-PAD, UNK, CLS, SEP, A, B, C = range(7)
+CLS, SEP, A, B = 2, 3, 4, 5
+FATAL = WORDS.index("five")
 FIELDS = (Field("input_ids", "int64", (None,)), Field("attention_mask", "int64", (None,)))
 SPEC = InputSpec(FIELDS, (Field("embedding", "float32", (4,)),))
 MAX_LENGTH = 64
@@ -56,7 +57,7 @@ class ReadingBackend:
         if self.gate is not None:
             assert self.gate.wait(20)
         ids, mask = batch
-        if (ids == C).any():
+        if (ids == FATAL).any():
             raise RuntimeError("secret detail")
         rows = [embedded(row[shown == 1].tolist()) for row, shown in zip(ids, mask, strict=True)]
         return (np.array(rows, np.float32),)
@@ -66,7 +67,7 @@ class ReadingBackend:
 
 
 def text_fleet(folder: Path, gate: threading.Event, spec: InputSpec = SPEC, **changes: Any) -> Fleet:
-    """`a` and `b` answer, `held` waits for the gate to open, `poor` is excluded by its gate. `c` is a fatal word."""
+    """`a` and `b` answer, `held` waits for the gate to open, `poor` is excluded by its gate. `five` is a fatal word."""
     names = ("a", "b", "held", "poor")
     settings = {
         "base": "words",
