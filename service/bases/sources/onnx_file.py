@@ -8,7 +8,9 @@ variant is the graph itself in onnxruntime.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
+import weakref
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -50,7 +52,7 @@ class OnnxSource:
 
     def model(self, spec: InputSpec) -> OnnxModel:
         """The prepared graph as one file, which lives as long as this source does."""
-        path = Path(self._workplace.name) / "model.onnx"
+        path = self._workplace / "model.onnx"
         if not path.exists():
             self._write(path)
         return OnnxModel(path, spec)
@@ -60,8 +62,10 @@ class OnnxSource:
         return self.folder / self.declared.onnx
 
     @cached_property
-    def _workplace(self) -> tempfile.TemporaryDirectory[str]:
-        return tempfile.TemporaryDirectory(prefix="leanserve-onnx-")
+    def _workplace(self) -> Path:
+        folder = Path(tempfile.mkdtemp(prefix="leanserve-onnx-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
     def _write(self, path: Path) -> Prepared:
         import onnx
