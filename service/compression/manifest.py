@@ -32,6 +32,9 @@ class Fidelity(BaseModel):
     """Mean KL divergence (nats) of the variant's class distribution from the base's; `None` as above."""
     cosine: float
     """Mean cosine similarity of the first output to that of the base."""
+    rank_agreement: float | None
+    """Whether rows are near to each other in the same order as in the base: Spearman's correlation between the cosine
+    similarities of all pairs of rows here and there. `None` for classes, or with fewer than three rows."""
     batch_dependence: float
     """Largest change of the first output by the rows that share its batch, relative to the largest output; 0: none."""
     disk_bytes: int

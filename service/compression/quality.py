@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from service.bases.scores import spearman
 from service.compression.artifacts import ArtifactStore
 from service.compression.manifest import Fidelity, Measurement, Quality, Recipe, SideBySide
 from service.config import GateConfig
@@ -24,6 +25,8 @@ from service.errors import PassFailed
 from service.machine import cpu_name
 
 RESAMPLES = 1000
+RANKED_ROWS = 256
+"""Rows of which all pairs are compared: 32,640 of them."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +105,32 @@ def wilson(share: float, samples: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def fidelity(outputs: Arrays, reference: Arrays, *, classes: bool) -> dict[str, float | None]:
-    """How near the answers are to the base's: top-1 agreement and mean KL (nats) for classes, mean cosine for all."""
+    """How near the answers are to the base's: top-1 agreement and mean KL (nats) for classes, order of the
+    similarities for anything else, mean cosine for all.
+    """
     ours, theirs = (np.asarray(arrays[0], np.float64).reshape(len(arrays[0]), -1) for arrays in (outputs, reference))
     norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
     cosine = float(np.mean(np.sum(ours * theirs, axis=1) / np.maximum(norms, 1e-12)))
     if not classes:
-        return {"agreement": None, "kl": None, "cosine": cosine}
+        return {"agreement": None, "kl": None, "cosine": cosine, "rank_agreement": rank_agreement(ours, theirs)}
     ours_log, theirs_log = _log_softmax(ours), _log_softmax(theirs)
     kl = float(np.mean(np.sum(np.exp(theirs_log) * (theirs_log - ours_log), axis=1)))
-    return {"agreement": float(np.mean(ours.argmax(1) == theirs.argmax(1))), "kl": max(0.0, kl), "cosine": cosine}
+    agreement = float(np.mean(ours.argmax(1) == theirs.argmax(1)))
+    return {"agreement": agreement, "kl": max(0.0, kl), "cosine": cosine, "rank_agreement": None}
+
+
+def rank_agreement(ours: Array, theirs: Array) -> float | None:
+    """Spearman's correlation, -1..1, between the cosines of all pairs of rows [rows, D] and those of the other's rows.
+
+    Search and clustering use embeddings by the order of their similarities alone, which a mean cosine near 1 does not
+    promise to keep. `None` with fewer than three rows, which have no order.
+    """
+    ours, theirs = ours[:RANKED_ROWS], theirs[:RANKED_ROWS]
+    if len(ours) < 3:
+        return None
+    if np.array_equal(ours, theirs):
+        return 1.0  # also where all rows are alike, for which no correlation is defined
+    return min(1.0, spearman(_pair_cosines(ours), _pair_cosines(theirs)))
 
 
 def gate_reason(gate: GateConfig, quality: Quality, base: Quality) -> str | None:
@@ -142,6 +162,11 @@ def _bootstrap(base: Base, answers: Answers) -> tuple[float, float]:
     scores = [base.score(tuple(array[row] for array in answers.outputs), answers.labels[row]) for row in rows]
     low, high = np.nanpercentile(scores, [2.5, 97.5])
     return float(low), float(high)
+
+
+def _pair_cosines(rows: Array) -> Array:
+    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return np.asarray((unit @ unit.T)[np.triu_indices(len(rows), k=1)])
 
 
 def _log_softmax(logits: Array) -> Array:

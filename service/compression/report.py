@@ -36,7 +36,7 @@ def print_table(reports: Sequence[VariantReport], console: Console, caveats: Seq
     summary = summarise(reports, caveats)
     console.print(_verdict(summary))
     console.print(_variants_table(summary))
-    console.print(_numbers_table("Answers", answers(summary.yardstick.measure), summary))
+    console.print(_numbers_table("Answers", answers(summary.measured), summary))
     console.print(_numbers_table("Cost: speed", speed(summary.batches), summary))
     console.print(_numbers_table("Cost: size and building", FOOTPRINT, summary))
     for variant in summary.variants:
@@ -92,7 +92,7 @@ def _numbers_table(title: str, columns: Sequence[Column], summary: Summary) -> T
 
 
 def _waterfall_table(variant: Variant, summary: Summary) -> Table:
-    columns = waterfall(summary.yardstick.measure, summary.batches)
+    columns = waterfall(summary.measured, summary.batches)
     table = _table(f"{variant.name}, pass by pass", ("after",), columns)
     for step in variant.steps:
         table.add_row(Text(step.measured.label), *_cells(columns, step.measured))

@@ -84,6 +84,7 @@ def report(name: str, reason: str | None = None) -> VariantReport:
         agreement=1.0,
         kl=0.0,
         cosine=1.0,
+        rank_agreement=None,
         batch_dependence=0.0,
         disk_bytes=10,
         parameters=1,

@@ -9,7 +9,7 @@ from service.compression.manifest import Manifest, Quality, VariantReport
 
 HOSTILE = "<script>alert(1)</script>[red]&\"'$x^2$"
 UNLABELLED = {"score": None, "score_low": None, "score_high": None}
-NO_CLASSES = UNLABELLED | {"agreement": None, "kl": None}
+NO_CLASSES = UNLABELLED | {"agreement": None, "kl": None, "rank_agreement": 0.9942}
 
 
 def artifact(kind: str | None = None, gain: float = 1.0, score: float | None = 0.99, **more: Any) -> Manifest:
@@ -22,6 +22,7 @@ def artifact(kind: str | None = None, gain: float = 1.0, score: float | None = 0
         "agreement": 0.9945,
         "kl": 0.0123,
         "cosine": 0.9987,
+        "rank_agreement": None,
         "batch_dependence": 1.2e-6,
         "disk_bytes": 4_800_000,
         "parameters": 1_190_000,

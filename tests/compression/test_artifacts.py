@@ -46,6 +46,7 @@ def measurement() -> Measurement:
         agreement=None,
         kl=None,
         cosine=1.0,
+        rank_agreement=None,
         batch_dependence=0.0,
         disk_bytes=1,
         parameters=1,

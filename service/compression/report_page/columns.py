@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from service.compression.report_page.summary import Measure, Measured
+from service.compression.report_page.summary import Measured
 
 ABSENT = "–"
 
@@ -97,6 +97,11 @@ KL = Column("KL, nats", "mean divergence of the class probabilities from the bas
 COSINE = Column(
     "cosine", "mean cosine similarity of the outputs to the base's", lambda item: f"{item.quality.cosine:.4f}"
 )
+RANKS = Column(
+    "ranks",
+    "Spearman correlation of the similarities between rows with those in the base: 1 keeps every order of neighbours",
+    lambda item: ABSENT if item.quality.rank_agreement is None else f"{item.quality.rank_agreement:.4f}",
+)
 DEPENDENCE = Column(
     "mates",
     "largest change of an output by the rows that share its batch, relative to the largest output",
@@ -124,16 +129,12 @@ BUILD = Column(
     lambda item: duration(item.seconds),
 )
 
-_BY_MEASURE: dict[Measure, tuple[Column, ...]] = {
-    "score": (SCORE, DROP, AGREEMENT, KL, COSINE, DEPENDENCE),
-    "agreement": (AGREEMENT, KL, COSINE, DEPENDENCE),
-    "cosine": (COSINE, DEPENDENCE),
-}
+ANSWERS = (SCORE, DROP, AGREEMENT, KL, COSINE, RANKS, DEPENDENCE)
 
 
-def answers(measure: Measure) -> tuple[Column, ...]:
-    """Whether a variant still answers right; what the base cannot measure (no labels, no classes) has no column."""
-    return _BY_MEASURE[measure]
+def answers(measured: Sequence[Measured]) -> tuple[Column, ...]:
+    """Whether variants still answer right; what was measured of none of them (no labels, no classes) has no column."""
+    return tuple(column for column in ANSWERS if any(column.cell(item) != ABSENT for item in measured))
 
 
 def speed(batches: Sequence[int]) -> tuple[Column, ...]:
@@ -145,8 +146,8 @@ FOOTPRINT = (SIZE, PARAMETERS, MACS, MEMORY, BUILD)
 """What a variant takes besides time to answer."""
 
 
-def waterfall(measure: Measure, batches: Sequence[int]) -> tuple[Column, ...]:
+def waterfall(measured: Sequence[Measured], batches: Sequence[int]) -> tuple[Column, ...]:
     """What each pass brought; latency at 8 rows, or at the batch size next to it."""
-    quality = [column for column in answers(measure) if column in {SCORE, AGREEMENT, COSINE}][:2]
+    quality = [column for column in answers(measured) if column in {SCORE, AGREEMENT, COSINE, RANKS}][:2]
     nearest = sorted(batches, key=lambda rows: (abs(rows - 8), rows))[:1]
     return (*quality, *map(_latency, nearest), GAIN, SIZE, BUILD)

@@ -40,7 +40,7 @@ def render(summary: Summary, title: str) -> str:
         hardware=hardware(summary),
         samples=summary.reference.quality.samples,
         tables=_tables(summary),
-        steps=waterfall_columns(summary.yardstick.measure, summary.batches),
+        steps=waterfall_columns(summary.measured, summary.batches),
         tradeoff=Markup(plots.tradeoff(summary)),
         sizes=Markup(plots.sizes(summary)),
         waterfalls={
@@ -55,7 +55,7 @@ def render(summary: Summary, title: str) -> str:
 def _tables(summary: Summary) -> tuple[tuple[str, tuple[Column, ...]], ...]:
     """Caption and columns of each table of numbers."""
     return (
-        ("Does it still answer right?", answers(summary.yardstick.measure)),
+        ("Does it still answer right?", answers(summary.measured)),
         ("How fast is it?", speed(summary.batches)),
         ("What else does it take?", FOOTPRINT),
     )

@@ -126,6 +126,11 @@ class Summary:
         return tuple({manifest.key: manifest for manifest in every}.values())
 
     @cached_property
+    def measured(self) -> tuple[Measured, ...]:
+        """Every variant as a whole."""
+        return tuple(variant.measured for variant in self.variants)
+
+    @cached_property
     def batches(self) -> tuple[int, ...]:
         """The batch sizes at which latency was measured."""
         return tuple(sorted({rows for variant in self.variants for rows in variant.measured.quality.latency_ms}))

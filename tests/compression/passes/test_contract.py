@@ -90,7 +90,7 @@ def outputs(model: Callable[[], Model], batch: Arrays, *, alone: bool = False) -
 @pytest.fixture(autouse=True)
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring needs a base that another process can load; end-to-end tests do that."""
-    nothing = dict.fromkeys(("score", "score_low", "score_high", "agreement", "kl"))
+    nothing = dict.fromkeys(("score", "score_low", "score_high", "agreement", "kl", "rank_agreement"))
     size = dict.fromkeys(
         ("samples", "cosine", "batch_dependence", "disk_bytes", "parameters", "macs", "peak_memory_bytes"), 1
     )
