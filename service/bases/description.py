@@ -64,9 +64,11 @@ def remembered(folder: Path | None, fingerprint: str, describe: Callable[[], Des
     path = None if folder is None else folder / "bases" / f"{fingerprint}.{FORMAT}.json"
     if path is not None and path.exists():
         try:
-            return Description.model_validate_json(path.read_bytes())
+            found = Description.model_validate_json(path.read_bytes())
+            if found.text is None or found.text.tokenizer.is_file():
+                return found
         except ValidationError:
-            path.unlink(missing_ok=True)  # damaged: found out again
+            pass  # damaged: found out again, as where the tokenizer has moved
     description = describe()
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

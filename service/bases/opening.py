@@ -93,12 +93,15 @@ def open_base(origin: Origin) -> LoadedBase:
     """
     source = open_source(origin.base, origin.folder)
     fingerprint = source.fingerprint()
-    asked = hashlib.sha256(f"{fingerprint} {origin.base.model_dump_json()}".encode()).hexdigest()
-    description = remembered(origin.cache, asked, source.describe)
+    where = f"{fingerprint} {origin.folder.resolve()} {origin.base.model_dump_json()}"  # descriptions hold paths
+    description_key = hashlib.sha256(where.encode()).hexdigest()
+    description = remembered(origin.cache, description_key, source.describe)
     spec = description.spec()
     codec = codec_of(description, spec)
     rows, score = _rows_and_score(origin, source, description, codec)
-    ingredients = f"{fingerprint} {description.model_dump_json(exclude={'name'})} {rows.digest}"
+    # The tokenizer decides answers through the rows alone, whose digest knows its content; its path decides nothing.
+    told = description.model_dump_json(exclude={"name": True, "text": {"tokenizer"}})
+    ingredients = f"{fingerprint} {told} {rows.digest}"
     return LoadedBase(
         name=description.name,
         spec=spec,

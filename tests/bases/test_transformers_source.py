@@ -311,3 +311,30 @@ def test_answers_that_are_not_one_class_of_several_are_refused(tmp_path: Path) -
     write_classifier(tmp_path / "tags", problem_type="multi_label_classification")
     with pytest.raises(ConfigError, match=r"base.task: .* for the problem 'multi_label_classification'"):
         source(tmp_path / "tags").describe()
+
+
+def test_a_folder_that_moves_is_the_same_base(checkpoints: Path, tmp_path: Path) -> None:
+    data = {"texts": "texts.csv", "label": 1}
+    for name in ("here", "there"):
+        shutil.copytree(checkpoints, tmp_path / name)
+    bases = [opened(tmp_path / name / "classifier", data, cache=tmp_path / "cache") for name in ("here", "there")]
+    assert bases[0].digest == bases[1].digest
+    for name, base in zip(("here", "there"), bases, strict=True):
+        assert isinstance(base.codec, TextCodec)
+        assert base.codec.tokenizer == tmp_path / name / "classifier" / "tokenizer.json"
+
+
+def test_a_cache_of_the_hub_that_moves_is_found_again(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for name in ("here", "there"):
+        root = tmp_path / name / "models--someone--tiny"
+        (root / "refs").mkdir(parents=True)
+        (root / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(checkpoints / "encoder", root / "snapshots" / ("0" * 40))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / name))
+        codec = opened(tmp_path, transformers="someone/tiny", cache=tmp_path / "cache").codec
+        assert isinstance(codec, TextCodec)
+        assert codec.tokenizer.is_relative_to(tmp_path / name)
+        shutil.rmtree(tmp_path / name)
