@@ -12,6 +12,7 @@ from threading import Thread
 import pytest
 from huggingface_hub import constants
 
+from service.bases.sources import hub as hub_module
 from service.bases.sources.hub import hub_file, hub_folder
 from service.errors import ConfigError
 
@@ -65,6 +66,12 @@ def test_pickles_code_and_impossible_names_are_refused() -> None:
             hub_file("someone/tiny", name)
     with pytest.raises(ConfigError, match=r"base.transformers: './tiny' is no name of a model on the hub"):
         hub_folder("./tiny", ("*.json",))
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"base.weights: the hub needs the extra 'text' or 'vision'"):
+        hub_file("someone/tiny", "model.safetensors")
 
 
 FILES = {

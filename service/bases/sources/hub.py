@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
 
 from service.errors import ConfigError
@@ -32,10 +33,10 @@ def hub_file(repo: str, filename: str, key: str = "base.weights") -> Path:
     Raises:
         ConfigError: it cannot be had, or is of a kind that is never fetched.
     """
+    _refuse(repo, (filename,), key)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    _refuse_code(repo, (filename,), key)
     try:
         return Path(hf_hub_download(repo, filename, local_files_only=True))
     except LocalEntryNotFoundError:
@@ -54,10 +55,10 @@ def hub_folder(repo: str, patterns: Sequence[str], needed: Sequence[str] = (), k
     Raises:
         ConfigError: it cannot be had, nothing matches a needed pattern, or a pattern asks for what is never fetched.
     """
+    _refuse(repo, patterns, key)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    _refuse_code(repo, patterns, key)
     try:
         cached = Path(snapshot_download(repo, allow_patterns=list(patterns), local_files_only=True))
     except LocalEntryNotFoundError:
@@ -81,7 +82,8 @@ def _missing(folder: Path, needed: Sequence[str]) -> list[str]:
     return [pattern for pattern in needed if not any(fnmatchcase(name, pattern) for name in names)]
 
 
-def _refuse_code(repo: str, patterns: Sequence[str], key: str) -> None:
+def _refuse(repo: str, patterns: Sequence[str], key: str) -> None:
+    """What cannot be asked for, or not without the library."""
     if not is_repository(repo):
         raise ConfigError(f"{key}: '{repo}' is no name of a model on the hub; those look like owner/model")
     for pattern in patterns:
@@ -89,6 +91,8 @@ def _refuse_code(repo: str, patterns: Sequence[str], key: str) -> None:
             raise ConfigError(
                 f"{key}: {pattern} of {repo} is not fetched: only {', '.join(ENDINGS)} are read without running code"
             )
+    if find_spec("huggingface_hub") is None:
+        raise ConfigError(f"{key}: the hub needs the extra 'text' or 'vision': pip install 'leanserve[text]'")
 
 
 def _unavailable(repo: str, what: str, key: str, error: Exception) -> ConfigError:
