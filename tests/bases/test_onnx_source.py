@@ -94,6 +94,12 @@ def test_weights_listed_among_the_inputs_are_no_inputs(tmp_path: Path) -> None:
     assert served(base, random(2, 1, 8, 8)).shape == (2, 3)
 
 
+def test_a_format_newer_than_the_runtime_is_read(tmp_path: Path) -> None:
+    model = cnn(batch=1, reshape=1)
+    model.ir_version = onnx.IR_VERSION
+    assert served(opened(write(tmp_path / "new.onnx", model)), random(2, 1, 8, 8)).shape == (2, 3)
+
+
 def test_tensors_beside_the_file_are_folded_in_and_part_of_the_digest(tmp_path: Path) -> None:
     path = tmp_path / "large.onnx"
     onnx.save(cnn(), path, save_as_external_data=True, location="large.data", size_threshold=0)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from service.bases.checkpoints import file_digest
 from service.bases.declaration import OnnxBase
@@ -22,10 +23,13 @@ from service.bases.description import Description, Tensor
 from service.bases.inputs import described
 from service.bases.naming import served_name
 from service.bases.sources.onnx_preparation import Prepared, prepared
-from service.bases.sources.onnx_reading import files_of, nodes_of, read_onnx
+from service.bases.sources.onnx_reading import files_of, modern, nodes_of, read_onnx
 from service.bases.sources.onnx_trial import Trial, tried
 from service.contracts import InputSpec, OnnxModel
 from service.errors import ConfigError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 SCALED_BY_BATCH = "DynamicQuantize"
 """How operators that find the scale of activations at run time begin."""
@@ -47,14 +51,16 @@ class OnnxSource:
 
     def describe(self) -> Description:
         with tempfile.TemporaryDirectory(prefix="leanserve-onnx-") as folder:
-            inputs, outputs = self._tensors(Path(folder) / "model.onnx")
+            inputs, outputs = self._tensors(Path(folder))
         return described(self.declared, self.folder, served_name(self._path), inputs, outputs)
 
     def model(self, spec: InputSpec) -> OnnxModel:
         """The prepared graph as one file, which lives as long as this source does."""
+        import onnx
+
         path = self._workplace / "model.onnx"
         if not path.exists():
-            self._write(path)
+            onnx.save(self._prepared(read_onnx(self._path)).model, path)
         return OnnxModel(path, spec)
 
     @property
@@ -67,19 +73,21 @@ class OnnxSource:
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return folder
 
-    def _write(self, path: Path) -> Prepared:
+    def _prepared(self, model: ModelProto) -> Prepared:
+        return prepared(modern(model, self._path), self.declared)
+
+    def _tensors(self, folder: Path) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Inputs and outputs of the graph, which is prepared in `folder` and run beside what was read."""
         import onnx
 
-        ready = prepared(read_onnx(self._path), self.declared)
-        onnx.save(ready.model, path)
-        return ready
-
-    def _tensors(self, path: Path) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Inputs and outputs of the graph, which is prepared at `path` and run beside the file."""
-        ready = self._write(path)
+        original, candidate = folder / "original.onnx", folder / "candidate.onnx"
+        model = read_onnx(self._path)
+        onnx.save(model, original)
+        ready = self._prepared(model)
+        onnx.save(ready.model, candidate)
         trial = Trial(
-            original=self._path,
-            candidate=path,
+            original=original,
+            candidate=candidate,
             inputs=ready.inputs,
             outputs=ready.outputs,
             fixed_rows=ready.fixed_rows,
@@ -88,18 +96,7 @@ class OnnxSource:
         try:
             return ready.inputs, tried(trial)
         except ConfigError as error:
-            raise ConfigError(f"base.onnx: {self._path} cannot be served: {error}{_remedy(ready)}") from error
-
-
-def _remedy(ready: Prepared) -> str:
-    if ready.fixed_rows is None:
-        return ""
-    axes = ", ".join(f"'{item.name}': {{0: 'rows'}}" for item in ready.inputs)
-    return (
-        f". Its graph has the number of rows ({ready.fixed_rows}) written into it and could not be made to take any "
-        f"number. Export it again with a dynamic batch axis: torch.onnx.export(..., dynamic_shapes or "
-        f"dynamic_axes={{{axes}}})"
-    )
+            raise ConfigError(f"base.onnx: {self._path} cannot be served: {error}") from error
 
 
 def _onnx_version() -> str:

@@ -19,13 +19,15 @@ DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 """Whose operators onnxruntime brings."""
 LEAST_OPSET = 13
 """The first in which one scale per channel can be written down."""
+NEWEST_FORMAT = 10
+"""The version of the file format that every supported onnxruntime reads."""
 LARGEST_BYTES = 2**31 - 1
 """A protobuf message cannot be larger, and artifacts are single files."""
 SHOWN = 4
 
 
 def read_onnx(path: Path) -> ModelProto:
-    """The model in a file, tensors from beside it folded in, at opset 13 or newer.
+    """The model in a file, tensors from beside it folded in.
 
     Raises:
         ConfigError: missing, damaged, too large for one file, or not runnable here; the text says what to do.
@@ -46,7 +48,9 @@ def read_onnx(path: Path) -> ModelProto:
     except Exception as error:  # the checker's own errors, and those of reading tensors
         raise ConfigError(f"base.onnx: {path} is damaged: {_first_line(error)}") from error
     _refuse_unknown_operators(model, path)
-    return _modern(model, path)
+    # The version of the format runs ahead of runtimes with every release of onnx; what graphs need is in their opset.
+    model.ir_version = min(model.ir_version, NEWEST_FORMAT)
+    return model
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
@@ -125,8 +129,12 @@ def _refuse_unknown_operators(model: ModelProto, path: Path) -> None:
         )
 
 
-def _modern(model: ModelProto, path: Path) -> ModelProto:
-    """Converted to `LEAST_OPSET` if it is older."""
+def modern(model: ModelProto, path: Path) -> ModelProto:
+    """The model, converted to opset 13 if it is written in an older one.
+
+    Raises:
+        ConfigError: it cannot be converted.
+    """
     from onnx import version_converter
 
     opset = next((item.version for item in model.opset_import if item.domain in {"", "ai.onnx"}), LEAST_OPSET)

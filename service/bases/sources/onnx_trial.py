@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service.bases.description import Tensor
-from service.bases.probing import TOLERANCE, Answer, differs, probe
+from service.bases.probing import TOLERANCE, Answer, Run, differs, probe
 from service.contracts import Array, Arrays, InputSpec
 from service.errors import ConfigError
 
@@ -29,7 +29,7 @@ LOOSE_TOLERANCE = 0.1
 
 
 class Trial(BaseModel):
-    """What is tried: a file and the graph prepared from it, which takes `inputs` and gives `outputs` in this order."""
+    """What is tried: a graph as it was read, and as it was prepared; it takes `inputs` and gives `outputs`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -84,7 +84,15 @@ def main(request: str) -> None:
 def _outputs(trial: Trial) -> tuple[Tensor, ...]:
     tolerance = LOOSE_TOLERANCE if trial.scaled_by_batch else TOLERANCE
     original, candidate = (_runner(_session(path), trial) for path in (trial.original, trial.candidate))
-    outputs = probe(candidate, trial.inputs, trial.outputs, tolerance)
+    try:
+        outputs = probe(candidate, trial.inputs, trial.outputs, tolerance)
+        _compare(original, candidate, trial, tolerance)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_remedy(trial)}") from error
+    return outputs
+
+
+def _compare(original: Run, candidate: Run, trial: Trial, tolerance: float) -> None:
     spec = InputSpec(tuple(item.field() for item in trial.inputs), ())
     batch = spec.example(trial.fixed_rows or 1, seed=2)
     try:
@@ -94,7 +102,17 @@ def _outputs(trial: Trial) -> tuple[Tensor, ...]:
     for name, one, other in zip(trial.outputs, candidate(batch), expected, strict=True):
         if reason := differs(Answer(name, one, other), tolerance):
             raise ConfigError(f"made ready for any number of rows it answers otherwise than the file: {reason}")
-    return outputs
+
+
+def _remedy(trial: Trial) -> str:
+    if trial.fixed_rows is None:
+        return ""
+    axes = ", ".join(f"'{item.name}': {{0: 'rows'}}" for item in trial.inputs)
+    return (
+        f". Its graph has the number of rows ({trial.fixed_rows}) written into it and could not be made to take any "
+        f"number. Export it again with a dynamic batch axis: torch.onnx.export(..., dynamic_shapes or "
+        f"dynamic_axes={{{axes}}})"
+    )
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:
@@ -109,7 +127,7 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
         raise ConfigError(f"onnxruntime does not load it: {str(error).splitlines()[0]}") from error
 
 
-def _runner(session: onnxruntime.InferenceSession, trial: Trial) -> Callable[[Arrays], Sequence[Array]]:
+def _runner(session: onnxruntime.InferenceSession, trial: Trial) -> Run:
     names = [item.name for item in trial.inputs]
 
     def run(batch: Arrays) -> Sequence[Array]:
