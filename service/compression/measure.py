@@ -47,12 +47,12 @@ def outputs_on(backend: Backend, data: Data, size: int = 8) -> Arrays:
 
 def _measure(store: ArtifactStore, base: Base, key: str, threads: int, answers: Path) -> dict[str, object]:
     gate = base.data("gate")
+    first = next(gate.batches(ROWS)).inputs  # reading and decoding files is not the artifact's memory
     _import_runtimes(store, key)
     before = _resident_bytes()
     _reset_peak()
     backend = open_backend(load_model(store, base, key), threads)
     try:
-        first = next(gate.batches(ROWS)).inputs
         backend.run(first)
         peak = max(0, _peak_bytes() - before)
         np.savez(answers, *outputs_on(backend, gate))

@@ -79,7 +79,7 @@ def _in_fresh_process(module: str, *arguments: str) -> Json:
 
 def labels_of(base: Base) -> Array | None:
     """Labels of the whole gate split."""
-    parts = [batch.labels for batch in base.data("gate").batches(4096)]
+    parts = [batch.labels for batch in base.data("gate").batches(64)]  # pictures are decoded for it
     known = [part for part in parts if part is not None]
     return np.concatenate(known) if known and len(known) == len(parts) else None
 
