@@ -66,6 +66,8 @@ def test_pickles_code_and_impossible_names_are_refused() -> None:
             hub_file("someone/tiny", name)
     with pytest.raises(ConfigError, match=r"base.transformers: './tiny' is no name of a model on the hub"):
         hub_folder("./tiny", ("*.json",))
+    with pytest.raises(ConfigError, match=r"base.weights: the file a.json of 'a--b' .*Cannot have -- or \.\."):
+        hub_file("a--b", "a.json")
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

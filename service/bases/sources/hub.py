@@ -35,12 +35,12 @@ def hub_file(repo: str, filename: str, key: str = "base.weights") -> Path:
     """
     _refuse(repo, (filename,), key)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(repo, filename, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass  # not downloaded yet
+    except (HFValidationError, LocalEntryNotFoundError):
+        pass  # no name for the hub, or not downloaded yet: downloading tells
     try:
         return Path(hf_hub_download(repo, filename))
     except Exception as error:  # network libraries raise errors of many families
@@ -57,11 +57,11 @@ def hub_folder(repo: str, patterns: Sequence[str], needed: Sequence[str] = (), k
     """
     _refuse(repo, patterns, key)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         cached = Path(snapshot_download(repo, allow_patterns=list(patterns), local_files_only=True))
-    except LocalEntryNotFoundError:
+    except (HFValidationError, LocalEntryNotFoundError):
         cached = None
     if cached is not None and not _missing(cached, needed):
         return cached
