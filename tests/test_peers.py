@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from loadtest.peers import bare, compare, process, saturation
+from loadtest.peers import bare, compare, process, quiet, saturation
 from loadtest.peers.bare import Bare, Way, measure
 from loadtest.peers.compare import Cell, check, expected, table
 from loadtest.peers.network import SPECS, example, write_network
@@ -218,6 +218,7 @@ def test_measuring_changes_who_begins(monkeypatch: pytest.MonkeyPatch) -> None:
         return some_load(1)
 
     monkeypatch.setattr(compare, "load", fake)
+    monkeypatch.setattr(compare, "quietly", lambda run, _: run())
     monkeypatch.setattr(Running, "cpu_s", lambda _: 0.0)
     peers = [Running(PEERS[name], port, 0) for port, name in enumerate(("leanserve", "triton"))]
     cells = compare.measure(peers, dict.fromkeys(PEERS, Request("", {}, b"")), [8], 2, 1)
@@ -233,6 +234,7 @@ def test_a_bare_loop_tells_rows_per_second_and_the_time_of_a_run(tmp_path: Path)
 
 def test_the_best_way_is_that_of_the_highest_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saturation, "CORES", 2)
+    monkeypatch.setattr(saturation, "quietly", lambda run: run())
     rates = {Way(1, 2, 1): 5.0, Way(2, 1, 4): 9.0}
     monkeypatch.setattr(bare, "measure", lambda _, way, __: Bare(rates.get(way, 1.0), 1.0))
     assert best_way(Path(), 0, Console(file=io.StringIO())) == Way(2, 1, 4)
@@ -315,3 +317,48 @@ def test_the_watched_steps_exist_and_time_in_others_is_not_counted_twice(monkeyp
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout) == len(STEPS)
+
+
+def test_a_disturbed_run_is_done_again_and_a_quiet_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = iter([0.9, 0.4, 0.0, 0.0])
+    busy = 0.0
+    runs: list[float] = []
+
+    def run() -> float:
+        nonlocal busy
+        share = next(others)
+        time.sleep(0.05)
+        busy += share * 0.05 * quiet.CORES
+        runs.append(share)
+        return share
+
+    monkeypatch.setattr(quiet, "LOOK_S", 0.0001)
+    monkeypatch.setattr(quiet, "busy_s", lambda: busy)
+    assert quiet.quietly(run) == 0.0
+    assert runs == [0.9, 0.4, 0.0]
+    assert quiet.quietly(run) == 0.0
+    assert len(runs) == 4
+
+
+def test_where_others_never_rest_the_least_disturbed_run_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = iter([0.9, 0.5, 0.3, 0.8, 0.9, 0.7])
+    busy = 0.0
+
+    def run() -> float:
+        nonlocal busy
+        share = next(others)
+        time.sleep(0.02)
+        busy += share * 0.02 * quiet.CORES
+        return share
+
+    monkeypatch.setattr(quiet, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(quiet, "busy_s", lambda: busy)
+    assert quiet.quietly(run) == 0.3
+
+
+def test_what_the_run_itself_uses_is_no_disturbance() -> None:
+    before = quiet.busy_s()
+    end = time.perf_counter() + 0.3
+    while time.perf_counter() < end:
+        pass
+    assert quiet.busy_s() - before >= 0.2

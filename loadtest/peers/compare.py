@@ -4,7 +4,8 @@
 
 All peers run at once and idle while another one is loaded, so that a round takes seconds and a machine that gets slower
 meets everyone. Each is asked once before, and its answer compared with onnxruntime's. Shown are the medians of the
-rounds, and the median of the ratios *within* a round. docs/peers.md tells what was found.
+rounds, and the median of the ratios *within* a round. A measurement that others on the machine disturbed is done again
+(`quiet.py`). docs/peers.md tells what was found.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ from rich.table import Table
 
 from loadtest.peers.network import SPECS, example, write_network
 from loadtest.peers.process import PeerError, Running, ask, serving
+from loadtest.peers.quiet import quietly
 from loadtest.peers.roster import PEERS, Request
 from loadtest.peers.wrk import Load, load
 from service.contracts import Array
@@ -75,12 +78,17 @@ def measure(
         for count in connections:
             turn = number % len(peers)
             for running in (*peers[turn:], *peers[:turn]):
-                before = running.cpu_s()
-                found = load(running.port, requests[running.peer.name], count, seconds)
-                if found.failed:
-                    raise PeerError(f"{running.peer.name} failed {found.failed} of {found.requests} requests")
-                cells[count][running.peer.name].append(Cell(found, running.cpu_s() - before))
+                under_load = partial(_cell, running, requests[running.peer.name], count, seconds)
+                cells[count][running.peer.name].append(quietly(under_load, running.cpu_s))
     return cells
+
+
+def _cell(running: Running, request: Request, connections: int, seconds: float) -> Cell:
+    before = running.cpu_s()
+    found = load(running.port, request, connections, seconds)
+    if found.failed:
+        raise PeerError(f"{running.peer.name} failed {found.failed} of {found.requests} requests")
+    return Cell(found, running.cpu_s() - before)
 
 
 def table(cells: Rounds, title: str) -> Table:

@@ -12,10 +12,10 @@ twice: of all cores, and of what the client left. docs/peers.md tells what was f
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,11 +29,11 @@ from loadtest.peers.compare import CACHE, WIDTH, check, expected
 from loadtest.peers.network import SPECS, example, write_network
 from loadtest.peers.overload import Overload, overload
 from loadtest.peers.process import PeerError, Running, serving
+from loadtest.peers.quiet import CORES, quietly
 from loadtest.peers.roster import PEERS, Request
 from loadtest.peers.wrk import Load, load
 
 BATCHES = (1, 2, 4, 8, 16)
-CORES = len(os.sched_getaffinity(0))
 OVERLOAD, OVERLOAD_CONNECTIONS = 10, 64
 
 
@@ -57,7 +57,7 @@ def best_way(network: Path, seconds: float, console: Console) -> Way:
     rates: dict[Way, float] = {}
     for _ in range(2):
         for way in ways():
-            rates[way] = max(rates.get(way, 0.0), bare.measure(network, way, seconds).rate)
+            rates[way] = max(rates.get(way, 0.0), quietly(partial(bare.measure, network, way, seconds)).rate)
     for way, rate in rates.items():
         console.print(f"bare {way}: {rate:.1f} rows/s", highlight=False)
     return max(rates, key=lambda way: rates[way])
@@ -67,17 +67,22 @@ def one_round(
     running: Running, request: Request, network: Path, way: Way, connections: Sequence[int], seconds: float
 ) -> Round:
     """The bare loop and the loads, one after the other; the server idles while the bare loops run."""
-    served: dict[int, Load] = {}
-    best = bare.measure(network, way, seconds)
-    for count in connections:
-        served[count] = load(running.port, request, count, seconds)
-        if served[count].failed:
-            raise PeerError(f"{served[count].failed} of {served[count].requests} requests failed at {count}")
-    peak = max(found.rate for found in served.values())
-    flooded = overload(running.port, request, OVERLOAD * peak, seconds, OVERLOAD_CONNECTIONS)
-    alone = load(running.port, request, 1, seconds)
-    single = min((bare.measure(network, Way(1, threads, 1), seconds) for threads in {1, CORES}), key=lambda b: b.p50_ms)
-    return Round(best, served, alone, single, flooded)
+
+    def loaded(count: int) -> Load:
+        found = quietly(lambda: load(running.port, request, count, seconds), running.cpu_s)
+        if found.failed:
+            raise PeerError(f"{found.failed} of {found.requests} requests failed at {count} connections")
+        return found
+
+    def alone_in(threads: int) -> Bare:
+        return quietly(lambda: bare.measure(network, Way(1, threads, 1), seconds))
+
+    best = quietly(lambda: bare.measure(network, way, seconds))
+    served = {count: loaded(count) for count in connections}
+    rate = OVERLOAD * max(found.rate for found in served.values())
+    flooded = quietly(lambda: overload(running.port, request, rate, seconds, OVERLOAD_CONNECTIONS), running.cpu_s)
+    single = min((alone_in(threads) for threads in {1, CORES}), key=lambda found: found.p50_ms)
+    return Round(best, served, loaded(1), single, flooded)
 
 
 def saturation_table(rounds: Sequence[Round], seconds: float, title: str) -> Table:
