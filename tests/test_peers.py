@@ -295,13 +295,20 @@ def test_an_open_loop_offers_its_rate_and_counts_who_was_answered() -> None:
 
 def test_the_watched_steps_exist_and_time_in_others_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = StopWatch()
+    watch.calls.clear()
 
     def inner() -> None:
-        time.sleep(0.05)
+        spin(0.05)
 
     def outer() -> None:
-        time.sleep(0.01)
+        spin(0.01)
         timed_inner()
+        time.sleep(0.05)  # waiting is not counted
+
+    def spin(seconds: float) -> None:
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
 
     timed_inner, timed_outer = watch._timed("inner", inner), watch._timed("outer", outer)
     watch.seconds = {"inner": 0.0, "outer": 0.0}
@@ -309,8 +316,10 @@ def test_the_watched_steps_exist_and_time_in_others_is_not_counted_twice(monkeyp
     assert watch.seconds == {"inner": 0.0, "outer": 0.0}  # it is not running
     watch.on = True
     timed_outer()
-    assert 0.05 <= watch.seconds["inner"] < 0.2
-    assert 0.01 <= watch.seconds["outer"] < 0.05
+    assert watch.seconds["inner"] == pytest.approx(0.05, abs=0.01)
+    assert watch.seconds["outer"] == pytest.approx(0.01, abs=0.005)
+    assert (watch.calls["inner"], watch.calls["outer"]) == (1, 1)
+    assert watch.cost_s(["inner", "outer"]) < 1e-4
     program = (
         "from loadtest.peers.steps import *\nwatch = StopWatch()\nfor step in STEPS: watch.watch(step)\n"
         "print(len(watch.seconds))"
