@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
-import threading
-import time
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any
 
 import httpx
@@ -235,20 +234,18 @@ def test_another_verb_is_refused(http: httpx.Client) -> None:
 
 def test_a_full_queue_is_a_rate_limit_with_its_time(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("full")
-    with live_texts(folder, batch={"max_rows": 1, "queue_rows": 1}) as live, httpx.Client() as http:
+    with live_texts(folder, batch={"max_rows": 1, "queue_rows": 1}) as live:
         url, held = f"http://{live.http}/v1/embeddings", {"model": "held", "input": "a"}
         live.gate.clear()
-        waiting = [threading.Thread(target=httpx.post, args=(url,), kwargs={"json": held}) for _ in range(2)]
-        for thread in waiting:
-            thread.start()
-            time.sleep(0.1)
-        reply = http.post(url, json=held)
+        with ThreadPoolExecutor(6) as callers:
+            pending = [callers.submit(httpx.post, url, json=held, timeout=30) for _ in range(6)]
+            done, waiting = wait(pending, 20, FIRST_COMPLETED)
+            reply = done.pop().result()
+            assert waiting
+            live.gate.set()
         error = error_of(reply, 429)
         assert int(reply.headers["retry-after"]) >= 1
         assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
-        live.gate.set()
-        for thread in waiting:
-            thread.join()
 
 
 def test_requests_count_for_the_variant_that_answered(live: Live, http: httpx.Client) -> None:
