@@ -39,11 +39,15 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """What a model takes (`fields`), what it gives (`outputs`) and, for classifiers, the names of its classes."""
+    """What a model takes (`fields`), what it gives (`outputs`) and, for classifiers, the names of its classes.
+
+    `max_length` bounds the dynamic axes of what it takes: longer requests are refused.
+    """
 
     fields: tuple[Field, ...]
     outputs: tuple[Field, ...]
     labels: tuple[str, ...] = ()
+    max_length: int = 512
 
     def example(self, rows: int, length: int = 16, seed: int = 0) -> Arrays:
         """A random batch of `rows` rows that fits the spec; dynamic axes get `length`."""

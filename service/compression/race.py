@@ -20,6 +20,7 @@ from service.bases.opening import reopen_base
 from service.compression.artifacts import ArtifactStore
 from service.compression.load import load_model
 from service.contracts import Arrays, Backend, InputSpec
+from service.serving.costs import TYPICAL
 from service.serving.device import Device
 
 BATCHES = (1, 8, 32)
@@ -31,8 +32,8 @@ Latencies = dict[str, dict[int, list[float]]]
 
 
 def examples(spec: InputSpec, sizes: Iterable[int]) -> list[Arrays]:
-    """The batches that are timed, one of each number of rows."""
-    return [spec.example(rows) for rows in sizes]
+    """The batches that are timed, one of each number of rows; dynamic axes have a typical length."""
+    return [spec.example(rows, min(TYPICAL, spec.max_length)) for rows in sizes]
 
 
 def interleaved(

@@ -31,6 +31,30 @@ def split(outputs: Arrays, counts: Sequence[int]) -> list[Arrays]:
     return replies
 
 
+def dynamic_axes(fields: Sequence[Field]) -> tuple[tuple[int, int], ...]:
+    """Position of the field and axis of the batch (the first counts rows) for every axis whose size varies."""
+    return tuple(
+        (position, axis)
+        for position, item in enumerate(fields)
+        for axis, size in enumerate(item.shape, start=1)
+        if size is None
+    )
+
+
+def longest(sample: Arrays, axes: Sequence[tuple[int, int]]) -> int:
+    """The largest size along these axes; 0 if there are none."""
+    return max((sample[position].shape[axis] for position, axis in axes), default=0)
+
+
+def trim(reply: Arrays, axes: Sequence[tuple[int, int]], padded: int, length: int) -> Arrays:
+    """Cut answers at padded positions off: along these axes of the outputs, where they are as long as the batch was."""
+    arrays = list(reply)
+    for position, axis in axes:
+        if arrays[position].shape[axis] == padded:
+            arrays[position] = arrays[position][(slice(None),) * axis + (slice(0, length),)]
+    return tuple(arrays)
+
+
 def rejoin(parts: Sequence[Arrays]) -> Arrays:
     """Put the replies of a split request together again."""
     return parts[0] if len(parts) == 1 else tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))

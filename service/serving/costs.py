@@ -1,18 +1,32 @@
 """What a batch costs: measured at warm-up, kept current while serving.
 
 Admission asks it how long the queue will take, the batcher asks it for the *knee*: the smallest batch whose throughput
-is close to the best. On CPUs throughput often falls beyond a few rows, because activations no longer fit the caches.
+is close to the best. On CPUs throughput often falls beyond a few rows, because activations no longer fit the caches; of
+long rows fewer do, so models whose rows vary in length have a table, and a knee, per length bucket.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 SMOOTHING = 0.1
 """Weight of a new observation against the old estimate (exponential moving average)."""
 KNEE = 0.97
 """A batch at the knee reaches at least this share of the best measured throughput."""
+SHORTEST = 16
+"""The first length bucket."""
+TYPICAL = 64
+"""The length at which models are timed and compared where lengths vary."""
+
+
+def length_buckets(longest: int) -> tuple[int, ...]:
+    """Upper ends of the length buckets: the powers of two from `SHORTEST` up, and the longest."""
+    sizes = [min(SHORTEST, longest)]
+    while sizes[-1] < longest:
+        sizes.append(min(2 * sizes[-1], longest))
+    return tuple(sizes)
 
 
 def buckets_up_to(max_rows: int, compiled: Sequence[int] = ()) -> tuple[int, ...]:
@@ -31,20 +45,26 @@ def buckets_up_to(max_rows: int, compiled: Sequence[int] = ()) -> tuple[int, ...
 class CostTable:
     """Seconds per batch, by batch bucket. Written by one thread, read by any."""
 
-    def __init__(self, measured: Mapping[int, float]) -> None:
-        """`measured`: rows -> seconds, one entry per bucket, at least one."""
+    def __init__(
+        self, measured: Mapping[int, float], most: int | None = None, shapes: Literal["any", "compiled"] = "any"
+    ) -> None:
+        """`measured`: rows -> seconds, one entry per bucket, at least one. A batch never has more than `most` rows.
+
+        With `compiled` shapes every batch is padded to its bucket, and costs what that costs.
+        """
         self.buckets = tuple(sorted(measured))
         self._seconds = [measured[rows] for rows in self.buckets]
-        self.knee = self._find_knee()
+        self._compiled = shapes == "compiled"
+        self.knee = self._find_knee() if most is None else min(most, self._find_knee())
 
     def bucket(self, rows: int) -> int:
         """The smallest bucket that holds `rows` (the largest one for more)."""
         return self.buckets[self._index(rows)]
 
     def seconds(self, rows: int) -> float:
-        """Predicted seconds for one batch of `rows`, interpolated between buckets."""
+        """Predicted seconds for one batch of `rows`, interpolated between buckets unless they are compiled shapes."""
         upper = self._index(rows)
-        if upper == 0 or rows >= self.buckets[upper]:
+        if upper == 0 or rows >= self.buckets[upper] or self._compiled:
             return self._seconds[upper]
         low, high = self.buckets[upper - 1], self.buckets[upper]
         share = (rows - low) / (high - low)
@@ -53,7 +73,7 @@ class CostTable:
     def drain_seconds(self, rows: int) -> float:
         """Predicted seconds until `rows` queued rows are done, in batches of the knee size."""
         full, rest = divmod(rows, self.knee)
-        return full * self.seconds(self.knee) + (self.seconds(rest) if rest else 0.0)
+        return (full * self.seconds(self.knee) if full else 0.0) + (self.seconds(rest) if rest else 0.0)
 
     def observe(self, rows: int, seconds: float) -> None:
         """Correct the estimate by a batch that was run; only exact bucket sizes teach."""
@@ -71,3 +91,34 @@ class CostTable:
     def _find_knee(self) -> int:
         rates = [rows / max(seconds, 1e-9) for rows, seconds in zip(self.buckets, self._seconds, strict=True)]
         return next(rows for rows, rate in zip(self.buckets, rates, strict=True) if rate >= KNEE * max(rates))
+
+
+class Costs:
+    """The cost tables of a variant: one per length bucket, or a single one where all rows have the same length.
+
+    What takes rows per bucket takes them in the order of `tables`.
+    """
+
+    def __init__(self, tables: Sequence[CostTable], lengths: Sequence[int] = ()) -> None:
+        """`lengths`: the upper ends of the length buckets, ascending; none for rows of the same length."""
+        self.tables = tuple(tables)
+        self.lengths = tuple(lengths)
+
+    def drain_seconds(self, rows: Sequence[int]) -> float:
+        """Predicted seconds of a lane until these rows per length bucket are done, in batches of the knee size."""
+        if len(self.tables) == 1:  # every request asks this
+            return self.tables[0].drain_seconds(rows[0])
+        return sum(table.drain_seconds(count) for table, count in zip(self.tables, rows, strict=True) if count)
+
+    def turns(self, rows: Sequence[int]) -> int:
+        """The number of batches that these rows per length bucket make."""
+        return sum(-(-count // table.knee) for table, count in zip(self.tables, rows, strict=True))
+
+    def turn_seconds(self, rows: Sequence[int]) -> float:
+        """Predicted seconds of the costliest batch among these rows per length bucket."""
+        batches = ((table, min(count, table.knee)) for table, count in zip(self.tables, rows, strict=True) if count)
+        return max((table.seconds(count) for table, count in batches), default=0.0)
+
+    def table(self) -> dict[int, float]:
+        """Rows -> seconds, as known now; of rows of a typical length where they vary."""
+        return self.tables[min(bisect_left(self.lengths, TYPICAL), len(self.tables) - 1)].table()

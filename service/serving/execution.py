@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from service.contracts import Arrays, Backend, InputSpec
 from service.errors import BackendFailed
-from service.serving.assembly import join, split
+from service.serving.assembly import dynamic_axes, join, split, trim
 from service.serving.batcher import Ticket
-from service.serving.costs import CostTable
+from service.serving.costs import Costs
 from service.serving.device import Device, Lane
 from service.telemetry.observations import VariantMetrics
 
@@ -43,7 +43,7 @@ class Running:
 
     device: Device
     backends: tuple[Backend, ...]
-    costs: CostTable
+    costs: Costs
 
 
 class Execution:
@@ -54,22 +54,23 @@ class Execution:
         self._spec = spec
         self._backends = running.backends
         self._costs = running.costs
+        self._output_axes = dynamic_axes(spec.outputs)
         self._metrics = metrics
         self._counting = threading.Lock()
 
     def run(self, lane: Lane, tickets: list[Ticket[Reply]], taken: float) -> list[Ran]:
         """Run tickets, `taken` from their queue at that time, as one batch on this lane; never raises."""
-        backend = self._backends[lane.index]
+        backend, costs = self._backends[lane.index], self._costs.tables[tickets[0].bucket]
         rows = sum(ticket.rows for ticket in tickets)
-        padded = self._costs.bucket(rows) if backend.row_buckets else rows
+        padded = costs.bucket(rows) if backend.row_buckets else rows
         try:
             joined = join([ticket.sample for ticket in tickets], self._spec, padded)
             started = time.perf_counter()
-            lane.due_at = started + self._costs.seconds(padded)
+            lane.due_at = started + costs.seconds(padded)
             outputs = backend.run(joined)
             ended = time.perf_counter()
             _check_rows(outputs, padded)
-            replies = split(outputs, [ticket.rows for ticket in tickets])
+            replies = self._split(outputs, tickets)
         except BaseException as error:  # a panic in a native library is no Exception, and these clients wait
             return self._run_apart(lane, tickets, taken, error)
         finally:
@@ -77,9 +78,20 @@ class Execution:
         infer_s = ended - started
         waits = [taken - ticket.enqueued_at for ticket in tickets]
         with self._counting:  # lanes count in the same places
-            self._costs.observe(padded, infer_s)
+            costs.observe(padded, infer_s)
+            self._metrics.padding_tokens += padding_tokens(tickets)
             self._metrics.batch_done(rows, padded - rows, infer_s, waits, started - taken, time.perf_counter() - ended)
         return [Ran(ticket, reply, infer_s, rows) for ticket, reply in zip(tickets, replies, strict=True)]
+
+    def _split(self, outputs: Arrays, tickets: list[Ticket[Reply]]) -> list[Arrays]:
+        replies = split(outputs, [ticket.rows for ticket in tickets])
+        if not self._output_axes:
+            return replies
+        padded = max(ticket.length for ticket in tickets)
+        return [
+            trim(reply, self._output_axes, padded, ticket.length)
+            for reply, ticket in zip(replies, tickets, strict=True)
+        ]
 
     def _run_apart(self, lane: Lane, tickets: list[Ticket[Reply]], taken: float, error: BaseException) -> list[Ran]:
         """Find the bad request by halving: its batch mates are answered, it alone fails."""
@@ -92,6 +104,14 @@ class Execution:
             f"the model failed on this request; the server's log has the details under id {incident}"
         )
         return [Ran(tickets[0], failure, 0.0, tickets[0].rows)]
+
+
+def padding_tokens(tickets: list[Ticket[Reply]]) -> int:
+    """Positions that are computed only because a row is shorter than the longest one of its batch."""
+    if len(tickets) == 1 or not tickets[0].length:
+        return 0
+    longest = max(ticket.length for ticket in tickets)
+    return sum(ticket.rows * (longest - ticket.length) for ticket in tickets)
 
 
 def _check_rows(outputs: Arrays, rows: int) -> None:

@@ -15,7 +15,7 @@ from service.config import BatchConfig, ServiceConfig
 from service.contracts import Backend, Base
 from service.errors import NotFound, NotReady, StartupError
 from service.serving.batcher import Batcher, QueueLimits
-from service.serving.costs import CostTable
+from service.serving.costs import Costs
 from service.serving.device import Device, Lane
 from service.serving.execution import Reply
 from service.serving.traffic import share_out, sticky_point
@@ -97,14 +97,17 @@ class Fleet:
             variant.backends[lane.index].close()
 
 
-def _limits(batch: BatchConfig, costs: CostTable) -> QueueLimits:
+def _limits(batch: BatchConfig, costs: Costs) -> QueueLimits:
+    knees = tuple(table.knee for table in costs.tables)
     return QueueLimits(
-        max_rows=min(batch.max_rows, costs.knee),
+        max_rows=max(knees),
         queue_rows=batch.queue_rows,
         max_delay_s=batch.max_delay_ms / 1000,
         timeout_s=batch.timeout_ms / 1000,
         levels=batch.priority_levels,
         default_level=batch.default_level,
+        lengths=costs.lengths,
+        rows_at=knees,
     )
 
 

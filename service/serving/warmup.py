@@ -9,16 +9,22 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 from service.contracts import Arrays, Backend, InputSpec
-from service.serving.costs import CostTable, buckets_up_to
+from service.serving.assembly import dynamic_axes
+from service.serving.costs import Costs, CostTable, buckets_up_to, length_buckets
 from service.serving.device import Device, Lane
 from service.serving.execution import Running
 
 WARM_RUNS = 3
 WARM_SECONDS = 0.15
-"""Per batch bucket: at least one run after the first, at most this many runs or seconds."""
+"""Per shape: at least one run after the first, at most this many runs or seconds."""
+SPARSE_ROWS = (1, 4, 16)
+"""Where lengths vary, these rows and the maximum are measured; what lies between is interpolated."""
+GRID_SECONDS = 1.5
+"""Where lengths vary: no larger batch is tried once this is spent. A single row of every length is always measured."""
 
 
 def warm_up(device: Device, load: Callable[[], Backend], spec: InputSpec, max_rows: int) -> Running:
@@ -27,29 +33,55 @@ def warm_up(device: Device, load: Callable[[], Backend], spec: InputSpec, max_ro
     Raises:
         Exception: whatever loading or running raises.
     """
+    lengths = length_buckets(spec.max_length) if dynamic_axes(spec.fields) else ()
     loading = threading.Lock()
 
     def open_on(_: Lane) -> Backend:
         with loading:  # loading and the first runs, which may compile, use settings of the whole process
             backend = load()
-            for rows in buckets_up_to(max_rows, backend.row_buckets):
-                backend.run(spec.example(rows))
+            for rows in _row_buckets(backend, max_rows, lengths):
+                backend.run(spec.example(rows, min(lengths, default=0)))
             return backend
 
     backends = tuple(device.call_on_each(open_on))
-    buckets = buckets_up_to(max_rows, backends[0].row_buckets)
-    seconds = {}
-    for rows in buckets:
-        seconds[rows] = _seconds_together(device, backends, spec.example(rows))
-    return Running(device, backends, CostTable(seconds))
+    rows = _row_buckets(backends[0], max_rows, lengths)
+
+    def seconds(rows: int, length: int) -> float:
+        batch = spec.example(rows, length)
+        return statistics.fmean(device.call_on_each(lambda lane: _seconds(backends[lane.index], batch)))
+
+    grid = measure_grid(seconds, rows, lengths) if lengths else [{count: seconds(count, 0) for count in rows}]
+    shapes: Literal["any", "compiled"] = "compiled" if backends[0].row_buckets else "any"
+    return Running(device, backends, Costs([CostTable(known, max_rows, shapes) for known in grid], lengths))
 
 
-def _seconds_together(device: Device, backends: tuple[Backend, ...], batch: Arrays) -> float:
-    """Seconds of one lane for the batch while all others run it, too."""
-    return statistics.fmean(device.call_on_each(lambda lane: _seconds(backends[lane.index], batch)))
+def measure_grid(
+    seconds: Callable[[int, int], float], rows: Sequence[int], lengths: Sequence[int]
+) -> list[dict[int, float]]:
+    """For every length, what batches of these rows cost; `seconds(rows, length)` measures one.
+
+    Small batches come first. A larger one is left out if, going by the smaller one, it does not fit into
+    `GRID_SECONDS`: by then a batch takes so long that more rows would not make it cheaper per row.
+    """
+    grid: list[dict[int, float]] = [{} for _ in lengths]
+    started = time.perf_counter()
+    for smaller, count in zip((0, *rows), rows, strict=False):
+        for known, length in zip(grid, lengths, strict=True):
+            left = GRID_SECONDS - (time.perf_counter() - started)
+            if smaller and (smaller not in known or known[smaller] * count / smaller > left):
+                continue
+            known[count] = seconds(count, length)
+    return grid
+
+
+def _row_buckets(backend: Backend, max_rows: int, lengths: Sequence[int]) -> tuple[int, ...]:
+    if lengths and not backend.row_buckets:
+        return tuple(sorted({min(rows, max_rows) for rows in (*SPARSE_ROWS, max_rows)}))
+    return buckets_up_to(max_rows, backend.row_buckets)
 
 
 def _seconds(backend: Backend, batch: Arrays) -> float:
+    """The best of some runs: what disturbs one can only have slowed it down."""
     best, spent = float("inf"), 0.0
     for _ in range(WARM_RUNS):
         started = time.perf_counter()

@@ -117,6 +117,9 @@ TRAFFIC = (
     Family("leanserve_inference_duration_seconds", "histogram", "Device time, per batch.", lambda v: _only(v.infer)),
     Family("leanserve_batch_rows", "histogram", "Rows per batch, padding excluded.", lambda v: _only(v.rows)),
     Family("leanserve_padding_rows", "counter", "Rows added to fill a batch.", lambda v: _only(v.padding_rows)),
+    Family(
+        "leanserve_padding_tokens", "counter", "Positions added to shorter rows.", lambda v: _only(v.padding_tokens)
+    ),
     Family("leanserve_queue_rows", "gauge", "Rows in the queue now.", lambda v: _only(v.queue_rows())),
     Family("leanserve_device_busy_seconds", "counter", "Seconds in which lanes of the device ran the variant.", _busy),
     Family("leanserve_device_lanes", "gauge", "Batches that the variant's device runs at a time.", _lanes),

@@ -106,6 +106,7 @@ class VariantMetrics:
         "name",
         "output_request_s",
         "padding_rows",
+        "padding_tokens",
         "queue",
         "queue_requests",
         "queue_rows",
@@ -129,6 +130,7 @@ class VariantMetrics:
         self.infer = Histogram(SECONDS)
         self.rows = Histogram(ROWS)
         self.padding_rows = 0
+        self.padding_tokens = 0
         self.batches: dict[int, BatchTimes] = {}
         self.last_batch_at = 0.0
         # Summed over requests, as Triton counts: every request of a batch spent the whole batch's time.

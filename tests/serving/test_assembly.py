@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from service.contracts import Field, InputSpec
-from service.serving.assembly import cut, join, rejoin, split
+from service.serving.assembly import cut, dynamic_axes, join, longest, rejoin, split, trim
 
 IMAGES = InputSpec((Field("image", "float32", (2, 2)),), (Field("logits", "float32", (3,)),))
 TEXT = InputSpec(
@@ -41,3 +41,18 @@ def test_large_requests_are_cut_and_rejoined_in_order() -> None:
     assert [len(part[0]) for part in parts] == [3, 3, 1]
     np.testing.assert_array_equal(rejoin(parts)[0], sample[0])
     assert cut(sample, 7)[0] is sample
+
+
+def test_the_length_is_the_largest_dynamic_axis() -> None:
+    axes = dynamic_axes(TEXT.fields)
+    assert axes == ((0, 1), (1, 1))
+    assert longest((np.zeros((2, 5)), np.zeros((2, 9))), axes) == 9
+    assert dynamic_axes(IMAGES.fields) == ()
+    assert longest(IMAGES.example(1), ()) == 0
+
+
+def test_answers_at_padded_positions_are_cut_off_and_others_left_alone() -> None:
+    outputs = (Field("tags", "float32", (None, 2)), Field("embedding", "float32", (8,)), Field("half", "f4", (None,)))
+    reply = (np.zeros((1, 8, 2)), np.zeros((1, 8)), np.zeros((1, 4)))
+    trimmed = trim(reply, dynamic_axes(outputs), padded=8, length=5)
+    assert [array.shape for array in trimmed] == [(1, 5, 2), (1, 8), (1, 4)]

@@ -15,12 +15,12 @@ from service.serving.batcher import Batcher, QueueLimits, Ticket
 
 def ticket(name: str, rows: int = 1, deadline: float = math.inf, *, gone: bool = False) -> Ticket[str]:
     sample: Arrays = (np.zeros((rows, 1), np.float32),)
-    return Ticket(sample, rows, name, deadline=deadline, gone=lambda: gone)
+    return Ticket(sample, name, deadline=deadline, gone=lambda: gone)
 
 
 def of_level(name: str, level: int, rows: int = 1, deadline: float = math.inf, *, gone: bool = False) -> Ticket[str]:
     sample: Arrays = (np.zeros((rows, 1), np.float32),)
-    return Ticket(sample, rows, name, deadline=deadline, gone=lambda: gone, level=level)
+    return Ticket(sample, name, deadline=deadline, gone=lambda: gone, level=level)
 
 
 def names(tickets: list[Ticket[str]]) -> list[str]:
@@ -210,3 +210,75 @@ def test_the_delay_counts_from_the_oldest_of_all_levels() -> None:
 @pytest.mark.parametrize(("priority", "level"), [(0, 2), (1, 1), (3, 3), (4, 2), (2**40, 2)])
 def test_no_priority_and_one_beyond_the_levels_mean_the_default(priority: int, level: int) -> None:
     assert LEVELS.level(priority) == level
+
+
+LENGTHS = QueueLimits(max_rows=4, queue_rows=100, levels=2, lengths=(16, 32, 64), rows_at=(4, 3, 1))
+MIXTURES: dict[str, tuple[list[tuple[str, int, int, int]], list[str]]] = {
+    # arrivals (name, rows, length, level), one after the other -> batches
+    "rows of one length bucket go together": (
+        [("a", 1, 5, 1), ("b", 1, 16, 1), ("c", 1, 1, 1)],
+        ["abc"],
+    ),
+    "others are passed over, and go next": (
+        [("a", 1, 10, 1), ("L", 1, 50, 1), ("b", 1, 12, 1), ("m", 1, 20, 1), ("c", 1, 16, 1)],
+        ["abc", "L", "m"],
+    ),
+    "the foremost always goes, however many short ones arrive": (
+        [("L", 1, 64, 1), *((name, 1, 8, 1) for name in "abcdef"), ("M", 1, 60, 1)],
+        ["L", "abcd", "ef", "M"],
+    ),
+    "long rows make small batches": (
+        [(name, 1, 30, 1) for name in "abcde"] + [(name, 1, 40, 1) for name in "xy"],
+        ["abc", "de", "x", "y"],
+    ),
+    "beyond the last bucket is the last bucket": ([("a", 1, 65, 1), ("b", 1, 64, 1)], ["a", "b"]),
+    "none of the bucket is passed over for a later one that would fit": (
+        [("a", 3, 8, 1), ("b", 2, 8, 1), ("c", 1, 8, 1)],
+        ["a", "bc"],
+    ),
+    "an urgent one decides the length, less urgent ones of it fill up": (
+        [("m", 1, 20, 2), ("a", 1, 8, 2), ("U", 1, 10, 1), ("b", 1, 8, 2)],
+        ["Uab", "m"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("arrivals", "batches"), MIXTURES.values(), ids=MIXTURES.keys())
+def test_a_batch_holds_one_length_bucket(arrivals: list[tuple[str, int, int, int]], batches: list[str]) -> None:
+    batcher: Batcher[str] = Batcher(LENGTHS)
+    for now, (name, rows, length, level) in enumerate(arrivals):
+        sample: Arrays = (np.zeros((rows, length), np.int64),)
+        batcher.offer([Ticket(sample, name, level=level, length=length)], float(now))
+    formed = [batcher.take(50.0) for _ in batches]
+    assert ["".join(names(item.batch)) for item in formed] == batches
+    assert [item.more for item in formed] == [True] * (len(batches) - 1) + [False]
+    assert (batcher.waiting_rows, batcher.waiting_requests(), batcher.rows_by_length(2)) == (0, 0, [0, 0, 0])
+
+
+def test_when_the_foremost_is_dead_the_next_oldest_decides_the_length() -> None:
+    batcher: Batcher[str] = Batcher(LENGTHS)
+    row: Arrays = (np.zeros((1, 1), np.int64),)
+    batcher.offer([Ticket(row, "late", deadline=2.0, length=8)], 0.0)
+    batcher.offer([Ticket(row, "M", length=30)], 1.0)
+    batcher.offer([Ticket(row, "a", length=8)], 2.0)
+    formed = batcher.take(3.0)
+    assert (names(formed.expired), names(formed.batch)) == (["late"], ["M"])
+
+
+def test_waiting_rows_are_known_by_length_bucket_and_level() -> None:
+    batcher: Batcher[str] = Batcher(LENGTHS)
+    for level, length, rows in ((1, 8, 1), (1, 64, 2), (2, 8, 4), (2, 17, 8)):
+        batcher.offer([Ticket((np.zeros((rows, length)),), "x", level=level, length=length)], 0.0)
+    assert (batcher.rows_by_length(1), batcher.rows_by_length(2)) == ([1, 0, 2], [5, 8, 2])
+    assert (batcher.rows_before(1), batcher.rows_before(2)) == (3, 15)
+
+
+def test_a_delay_ends_when_the_rows_of_one_bucket_fill_a_batch() -> None:
+    limits = QueueLimits(max_rows=4, queue_rows=9, max_delay_s=0.5, lengths=(16, 32), rows_at=(4, 2))
+    batcher: Batcher[str] = Batcher(limits)
+    row: Arrays = (np.zeros((1, 1), np.int64),)
+    for length in (8, 8, 8, 30):
+        batcher.offer([Ticket(row, "x", length=length)], 10.0)
+    assert batcher.due(10.1) == pytest.approx(0.4)
+    batcher.offer([Ticket(row, "x", length=31)], 10.1)
+    assert batcher.due(10.1) == 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.serving.costs import CostTable, buckets_up_to
+from service.serving.costs import Costs, CostTable, buckets_up_to, length_buckets
 
 
 @pytest.mark.parametrize(("most", "buckets"), [(1, (1,)), (2, (1, 2)), (8, (1, 2, 4, 8)), (12, (1, 2, 4, 8, 12))])
@@ -43,3 +43,31 @@ def test_observations_move_the_estimate_of_their_bucket_only() -> None:
         costs.observe(3, 99.0)
     assert costs.table()[1] == 1.0
     assert costs.table()[4] == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_compiled_batch_costs_what_its_padded_shape_costs_and_is_never_fuller_than_the_limit() -> None:
+    costs = CostTable({1: 1.0, 8: 3.0}, shapes="compiled")
+    assert [costs.seconds(rows) for rows in (1, 2, 7, 8)] == [1.0, 3.0, 3.0, 3.0]
+    assert costs.drain_seconds(10) == pytest.approx(6.0)
+    limited = CostTable({16: 2.0}, most=4, shapes="compiled")
+    assert (limited.knee, limited.drain_seconds(8)) == (4, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("longest", "buckets"), [(512, (16, 32, 64, 128, 256, 512)), (100, (16, 32, 64, 100)), (16, (16,)), (7, (7,))]
+)
+def test_length_buckets_are_powers_of_two_and_the_longest(longest: int, buckets: tuple[int, ...]) -> None:
+    assert length_buckets(longest) == buckets
+
+
+def test_costs_are_summed_over_length_buckets() -> None:
+    short, long = CostTable({1: 1.0, 8: 2.0}), CostTable({1: 4.0, 2: 8.0})
+    costs = Costs((short, long), (16, 64))
+    assert (short.knee, long.knee) == (8, 1)
+    assert costs.drain_seconds([9, 2]) == pytest.approx(2.0 + 1.0 + 2 * 4.0)
+    assert costs.turns([9, 2]) == 2 + 2
+    assert costs.turn_seconds([9, 0]) == 2.0
+    assert costs.turn_seconds([1, 5]) == 4.0
+    assert (costs.turns([0, 0]), costs.turn_seconds([0, 0]), costs.drain_seconds([0, 0])) == (0, 0.0, 0.0)
+    assert costs.table() == long.table(), "64 is the typical length"
+    assert Costs([short]).table() == short.table()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from service.config import BatchConfig, ServiceConfig
 from service.contracts import Arrays, Field, InputSpec
 from service.serving.device import Device
 from service.serving.fleet import Fleet
+from service.serving.warmup import GRID_SECONDS, measure_grid, warm_up
 
 SPEC = InputSpec((Field("x", "float32", (2,)),), (Field("y", "float32", (2,)),))
 
@@ -47,14 +49,80 @@ def test_a_compiled_variant_is_warmed_in_its_own_shapes_only(
     backend = CompiledBackend((1, 8))
     fleet.open("a", lambda: backend, BatchConfig(max_rows=max_rows))
     variant = fleet.variants["a"]
-    assert backend.shapes == set(warmed) == set(variant.costs.buckets)
+    assert backend.shapes == set(warmed) == set(variant.costs.tables[0].buckets)
     assert variant.batcher.limits.max_rows <= max(warmed)
 
 
 def test_a_shape_above_the_limit_is_filled_no_further_than_the_limit(fleet: Fleet) -> None:
     fleet.open("a", lambda: CompiledBackend((16,)), BatchConfig(max_rows=4))
-    assert fleet.variants["a"].costs.buckets == (16,)
+    assert fleet.variants["a"].costs.tables[0].buckets == (16,)
     assert fleet.variants["a"].batcher.limits.max_rows == 4
+
+
+class TextBackend:
+    """Remembers the shapes that it ran."""
+
+    name = "text"
+    row_buckets: tuple[int, ...] = ()
+
+    def __init__(self) -> None:
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def run(self, batch: Arrays) -> Arrays:
+        self.shapes.add(batch[0].shape)
+        return batch
+
+    def close(self) -> None: ...
+
+
+TEXT = InputSpec((Field("ids", "int64", (None,)),), (Field("y", "int64", (None,)),), max_length=100)
+
+
+def test_a_variant_of_varying_length_is_warmed_on_a_sparse_grid() -> None:
+    backend, device = TextBackend(), Device("cpu", 1)
+    running = warm_up(device, lambda: backend, TEXT, 32)
+    device.close()
+    lengths = (16, 32, 64, 100)
+    assert running.costs.lengths == lengths
+    assert backend.shapes == {(rows, length) for rows in (1, 4, 16, 32) for length in lengths}
+    assert [table.buckets for table in running.costs.tables] == [(1, 4, 16, 32)] * 4
+
+
+def test_the_grid_leaves_out_what_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("service.serving.warmup.time.perf_counter", lambda: now[0])
+
+    def seconds(rows: int, length: int) -> float:
+        took = rows * length / 1000
+        now[0] += took
+        return took
+
+    grid = measure_grid(seconds, (1, 4, 16, 32), (16, 64, 512))
+    assert [sorted(known) for known in grid] == [[1, 4, 16], [1, 4], [1]]
+    assert grid[2] == {1: 0.512}
+    assert now[0] <= GRID_SECONDS + 0.1
+
+
+def test_every_lane_has_its_own_backend_and_closes_it() -> None:
+    config = ServiceConfig.model_validate({"base": "fake", "variants": [{"name": "a"}]})
+    fleet = Fleet(SimpleNamespace(name="fake", spec=SPEC, caveats=()), config, [], Device("cpu", 2, 2))
+    made: list[tuple[CompiledBackend, threading.Thread]] = []
+    closed: list[tuple[CompiledBackend, threading.Thread]] = []
+
+    class Tracked(CompiledBackend):
+        def close(self) -> None:
+            closed.append((self, threading.current_thread()))
+
+    def load() -> CompiledBackend:
+        made.append((Tracked((1, 8)), threading.current_thread()))
+        return made[-1][0]
+
+    fleet.open("a", load, BatchConfig())
+    assert set(fleet.variants["a"].backends) == {backend for backend, _ in made}
+    assert all(backend.shapes == {1, 8} for backend, _ in made)
+    fleet.close()
+    assert len({thread for _, thread in made}) == 2
+    assert sorted(closed, key=str) == sorted(made, key=str)
 
 
 def test_the_split_is_worked_out_when_a_variant_is_opened(fleet: Fleet) -> None:

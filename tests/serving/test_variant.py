@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
 
 import numpy as np
 import pytest
 
 from service.contracts import Array, Arrays, Field, InputSpec
-from service.errors import BackendFailed, ClientGone, DeadlineUnreachable, QueueFull, QueueTimeout, ServiceError
+from service.errors import (
+    BackendFailed,
+    BadInput,
+    ClientGone,
+    DeadlineUnreachable,
+    QueueFull,
+    QueueTimeout,
+    ServiceError,
+)
 from service.serving.batcher import Batcher, QueueLimits
-from service.serving.costs import CostTable
+from service.serving.costs import Costs, CostTable
 from service.serving.device import Device
 from service.serving.execution import Reply, Running
 from service.serving.variant import Prediction, Variant
@@ -65,7 +74,7 @@ def play(
     """Run a scenario against a variant whose every batch is believed to cost `seconds`; all lanes share the backend."""
     backend = backend or ScriptedBackend()
     device = Device("test", lanes, lanes)
-    costs = CostTable(dict.fromkeys((1, 2, limits.max_rows), seconds))
+    costs = Costs([CostTable(dict.fromkeys((1, 2, limits.max_rows), seconds))])
     variant = Variant("v", SPEC, Running(device, (backend,) * lanes, costs), Batcher[Reply](limits))
 
     async def body() -> None:
@@ -315,7 +324,7 @@ def test_a_neighbour_that_came_meanwhile_goes_before_the_rest_of_a_burst() -> No
         backends = {label: Named(label) for label in "ab"}
         variants = {}
         for label, backend in backends.items():
-            running = Running(device, (backend,), CostTable({1: 0.001}))
+            running = Running(device, (backend,), Costs([CostTable({1: 0.001})]))
             variants[label] = Variant(label, SPEC, running, Batcher[Reply](QueueLimits(1, 100)))
         for variant in variants.values():
             others = [other for other in variants.values() if other is not variant]
@@ -353,3 +362,133 @@ def test_a_wrong_number_of_rows_is_a_failure_of_that_batch(answer: Callable[[Arr
         assert [type(result) for result in results] == [Prediction] * 5 + [BackendFailed] + [Prediction] * 2
 
     play(scenario, QueueLimits(8, 100), Miscounting())
+
+
+TOKENS = InputSpec(
+    (Field("ids", "int64", (None,), pad=9),),
+    (Field("tags", "int64", (None,)), Field("total", "int64", ())),
+    max_length=64,
+)
+
+
+class Tagger:
+    """Answers every token with its double, and the number of real ones; remembers the shapes it ran."""
+
+    name = "tagger"
+    row_buckets: tuple[int, ...] = ()
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.started = threading.Event()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def run(self, batch: Arrays) -> Arrays:
+        self.started.set()
+        assert self.gate.wait(10)
+        self.shapes.append(batch[0].shape)
+        return batch[0] * 2, (batch[0] != 9).sum(1)
+
+    def close(self) -> None: ...
+
+
+def tokens(length: int, rows: int = 1) -> Arrays:
+    return (np.full((rows, length), length, np.int64),)
+
+
+def play_tokens(scenario: Callable[[Variant, Tagger], Awaitable[None]]) -> Variant:
+    """Length buckets to 16 of four rows, to 32 of two, to 64 of one; a batch costs as many s."""
+    backend, device = Tagger(), Device("test", 1)
+    costs = Costs([CostTable({rows: float(length)}) for length, rows in ((16, 4), (32, 2), (64, 1))], (16, 32, 64))
+    limits = QueueLimits(4, 100, timeout_s=1000, lengths=(16, 32, 64), rows_at=(4, 2, 1))
+    variant = Variant("v", TOKENS, Running(device, (backend,), costs), Batcher[Reply](limits))
+
+    async def body() -> None:
+        variant.bind(asyncio.get_running_loop(), VariantMetrics("v", VariantFacts()), [])
+        await scenario(variant, backend)
+
+    try:
+        asyncio.run(asyncio.wait_for(body(), 20))
+    finally:
+        backend.gate.set()
+        device.close()
+    return variant
+
+
+def test_lengths_share_a_batch_within_their_bucket_and_get_answers_of_their_own_length() -> None:
+    async def scenario(variant: Variant, backend: Tagger) -> None:
+        first = asyncio.create_task(variant.predict(tokens(1), stay))
+        await asyncio.to_thread(backend.started.wait, 5)
+        lengths = [5, 40, 12, 20, 3, 17]
+        tasks = [asyncio.create_task(variant.predict(tokens(length), stay)) for length in lengths]
+        await asyncio.sleep(0)
+        backend.gate.set()
+        predictions = await asyncio.gather(*tasks)
+        await first
+        assert backend.shapes == [(1, 1), (3, 12), (1, 40), (2, 20)]
+        for length, prediction in zip(lengths, predictions, strict=True):
+            tags, total = prediction.outputs
+            assert tags.tolist() == [[2 * length] * length]
+            assert total.tolist() == [length]
+
+    variant = play_tokens(scenario)
+    assert variant.metrics.padding_tokens == (12 - 5) + (12 - 3) + (20 - 17)
+    assert variant.metrics.padding_rows == 0
+
+
+def test_a_large_request_is_cut_by_the_knee_of_its_length() -> None:
+    async def scenario(variant: Variant, backend: Tagger) -> None:
+        backend.gate.set()
+        for length in (16, 32, 64):
+            prediction = await variant.predict(tokens(length, rows=4), stay)
+            assert prediction.outputs[0].shape == (4, length)
+        assert backend.shapes == [(4, 16), (2, 32), (2, 32), (1, 64), (1, 64), (1, 64), (1, 64)]
+
+    play_tokens(scenario)
+
+
+def test_admission_counts_the_lengths_that_wait() -> None:
+    async def scenario(variant: Variant, backend: Tagger) -> None:
+        first = asyncio.create_task(variant.predict(tokens(64), stay))
+        await asyncio.to_thread(backend.started.wait, 5)
+        waiting = [asyncio.create_task(variant.predict(tokens(length), stay)) for length in (8, 8, 32, 30, 64)]
+        await asyncio.sleep(0)
+        assert variant.wait_s(1, level=1) == pytest.approx(64 + 16 + 32 + 64, abs=1)
+        with pytest.raises(DeadlineUnreachable):
+            await variant.predict(tokens(8), stay, timeout_s=170)
+        backend.gate.set()
+        await asyncio.gather(first, *waiting)
+
+    play_tokens(scenario)
+
+
+def test_what_is_longer_than_the_model_takes_is_refused() -> None:
+    async def scenario(variant: Variant, backend: Tagger) -> None:
+        with pytest.raises(BadInput, match="65 long; this model takes at most 64"):
+            await variant.predict(tokens(65), stay)
+
+    play_tokens(scenario)
+
+
+def test_sweeping_a_long_queue_leaves_the_loop_to_others() -> None:
+    waiting, spread_s = 3000, 0.5
+    swept: list[float] = []
+
+    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
+        first = await hold(variant, backend)
+        expire = variant.batcher.expire
+
+        def timed(now: float) -> object:
+            started = time.perf_counter()
+            found = expire(now)
+            swept.append(time.perf_counter() - started)
+            return found
+
+        variant.batcher.expire = timed  # type: ignore[method-assign, assignment]
+        asked = (variant.predict(sample(1), stay, 1.0 + spread_s * i / waiting) for i in range(waiting))
+        ends = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(end) for end in ends] == [QueueTimeout] * waiting
+        backend.gate.set()
+        await first
+
+    play(scenario, QueueLimits(4, 5000, timeout_s=100), seconds=1e-9)
+    assert sum(swept) < 0.2 * spread_s, "a twentieth, and room for a busy machine"
