@@ -335,9 +335,9 @@ def test_a_disturbed_run_is_done_again_and_a_quiet_one_is_not(monkeypatch: pytes
 
     def run() -> float:
         nonlocal busy
-        share = next(others)
+        share, began = next(others), time.perf_counter()
         time.sleep(0.05)
-        busy += share * 0.05 * quiet.CORES
+        busy += share * (time.perf_counter() - began) * quiet.CORES
         runs.append(share)
         return share
 
@@ -355,9 +355,9 @@ def test_where_others_never_rest_the_least_disturbed_run_counts(monkeypatch: pyt
 
     def run() -> float:
         nonlocal busy
-        share = next(others)
-        time.sleep(0.02)
-        busy += share * 0.02 * quiet.CORES
+        share, began = next(others), time.perf_counter()
+        time.sleep(0.05)
+        busy += share * (time.perf_counter() - began) * quiet.CORES
         return share
 
     monkeypatch.setattr(quiet, "PATIENCE_S", 0.0)

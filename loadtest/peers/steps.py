@@ -42,10 +42,11 @@ class Step(NamedTuple):
 
 
 STEPS = (
-    Step("loop", "service.api.connection:Connection.data_received", "head known, coroutine begun, headers looked at"),
+    Step("loop", "service.api.connection:Connection.data_received", "head known, body cut off, coroutine begun"),
     Step("loop", "service.serving.fleet:Fleet.choose", "choose the variant"),
     Step("loop", "service.api.codecs.open_inference:InferDecoder.decode", "decode and check: plan known, views"),
     Step("loop", "service.serving.variant:Variant._admit", "admit: predicted wait against the deadline"),
+    Step("loop", "service.serving.variant:Variant._ticket", "ticket: future, deadline, whether the client is gone"),
     Step("loop", "service.serving.batcher:Batcher.offer", "offer: into the queue"),
     Step("lane", "service.serving.batcher:Batcher.take", "take: form the batch"),
     Step("lane", "service.serving.execution:join", "join: one copy"),
@@ -53,7 +54,7 @@ STEPS = (
     Step("lane", "service.serving.execution:split", "split: views"),
     Step("lane", "service.telemetry.observations:VariantMetrics.batch_done", "count the batch"),
     Step("loop", "service.serving.variant:Variant._settle", "settle: hand out the outputs"),
-    Step("loop", "service.api.connection:Exchange._step", "resume the coroutine"),
+    Step("loop", "service.api.connection:Exchange._step", "coroutines: all between the steps here"),
     Step("loop", "service.api.open_inference_http:encode_infer", "encode the reply"),
     Step("loop", "service.telemetry.observations:VariantMetrics.request_done", "count the request"),
     Step("loop", "service.api.connection:Connection.reply", "reply: head, body, one write to the socket"),

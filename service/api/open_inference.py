@@ -6,7 +6,8 @@ refuse and describe alike. The bodies are those of REST; the messages of gRPC ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
+from typing import Any
 
 from service import __version__
 from service.api.caveats import caveat_parameters
@@ -47,7 +48,9 @@ class OpenInference:
         self._check_model(model)
         return self.fleet.choose(version or wanted, caller_key)
 
-    async def infer(self, variant: Variant, inputs: Arrays, options: InferOptions, gone: Gone) -> Prediction:
+    def infer(
+        self, variant: Variant, inputs: Arrays, options: InferOptions, gone: Gone
+    ) -> Coroutine[Any, Any, Prediction]:
         """Run a checked request at its `priority`. Its `timeout` may shorten the queue's limit, not lengthen it.
 
         Raises:
@@ -55,7 +58,7 @@ class OpenInference:
         """
         limit = variant.batcher.limits.timeout_s
         timeout_s = limit if options.timeout_us is None else min(limit, options.timeout_us / 1e6)
-        return await variant.predict(inputs, gone, timeout_s, options.priority or 0)
+        return variant.predict(inputs, gone, timeout_s, options.priority or 0)
 
     def health(self) -> dict[str, Json]:
         """Both keys in one body, because clients differ in which one they read, whatever they asked."""
