@@ -55,7 +55,10 @@ class Description(BaseModel):
     def spec(self) -> InputSpec:
         """The tensors and labels as the contracts know them."""
         return InputSpec(
-            tuple(item.field() for item in self.inputs), tuple(item.field() for item in self.outputs), self.labels
+            tuple(item.field() for item in self.inputs),
+            tuple(item.field() for item in self.outputs),
+            self.labels,
+            self.max_length,
         )
 
 
