@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from service.contracts import Model, OnnxModel
@@ -45,8 +47,6 @@ def _onnx_size(model: OnnxModel) -> tuple[int, int]:
 
 def _macs(model: ModelProto) -> int:
     """Of a single row; the model is changed."""
-    from onnx import shape_inference
-
     graph = model.graph
     if model.functions or any(node.op_type in OPAQUE for node in graph.node):
         return 0
@@ -54,11 +54,26 @@ def _macs(model: ModelProto) -> int:
         for position, axis in enumerate(value.type.tensor_type.shape.dim):
             axis.dim_value = axis.dim_value or (ASSUMED_LENGTH if position else 1)
     _forget_shapes(graph)
-    shapes = _shapes(shape_inference.infer_shapes(model, data_prop=True).graph)
+    folded = _folded(model).graph
+    shapes = _shapes(folded)
     try:
-        return sum(COUNTED[node.op_type](node, shapes) for node in graph.node if node.op_type in COUNTED)
+        return sum(COUNTED[node.op_type](node, shapes) for node in folded.node if node.op_type in COUNTED)
     except KeyError:
         return 0
+
+
+def _folded(model: ModelProto) -> ModelProto:
+    """With what is constant worked out, among it sizes that exporters compute, and all shapes inferred from that."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    with TemporaryDirectory(prefix="leanserve-size-") as folder:
+        options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
+        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return onnx.shape_inference.infer_shapes(onnx.load(options.optimized_model_filepath), data_prop=True)
 
 
 def _forget_shapes(graph: GraphProto) -> None:

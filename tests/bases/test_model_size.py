@@ -61,6 +61,21 @@ def test_what_cannot_be_told_is_unknown(tmp_path: Path, text: str) -> None:
     assert size(tmp_path, graph(text, weights)) == (0, sum(array.size for array in weights.values()))
 
 
+def test_sizes_that_the_graph_computes_are_worked_out(tmp_path: Path) -> None:
+    """Exporters write the numbers of a padding as arithmetic on constants."""
+    text = """agraph (float[N, 1, 4, 4] x) => (float[N, 2, 4, 4] y) {
+        none = ConstantOfShape (six)
+        pads = Concat <axis = 0> (none, ends)
+        padded = Pad (x, pads)
+        y = Conv <kernel_shape = [3, 3]> (padded, kernel)
+    }"""
+    weights = {"six": np.array([6]), "ends": np.array([2, 2]), "kernel": random(2, 1, 3, 3)}
+    model = graph(text, weights)
+    none = next(node for node in model.graph.node if node.op_type == "ConstantOfShape")
+    none.attribute.append(onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(np.zeros(1, np.int64))))
+    assert size(tmp_path, model) == (4 * 4 * 2 * 9, 18)
+
+
 def test_indices_are_no_parameters(tmp_path: Path) -> None:
     text = "agraph (int64[N] x) => (float[N, 2] y) { moved = Add (x, one) y = Gather (table, moved) }"
     weights = {"one": np.array([1]), "table": random(9, 2)}

@@ -13,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import helper
+from tiny_checkpoints import write_tokenizer
 from tiny_graphs import CNN, CNN_WEIGHTS, ENCODER, ENCODER_WEIGHTS, cnn, graph, random, write
 
 from service.api.codecs.arrays import ArrayCodec
@@ -230,6 +231,16 @@ def test_the_config_may_fix_what_the_graph_leaves_open(tmp_path: Path) -> None:
 def test_declared_inputs_must_be_those_of_the_graph(tmp_path: Path, inputs: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         opened(write(tmp_path / "m.onnx", cnn()), inputs=inputs)
+
+
+def test_texts_become_the_tokens_of_the_graph(tmp_path: Path) -> None:
+    path = write(tmp_path / "encoder.onnx", graph(ENCODER, ENCODER_WEIGHTS))
+    tokenizer = write_tokenizer(tmp_path)
+    base = opened(path, text={"tokenizer": tokenizer.name})
+    decoded = base.codec.decode("application/json", b'{"inputs": ["the cat sat", "a dog"]}')
+    assert [array.shape for array in decoded.inputs] == [(2, 5), (2, 5)]
+    alone = base.codec.decode("text/plain", b"a dog")
+    np.testing.assert_allclose(served(base, *decoded.inputs)[1:], served(base, *alone.inputs), rtol=1e-5)
 
 
 def test_texts_need_a_dynamic_length(tmp_path: Path) -> None:
