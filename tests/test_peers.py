@@ -22,7 +22,7 @@ from rich.console import Console
 
 from loadtest.peers import bare, compare, process, quiet, saturation
 from loadtest.peers.bare import Bare, Way, measure
-from loadtest.peers.compare import Cell, check, expected, table
+from loadtest.peers.compare import Cell, Plan, check, expected, table
 from loadtest.peers.network import SPECS, example, write_network
 from loadtest.peers.overload import Overload, overload
 from loadtest.peers.process import PeerError, Running, ask, serving
@@ -218,10 +218,10 @@ def test_measuring_changes_who_begins(monkeypatch: pytest.MonkeyPatch) -> None:
         return some_load(1)
 
     monkeypatch.setattr(compare, "load", fake)
-    monkeypatch.setattr(compare, "quietly", lambda run, _: run())
+    monkeypatch.setattr(compare, "quietly", lambda run, *_: run())
     monkeypatch.setattr(Running, "cpu_s", lambda _: 0.0)
     peers = [Running(PEERS[name], port, 0) for port, name in enumerate(("leanserve", "triton"))]
-    cells = compare.measure(peers, dict.fromkeys(PEERS, Request("", {}, b"")), [8], 2, 1)
+    cells = compare.measure(peers, dict.fromkeys(PEERS, Request("", {}, b"")), Plan([8], 2, 1, 0))
     assert asked == [0, 1, 1, 0]
     assert len(cells[8]["triton"]) == 2
 
@@ -234,10 +234,10 @@ def test_a_bare_loop_tells_rows_per_second_and_the_time_of_a_run(tmp_path: Path)
 
 def test_the_best_way_is_that_of_the_highest_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saturation, "CORES", 2)
-    monkeypatch.setattr(saturation, "quietly", lambda run: run())
+    monkeypatch.setattr(saturation, "quietly", lambda run, **_: run())
     rates = {Way(1, 2, 1): 5.0, Way(2, 1, 4): 9.0}
     monkeypatch.setattr(bare, "measure", lambda _, way, __: Bare(rates.get(way, 1.0), 1.0))
-    assert best_way(Path(), 0, Console(file=io.StringIO())) == Way(2, 1, 4)
+    assert best_way(Path(), Plan([8], 1, 1, 0), Console(file=io.StringIO())) == Way(2, 1, 4)
     assert len(saturation.ways()) == 10
 
 
@@ -350,7 +350,7 @@ def test_a_disturbed_run_is_done_again_and_a_quiet_one_is_not(monkeypatch: pytes
 
 
 def test_where_others_never_rest_the_least_disturbed_run_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = iter([0.9, 0.5, 0.3, 0.8, 0.9, 0.7])
+    others = iter([0.9, 0.5, 0.3, 0.8, 0.0])
     busy = 0.0
 
     def run() -> float:
@@ -360,9 +360,9 @@ def test_where_others_never_rest_the_least_disturbed_run_counts(monkeypatch: pyt
         busy += share * (time.perf_counter() - began) * quiet.CORES
         return share
 
-    monkeypatch.setattr(quiet, "PATIENCE_S", 0.0)
     monkeypatch.setattr(quiet, "busy_s", lambda: busy)
-    assert quiet.quietly(run) == 0.3
+    assert quiet.quietly(run, patience_s=0.001) == 0.3
+    assert quiet.quietly(run, patience_s=0) == 0.0
 
 
 def test_what_the_run_itself_uses_is_no_disturbance() -> None:

@@ -11,6 +11,7 @@ rounds, and the median of the ratios *within* a round. A measurement that others
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 import time
@@ -26,7 +27,7 @@ from rich.table import Table
 
 from loadtest.peers.network import SPECS, example, write_network
 from loadtest.peers.process import PeerError, Running, ask, serving
-from loadtest.peers.quiet import quietly
+from loadtest.peers.quiet import PATIENCE_S, quietly
 from loadtest.peers.roster import PEERS, Request
 from loadtest.peers.wrk import Load, load
 from service.contracts import Array
@@ -69,17 +70,25 @@ def check(running: Running, request: Request, right: Array) -> None:
         raise PeerError(f"{running.peer.name} answers {found.ravel()[:5]}, onnxruntime {right.ravel()[:5]}")
 
 
-def measure(
-    peers: Sequence[Running], requests: Mapping[str, Request], connections: Sequence[int], rounds: int, seconds: float
-) -> Rounds:
+class Plan(NamedTuple):
+    """What is measured: rounds over these numbers of connections, so many seconds each; see `quietly` for patience."""
+
+    connections: Sequence[int]
+    rounds: int
+    seconds: float
+    patience_s: float
+
+
+def measure(peers: Sequence[Running], requests: Mapping[str, Request], plan: Plan) -> Rounds:
     """One cell per number of connections, peer and round; who begins changes with every round."""
-    cells: dict[int, dict[str, list[Cell]]] = {count: {item.peer.name: [] for item in peers} for count in connections}
-    for number in range(rounds):
-        for count in connections:
+    names = [running.peer.name for running in peers]
+    cells: dict[int, dict[str, list[Cell]]] = {count: {name: [] for name in names} for count in plan.connections}
+    for number in range(plan.rounds):
+        for count in plan.connections:
             turn = number % len(peers)
             for running in (*peers[turn:], *peers[:turn]):
-                under_load = partial(_cell, running, requests[running.peer.name], count, seconds)
-                cells[count][running.peer.name].append(quietly(under_load, running.cpu_s))
+                under_load = partial(_cell, running, requests[running.peer.name], count, plan.seconds)
+                cells[count][running.peer.name].append(quietly(under_load, running.cpu_s, plan.patience_s))
     return cells
 
 
@@ -130,9 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--connections", nargs="+", type=int, default=[1, 32, 64])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3, help="per measurement, whole ones")
+    parser.add_argument(
+        "--patience", type=float, default=PATIENCE_S, help="seconds to wait for a quiet machine; 0: none"
+    )
     parser.add_argument("--cache", type=Path, default=CACHE, help="environments of the peers, networks, logs")
     options = parser.parse_args(arguments)
     err = Console(stderr=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the servers are ended
     network = write_network(options.network, options.cache / "networks")
     rows = example(options.network)
     requests = {name: PEERS[name].form.request(options.network, rows) for name in options.peers}
@@ -145,7 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 running.append(stack.enter_context(serving(PEERS[name], network, options.cache)))
                 check(running[-1], requests[name], right)
                 load(running[-1].port, requests[name], max(options.connections), WARM_S)
-            cells = measure(running, requests, options.connections, options.rounds, options.seconds)
+            plan = Plan(options.connections, options.rounds, options.seconds, options.patience)
+            cells = measure(running, requests, plan)
         except PeerError as error:
             err.print(f"error: {error}", markup=False)
             return 1

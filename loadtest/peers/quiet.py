@@ -17,19 +17,22 @@ Result = TypeVar("Result")
 CORES = len(os.sched_getaffinity(0))
 DISTURBED = 0.05
 """Share of all cores that others may take during a measurement."""
-TRIES = 6
-LOOK_S, PATIENCE_S = 0.5, 60.0
+TRIES = 4
+LOOK_S, PATIENCE_S = 0.5, 30.0
 
 
-def quietly(run: Callable[[], Result], own_cpu_s: Callable[[], float] = lambda: 0.0) -> Result:
-    """The result of a run in which others took at most 5 % of the cores, else of the least disturbed of six.
+def quietly(
+    run: Callable[[], Result], own_cpu_s: Callable[[], float] = lambda: 0.0, patience_s: float = PATIENCE_S
+) -> Result:
+    """The result of a run in which others took at most 5 % of the cores, else of the least disturbed of four.
 
+    Before each it waits for a quiet moment, up to `patience_s`; without patience there is one run, come what may.
     `own_cpu_s` tells the CPU seconds so far of running processes that take part; child processes that end within the
     run, and this process, are counted anyway.
     """
     least: tuple[float, Result] | None = None
-    for _ in range(TRIES):
-        _wait_for_quiet(own_cpu_s)
+    for _ in range(TRIES if patience_s else 1):
+        _wait_for_quiet(own_cpu_s, patience_s)
         began, busy, own = time.perf_counter(), busy_s(), _own(own_cpu_s)
         result = run()
         others = (busy_s() - busy - (_own(own_cpu_s) - own)) / (time.perf_counter() - began) / CORES
@@ -52,8 +55,8 @@ def _own(own_cpu_s: Callable[[], float]) -> float:
     return own_cpu_s() + sum(each.ru_utime + each.ru_stime for each in used)
 
 
-def _wait_for_quiet(own_cpu_s: Callable[[], float]) -> None:
-    give_up = time.monotonic() + PATIENCE_S
+def _wait_for_quiet(own_cpu_s: Callable[[], float], patience_s: float) -> None:
+    give_up = time.monotonic() + patience_s
     while time.monotonic() < give_up:
         busy, own = busy_s(), _own(own_cpu_s)
         time.sleep(LOOK_S)

@@ -12,6 +12,7 @@ twice: of all cores, and of what the client left. docs/peers.md tells what was f
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -25,16 +26,17 @@ from rich.table import Table
 
 from loadtest.peers import bare
 from loadtest.peers.bare import Bare, Way
-from loadtest.peers.compare import CACHE, WIDTH, check, expected
+from loadtest.peers.compare import CACHE, WIDTH, Plan, check, expected
 from loadtest.peers.network import SPECS, example, write_network
 from loadtest.peers.overload import Overload, overload
 from loadtest.peers.process import PeerError, Running, serving
-from loadtest.peers.quiet import CORES, quietly
+from loadtest.peers.quiet import CORES, PATIENCE_S, quietly
 from loadtest.peers.roster import PEERS, Request
 from loadtest.peers.wrk import Load, load
 
 BATCHES = (1, 2, 4, 8, 16)
 OVERLOAD, OVERLOAD_CONNECTIONS = 10, 64
+TRY_S = 2.0
 
 
 class Round(NamedTuple):
@@ -52,36 +54,40 @@ def ways() -> list[Way]:
     return [Way(1, CORES, batch) for batch in BATCHES] + [Way(CORES, 1, batch) for batch in BATCHES if CORES > 1]
 
 
-def best_way(network: Path, seconds: float, console: Console) -> Way:
+def best_way(network: Path, plan: Plan, console: Console) -> Way:
     """The way with the highest rate; each is tried twice, and its better try counts."""
     rates: dict[Way, float] = {}
     for _ in range(2):
         for way in ways():
-            rates[way] = max(rates.get(way, 0.0), quietly(partial(bare.measure, network, way, seconds)).rate)
+            found = quietly(partial(bare.measure, network, way, TRY_S), patience_s=plan.patience_s)
+            rates[way] = max(rates.get(way, 0.0), found.rate)
     for way, rate in rates.items():
         console.print(f"bare {way}: {rate:.1f} rows/s", highlight=False)
     return max(rates, key=lambda way: rates[way])
 
 
-def one_round(
-    running: Running, request: Request, network: Path, way: Way, connections: Sequence[int], seconds: float
-) -> Round:
+def one_round(running: Running, request: Request, network: Path, way: Way, plan: Plan) -> Round:
     """The bare loop and the loads, one after the other; the server idles while the bare loops run."""
 
+    seconds, patience_s = plan.seconds, plan.patience_s
+
     def loaded(count: int) -> Load:
-        found = quietly(lambda: load(running.port, request, count, seconds), running.cpu_s)
+        found = quietly(lambda: load(running.port, request, count, seconds), running.cpu_s, patience_s)
         if found.failed:
             raise PeerError(f"{found.failed} of {found.requests} requests failed at {count} connections")
         return found
 
-    def alone_in(threads: int) -> Bare:
-        return quietly(lambda: bare.measure(network, Way(1, threads, 1), seconds))
+    def alone(way: Way) -> Bare:
+        return quietly(lambda: bare.measure(network, way, seconds), patience_s=patience_s)
 
-    best = quietly(lambda: bare.measure(network, way, seconds))
-    served = {count: loaded(count) for count in connections}
-    rate = OVERLOAD * max(found.rate for found in served.values())
-    flooded = quietly(lambda: overload(running.port, request, rate, seconds, OVERLOAD_CONNECTIONS), running.cpu_s)
-    single = min((alone_in(threads) for threads in {1, CORES}), key=lambda found: found.p50_ms)
+    def flood(rate: float) -> Overload:
+        run = partial(overload, running.port, request, rate, seconds, OVERLOAD_CONNECTIONS)
+        return quietly(run, running.cpu_s, patience_s)
+
+    best = alone(way)
+    served = {count: loaded(count) for count in plan.connections}
+    flooded = flood(OVERLOAD * max(found.rate for found in served.values()))
+    single = min((alone(Way(1, threads, 1)) for threads in {1, CORES}), key=lambda found: found.p50_ms)
     return Round(best, served, loaded(1), single, flooded)
 
 
@@ -139,23 +145,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=5, help="per measurement, whole ones")
     parser.add_argument("--timeout-ms", type=float, default=3000, help="longest wait in the server's queue")
     parser.add_argument("--lanes", default="auto", help="the server's `lanes`")
+    parser.add_argument(
+        "--patience", type=float, default=PATIENCE_S, help="seconds to wait for a quiet machine; 0: none"
+    )
     parser.add_argument("--cache", type=Path, default=CACHE, help="networks, artifacts, logs")
     options = parser.parse_args(arguments)
     err = Console(stderr=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the servers are ended
     network = write_network(options.network, options.cache / "networks")
     rows = example(options.network)
     peer = PEERS["leanserve"]
     request = peer.form.request(options.network, rows)
-    way = best_way(network, 2, err)
+    plan = Plan(options.connections, options.rounds, options.seconds, options.patience)
+    way = best_way(network, plan, err)
     settings = (f"batch={{timeout_ms: {options.timeout_ms}}}", f"lanes={options.lanes}")
     try:
         with serving(peer, network, options.cache, settings) as running:
             check(running, request, expected(network, rows))
             load(running.port, request, max(options.connections), 2)
-            rounds = [
-                one_round(running, request, network, way, options.connections, options.seconds)
-                for _ in range(options.rounds)
-            ]
+            rounds = [one_round(running, request, network, way, plan) for _ in range(plan.rounds)]
     except PeerError as error:
         err.print(f"error: {error}", markup=False)
         return 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,8 @@ class Network(MLModel):
 
 
 def main(network: Path, port: int) -> None:
-    folder = Path(tempfile.mkdtemp(prefix="mlserver-"))
+    folder = network.resolve().parent / "mlserver"
+    folder.mkdir(exist_ok=True)
     ports = {"http_port": port, "grpc_port": port + 1, "metrics_port": port + 2}
     settings = {"host": "127.0.0.1", "parallel_workers": 0, "debug": False, **ports}
     (folder / "settings.json").write_text(json.dumps(settings))

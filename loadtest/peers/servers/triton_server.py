@@ -1,6 +1,6 @@
 """Triton with its Python backend, as PyPI's `nvidia-pytriton` brings it: the wheel carries no other backend.
 
-`python triton_server.py NETWORK.onnx PORT`. Writes a model repository whose `model.py` joins the requests of a batch,
+`python triton_server.py NETWORK.onnx PORT`. Writes a model repository, beside the network, whose `model.py` joins the requests of a batch,
 runs onnxruntime once and splits the outputs: what pytriton generates, less its own proxy in between. Triton itself
 replaces this process.
 """
@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 
 MAX_BATCH = 32
@@ -84,7 +83,8 @@ def main(network: Path, port: int) -> None:
 
     root = Path(pytriton.__file__).parent
     shipped = root / "tritonserver"
-    folder = Path(tempfile.mkdtemp(prefix="triton-"))
+    folder = network.resolve().parent / "triton"
+    shutil.rmtree(folder, ignore_errors=True)
     write_repository(network, folder / "models")
     shutil.copytree(shipped / "backends", folder / "backends")
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
