@@ -47,12 +47,25 @@ _FAILURES = {
 }
 _SMALL_ROW = 256
 """Most elements of a row that an example shows."""
+_FILE = {"type": "string", "format": "binary"}
+_BODIES = {
+    **{key: {"schema": _FILE} for key in ("image/png", "image/jpeg", "image/*", "application/octet-stream")},
+    "multipart/form-data": {
+        "schema": {
+            "type": "object",
+            "properties": {"file": _FILE},
+            "additionalProperties": _FILE,
+            "description": "one file per part, under any names; several files get a list of predictions",
+        }
+    },
+}
+"""What a prediction takes by these media types; others have no schema."""
 _INDEX = {"type": "object", "properties": {"ready": {"type": "boolean"}}}
 
 
 def hot_paths(fleet: Fleet) -> dict[str, Any]:
     """The `paths` of the schema."""
-    media: dict[str, Json] = {media_type: {} for media_type in fleet.base.codec.media_types}
+    media: dict[str, Json] = {media_type: _BODIES.get(media_type, {}) for media_type in fleet.base.codec.media_types}
     choice = _headers(
         {"x-variant": "answer with this variant"}
         | {fleet.config.traffic.sticky_header: "requests with the same value get the same variant"}

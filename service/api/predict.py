@@ -52,8 +52,8 @@ async def predict(fleet: Fleet, caller: Caller) -> Reply:
     body = await plain_body(caller, fleet.config.limits.body_bytes)
     variant = fleet.choose(caller.header(b"x-variant"), caller.header(fleet.sticky_header))
     caller.variant = variant.name
-    media_type = (caller.header(b"content-type") or "").partition(";")[0].strip().lower()
-    decoded: Decoded = await off_loop(fleet.base.codec.decode, media_type, body)
+    content_type = caller.header(b"content-type") or ""  # with its parameters: a form names its boundary there
+    decoded: Decoded = await off_loop(fleet.base.codec.decode, content_type, body)
     prediction = await variant.predict(decoded.inputs, gone_check(caller.receive))
     answers = fleet.base.codec.encode(prediction.outputs)
     how: dict[str, Json] = {"variant": prediction.variant, **how_it_ran(prediction)}

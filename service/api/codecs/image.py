@@ -1,37 +1,45 @@
 """Pictures in: the codec of models of images.
 
-A body is untrusted: its size is read from the header before a pixel is decoded, only the decoder of the declared format
-ever sees it, and whatever is wrong becomes an error that says where, before anything reaches a queue.
+A body is untrusted: sizes are read from the headers before a pixel is decoded, and whatever is wrong becomes an error
+that says where, before anything reaches a queue. Bodies:
 
-All bodies take the same path (mode -> resize -> scale -> normalise), so that a picture gets the same answer as PNG
-and as JSON pixels:
-- `image/png`, `image/jpeg`: one picture. Transparency is composited on black, 16-bit grey keeps its upper 8 bits, and
-  the pixels are taken as stored (orientation tags are not applied).
-- `application/json`: `{"inputs": pixels}`, a picture or a list of pictures; see `service.api.codecs.pixels`.
+- `image/png`, `image/jpeg`: one picture; `image/*`, `application/octet-stream` or no type: of these two, what it is;
+- `multipart/form-data`: files, see `service.api.codecs.uploads`;
+- `application/json`: `{"inputs": ...}` with pixels or files in base64, see `service.api.codecs.pixels`.
 
-A picture of any size is taken. It is stretched to the input's size, or cut out of the centre (`fit`).
+All take the same path (mode -> resize -> scale -> normalise), so that a picture gets the same answer as PNG, as upload
+and as JSON pixels; docs/pictures.md says it to the bit. Pixels are taken as stored: transparency is composited on
+black, 16-bit grey keeps its upper 8 bits, orientation tags and colour profiles are not applied.
 """
 
 from __future__ import annotations
 
-import math
+from collections import deque
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from io import BytesIO
+from math import floor
 from typing import Literal
 
 import numpy as np
 from PIL import Image
-from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
 
 from service.api.codecs.answers import Answers
-from service.api.codecs.pixels import parse_pictures, to_array
+from service.api.codecs.picture_files import (
+    ALIASES,
+    DECODERS,
+    UNTOLD,
+    USUAL_SCANS,
+    Picture,
+    PictureFile,
+    decoded,
+    opened,
+)
+from service.api.codecs.pixels import Placed, parse_pictures, to_array
+from service.api.codecs.uploads import FORM, file_of_json, files_of_form, holds_file
 from service.contracts import Array, Arrays, Decoded, Json
-from service.errors import BadInput, BodyTooLarge, ConfigError, UnsupportedMediaType
+from service.errors import BodyTooLarge, ConfigError, UnsupportedMediaType
 
 JSON = "application/json"
-DECODERS: dict[str, type[ImageFile]] = {"image/png": PngImageFile, "image/jpeg": JpegImageFile}
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -44,8 +52,8 @@ FILTERS = {
 class ImageCodec:
     """Codec of a base that takes one float32 image field [C, H, W].
 
-    `size` is (width, height). `mean` and `std` are per channel, of pixels scaled to 0..1. `max_pixels` bounds an image
-    file as sent, and the pictures of a JSON body together as resized.
+    `size` is (width, height). `mean` and `std` are per channel, of pixels scaled to 0..1. `max_pixels` bounds the
+    pictures of a request together, as sent and while they are resized; each counts at least as much as the model sees.
     """
 
     mode: Literal["L", "RGB"]
@@ -65,7 +73,7 @@ class ImageCodec:
 
     @property
     def media_types(self) -> tuple[str, ...]:
-        return (*DECODERS, JSON)
+        return (*DECODERS, *filter(None, UNTOLD), FORM, JSON)
 
     def decode(self, media_type: str, body: bytes) -> Decoded:
         """Body -> float32 [rows, C, H, W].
@@ -73,74 +81,102 @@ class ImageCodec:
         Raises:
             BadInput: the body is not what its media type says; the text says where.
             BodyTooLarge: the pictures are above `max_pixels`.
-            UnsupportedMediaType: none of `media_types`; parameters such as `charset` are ignored.
+            UnsupportedMediaType: none of `media_types`; of parameters, only a form's `boundary` counts.
         """
         kind = media_type.partition(";")[0].strip().lower()
         if kind == JSON:
-            pictures, many = parse_pictures(body)
-            self._bound(len(pictures), self.size, f"{len(pictures)} pictures, resized to")
-            rows = [self.row(Image.fromarray(to_array(*picture))) for picture in pictures]
-            return Decoded((np.stack(rows),), many)
-        if kind in DECODERS:
-            return Decoded((self.row(self._open(DECODERS[kind], body))[None],), many=False)
+            placed, many = parse_pictures(body)
+            self._require_room(len(placed))
+            return Decoded((self._rows(map(_from_json, placed)),), many)
+        if kind == FORM:
+            files = files_of_form(media_type, body, self._most_rows)
+            return Decoded((self._rows(map(opened, files)),), many=len(files) > 1)
+        if kind in DECODERS or kind in ALIASES or kind in UNTOLD:
+            return Decoded((self._rows([opened(PictureFile(kind, body, "the body"))]),), many=False)
         raise UnsupportedMediaType(f"content type {media_type!r} is none of {', '.join(self.media_types)}")
 
     def encode(self, outputs: Arrays) -> list[dict[str, Json]]:
         """One answer per row, see `service.api.codecs.answers`."""
         return self.answers.encode(outputs)
 
-    def _open(self, decoder: type[ImageFile], body: bytes) -> Image.Image:
-        """Decode an untrusted file; before `load`, only its header is read."""
-        name = decoder.format
-        # Pillow's decoders raise nearly anything on hostile bytes: OSError, SyntaxError, struct.error, KeyError ...
-        try:
-            picture = decoder(BytesIO(body))
-        except Exception as error:
-            raise BadInput(f"the body ({len(body)} bytes) is not a {name} picture: {_reason(error)}") from error
-        self._bound(1, picture.size, f"the {name} picture has")
-        try:
-            picture.load()
-            return _in_mode(picture, self.mode)
-        except Exception as error:
-            width, height = picture.size
-            raise BadInput(f"the {name} picture ({width} x {height}) cannot be decoded: {_reason(error)}") from error
-
-    def _bound(self, pictures: int, size: tuple[int, int], what: str) -> None:
-        if pictures * size[0] * size[1] > self.max_pixels:
-            raise BodyTooLarge(f"{what} {size[0]} x {size[1]} pixels, above the limit of {self.max_pixels} pixels")
-
     def row(self, picture: Image.Image) -> Array:
         """Picture -> float32 [C, H, W], scaled and normalised."""
-        small = np.asarray(self._fitted(_in_mode(picture, self.mode)), dtype=np.float32)
-        planes = small[None] if small.ndim == 2 else small.transpose(2, 0, 1)
+        rows = self._rows([Picture(picture, "the picture")])
+        return np.asarray(rows[0])
+
+    def _rows(self, pictures: Iterable[Picture]) -> Array:
+        """Pictures -> float32 [rows, C, H, W]."""
+        waiting = deque(pictures)
+        self._bound(waiting)
         mean, std = (np.array(values, dtype=np.float32)[:, None, None] for values in (self.mean, self.std))
-        return np.asarray((planes / np.float32(255) - mean) / std)
+        rows = np.empty((len(waiting), len(mean), self.size[1], self.size[0]), np.float32)
+        for row in rows:
+            # Each picture goes as soon as it is done: decoded, it is larger than its row.
+            pixels = np.asarray(self._fitted(decoded(waiting.popleft(), self.mode)))
+            planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+            np.divide(planes, np.float32(255), out=row, dtype=np.float32)
+            np.subtract(row, mean, out=row)
+            np.divide(row, std, out=row)
+        return rows
+
+    def _require_room(self, rows: int) -> None:
+        if rows > self._most_rows:
+            raise BodyTooLarge(f"{rows} pictures are more than the {self._most_rows} that one request may have")
+
+    @property
+    def _most_rows(self) -> int:
+        return self.max_pixels // (self.size[0] * self.size[1])
+
+    def _bound(self, pictures: Collection[Picture]) -> None:
+        """Refuse what would take too much memory or time, before any of it is decoded."""
+        total = 0
+        for picture in pictures:
+            work = self._work(picture)
+            most = max(work, key=work.__getitem__)
+            if work[most] > self.max_pixels:
+                raise BodyTooLarge(f"{picture.where}: {most}, above the limit of {self.max_pixels} pixels")
+            total += max(work[most], self.size[0] * self.size[1])
+        if total > self.max_pixels:
+            raise BodyTooLarge(f"{len(pictures)} pictures are above the limit of {self.max_pixels} pixels together")
+
+    def _work(self, picture: Picture) -> dict[str, int]:
+        """What a picture costs, in pixels, by what costs it."""
+        width, height = picture.image.size
+        wide, high = self._scaled(width, height)
+        size = f"{width} x {height} pixels"
+        scans = width * height * picture.passes // USUAL_SCANS
+        # Pillow resizes in two passes, first all rows to their new width.
+        between = wide * max(high, height)
+        return {
+            f"the picture has {size}": width * height,
+            f"{size} in {picture.passes} scans are as much work as {scans} pixels in {USUAL_SCANS}": scans,
+            f"{size} become {between} on the way to the size of the model's input": between,
+        }
+
+    def _scaled(self, width: int, height: int) -> tuple[int, int]:
+        """To which size a picture of this one is resized; with `fit: crop` the centre of that is cut out.
+
+        Rounds as torchvision's Resize does, so that a checkpoint sees the pixels it was evaluated on.
+        """
+        if self.fit == "stretch":
+            return self.size
+        wide, high = (floor(side / self.crop) for side in self.size)
+        if wide * height >= high * width:
+            return wide, int(wide * height / width)
+        return int(high * width / height), high
 
     def _fitted(self, picture: Image.Image) -> Image.Image:
-        """Resized to `size`; with `fit: crop` the short side to `size / crop` first, then the centre is cut out.
-
-        Rounds as torchvision's Resize and CenterCrop do, so that a checkpoint sees the pixels it was evaluated on.
-        """
+        """A picture of `size`. The centre is rounded as in torchvision's CenterCrop."""
         width, height = self.size
-        if self.fit == "stretch":
-            return picture.resize(self.size, FILTERS[self.resize])
-        short = math.floor(min(self.size) / self.crop)
-        longer = int(short * max(picture.size) / min(picture.size))
-        scaled = (short, longer) if picture.width <= picture.height else (longer, short)
-        large = picture.resize(scaled, FILTERS[self.resize])
+        large = picture.resize(self._scaled(*picture.size), FILTERS[self.resize])
         left, top = round((large.width - width) / 2), round((large.height - height) / 2)
-        return large.crop((left, top, left + width, top + height))
+        return large if large.size == self.size else large.crop((left, top, left + width, top + height))
 
 
-def _in_mode(picture: Image.Image, mode: str) -> Image.Image:
-    """The picture in 8 bits grey or RGB, transparency composited on black."""
-    if picture.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
-        picture = Image.alpha_composite(black, picture.convert("RGBA"))
-    return picture if picture.mode == mode else picture.convert(mode)
-
-
-def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
+def _from_json(placed: Placed) -> Picture:
+    value, where = placed
+    return (
+        opened(file_of_json(value, where))
+        if holds_file(value)
+        else Picture(Image.fromarray(to_array(value, where)), where)
+    )

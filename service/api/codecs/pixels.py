@@ -1,8 +1,10 @@
-"""Pictures as nested JSON lists of pixel values, for clients that have arrays rather than image files.
+"""Pictures in JSON: nested lists of pixel values, for clients that have arrays rather than image files.
 
 `{"inputs": pixels}` holds one picture or a list of pictures, which may differ in size. A picture is H x W (grey) or
 H x W x C with 1 (grey), 3 (RGB) or 4 (RGBA) channels, of whole numbers 0..255. Three levels of lists are one
 picture with channels if the innermost list is 1, 3 or 4 long, and a list of grey pictures otherwise.
+
+A file in base64, or a list of such, may stand in place of pixels (`service.api.codecs.uploads`); the two do not mix.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import TypeAlias
 import numpy as np
 import orjson
 
+from service.api.codecs.uploads import holds_file
 from service.contracts import Array, Json
 from service.errors import BadInput
 
@@ -35,9 +38,20 @@ def parse_pictures(body: bytes) -> tuple[list[Placed], bool]:
         raise BadInput(f'unknown key {unknown}: the body takes "inputs" only')
     inputs = content["inputs"]
     lengths = _lengths(inputs)
-    if len(lengths) == 4 or (len(lengths) == 3 and lengths[2] not in CHANNELS):
-        return [(picture, f"inputs[{index}]") for index, picture in enumerate(inputs)], True
-    return [(inputs, "inputs")], False
+    if isinstance(inputs, list) and any(map(holds_file, inputs)):
+        _require_files_only(inputs)
+    elif not (len(lengths) == 4 or (len(lengths) == 3 and lengths[2] not in CHANNELS)):
+        return [(inputs, "inputs")], False
+    return [(picture, f"inputs[{index}]") for index, picture in enumerate(inputs)], True
+
+
+def _require_files_only(pictures: list[Json]) -> None:
+    for index, picture in enumerate(pictures):
+        if not holds_file(picture):
+            raise BadInput(
+                f"inputs[{index}] is no encoded file as others in the list are; send files and pixels in requests of "
+                "their own"
+            )
 
 
 def to_array(picture: Json, where: str) -> Array:
