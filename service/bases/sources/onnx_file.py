@@ -46,7 +46,7 @@ class OnnxSource:
         """sha256 (hex) over the file, those that hold its tensors, and the version of the library that prepares it."""
         total = hashlib.sha256(f"onnx=={_onnx_version()}\n".encode())
         for path in files_of(self._path):
-            total.update(f"{path.name} {file_digest(path)}\n".encode())
+            total.update(f"{file_digest(path)}\n".encode())
         return total.hexdigest()
 
     def describe(self) -> Description:
