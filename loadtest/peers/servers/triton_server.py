@@ -1,8 +1,8 @@
 """Triton with its Python backend, as PyPI's `nvidia-pytriton` brings it: the wheel carries no other backend.
 
-`python triton_server.py NETWORK.onnx PORT`. Writes a model repository, beside the network, whose `model.py` joins the requests of a batch,
-runs onnxruntime once and splits the outputs: what pytriton generates, less its own proxy in between. Triton itself
-replaces this process.
+`python triton_server.py NETWORK.onnx PORT`. Writes a model repository, beside the network, whose `model.py` joins the
+requests of a batch, runs onnxruntime once and splits the outputs: what pytriton generates, less its own proxy in
+between. Triton itself replaces this process.
 """
 
 from __future__ import annotations
