@@ -28,6 +28,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service.compression.manifest import Manifest, Measurement, Quality, Recipe, SideBySide
+from service.contracts import Model, TorchModel
 from service.errors import ArtifactCorrupt, StartupError
 from service.machine import cpu_name
 
@@ -172,6 +173,17 @@ class ArtifactStore:
         grave = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=self.root / "tmp"))
         self.folder(key).rename(grave / "discarded")
         shutil.rmtree(grave, ignore_errors=True)
+
+
+def write_model(model: Model, folder: Path) -> None:
+    """Store the weights of a torch module, or the file of an ONNX model."""
+    if isinstance(model, TorchModel):
+        from safetensors.torch import save_file
+
+        state = {name: tensor.detach().contiguous() for name, tensor in model.module.state_dict().items()}
+        save_file(state, folder / TORCH_FILE)
+    else:
+        (folder / ONNX_FILE).write_bytes(model.path.read_bytes())
 
 
 def checksums(folder: Path) -> dict[str, str]:

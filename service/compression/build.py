@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from service.compression.artifacts import ONNX_FILE, TORCH_FILE, ArtifactStore, checksums
+from service.compression.artifacts import ONNX_FILE, ArtifactStore, checksums, write_model
 from service.compression.load import load_model
 from service.compression.manifest import Manifest, Recipe, SideBySide, VariantReport
 from service.compression.model_size import model_size
@@ -165,7 +165,7 @@ class Builder:
         applied, seconds = self._apply(step, model)
         with self._store.workspace(step.key) as folder:
             if step.step is None or step.step.phase == "build":
-                _write(applied.model, folder)
+                write_model(applied.model, folder)
             self._store.publish(folder, self._recipe(step, applied, seconds, checksums(folder)))
         if isinstance(applied.model, OnnxModel):
             holder = next(item for item in reversed(self._store.chain(step.key)) if item.files)
@@ -226,16 +226,6 @@ class Builder:
             root = self._store.chain(recipe.key)[0]
             _, self._reference = measure(self._store, self._base, root, None, self._threads)
         return self._reference
-
-
-def _write(model: Model, folder: Path) -> None:
-    if isinstance(model, TorchModel):
-        from safetensors.torch import save_file
-
-        state = {name: tensor.detach().contiguous() for name, tensor in model.module.state_dict().items()}
-        save_file(state, folder / TORCH_FILE)
-    else:
-        (folder / ONNX_FILE).write_bytes(model.path.read_bytes())
 
 
 def _runtime(model: Model) -> tuple[str, ...]:
