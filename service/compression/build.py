@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from service.compression.artifacts import ONNX_FILE, ArtifactStore, checksums, write_model
 from service.compression.load import load_model
