@@ -23,6 +23,7 @@ FACTS_OF_INT8 = VariantFacts(
     passes=("fold_bn", "quantize_static"),
     backend="onnxruntime",
     device="cpu",
+    lanes=2,
     quality={"score": 0.99, "agreement": 1.0, "kl": None, "cosine": math.nan, "latency_ms": {1: 2.5, 8: 9.0}},
     build_seconds=(0.5, 12.0),
 )
@@ -35,6 +36,7 @@ def metrics() -> Metrics:
     made.add("tiny", VariantFacts(state="excluded", reason='agreement 0.8 < 0.9, "gate"'))
     served.batch_done(6, 2, 0.004, [0.0001, 0.02], input_s=0.001, output_s=0.002)
     served.batch_done(1, 0, 0.002, [0.5])
+    served.padding_tokens += 5
     for seconds in (0.005, 0.03, 99.0):
         served.request_done("ok", seconds)
     served.request_done("queue_full", 0.00001)
@@ -63,7 +65,9 @@ def test_counts_are_true() -> None:
     assert value(found, "leanserve_inference_duration_seconds_count", version="int8") == 2
     assert value(found, "leanserve_batch_rows_sum", version="int8") == 7
     assert value(found, "leanserve_padding_rows_total", version="int8") == 2
+    assert value(found, "leanserve_padding_tokens_total", version="int8") == 5
     assert value(found, "leanserve_queue_rows", version="int8") == 7
+    assert value(found, "leanserve_device_lanes", version="int8", device="cpu") == 2
     assert value(found, "leanserve_device_busy_seconds_total", version="int8", device="cpu") == pytest.approx(0.006)
 
 
