@@ -58,6 +58,8 @@ LAZY = {
     "onnx",
     "onnxruntime",
     "openvino",
+    "timm",
+    "torchvision",
     "transformers",
     "optuna",
     "ray",
