@@ -36,6 +36,7 @@ class Shipped(NamedTuple):
 SHIPPED: Final[Mapping[str, Shipped]] = {
     "digits": Shipped("models.digits"),
     "minilm": Shipped("models.minilm", "text"),
+    "efficientnet_lite0": Shipped("models.efficientnet_lite0", "vision"),
     "resnet50": Shipped(None, "vision", has_data=False, timm="resnet50.a1_in1k"),
 }
 """By the name in the config."""
