@@ -22,9 +22,9 @@ from rich.console import Console
 
 from loadtest.peers import bare, compare, process, quiet, saturation
 from loadtest.peers.bare import Bare, Way, measure
+from loadtest.peers.callers import Closed, Overload, closed_loop, open_loop, rate_between_groups
 from loadtest.peers.compare import Cell, Plan, check, expected, table
 from loadtest.peers.network import SPECS, example, write_network
-from loadtest.peers.overload import Overload, overload
 from loadtest.peers.process import PeerError, Running, ask, serving
 from loadtest.peers.roster import BINARY_V2, BYTES, PEERS, Form, Peer, Request
 from loadtest.peers.saturation import Round, best_way
@@ -244,7 +244,7 @@ def test_the_best_way_is_that_of_the_highest_rate(monkeypatch: pytest.MonkeyPatc
 def test_saturation_is_told_as_shares_of_the_bare_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saturation, "CORES", 2)
     flooded = Overload(1000, 90, (10.0, 20.0), {200: 90, 429: 910})
-    item = Round(Bare(100, 9), {8: some_load(90)}, some_load(1, p50_ms=10.5), Bare(1, 10), flooded)
+    item = Round(Bare(100, 9), {8: Closed(90, 1, 2, 0, 0.5)}, Closed(1, 10.5, 11, 0, 0), Bare(1, 10), flooded)
     text = shown(saturation.saturation_table([item, item], 5.0, "title"))
     # 90 of 100; wrk took 0.5 s of 2 x 5 s, so 90 of the 95 that it left.
     assert "90.0%" in text
@@ -284,9 +284,34 @@ def refusing_server(capacity: int) -> Iterator[int]:
         loop.close()
 
 
+def test_a_closed_loop_counts_who_was_answered() -> None:
+    with refusing_server(capacity=1_000_000) as port:
+        found = closed_loop(port, Request("/", {}, b"x"), connections=2, seconds=0.3)
+    assert found.rate > 100
+    assert found.failed == 0
+    assert 0 < found.p50_ms <= found.p99_ms
+    assert found.client_cpu_s > 0
+    with refusing_server(capacity=0) as port:
+        found = closed_loop(port, Request("/", {}, b"x"), connections=2, seconds=0.1)
+    assert (found.rate, found.failed > 10) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("times", "rate"),
+    [
+        ([], 0.0),
+        ([1.0, 1.001], 0.0),
+        ([1.0, 2.0], 1.0),
+        ([1.0, 1.001, 2.0, 2.001, 3.0, 3.001], 4 / 2),  # two per second, whatever part of a group the end cuts off
+    ],
+)
+def test_the_rate_is_taken_between_groups(times: list[float], rate: float) -> None:
+    assert rate_between_groups(times) == pytest.approx(rate, rel=0.01)
+
+
 def test_an_open_loop_offers_its_rate_and_counts_who_was_answered() -> None:
     with refusing_server(capacity=4) as port:
-        found = overload(port, Request("/", {}, b"x"), rate=400, seconds=1, connections=16)
+        found = open_loop(port, Request("/", {}, b"x"), rate=400, seconds=1, connections=16)
     assert found.offered == pytest.approx(400, rel=0.2)
     assert found.goodput == pytest.approx(40, abs=8)
     assert set(found.statuses) == {200, 429}

@@ -26,16 +26,16 @@ from rich.table import Table
 
 from loadtest.peers import bare
 from loadtest.peers.bare import Bare, Way
+from loadtest.peers.callers import Closed, Overload, closed_loop, open_loop
 from loadtest.peers.compare import CACHE, WIDTH, Plan, check, expected
 from loadtest.peers.network import SPECS, example, write_network
-from loadtest.peers.overload import Overload, overload
 from loadtest.peers.process import PeerError, Running, serving
 from loadtest.peers.quiet import CORES, PATIENCE_S, quietly
 from loadtest.peers.roster import PEERS, Request
-from loadtest.peers.wrk import Load, load
 
 BATCHES = (1, 2, 4, 8, 16)
-OVERLOAD, OVERLOAD_CONNECTIONS = 10, 64
+OVERLOAD, CALLERS = 10, 64
+"""How many times the peak is offered, and by how many callers beside those who wait in the queue."""
 TRY_S = 2.0
 
 
@@ -43,8 +43,8 @@ class Round(NamedTuple):
     """One round: the bare loop, the loads by connections, a lone client and bare runs of one row, the overload."""
 
     best: Bare
-    served: dict[int, Load]
-    alone: Load
+    served: dict[int, Closed]
+    alone: Closed
     single: Bare
     flooded: Overload
 
@@ -66,27 +66,28 @@ def best_way(network: Path, plan: Plan, console: Console) -> Way:
     return max(rates, key=lambda way: rates[way])
 
 
-def one_round(running: Running, request: Request, network: Path, way: Way, plan: Plan) -> Round:
+def one_round(running: Running, request: Request, network: Path, way: Way, plan: Plan, timeout_s: float) -> Round:
     """The bare loop and the loads, one after the other; the server idles while the bare loops run."""
 
     seconds, patience_s = plan.seconds, plan.patience_s
 
-    def loaded(count: int) -> Load:
-        found = quietly(lambda: load(running.port, request, count, seconds), running.cpu_s, patience_s)
+    def loaded(count: int) -> Closed:
+        found = quietly(lambda: closed_loop(running.port, request, count, seconds), running.cpu_s, patience_s)
         if found.failed:
-            raise PeerError(f"{found.failed} of {found.requests} requests failed at {count} connections")
+            raise PeerError(f"{found.failed} requests failed at {count} connections")
         return found
 
     def alone(way: Way) -> Bare:
         return quietly(lambda: bare.measure(network, way, seconds), patience_s=patience_s)
 
-    def flood(rate: float) -> Overload:
-        run = partial(overload, running.port, request, rate, seconds, OVERLOAD_CONNECTIONS)
+    def flood(peak: float) -> Overload:
+        waiting = round(2 * peak * timeout_s)  # twice what can be admitted
+        run = partial(open_loop, running.port, request, OVERLOAD * peak, seconds, waiting + CALLERS)
         return quietly(run, running.cpu_s, patience_s)
 
     best = alone(way)
     served = {count: loaded(count) for count in plan.connections}
-    flooded = flood(OVERLOAD * max(found.rate for found in served.values()))
+    flooded = flood(max(found.rate for found in served.values()))
     single = min((alone(Way(1, threads, 1)) for threads in {1, CORES}), key=lambda found: found.p50_ms)
     return Round(best, served, loaded(1), single, flooded)
 
@@ -142,8 +143,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--network", choices=SPECS, default="encoder")
     parser.add_argument("--connections", nargs="+", type=int, default=[8, 32, 64])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=5, help="per measurement, whole ones")
-    parser.add_argument("--timeout-ms", type=float, default=3000, help="longest wait in the server's queue")
+    parser.add_argument(
+        "--seconds", type=float, default=10, help="per measurement; at least several times the slowest batch"
+    )
+    parser.add_argument("--timeout-ms", type=float, default=1000, help="longest wait in the server's queue")
     parser.add_argument("--lanes", default="auto", help="the server's `lanes`")
     parser.add_argument(
         "--patience", type=float, default=PATIENCE_S, help="seconds to wait for a quiet machine; 0: none"
@@ -158,12 +161,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     request = peer.form.request(options.network, rows)
     plan = Plan(options.connections, options.rounds, options.seconds, options.patience)
     way = best_way(network, plan, err)
+    timeout_s = options.timeout_ms / 1000
     settings = (f"batch={{timeout_ms: {options.timeout_ms}}}", f"lanes={options.lanes}")
     try:
         with serving(peer, network, options.cache, settings) as running:
             check(running, request, expected(network, rows))
-            load(running.port, request, max(options.connections), 2)
-            rounds = [one_round(running, request, network, way, plan) for _ in range(plan.rounds)]
+            closed_loop(running.port, request, max(options.connections), TRY_S)
+            rounds = [one_round(running, request, network, way, plan, timeout_s) for _ in range(plan.rounds)]
     except PeerError as error:
         err.print(f"error: {error}", markup=False)
         return 1
