@@ -89,7 +89,8 @@ def test_the_digest_follows_source_files_and_library_versions(folder: Path, monk
 
 def test_loading_a_base_and_its_digest_import_no_heavy_library() -> None:
     program = (
-        "import sys; from service.bases.opening import *; base = open_base(Origin.shipped('digits')); base.digest; base.codec;"
+        "import sys; from service.bases.opening import Origin, open_base;"
+        "base = open_base(Origin.shipped('digits')); base.digest; base.codec;"
         "print(*{'torch', 'sklearn', 'onnxruntime'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

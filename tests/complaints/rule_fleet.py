@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from fakes import PixelBase, report
 from onnx import TensorProto, helper
-from rules import LABELS, SPEC, WIDTH, RuleBackend
+from rules import SPEC, WIDTH, RuleBackend
 
 from service.api.codecs.answers import Answers
 from service.api.codecs.image import ImageCodec
