@@ -143,7 +143,11 @@ def test_the_digest_follows_code_imports_arguments_and_weights(folder: Path) -> 
 @pytest.mark.parametrize(
     ("factory", "keys", "message"),
     [
-        ("linear", {"inputs": {"x": {"shape": [7]}}}, r"does not run on x \[2, 7\].*base\.image, base\.text or base\.inputs"),
+        (
+            "linear",
+            {"inputs": {"x": {"shape": [7]}}},
+            r"does not run on x \[2, 7\].*base\.image, base\.text or base\.inputs",
+        ),
         ("total", VECTOR, "its first axis must count the rows"),
         ("broken", VECTOR, "bring_model:broken failed: RuntimeError: no such luck"),
         ("number", VECTOR, "returned a int, no torch module"),
