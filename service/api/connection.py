@@ -2,10 +2,11 @@
 
 A client that keeps its connection sends the same head again, byte for byte, and only the body behind it differs. Yet
 parsing the head, a scope, a task, two events, a timer and two writes per reply cost more than everything this service
-does for a small model. So a head that came with a whole prediction request is remembered with what the parser made of
-it; when the same bytes come again, whole and between two requests, the request is answered straight away, in the same
-turn of the event loop, with one write. Everything else (descriptions, chunked or slow bodies, pipelining, `Connection:
-close`, HTTP/1.0, clients that do not read their replies) takes uvicorn's way, which is the same to the client.
+does for a small model. So the head of a prediction request is remembered with what the parser made of it (`heads.py`);
+when the same bytes come again, whole and between two requests, the body is cut off behind them, as many pieces as it
+comes in, and the request is answered straight away, in the same turn of the event loop, with one write. Everything else
+(descriptions, chunked bodies, pipelining, `Connection: close`, HTTP/1.0, clients that do not read their replies) takes
+uvicorn's way, which is the same to the client.
 
 `tests/api/test_connection.py` holds both ways against each other; it fails if a new uvicorn lacks what is used here.
 """
@@ -14,58 +15,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Coroutine
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from service.api.heads import Head, KnownHeads
 from service.api.hotpath import HotPath
-from service.api.wire import Caller, Reply, Route, Scope
+from service.api.wire import Caller, Reply, acknowledge
 
 logger = logging.getLogger(__name__)
 
-_HEADS = 256
-_HEAD_BYTES = 4096
 _ONE_WRITE = 2**16
 """Bytes of a body up to which copying it behind its head is cheaper than a second write."""
-_UNUSUAL = frozenset({b"content-encoding", b"transfer-encoding", b"expect", b"upgrade"})
-
-
-class Head(NamedTuple):
-    """What the head of a request says: a prediction, `length` bytes of body, and the connection stays open."""
-
-    route: Route
-    path: str
-    headers: Mapping[bytes, bytes]
-    length: int
-
-
-class KnownHeads:
-    """The heads of recent prediction requests: at most 256 of at most 4 KiB; starts afresh when these are used up."""
-
-    def __init__(self, hot: HotPath) -> None:
-        self._hot = hot
-        self._heads: dict[bytes, Head] = {}
-        self.get = self._heads.get
-
-    def learn(self, head: bytes, scope: Scope, length: int) -> None:
-        """Remember what was parsed from this head of a request with `length` bytes of body, if it is a usual one."""
-        route = self._hot.prediction(scope["method"], scope["path"])
-        names = [name for name, _ in scope["headers"]]
-        headers = dict(scope["headers"])
-        if (
-            route is None
-            or len(head) > _HEAD_BYTES
-            or not _UNUSUAL.isdisjoint(names)
-            or headers.get(b"connection", b"keep-alive").lower() != b"keep-alive"
-            or names.count(b"content-length") != 1
-            or headers[b"content-length"] != b"%d" % length
-            or length > self._hot.body_limit
-        ):
-            return
-        if len(self._heads) >= _HEADS:
-            self._heads.clear()
-        self._heads[head] = Head(route, scope["path"], headers, length)
 
 
 class Connection(HttpToolsProtocol):
@@ -76,39 +38,78 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._between = True
-        """No request is half read."""
         self._answered_at = 0.0
         self._event = asyncio.Event()
+        # The request that uvicorn's parser reads: whether it is through, its head if it may be worth remembering, how
+        # many bytes came since, and how many requests began in them.
+        self._between = True
+        self._head = b""
+        self._received = self._begun = 0
+        # The request on the short way whose body is still coming.
+        self._known: Head
+        self._parts: list[bytes] = []
+        self._missing = 0
 
     def data_received(self, data: bytes) -> None:
-        before = self.cycle
-        if not self._between or (before is not None and not before.response_complete) or self.flow.write_paused:
-            super().data_received(data)
+        if self._missing:
+            self._go_on(data)
             return
-        end = data.find(b"\r\n\r\n") + 4
-        known = self.heads.get(data[:end])
-        if known is not None and len(data) - end == known.length:
-            self._answer(known, data[end:])
-            return
+        if self._between:
+            end = data.find(b"\r\n\r\n") + 4
+            self._head, self._received, self._begun = data[:end], 0, 0
+            if (self.cycle is not None and not self.cycle.response_complete) or self.flow.write_paused or end == 3:
+                self._head = b""
+            known = self.heads.get(self._head)
+            if known is not None and len(data) - end <= known.length:
+                self._begin(known, data[end:])
+                return
+        self._received += len(data)
         super().data_received(data)
         # Exactly one request, whole: its head is what stands before the first empty line.
-        if self._between and self.cycle is not before and self.cycle.keep_alive and not self.pipeline:
-            self.heads.learn(data[:end], self.cycle.scope, len(data) - end)  # type: ignore[arg-type]
+        if self._between and self._head and self._begun == 1 and self.cycle.keep_alive and not self.pipeline:
+            self.heads.learn(self._head, self.cycle.scope, self._received - len(self._head))  # type: ignore[arg-type]
 
     def on_message_begin(self) -> None:
         self._between = False
+        self._begun += 1
         super().on_message_begin()
 
     def on_message_complete(self) -> None:
         self._between = True
         super().on_message_complete()
 
-    def _answer(self, head: Head, body: bytes) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._missing:
+            self._missing = 0
+            self._answer(self.cycle, None)  # type: ignore[arg-type]  # by which the client counts as gone
+
+    def _begin(self, known: Head, body: bytes) -> None:
+        self._known = known
         exchange = Exchange(self, self._event)
         self.cycle = exchange  # type: ignore[assignment]
-        caller = Caller(head.path, head.headers, exchange.receive, body)
-        exchange.begin(self.hot.answer(head.route, caller))
+        if len(body) == known.length:
+            self._answer(exchange, body)
+            return
+        self._parts = [body]
+        self._missing = known.length - len(body)
+        if not body:
+            acknowledge(self.transport)
+
+    def _go_on(self, data: bytes) -> None:
+        self._parts.append(data[: self._missing])
+        self._missing -= len(self._parts[-1])
+        if self._missing:
+            return
+        body, rest = b"".join(self._parts), data[len(self._parts[-1]) :]
+        self._parts = []
+        self._answer(self.cycle, body)  # type: ignore[arg-type]
+        if rest:
+            self.data_received(rest)
+
+    def _answer(self, exchange: Exchange, body: bytes | None) -> None:
+        caller = Caller(self._known.path, self._known.headers, exchange.receive, body)
+        exchange.begin(self.hot.answer(self._known.route, caller))
 
     def reply(self, exchange: Exchange, reply: Reply | None) -> None:
         """Send the reply, if there is one, and be ready for the next request."""
@@ -174,7 +175,7 @@ class Exchange:
         self.message_event = event
 
     async def receive(self) -> dict[str, str]:
-        """ASGI's, for one whose body is here already."""
+        """ASGI's, for one whose body is here already, or will never be."""
         return {"type": "http.disconnect"}
 
     def begin(self, coroutine: Coroutine[Any, None, Reply | None]) -> None:

@@ -19,7 +19,8 @@ from fakes import Live, live_server
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from service.api.connection import KnownHeads, connections_to
+from service.api.connection import connections_to
+from service.api.heads import KnownHeads
 from service.api.hotpath import HotPath
 from service.api.wire import Caller, Reply, Route
 from service.serving.variant import Variant
@@ -431,3 +432,49 @@ def test_a_bug_on_the_short_way_is_confessed(client: Client, monkeypatch: pytest
     monkeypatch.setattr(Variant, "predict", fail)
     status, _, body = client.ask(infer())
     assert (status, json.loads(body)["code"]) == (500, "internal")
+
+
+def test_a_large_body_comes_in_pieces_and_its_head_is_known_all_the_same(client: Client, parsed: list[bytes]) -> None:
+    for number in range(3):
+        request = infer(number, name="image", filler="x" * 2000)
+        client.send(request[:500])
+        time.sleep(0.02)
+        client.send(request[500:1500])
+        time.sleep(0.02)
+        client.send(request[1500:])
+        assert client.pixels() == answer_to(number)
+    assert b"".join(parsed) == infer(0, name="image", filler="x" * 2000)
+
+
+def test_what_follows_a_body_in_the_same_packet_is_the_next_request(client: Client) -> None:
+    assert client.ask(infer())[0] == 200
+    first, second, third = (infer(pixel) for pixel in (2, 3, 4))
+    client.send(first[:-5])
+    time.sleep(0.02)
+    client.send(first[-5:] + second + third[:20])
+    time.sleep(0.02)
+    client.send(third[20:])
+    assert [client.pixels() for _ in range(3)] == [answer_to(2), answer_to(3), answer_to(4)]
+
+
+def test_who_leaves_while_sending_a_body_is_counted(live: Live, client: Client) -> None:
+    gone = live.fleet.metrics.unrouted.requests["client_gone"]
+    before = gone.count
+    assert client.ask(infer())[0] == 200
+    leaver = Client(live)
+    leaver.send(infer()[:-5])
+    time.sleep(0.05)
+    leaver.close()
+    _wait_for(lambda: gone.count == before + 1)
+
+
+def test_a_body_that_is_still_coming_keeps_its_connection_open(live: Live) -> None:
+    bench = Bench(live)
+    bench.ask()
+    bench.connection.data_received(bench.request[:-1])
+    bench.clock.run_until(60)
+    bench.connection.shutdown()
+    assert not bench.transport.closing
+    bench.connection.data_received(bench.request[-1:])
+    assert b"connection: close" in bench.transport.writes[-1]
+    assert bench.transport.closing
