@@ -48,6 +48,7 @@ STEPS = (
     Step("loop", "service.serving.variant:Variant._admit", "admit: predicted wait against the deadline"),
     Step("loop", "service.serving.variant:Variant._ticket", "ticket: future, deadline, whether the client is gone"),
     Step("loop", "service.serving.batcher:Batcher.offer", "offer: into the queue"),
+    Step("loop", "service.serving.variant:Variant._summon", "wake a lane"),
     Step("lane", "service.serving.batcher:Batcher.take", "take: form the batch"),
     Step("lane", "service.serving.execution:join", "join: one copy"),
     Step("lane", "service.backends.onnx_runtime:OnnxRuntimeBackend.run", "run the model"),
