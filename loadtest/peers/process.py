@@ -21,7 +21,7 @@ from typing import NamedTuple
 from loadtest.peers.roster import Peer, Request
 
 ROOT = Path(__file__).parents[2]
-READY_S = 120
+READY_S = 600
 HOST = "127.0.0.1"
 
 
@@ -67,7 +67,7 @@ def serving(peer: Peer, network: Path, cache: Path, options: Sequence[str] = ())
     """Run the peer over this ONNX file until the block ends; its log is in the cache folder.
 
     Raises:
-        PeerError: it ends, or does not listen within two minutes.
+        PeerError: it ends, or does not listen within ten minutes (leanserve measures a network at its first start).
     """
     python, port, log = environment_of(peer, cache), _free_port(), cache / f"{peer.name}.log"
     command: list[str | Path] = [python, peer.program, network.resolve(), str(port), *peer.options, *options]
