@@ -169,7 +169,8 @@ class Variant:
         if due > 0:
             self._loop.call_later(due, self._device.post, self._run_next)
         else:
-            self._device.post(self._run_next)
+            # At the end of this turn of the loop: what arrived together makes one batch, and wakes a lane once.
+            self._loop.call_soon(self._device.post, self._run_next)
 
     def _run_next(self, lane: Lane) -> None:
         """On a lane: form a batch, have the next lane come for what is left, run it, wake the loop once."""
