@@ -131,27 +131,32 @@ class ImageCodec:
         """Refuse what would take too much memory or time, before any of it is decoded."""
         total = 0
         for picture in pictures:
-            work = self._work(picture)
-            most = max(work, key=work.__getitem__)
-            if work[most] > self.max_pixels:
-                raise BodyTooLarge(f"{picture.where}: {most}, above the limit of {self.max_pixels} pixels")
-            total += max(work[most], self.size[0] * self.size[1])
+            work = max(self._work(picture))
+            if work > self.max_pixels:
+                raise BodyTooLarge(
+                    f"{picture.where}: {self._reason(picture)}, above the limit of {self.max_pixels} pixels"
+                )
+            total += max(work, self.size[0] * self.size[1])
         if total > self.max_pixels:
             raise BodyTooLarge(f"{len(pictures)} pictures are above the limit of {self.max_pixels} pixels together")
 
-    def _work(self, picture: Picture) -> dict[str, int]:
-        """What a picture costs, in pixels, by what costs it."""
+    def _work(self, picture: Picture) -> tuple[int, int, int]:
+        """What a picture costs, in pixels: to hold, to decode, to resize."""
         width, height = picture.image.size
         wide, high = self._scaled(width, height)
-        size = f"{width} x {height} pixels"
-        scans = width * height * picture.passes // USUAL_SCANS
         # Pillow resizes in two passes, first all rows to their new width.
-        between = wide * max(high, height)
-        return {
-            f"the picture has {size}": width * height,
-            f"{size} in {picture.passes} scans are as much work as {scans} pixels in {USUAL_SCANS}": scans,
-            f"{size} become {between} on the way to the size of the model's input": between,
-        }
+        return width * height, width * height * picture.passes // USUAL_SCANS, wide * max(high, height)
+
+    def _reason(self, picture: Picture) -> str:
+        """What costs most in a picture."""
+        work = self._work(picture)
+        size = "{} x {} pixels".format(*picture.image.size)
+        reasons = (
+            f"the picture has {size}",
+            f"{size} in {picture.passes} scans are as much work as {work[1]} pixels in {USUAL_SCANS}",
+            f"{size} become {work[2]} on the way to the size of the model's input",
+        )
+        return reasons[work.index(max(work))]
 
     def _scaled(self, width: int, height: int) -> tuple[int, int]:
         """To which size a picture of this one is resized; with `fit: crop` the centre of that is cut out.
