@@ -99,6 +99,7 @@ class ServiceConfig(Section):
     traffic: TrafficConfig = TrafficConfig()
     limits: LimitsConfig = LimitsConfig()
     drain: DrainConfig = DrainConfig()
+    model_control: Literal["none", "explicit"] = Field("none", description="explicit: clients may load and unload")
 
     @model_validator(mode="after")
     def _names_fit(self) -> Self:

@@ -162,7 +162,11 @@ Model: TypeAlias = TorchModel | OnnxModel
 
 
 class Backend(Protocol):
-    """Runs a loaded model. Created, run and closed on the device thread only."""
+    """Runs a loaded model, on one thread at a time.
+
+    At start it is created on the lane of the device that will run it. Loaded again while others serve, it is created,
+    warmed and closed apart from the lanes, and then run by a lane on which one like it was created before.
+    """
 
     @property
     def name(self) -> str: ...

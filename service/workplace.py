@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from service.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from service.compression.artifacts import ArtifactStore
     from service.compression.build import Plan
     from service.compression.manifest import VariantReport
@@ -86,10 +88,14 @@ class Workplace:
         device = Device("cpu", self.threads, self.lanes(reports))
         fleet = Fleet(self.base, self.config, reports, device)
 
+        def read(key: str) -> Callable[[], Backend]:
+            return partial(open_backend, load_model(self.store, self.base, key), device.lane_threads)
+
         def load(key: str) -> Backend:
-            return open_backend(load_model(self.store, self.base, key), device.lane_threads)
+            return read(key)()
 
         for variant, steps in self.plan.chains:
             if fleet.reports[variant.name].state == "serving":
-                fleet.open(variant.name, partial(load, steps[-1].key), self.config.batch_of(variant))
+                key = steps[-1].key
+                fleet.open(variant.name, partial(load, key), self.config.batch_of(variant), partial(read, key))
         return fleet

@@ -20,7 +20,7 @@ from service.api.hotpath import HotPath
 from service.api.openapi import hot_paths
 from service.api.wire import error_body, error_headers
 from service.contracts import Json
-from service.errors import NotReady, ServiceError
+from service.errors import ServiceError
 from service.serving.fleet import Fleet
 
 
@@ -54,13 +54,12 @@ def create_app(fleet: Fleet, grpc_at: tuple[str, int] | None = None) -> HotPath:
         return {"live": True}
 
     async def readyz() -> Json:
-        """200 when every variant is built, gated and warm; 503 once draining has begun."""
-        if fleet.draining:
-            raise NotReady("draining: the service is shutting down")
+        """200 when variants are built, gated and warm; 503 once draining has begun, and if all were unloaded."""
+        fleet.check_ready()
         return {"ready": True}
 
     async def variants() -> Json:
-        """Every variant with its state, quality and share of the traffic; excluded ones with their reason."""
+        """Every variant with its state, quality and share of the traffic; those that do not serve with their reason."""
         return {
             "model": fleet.base.name,
             "caveats": fleet.base.caveats,
@@ -82,15 +81,15 @@ def create_app(fleet: Fleet, grpc_at: tuple[str, int] | None = None) -> HotPath:
 
 def _variant(fleet: Fleet, name: str) -> Json:
     report, variant = fleet.reports[name], fleet.variants.get(name)
-    weights = fleet.weights
+    (state, reason), weights = fleet.standing[name], fleet.weights
     return {
         "name": name,
-        "state": report.state,
-        "reason": report.reason,
+        "state": state,
+        "reason": reason or None,
         "passes": [manifest.kind for manifest in report.chain[1:]],
         "simulated": [manifest.kind for manifest in report.chain if manifest.simulated],
         "backend": variant.backend.name if variant else None,
-        "traffic_share": weights.get(name, 0.0) / sum(weights.values()),
+        "traffic_share": weights[name] / sum(weights.values()) if name in weights else 0.0,
         "batch_rows": variant.batcher.limits.max_rows if variant else None,
         "batch_ms": {rows: round(s * 1000, 3) for rows, s in variant.costs.table().items()} if variant else None,
         "quality": report.quality.model_dump(),

@@ -65,9 +65,12 @@ class _Embeddings:
     async def answer(self, caller: Caller) -> Reply:
         body = await plain_body(caller, self._fleet.config.limits.body_bytes)
         request = await self._parsed(body)
-        variant = self._choose(request.model, caller)
+        asked = self._asked(request.model, caller)
+        variant = self._fleet.choose(*asked)
         caller.variant = variant.name
         tokens = await self._tokenized(request, len(body))
+        variant = self._fleet.confirm(variant, *asked)
+        caller.variant = variant.name
         prediction = await predict_by_length(variant, self._codec, tokens, gone_check(caller.receive))
         text = await self._encoded(prediction, request, sum(map(len, tokens)))
         how = [
@@ -86,23 +89,23 @@ class _Embeddings:
             return token_rows(request.input, self._codec)
         return await off_loop(token_rows, request.input, self._codec)
 
-    def _choose(self, model: str, caller: Caller) -> Variant:
-        """The variant that `model` asks for.
+    def _asked(self, model: str, caller: Caller) -> tuple[str | None, str | None]:
+        """The name of the variant that `model` asks for, and the caller's key where it leaves the choice.
 
         Raises:
-            NotFound: no such model. NotReady: its gate excluded it. BadInput: the header asks for another one.
+            NotFound: no such model. BadInput: the header asks for another one.
         """
         fleet, named = self._fleet, caller.header(b"x-variant")
         base = fleet.base.name
         if model == base:
-            return fleet.choose(named, caller.header(fleet.sticky_header))
+            return named, caller.header(fleet.sticky_header)
         name = model.removeprefix(f"{base}:")
         if name not in fleet.reports:
             known = ", ".join((base, *(f"{base}:{variant}" for variant in fleet.reports)))
             raise NotFound(f"the model {clip(model)} does not exist; there are {known}")
         if named not in {None, name}:
             raise BadInput(f"the model {clip(model)} and the header x-variant name two variants")
-        return fleet.choose(name, None)
+        return name, None
 
     async def _encoded(self, prediction: Prediction, request: EmbeddingRequest, tokens: int) -> bytes:
         embeddings = prediction.outputs[0]

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -112,7 +112,7 @@ class _Service:
         self._decoder = GrpcInferDecoder(fleet.base.spec)
         self.answers: dict[str, Answer] = {
             "ServerLive": _described("ServerLive", lambda _: {"live": True}),
-            "ServerReady": _described("ServerReady", lambda _: {"ready": not fleet.draining}),
+            "ServerReady": _described("ServerReady", lambda _: {"ready": protocol.health()["ready"]}),
             "ModelReady": _described("ModelReady", self._model_ready),
             "ServerMetadata": _described("ServerMetadata", lambda _: protocol.server_metadata()),
             "ModelMetadata": _described("ModelMetadata", lambda r: protocol.metadata(r.name, r.version)),
@@ -121,6 +121,8 @@ class _Service:
             "RepositoryIndex": _described(
                 "RepositoryIndex", lambda r: {"models": protocol.repository_index(ready_only=r.ready)}
             ),
+            "RepositoryModelLoad": _swapped("RepositoryModelLoad", protocol.load),
+            "RepositoryModelUnload": _swapped("RepositoryModelUnload", protocol.unload),
             "ModelInfer": self._infer,
         }
 
@@ -137,16 +139,15 @@ class _Service:
         counted, outcome = metrics.unrouted, "internal"
         try:
             headers = dict(context.invocation_metadata())
-            variant = self._protocol.choose(
-                request.model_name,
-                request.model_version,
-                headers.get("x-variant"),
-                headers.get(self._fleet.sticky_header.decode()),
-            )
+            wanted = request.model_version or headers.get("x-variant")
+            asked = wanted, headers.get(self._fleet.sticky_header.decode())
+            variant = self._protocol.choose(request.model_name, *asked)
             counted = variant.metrics
             inline = form_of(request) == "raw" and sum(map(len, request.raw_input_contents)) <= SMALL_RAW
             decode = self._decoder.decode
             checked = decode(request) if inline else await off_loop(decode, request)
+            variant = self._fleet.confirm(variant, *asked)
+            counted = variant.metrics
             prediction = await self._protocol.infer(variant, checked.inputs, checked.options, _stays)
             names = (self._protocol.name, variant.name)
             reply = encode(checked.options, prediction.outputs, form_of(request), names, how_it_ran(prediction))
@@ -165,6 +166,18 @@ class _Service:
 def _stays() -> bool:
     """Cancellation ends the coroutine, which the variant sees by itself."""
     return False
+
+
+def _swapped(name: str, swap: Callable[[str, str | None, Iterable[str]], Awaitable[None]]) -> Answer:
+    reply = message(f"{name}Response")
+
+    async def answer(request: Any, _context: Context) -> Any:
+        # As in the paths of REST: `N` is the whole model, `N/versions/V` one version of it.
+        model, _, version = request.model_name.partition("/versions/")
+        await swap(model, version or None, request.parameters)
+        return reply()
+
+    return answer
 
 
 def _described(name: str, describe: Callable[[Any], Json]) -> Answer:

@@ -6,7 +6,7 @@ refuse and describe alike. The bodies are those of REST; the messages of gRPC ha
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 from service import __version__
@@ -20,33 +20,68 @@ from service.api.codecs.description import (
     statistics,
 )
 from service.api.codecs.infer_plan import InferOptions
+from service.api.codecs.tensors import clip
 from service.contracts import Arrays, Json
-from service.errors import NotFound, NotReady
+from service.errors import BadInput, NotFound
 from service.serving.fleet import Fleet
 from service.serving.variant import Gone, Prediction, Variant
 from service.telemetry.observations import BatchTimes, VariantMetrics
 
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "parameters", "schedule_policy")
-"""Those of Triton's extensions that clients may count on. Of the model repository only the index is offered. Statistics
-are offered whole, but not announced: `perf_analyzer` reads them where they are, takes versions for numbers and dies of
-a variant's name; where they are not, it measures as well without them."""
+"""Those of Triton's extensions that clients may count on. Statistics are offered whole, but not announced:
+`perf_analyzer` reads them where they are, takes versions for numbers and dies of a variant's name; where they are not,
+it measures as well without them."""
+REPOSITORY = "model_repository"
+"""Announced where variants may be loaded and unloaded; else only the index is offered."""
+INDEX_STATES = {"serving": "READY", "loading": "LOADING", "unloading": "UNLOADING"}
+"""The protocol's word for a variant's state; any other is `UNAVAILABLE`."""
 
 
 class OpenInference:
     """The protocol's view of a fleet.
 
     In all methods an empty or missing `version` leaves the choice to the service; `NotFound` is raised for a model or
-    version that does not exist, `NotReady` for a version that was excluded by its gate.
+    version that does not exist, `NotReady` for a version that was excluded by its gate or is not loaded.
     """
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
         self.name = fleet.base.name
 
-    def choose(self, model: str, version: str | None, wanted: str | None, caller_key: str | None) -> Variant:
-        """The variant that answers: the version of the request, else the `wanted` one, else the traffic split."""
+    def choose(self, model: str, version: str | None, caller_key: str | None) -> Variant:
+        """The variant that answers: the version that is asked for, else by the traffic split."""
         self._check_model(model)
-        return self.fleet.choose(version or wanted, caller_key)
+        return self.fleet.choose(version, caller_key)
+
+    async def load(self, model: str, version: str | None, parameters: Iterable[str]) -> None:
+        """Load what is not loaded of the model, or only this version; returns when it serves.
+
+        Raises:
+            BadInput: not allowed by the config, or a parameter that asks for something else than what was built.
+            ServiceError: see `Fleet.load`.
+        """
+        await self._swap(self.fleet.load, model, version, set(parameters))
+
+    async def unload(self, model: str, version: str | None, parameters: Iterable[str]) -> None:
+        """Unload the model, or only this version; returns when its memory is given back.
+
+        Raises:
+            BadInput: not allowed by the config, an unknown parameter, or it is the only version that serves.
+            ServiceError: see `Fleet.unload`.
+        """
+        # Nothing here depends on another model: with its dependents is the same as without.
+        await self._swap(self.fleet.unload, model, version, set(parameters) - {"unload_dependents"})
+
+    async def _swap(
+        self, swap: Callable[[str | None], Awaitable[None]], model: str, version: str | None, unknown: set[str]
+    ) -> None:
+        self._check_model(model)
+        if self.fleet.config.model_control == "none":
+            raise BadInput("loading and unloading is not allowed; set model_control: explicit in the config")
+        if unknown:
+            named = ", ".join(clip(name) for name in sorted(unknown))
+            raise BadInput(f"the parameters {named} are not taken: a version is loaded as it was built")
+        await swap(version or None)
 
     def infer(
         self, variant: Variant, inputs: Arrays, options: InferOptions, gone: Gone
@@ -62,18 +97,20 @@ class OpenInference:
 
     def health(self) -> dict[str, Json]:
         """Both keys in one body, because clients differ in which one they read, whatever they asked."""
-        return {"live": True, "ready": not self.fleet.draining}
+        return {"live": True, "ready": not self.fleet.draining and bool(self.fleet.variants)}
 
     def check_ready(self, model: str | None = None, version: str | None = None) -> None:
-        """Raise `NotReady` while draining, and for a version that was excluded."""
+        """Raise `NotReady` while draining, for a version that does not serve, and while none does."""
         if model is not None:
             self._serving(model, version)
-        if self.fleet.draining:
-            raise NotReady("draining: the service is shutting down")
+        self.fleet.check_ready()
 
     def server_metadata(self) -> dict[str, Json]:
         """Name and version of this software, and the extensions of the protocol that it offers."""
-        return {"name": "leanserve", "version": __version__, "extensions": list(EXTENSIONS)}
+        offered = list(EXTENSIONS)
+        if self.fleet.config.model_control == "explicit":
+            offered.append(REPOSITORY)
+        return {"name": "leanserve", "version": __version__, "extensions": sorted(offered)}
 
     def metadata(self, model: str, version: str | None = None) -> dict[str, Json]:
         """The tensors of the model; `versions` are the variants that serve."""
@@ -107,12 +144,13 @@ class OpenInference:
         return statistics((self.name, variant.name, _counters(variant.metrics)) for variant in asked)
 
     def repository_index(self, *, ready_only: bool) -> list[dict[str, Json]]:
-        """All variants; those excluded by their gate are `UNAVAILABLE`, with the reason."""
+        """All variants; those excluded by their gate, and those unloaded, are `UNAVAILABLE`, with the reason."""
         index = []
-        for name, report in self.fleet.reports.items():
-            state = "READY" if name in self.fleet.variants else "UNAVAILABLE"
+        for name, (standing, reason) in self.fleet.standing.items():
+            state = INDEX_STATES.get(standing, "UNAVAILABLE")
             if state == "READY" or not ready_only:
-                index.append({"name": self.name, "version": name, "state": state, "reason": report.reason or ""})
+                told = reason or ("unloaded" if standing == "unloaded" else "")
+                index.append({"name": self.name, "version": name, "state": state, "reason": told})
         return index
 
     def _check_model(self, model: str) -> None:
@@ -120,8 +158,13 @@ class OpenInference:
             raise NotFound(f"no model '{model[:80]}'; this server has '{self.name}'")
 
     def _serving(self, model: str, version: str | None) -> list[Variant]:
+        """The version that is asked for, or all that serve: at least one."""
         self._check_model(model)
-        return [self.fleet.choose(version, None)] if version else list(self.fleet.variants.values())
+        if version:
+            return [self.fleet.choose(version, None)]
+        if not self.fleet.variants:
+            self.fleet.check_ready()  # raises
+        return list(self.fleet.variants.values())
 
 
 def _platform(variants: Iterable[Variant]) -> str:

@@ -8,7 +8,7 @@ more than about a millisecond is sent to a thread, for the way there and back co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 
 import orjson
@@ -48,6 +48,10 @@ def open_inference_routes(fleet: Fleet) -> dict[str, Route]:
     }
     model = protocol.name
     for version in (None, *fleet.reports):
+        path = f"/v2/repository/models/{model}" + (f"/versions/{version}" if version else "")
+        routes[f"{path}/load"] = _swapped(partial(protocol.load, model, version))
+        routes[f"{path}/unload"] = _swapped(partial(protocol.unload, model, version))
+    for version in (None, *fleet.reports):
         path = f"/v2/models/{model}" + (f"/versions/{version}" if version else "")
         routes[path] = _described(partial(protocol.metadata, model, version))
         routes[f"{path}/config"] = _described(partial(protocol.config, model, version))
@@ -60,7 +64,7 @@ def open_inference_routes(fleet: Fleet) -> dict[str, Route]:
 def no_such_path(fleet: Fleet, path: str) -> NotFound:
     """Why a path below /v2/ is not in the table, as exactly as can be told."""
     model, variants = fleet.base.name, ", ".join(fleet.reports)
-    parts = path.removeprefix("/v2/").split("/")
+    parts = path.removeprefix("/v2/").removeprefix("repository/").split("/")
     if parts[0] == "models" and len(parts) > 1:
         if parts[1] != model:
             return NotFound(f"no model '{parts[1][:80]}'; this server has '{model}'")
@@ -87,15 +91,32 @@ def _model_ready(protocol: OpenInference, version: str | None) -> Json:
 
 
 async def _index(protocol: OpenInference, caller: Caller) -> Reply:
-    body = await plain_body(caller, SMALL)
-    try:
-        asked = orjson.loads(body or b"{}")
-    except orjson.JSONDecodeError as error:
-        raise BadInput(f"the request is not valid JSON: {error}") from None
+    asked = await _asked(caller)
     ready = asked.get("ready", False) if isinstance(asked, dict) else None
     if type(ready) is not bool:
         raise BadInput("the request must be a JSON object; its only key 'ready' is true or false")
     return json_reply(protocol.repository_index(ready_only=ready))
+
+
+def _swapped(swap: Callable[[Iterable[str]], Awaitable[None]]) -> Route:
+    async def answer(caller: Caller) -> Reply:
+        asked = await _asked(caller)
+        parameters = asked.get("parameters", {}) if isinstance(asked, dict) else None
+        if not isinstance(parameters, dict):
+            raise BadInput("the request must be a JSON object; its only key 'parameters' is one, too")
+        await swap(parameters)
+        return json_reply({})
+
+    return Route("POST", "description", answer)
+
+
+async def _asked(caller: Caller) -> Json:
+    """The JSON of a small request; no body stands for an empty object."""
+    body = await plain_body(caller, SMALL)
+    try:
+        return orjson.loads(body or b"{}")
+    except orjson.JSONDecodeError as error:
+        raise BadInput(f"the request is not valid JSON: {error}") from None
 
 
 class _Infer:
@@ -112,15 +133,16 @@ class _Infer:
         body = caller.body
         if body is None:
             body = await plain_body(caller, fleet.config.limits.body_bytes)
-        variant = protocol.choose(
-            protocol.name, version, caller.header(b"x-variant"), caller.header(fleet.sticky_header)
-        )
+        asked = version or caller.header(b"x-variant"), caller.header(fleet.sticky_header)
+        variant = fleet.choose(*asked)
         caller.variant = variant.name
         json_length = parse_json_length(caller.headers.get(_JSON_LENGTH))
         if self._is_small(body, json_length):
             request = self._decoder.decode(body, json_length)
         else:
             request = await off_loop(self._decoder.decode, body, json_length)
+            variant = fleet.confirm(variant, *asked)
+            caller.variant = variant.name
         prediction = await protocol.infer(variant, request.inputs, request.options, gone_check(caller.receive))
         parts = (request.options, prediction.outputs, protocol.name, variant.name, how_it_ran(prediction))
         small = sum([output.nbytes for output in prediction.outputs]) <= SMALL

@@ -42,7 +42,7 @@ _FAILURES = {
     "415": "content type or encoding is not taken",
     "429": "refused at the door; `Retry-After` tells when to come again",
     "500": "the model failed on this request",
-    "503": "draining, or the variant was excluded by its gate",
+    "503": "draining, or the variant was excluded by its gate or is not loaded",
     "504": "waited too long in the queue",
 }
 _SMALL_ROW = 256
@@ -81,6 +81,8 @@ def hot_paths(fleet: Fleet) -> dict[str, Any]:
             "post": _operation("The variants and their states", {"application/json": {"schema": _INDEX}})
         },
     }
+    if fleet.config.model_control == "explicit":
+        paths |= _swaps(fleet)
     if isinstance(fleet.base.codec, TextCodec) and gives_embeddings(fleet.base.spec):
         paths["/v1/embeddings"] = {
             "post": _operation("Embeddings, as of OpenAI's API", _embeddings(fleet), choice, _OPENAI_ERROR)
@@ -93,6 +95,18 @@ def hot_paths(fleet: Fleet) -> dict[str, Any]:
         paths[f"{path}/ready"] = {"get": _operation("Is the model ready", parameters=own)}
         paths[f"{path}/infer"] = {"post": _operation("Infer", infer, own + choice + length)}
     return paths
+
+
+def _swaps(fleet: Fleet) -> dict[str, Any]:
+    """The paths that load and unload the model or a version of it."""
+    media = {"application/json": {"schema": {"type": "object", "properties": {"parameters": {"type": "object"}}}}}
+    model = _named("model", [fleet.base.name])
+    version = _named("version", list(fleet.reports))
+    return {
+        f"/v2/repository/models/{{model}}{path}/{swap}": {"post": _operation(f"{swap.title()} {what}", media, own)}
+        for path, what, own in (("", "the model", [model]), ("/versions/{version}", "a variant", [model, version]))
+        for swap in ("load", "unload")
+    }
 
 
 def _embeddings(fleet: Fleet) -> Json:

@@ -50,10 +50,13 @@ async def predict(fleet: Fleet, caller: Caller) -> Reply:
         ServiceError: whatever kept it from being answered.
     """
     body = await plain_body(caller, fleet.config.limits.body_bytes)
-    variant = fleet.choose(caller.header(b"x-variant"), caller.header(fleet.sticky_header))
+    asked = caller.header(b"x-variant"), caller.header(fleet.sticky_header)
+    variant = fleet.choose(*asked)
     caller.variant = variant.name
     content_type = caller.header(b"content-type") or ""  # with its parameters: a form names its boundary there
     decoded: Decoded = await off_loop(fleet.base.codec.decode, content_type, body)
+    variant = fleet.confirm(variant, *asked)
+    caller.variant = variant.name
     prediction = await variant.predict(decoded.inputs, gone_check(caller.receive))
     answers = fleet.base.codec.encode(prediction.outputs)
     how: dict[str, Json] = {"variant": prediction.variant, **how_it_ran(prediction)}

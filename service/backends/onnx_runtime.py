@@ -30,8 +30,8 @@ ERRORS_ONLY = 3
 class OnnxRuntimeBackend:
     """A `contracts.Backend`. What the pass `onnxruntime` decided is in `model.session`; `{}` stands for its defaults.
 
-    Create, run and close it on one thread, a lane of the device: a lane does its share of the work and has to flush
-    denormals like the session's own threads, but onnxruntime sets only the one lane that opens the first session.
+    A lane of the device does its share of the work and has to flush denormals like the session's own threads, but
+    onnxruntime sets only the one lane that opens the first session. So each is set by the first backend created on it.
 
     Raises:
         StartupError: the execution provider asked for is not active on this machine.

@@ -15,7 +15,7 @@ from service.contracts import Array, Arrays, TorchModel
 
 
 class TorchBackend:
-    """A `contracts.Backend`. Create, run and close it on one thread.
+    """A `contracts.Backend`. Run it on threads on which one was created: that sets their threads and denormals.
 
     A module with an attribute `row_buckets` is compiled: it is fed as it was compiled, and the attribute says for which
     numbers of rows (empty: any). Any other module is fed channels-last images if its weights are channels-last.

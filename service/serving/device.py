@@ -1,4 +1,4 @@
-"""The lanes of a device: the only threads on which models are loaded, run and closed.
+"""The lanes of a device: the only threads on which models are run for clients, and on which they are loaded at start.
 
 A device runs `lanes` batches at a time, each with its share of the device's threads. One lane of all threads answers a
 lone request soonest; several narrow lanes leave fewer threads waiting for each other within a batch and yield more

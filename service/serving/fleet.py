@@ -1,28 +1,42 @@
 """All variants of one base: opened and warmed on their device before the first request, chosen per request, drained.
 
 The fleet is what the API sees. It knows neither the config file nor the artifact store; `open_fleet` in the composition
-root gives it what it needs.
+root gives it what it needs. While it serves, variants can be unloaded and loaded again; what that takes is in
+`reload.py`, and here only who answers meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from random import random
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 from service.compression.manifest import VariantReport
 from service.config import BatchConfig, ServiceConfig
-from service.contracts import Backend, Base
-from service.errors import NotFound, NotReady, StartupError
+from service.contracts import Base
+from service.errors import BadInput, NotFound, NotReady, ServiceError, StartupError
 from service.serving.batcher import Batcher, QueueLimits
 from service.serving.costs import Costs
 from service.serving.device import Device, Lane
 from service.serving.execution import Reply
-from service.serving.traffic import share_out, sticky_point
+from service.serving.reload import LoadingThreads, Open, Read, close_all, open_again
+from service.serving.traffic import pick, weigh
 from service.serving.variant import Variant
 from service.serving.warmup import warm_up
 from service.telemetry.metrics import Metrics
-from service.telemetry.observations import VariantFacts
+from service.telemetry.observations import VariantFacts, VariantState
+
+logger = logging.getLogger(__name__)
+
+
+class Standing(NamedTuple):
+    """Whether a variant serves, and if not, why."""
+
+    state: VariantState
+    reason: str = ""
 
 
 class Fleet:
@@ -33,14 +47,25 @@ class Fleet:
         self.config = config
         self.reports = {report.name: report for report in reports}
         self.device = device
+        self.standing = {report.name: Standing(report.state, report.reason or "") for report in reports}
         self.variants: dict[str, Variant] = {}
+        """Those that serve now."""
         self.metrics = Metrics(base.name, caveats=base.caveats)
         self.draining = False
         self.sticky_header = config.traffic.sticky_header.lower().encode()
         self.weights: Mapping[str, float] = {}
+        self._opened: dict[str, Variant] = {}
+        self._reads: dict[str, Read] = {}
+        self._split: Mapping[str, float] = {}
+        """As `weights`, but over all that were opened, so that a caller's key means the same while one is away."""
+        self._threads = LoadingThreads()
+        self._turn = asyncio.Lock()
+        self._swaps: set[asyncio.Task[None]] = set()
 
-    def open(self, name: str, load: Callable[[], Backend], batch: BatchConfig) -> None:
+    def open(self, name: str, load: Open, batch: BatchConfig, read: Read | None = None) -> None:
         """Load a variant on every lane (`load` is called there) and warm it in every shape that it will meet.
+
+        `read` is the first part of `load`, for loading it again while others serve; without it there is none apart.
 
         Raises:
             StartupError: it cannot be loaded or run; nothing half-warm is ever served.
@@ -50,13 +75,15 @@ class Fleet:
         except Exception as error:
             raise StartupError(f"variant '{name}' cannot be loaded and warmed up: {error}") from error
         batcher: Batcher[Reply] = Batcher(_limits(batch, running.costs))
-        self.variants[name] = Variant(name, self.base.spec, running, batcher)
-        self.weights = self._share_out()
+        self._opened[name] = Variant(name, self.base.spec, running, batcher)
+        self._reads[name] = read or (lambda: load)
+        self._split = weigh(self.config.traffic.weights, self._opened)
+        self._enter(name, "serving")
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Bind all variants to the loop that serves, and declare their metrics."""
         for report in self.reports.values():
-            variant = self.variants.get(report.name)
+            variant = self._opened.get(report.name)
             facts = _facts(report, variant, self.device)
             if variant is None:
                 self.metrics.add(report.name, facts)
@@ -65,30 +92,123 @@ class Fleet:
             others = [other for other in self.variants.values() if other is not variant]
             variant.bind(loop, metrics, others)
 
-    def _share_out(self) -> Mapping[str, float]:
-        """The traffic split over serving variants; an excluded variant's share goes to the others."""
-        given = self.config.traffic.weights
-        weights = {name: given.get(name, 0.0) if given else 1.0 for name in self.variants}
-        return weights if any(weights.values()) else dict.fromkeys(self.variants, 1.0)
-
     def choose(self, name: str | None, caller_key: str | None) -> Variant:
         """Explicit name, then sticky key, then weights.
 
         Raises:
-            NotFound: no such variant. NotReady: it was excluded by its gate.
+            NotFound: no such variant. NotReady: it was excluded by its gate, or is not loaded; or none is.
         """
         if name is None:
-            point = random() if caller_key is None else sticky_point(caller_key, self.base.name)
-            return self.variants[share_out(self.weights, point)]
+            name = pick(self._split, self.weights, caller_key, self.base.name)
         variant = self.variants.get(name)
-        if variant is not None:
-            return variant
-        if name in self.reports:
-            raise NotReady(f"variant '{name}' is excluded: {self.reports[name].reason}")
-        raise NotFound(f"no variant '{name}'; there are {', '.join(self.reports)}")
+        if variant is None:
+            raise self._absence(name)
+        return variant
+
+    def confirm(self, variant: Variant, name: str | None, caller_key: str | None) -> Variant:
+        """The variant that was chosen before the loop turned to others; another choice if it was unloaded since."""
+        return variant if variant.name in self.variants else self.choose(name, caller_key)
+
+    def check_ready(self) -> None:
+        """Raise `NotReady` while draining, and while no variant is loaded."""
+        if self.draining:
+            raise NotReady("draining: the service is shutting down")
+        if not self.variants:
+            raise self._absence("")
+
+    async def load(self, name: str | None = None) -> None:
+        """Serve an unloaded variant again (all by default); one that serves is left as it is.
+
+        Raises:
+            NotFound, NotReady: no such variant, it was excluded, or the service is draining.
+            ServiceError: it cannot be loaded; it stays unloaded, with the reason.
+        """
+        await self._swap(self._load, name)
+
+    async def unload(self, name: str | None = None) -> None:
+        """Give a variant no more requests, let it finish those it has, and give its memory back.
+
+        Its traffic goes to the others, so the last one is not unloaded by its name. Without a name all are, and until
+        one is loaded nothing is answered.
+
+        Raises:
+            NotFound, NotReady: no such variant, it was excluded, or the service is draining.
+            BadInput: no other variant serves.
+        """
+        await self._swap(partial(self._unload, last_too=name is None), name)
+
+    async def _swap(self, step: Callable[[str], Awaitable[None]], name: str | None) -> None:
+        """One after the other, and to the end also if one fails or who asked for it leaves."""
+        if self.draining:
+            self.check_ready()
+        if name is not None and name not in self._opened:
+            raise self._absence(name)
+
+        async def run() -> None:
+            failures = []
+            async with self._turn:
+                for each in (*self._opened,) if name is None else (name,):
+                    try:
+                        await step(each)
+                    except ServiceError as error:
+                        failures.append(error)
+            if failures:
+                raise failures[0]
+
+        swap = asyncio.create_task(run())
+        self._swaps.add(swap)
+        swap.add_done_callback(self._swaps.discard)
+        await asyncio.shield(swap)
+
+    async def _load(self, name: str) -> None:
+        if name in self.variants:
+            return
+        variant = self._opened[name]
+        self._enter(name, "loading")
+        try:
+            variant.reopen(await open_again(self._threads, variant.running, self._reads[name], self.base.spec))
+        except Exception as error:
+            logger.exception("variant %s could not be loaded", name)
+            self._enter(name, "unloaded", f"it could not be loaded: {error}")
+            raise ServiceError(f"variant '{name}' could not be loaded: {error}") from error
+        self._enter(name, "serving")
+
+    async def _unload(self, name: str, *, last_too: bool) -> None:
+        if name not in self.variants:
+            return
+        if len(self.variants) == 1 and not last_too:
+            raise BadInput(f"variant '{name}' is the last one that serves and is not unloaded; load another one first")
+        variant = self._opened[name]
+        self._enter(name, "unloading")
+        try:
+            await variant.finish()
+            await close_all(self._threads, variant.backends)
+        finally:
+            self._enter(name, "unloaded")
+
+    def _enter(self, name: str, state: VariantState, reason: str = "") -> None:
+        """Change a variant's state, and with it who gets requests."""
+        self.standing[name] = Standing(state, reason)
+        self.variants = {each: self._opened[each] for each in self._opened if self.standing[each].state == "serving"}
+        self.weights = weigh(self.config.traffic.weights, self.variants)
+        for variant in self.variants.values():
+            variant.neighbours = [other for other in self.variants.values() if other is not variant]
+        if name in self.metrics.variants:
+            metrics = self.metrics.variants[name]
+            metrics.facts = replace(metrics.facts, state=state, reason=reason)
+
+    def _absence(self, name: str) -> ServiceError:
+        """Why no variant of that name serves, or none at all if it is empty."""
+        if not name:
+            return NotReady(f"no variant of '{self.base.name}' is loaded")
+        if name not in self.reports:
+            return NotFound(f"no variant '{name}'; there are {', '.join(self.reports)}")
+        state, reason = self.standing[name]
+        return NotReady(f"variant '{name}' is {state}" + (f": {reason}" if reason else ""))
 
     def close(self) -> None:
         """Close all backends on the lanes that ran them, then end these."""
+        self._threads.close()
         self.device.call_on_each(self._close_on)
         self.device.close()
 

@@ -18,6 +18,7 @@ from service.serving.assembly import cut, dynamic_axes, longest, rejoin
 from service.serving.batcher import Batcher, Formed, Ticket
 from service.serving.device import Lane
 from service.serving.execution import Execution, Ran, Reply, Running
+from service.serving.unsettled import Unsettled
 from service.telemetry.observations import VariantMetrics
 
 CAUTION = 1.05
@@ -54,24 +55,35 @@ class Variant:
         self._spec = spec
         self._axes = dynamic_axes(spec.fields)
         self._device = running.device
-        self._running = running
+        self.running = running
         self._execution: Execution
         self._loop: asyncio.AbstractEventLoop
         self._sweep: asyncio.TimerHandle | None = None
         self._next_sweep = math.inf
         self._rested_at = 0.0
+        self._unsettled = Unsettled()
 
     def bind(self, loop: asyncio.AbstractEventLoop, metrics: VariantMetrics, neighbours: Sequence[Variant]) -> None:
         """Connect to the loop that calls `predict`, to the metrics, and to the variants that share the device."""
         self._loop = loop
         self.metrics = metrics
-        self._execution = Execution(self.name, self._spec, self._running, metrics)
+        self._execution = Execution(self.name, self._spec, self.running, metrics)
         self.neighbours = neighbours
 
     @property
     def backend(self) -> Backend:
         """The backend of the first lane; those of the others are of the same kind."""
         return self.backends[0]
+
+    async def finish(self) -> None:
+        """Wait until every request has its outcome and no lane runs one. Nobody may be sent here any more."""
+        await self._unsettled.none()
+
+    def reopen(self, running: Running) -> None:
+        """Go on with backends that were loaded anew."""
+        self.backends = running.backends
+        self.running = running
+        self._execution = Execution(self.name, self._spec, running, self.metrics)
 
     async def predict(
         self, sample: Arrays, gone: Gone, timeout_s: float | None = None, priority: int = 0
@@ -159,6 +171,7 @@ class Variant:
             unclaimed = self.batcher.offer(tickets, now)
         except QueueFull as error:
             raise QueueFull(str(error), retry_after_s=self.wait_s(0, self.batcher.limits.levels)) from None
+        self._unsettled.add(len(tickets))
         if unclaimed:
             self._summon()
         self._sweep_at(tickets[0].deadline)
@@ -207,6 +220,7 @@ class Variant:
         for ticket in formed.left:
             if not ticket.reply.done():
                 ticket.reply.set_exception(ClientGone("the client left before its rows were executed"))
+        self._unsettled.settle(len(ran) + len(formed.expired) + len(formed.left))
 
     def _expire(self) -> None:
         """Refuse in time what waits too long behind a slow batch; runs at the earliest deadline in the queue."""
@@ -214,6 +228,7 @@ class Variant:
         expired, earliest = self.batcher.expire(started)
         took = time.perf_counter() - started
         self._refuse(expired)
+        self._unsettled.settle(len(expired))
         self._next_sweep = math.inf
         self._rested_at = started + REST * took
         self._sweep_at(earliest)

@@ -110,7 +110,7 @@ FACTS = (
     Family("leanserve_variant_quality", "gauge", "The quality report, by measure.", _quality),
     Family("leanserve_build_seconds", "gauge", "Seconds that each build pass took.", _build_seconds),
 )
-"""For every variant, serving or excluded."""
+"""For every variant, whatever its state."""
 
 TRAFFIC = (
     Family("leanserve_queue_duration_seconds", "histogram", "Queue time, per request.", lambda v: _only(v.queue)),
@@ -146,7 +146,7 @@ TRAFFIC = (
         lambda v: _micros(v.output_request_s),
     ),
 )
-"""For the variants that serve. Triton's durations are summed over requests."""
+"""For the variants that passed their gate, unloaded ones included. Triton's durations are summed over requests."""
 
 
 class _Host:
@@ -220,7 +220,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Build every family from the current numbers."""
         variants = list(self.variants.values())
-        serving = [variant for variant in variants if variant.facts.state == "serving"]
+        serving = [variant for variant in variants if variant.facts.state != "excluded"]
         for families, shown in ((REQUESTS, [*variants, self.unrouted]), (FACTS, variants), (TRAFFIC, serving)):
             yield from (self._metric(family, shown) for family in families)
         yield self._base_info()

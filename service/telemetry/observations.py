@@ -32,6 +32,10 @@ OUTCOMES = ("ok", *dict.fromkeys(_codes(ServiceError)))
 """How a request can end: answered, or the `code` of the error that refused it."""
 
 
+VariantState = Literal["serving", "loading", "unloading", "unloaded", "excluded"]
+"""Excluded: by its gate, since the start. The others have passed it and are loaded, or not, or on the way."""
+
+
 class Histogram:
     """Counts per bucket and the sum of the values. One writer; a reader beside it is at most one observation behind."""
 
@@ -66,7 +70,7 @@ class VariantFacts:
     device: str = ""
     lanes: int = 1
     """Batches that its device runs at a time."""
-    state: Literal["serving", "excluded"] = "serving"
+    state: VariantState = "serving"
     reason: str = ""
     quality: Mapping[str, Json] = field(default_factory=dict)
     build_seconds: Sequence[float] = ()

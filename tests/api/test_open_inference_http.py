@@ -205,7 +205,7 @@ def stacked(depth: int) -> bytes:
         ("POST", "/v2/models/other/infer", b"{}", {}, 404, "no model 'other'"),
         ("GET", "/v2/models/pixels/versions/9", b"", {}, 404, "no version '9' of 'pixels'; there are a, b,"),
         ("GET", "/v2/models/pixels/versions/a/nothing", b"", {}, 404, "no such path: /v2/models/pixels/versions/a/no"),
-        ("POST", "/v2/repository/models/pixels/load", b"", {}, 404, "no such path"),
+        ("POST", "/v2/repository/models/pixels/load", b"", {}, 400, "set model_control: explicit in the config"),
         ("GET", "/v2/models/pixels/versions/poor", b"", {}, 503, "excluded: score 0.5"),
         ("GET", "/v2/models/pixels/versions/poor/ready", b"", {}, 503, "excluded: score 0.5"),
         ("POST", "/v2/models/pixels/versions/poor/infer", b"{}", {}, 503, "excluded: score 0.5"),

@@ -1,7 +1,8 @@
 """`python rule_fleet.py FOLDER PORT CONFIG`: a real server process, with drain and all, over scripted variants.
 
 The kind of a variant is its name up to a digit: `rule` obeys its rows, `slow` takes 10 ms more per batch, `onnx` is a
-float network in onnxruntime. CONFIG is a service config as JSON. FOLDER holds the gate file and the network.
+float network in onnxruntime, `large` one of four times the size. CONFIG is a service config as JSON. FOLDER holds the
+gate file and the networks.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from service.contracts import Backend, OnnxModel
 from service.serving.device import Device
 from service.serving.fleet import Fleet
 
-HIDDEN = 1024
+HIDDEN = {"onnx": 1024, "large": 2048}
 SLOW_BATCH_S = 0.01
 
 
@@ -39,10 +40,10 @@ class RuleBase(PixelBase):
     codec = ImageCodec(mode="L", size=(4, 2), mean=(0.0,), std=(1.0,), answers=Answers(SPEC))
 
 
-def write_network(path: Path) -> None:
-    """8 -> 1024 -> 1024 -> 8 with random weights: large enough that onnxruntime has threads to share it among."""
+def write_network(path: Path, hidden: int) -> None:
+    """8 -> hidden -> hidden -> 8 with random weights: large enough that onnxruntime has threads to share it among."""
     random = np.random.default_rng(0)
-    widths = (WIDTH, HIDDEN, HIDDEN, WIDTH)
+    widths = (WIDTH, hidden, hidden, WIDTH)
     weights = [random.standard_normal(pair).astype(np.float32) / pair[0] ** 0.5 for pair in pairwise(widths)]
     constants = [onnx.numpy_helper.from_array(weight, f"w{index}") for index, weight in enumerate(weights)]
     nodes = [
@@ -62,14 +63,15 @@ def write_network(path: Path) -> None:
 def loader(name: str, folder: Path) -> Callable[[], Backend]:
     """How to load the variant of that name on the device thread."""
     kind = name.rstrip("0123456789")
-    if kind == "onnx":
-        return lambda: OnnxRuntimeBackend(OnnxModel(folder / "network.onnx", SPEC), threads=2)
+    if kind in HIDDEN:
+        return lambda: OnnxRuntimeBackend(OnnxModel(folder / f"{kind}.onnx", SPEC), threads=2)
     return lambda: RuleBackend(folder, {"rule": 0.0, "slow": SLOW_BATCH_S}[kind])
 
 
 def main(folder: Path, port: int, config: ServiceConfig) -> None:
     claimed = listen("127.0.0.1", port)
-    write_network(folder / "network.onnx")
+    for kind, hidden in HIDDEN.items():
+        write_network(folder / f"{kind}.onnx", hidden)
     reports = [report(item.name) for item in config.variants]
     fleet = Fleet(RuleBase(), config, reports, Device("cpu", 2))  # type: ignore[arg-type]
     for item in config.variants:

@@ -115,8 +115,8 @@ def serving(folder: Path, *variants: str, **config: Any) -> Iterator[RuleService
     port = _free_port()
     named = {"base": "rules", "variants": [{"name": name} for name in variants], "drain": {"delay_s": 0}}
     command = [sys.executable, str(HERE / "rule_fleet.py"), str(folder), str(port), json.dumps(named | config)]
-    # The scripted base comes from the tests of the API.
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent / "api")}
+    # The scripted base comes from the tests of the API, the service from the same checkout as this test.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (HERE.parent / "api", HERE.parent.parent)))}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, text=True, env=environment)
     try:
