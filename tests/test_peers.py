@@ -287,7 +287,6 @@ def refusing_server(capacity: int) -> Iterator[int]:
 def test_a_closed_loop_counts_who_was_answered() -> None:
     with refusing_server(capacity=1_000_000) as port:
         found = closed_loop(port, Request("/", {}, b"x"), connections=2, seconds=0.3)
-    assert found.rate > 100
     assert found.failed == 0
     assert 0 < found.p50_ms <= found.p99_ms
     assert found.client_cpu_s > 0
