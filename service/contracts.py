@@ -164,7 +164,8 @@ Model: TypeAlias = TorchModel | OnnxModel
 class Backend(Protocol):
     """Runs a loaded model, on one thread at a time.
 
-    At start it is created on the lane of the device that will run it. Loaded again while others serve, it is created,
+    At start it is created on the lane of the device that will run it; batches of microseconds are run by the event loop
+    in the lane's stead. Loaded again while others serve, it is created,
     warmed and closed apart from the lanes, and then run by a lane on which one like it was created before.
     """
 

@@ -85,7 +85,7 @@ class HotPath:
                 counted = self._fleet.metrics.variants.get(caller.variant or "", self._fleet.metrics.unrouted)
                 counted.request_done(outcome, time.perf_counter() - started)
         if self._caveats and route.counts == "prediction":
-            return reply._replace(headers=(*reply.headers, *self._caveats))
+            return Reply(reply.body, (*reply.headers, *self._caveats), reply.status)
         return reply
 
     async def _unknown(self, caller: Caller) -> Reply:

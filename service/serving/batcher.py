@@ -124,14 +124,15 @@ class Batcher(Generic[Reply]):
         Raises:
             QueueFull: the rows do not fit into the queue.
         """
-        rows = sum(ticket.rows for ticket in tickets)
+        rows = sum([ticket.rows for ticket in tickets])
+        limits = self.limits
         with self._lock:
-            if self.waiting_rows + rows > self.limits.queue_rows:
-                full = f"the queue holds {self.waiting_rows} of at most {self.limits.queue_rows} rows"
+            if self.waiting_rows + rows > limits.queue_rows:
+                full = f"the queue holds {self.waiting_rows} of at most {limits.queue_rows} rows"
                 raise QueueFull(f"{full}; {rows} more do not fit")
             for ticket in tickets:
                 ticket.enqueued_at = now
-                ticket.bucket = bucket = self.limits.bucket(ticket.length)
+                ticket.bucket = bucket = limits.bucket(ticket.length)
                 self._queues[ticket.level - 1][bucket].append(ticket)
                 self._rows[ticket.level - 1][bucket] += ticket.rows
             self._waiting += len(tickets)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -24,13 +24,14 @@ logger = logging.getLogger(__name__)
 class Lane:
     """One thread of a device and the cores it may use.
 
-    `due_at` is when the batch that runs now should be done by its measured cost (seconds of `time.perf_counter`);
+    Whoever runs something there has `held` meanwhile. `due_at` is when the batch that runs now should be done by its measured cost (seconds of `time.perf_counter`);
     whoever runs a batch sets it, and sets it back to 0 afterwards.
     """
 
     index: int
     threads: int
     due_at: float = 0.0
+    held: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
 
 Job = Callable[[Lane], None]
@@ -59,12 +60,21 @@ class Device:
 
     def remaining_s(self) -> float:
         """Predicted seconds until a lane is free: 0 if one is, or if its batch is overdue."""
-        due_at = min(lane.due_at for lane in self.lanes) if len(self.lanes) > 1 else self.lanes[0].due_at
-        return max(0.0, due_at - time.perf_counter())
+        due_at = min([lane.due_at for lane in self.lanes])
+        return max(0.0, due_at - time.perf_counter()) if due_at else 0.0
 
     def post(self, job: Job) -> None:
         """Queue a job behind all others, for the next free lane. Callable from any thread; the job must not raise."""
         self._jobs.put(job)
+
+    def borrow(self) -> Lane | None:
+        """A free lane whose part the calling thread may take for one short job; `None` if all work or jobs wait.
+
+        The caller releases `held` afterwards.
+        """
+        if not self._jobs.empty():
+            return None
+        return next((lane for lane in self.lanes if lane.held.acquire(blocking=False)), None)
 
     def waiting(self) -> int:
         """Jobs that no lane has taken yet."""
@@ -101,8 +111,9 @@ class Device:
 
     def _work(self, lane: Lane) -> None:
         while (job := self._jobs.get()) is not None:
-            try:
-                job(lane)
-            except BaseException:
-                # The thread outlives any job: a lost lane would hang what waits for it, the last one every variant.
-                logger.exception("a job on lane %d of device %s failed", lane.index, self.name)
+            with lane.held:
+                try:
+                    job(lane)
+                except BaseException:
+                    # The thread outlives any job: a lost lane would hang what waits for it, the last one all variants.
+                    logger.exception("a job on lane %d of device %s failed", lane.index, self.name)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+from service.backends.denormals import flush_denormals
 from service.compression.manifest import VariantReport
 from service.config import BatchConfig, ServiceConfig
 from service.contracts import Base
@@ -81,7 +82,8 @@ class Fleet:
         self._enter(name, "serving")
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Bind all variants to the loop that serves, and declare their metrics."""
+        """Bind all variants to the loop that serves, and declare their metrics. Call it on the loop's thread."""
+        flush_denormals()  # as on the lanes: the loop runs short batches itself
         for report in self.reports.values():
             variant = self._opened.get(report.name)
             facts = _facts(report, variant, self.device)

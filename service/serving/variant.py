@@ -1,7 +1,8 @@
 """A variant at work: `predict` is the hot path from decoded arrays to a prediction.
 
 The event loop offers tickets to the batcher; a lane of the device takes a batch in the moment it can run it, and wakes
-the loop once per batch. A batch that fails is retried split, so that one bad row fails alone.
+the loop once per batch. Batches of microseconds are run by the loop itself, in the part of a free lane. A batch that
+fails is retried split, so that one bad row fails alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from service.contracts import Arrays, Backend, InputSpec
 from service.errors import BadInput, ClientGone, DeadlineUnreachable, QueueFull, QueueTimeout
@@ -24,6 +25,9 @@ from service.telemetry.observations import VariantMetrics
 CAUTION = 1.05
 """Admission expects waits longer than predicted by this factor. Under overload those who are admitted are predicted to
 wait almost as long as they may: at the prediction's word 4 % of them waited a little longer and got a 504."""
+SHORT_S = 50e-6
+"""A batch that is predicted to take no longer is run by the event loop itself. To wake a lane and be woken by it, with
+Python's lock going to and fro, costs about as much (docs/decisions/008-short-batches.md)."""
 REST = 20
 """A sweep looks at the whole queue. From one to the next are this many times as long as it took, hence no more than a
 twentieth of the loop: 10,000 deadlines that pass within a second cost 0.05 s of it instead of 0.7 s."""
@@ -31,8 +35,7 @@ twentieth of the loop: 10,000 deadlines that pass within a second cost 0.05 s of
 Gone = Callable[[], bool]
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
+class Prediction(NamedTuple):
     """Outputs of one request and how they came about. `batch_size` counts rows, those of other requests included."""
 
     outputs: Arrays
@@ -180,21 +183,42 @@ class Variant:
         """See to it that a lane comes for the queue: now, or when the oldest request has waited `max_delay_s`."""
         due = self.batcher.due(time.perf_counter())
         if due > 0:
-            self._loop.call_later(due, self._device.post, self._run_next)
+            self._loop.call_later(due, self._begin)
         else:
             # At the end of this turn of the loop: what arrived together makes one batch, and wakes a lane once.
-            self._loop.call_soon(self._device.post, self._run_next)
+            self._loop.call_soon(self._begin)
+
+    def _begin(self) -> None:
+        """Run the next batch here if it is short and a lane is free; else have a lane come for it."""
+        lane = self._device.borrow() if self.turn_s() <= SHORT_S else None
+        if lane is None:
+            self._device.post(self._run_next)
+            return
+        try:
+            formed, taken = self._take()
+            if formed.more:
+                self._summon()
+            ran = self._run(lane, formed, taken)
+        finally:
+            lane.held.release()
+        self._settle(formed, ran, taken)
 
     def _run_next(self, lane: Lane) -> None:
         """On a lane: form a batch, have the next lane come for what is left, run it, wake the loop once."""
-        formed = self.batcher.take(time.perf_counter())
-        taken = time.perf_counter()
+        formed, taken = self._take()
         if formed.more and self.batcher.limits.max_delay_s == 0:
             self._device.post(self._go_on)
         elif formed.more:
             self._loop.call_soon_threadsafe(self._summon)
-        ran = self._execution.run(lane, formed.batch, taken) if formed.batch else []
+        ran = self._run(lane, formed, taken)
         self._loop.call_soon_threadsafe(self._settle, formed, ran, taken)
+
+    def _take(self) -> tuple[Formed[Reply], float]:
+        formed = self.batcher.take(time.perf_counter())
+        return formed, time.perf_counter()
+
+    def _run(self, lane: Lane, formed: Formed[Reply], taken: float) -> list[Ran]:
+        return self._execution.run(lane, formed.batch, taken) if formed.batch else []
 
     def _go_on(self, lane: Lane) -> None:
         """On a lane: run the next batch of a queue that has just had its turn, but let the others have theirs first.
@@ -208,7 +232,7 @@ class Variant:
             self._run_next(lane)
 
     def _settle(self, formed: Formed[Reply], ran: list[Ran], taken: float) -> None:
-        """On the loop, once per batch: hand every ticket its outcome."""
+        """Once per batch: hand every ticket its outcome."""
         for ticket, outcome, infer_s, batch_size in ran:
             if ticket.reply.done():
                 continue

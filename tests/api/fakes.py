@@ -21,6 +21,7 @@ from service.config import ServiceConfig
 from service.contracts import Array, Arrays, Codec, Data, Field, InputSpec, Model, Split
 from service.serving.device import Device
 from service.serving.fleet import Fleet
+from service.serving.variant import SHORT_S
 
 LABELS = ("zero", "one", "two", "three")
 SPEC = InputSpec((Field("image", "float32", (1, 2, 2)),), (Field("logits", "float32", (4,)),), LABELS)
@@ -65,6 +66,7 @@ class PixelBackend:
         if self.gate is not None:
             self.waits = not self.gate.is_set()
             assert self.gate.wait(20)
+            time.sleep(2 * SHORT_S)  # work for a lane: the event loop must not wait at the gate
             self.waits = False
             self.ran += len(batch[0])
         if self.broken and batch[0].max() == 1.0:

@@ -27,9 +27,11 @@ from service.config import ServiceConfig
 from service.contracts import Backend, OnnxModel
 from service.serving.device import Device
 from service.serving.fleet import Fleet
+from service.serving.variant import SHORT_S
 
 HIDDEN = {"onnx": 1024, "large": 2048}
-SLOW_BATCH_S = 0.01
+LANE_BATCH_S, SLOW_BATCH_S = 2 * SHORT_S, 0.01
+"""Both are more than what the event loop would run itself."""
 
 
 class RuleBase(PixelBase):
@@ -65,7 +67,7 @@ def loader(name: str, folder: Path) -> Callable[[], Backend]:
     kind = name.rstrip("0123456789")
     if kind in HIDDEN:
         return lambda: OnnxRuntimeBackend(OnnxModel(folder / f"{kind}.onnx", SPEC), threads=2)
-    return lambda: RuleBackend(folder, {"rule": 0.0, "slow": SLOW_BATCH_S}[kind])
+    return lambda: RuleBackend(folder, {"rule": LANE_BATCH_S, "slow": SLOW_BATCH_S}[kind])
 
 
 def main(folder: Path, port: int, config: ServiceConfig) -> None:

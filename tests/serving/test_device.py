@@ -100,3 +100,27 @@ def test_what_is_left_is_that_of_the_lane_that_is_free_first(device: Device) -> 
     assert 1.9 < device.remaining_s() <= 2
     second.due_at = 0.0
     assert device.remaining_s() == 0.0
+
+
+def test_a_free_lane_can_be_borrowed_and_its_thread_waits_meanwhile(device: Device) -> None:
+    first = device.borrow()
+    second = device.borrow()
+    assert first is not None and second is not None and first is not second
+    assert device.borrow() is None
+    ran = threading.Event()
+    device.post(lambda lane: ran.set())
+    assert not ran.wait(0.05)
+    second.held.release()
+    first.held.release()
+    assert ran.wait(5)
+
+
+def test_no_lane_is_borrowed_before_jobs_that_wait(device: Device) -> None:
+    leave = threading.Event()
+    for _ in range(3):
+        device.post(lambda lane: leave.wait(10) and None)
+    deadline = time.monotonic() + 5
+    while device.waiting() != 1 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert device.borrow() is None
+    leave.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable
 
 import numpy as np
@@ -15,7 +16,7 @@ from service.contracts import Arrays, Field, InputSpec
 from service.errors import BadInput, NotFound, NotReady, ServiceError
 from service.serving.device import Device
 from service.serving.fleet import Fleet
-from service.serving.variant import Prediction
+from service.serving.variant import SHORT_S, Prediction
 
 SPEC = InputSpec((Field("x", "float32", (2,)),), (Field("y", "float32", (2,)),))
 ROW = (np.ones((1, 2), np.float32),)
@@ -63,6 +64,7 @@ class DoublingBackend:
     def run(self, batch: Arrays) -> Arrays:
         self.owner.pass_gate()
         assert not self.closed
+        time.sleep(2 * SHORT_S)  # work for a lane
         self.ran.append((threading.current_thread().name, len(batch[0])))
         return (batch[0] * 2,)
 

@@ -490,5 +490,89 @@ def test_sweeping_a_long_queue_leaves_the_loop_to_others() -> None:
         backend.gate.set()
         await first
 
-    play(scenario, QueueLimits(4, 5000, timeout_s=100), seconds=1e-9)
+    play(scenario, QueueLimits(4, 5000, timeout_s=100), seconds=2e-4)
     assert sum(swept) < 0.2 * spread_s, "a twentieth, and room for a busy machine"
+
+
+class Whereabouts(ScriptedBackend):
+    """Remembers the threads on which it ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threads: list[str] = []
+
+    def run(self, batch: Arrays) -> Arrays:
+        self.threads.append(threading.current_thread().name)
+        return super().run(batch)
+
+
+@pytest.mark.parametrize(("seconds", "thread"), [(40e-6, "MainThread"), (60e-6, "device-test-0")])
+def test_a_batch_of_microseconds_is_run_by_the_loop_itself(seconds: float, thread: str) -> None:
+    backend = Whereabouts()
+
+    async def scenario(variant: Variant, _: ScriptedBackend) -> None:
+        predictions = await asyncio.gather(*(variant.predict(sample(i), stay) for i in range(3)))
+        assert [prediction.outputs[0][0, 0] for prediction in predictions] == [0, 2, 4]
+        assert {prediction.batch_size for prediction in predictions} == {3}
+
+    play(scenario, QueueLimits(4, 100), backend, seconds)
+    assert backend.threads == [thread]
+
+
+def test_more_short_batches_than_one_are_run_by_the_loop_in_turns_that_leave_others_theirs() -> None:
+    backend = Whereabouts()
+
+    async def scenario(variant: Variant, _: ScriptedBackend) -> None:
+        ran_by_then: list[int] = []
+        asked = asyncio.gather(*(variant.predict(sample(1), stay) for _ in range(8)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        ran_by_then.append(len(backend.threads))
+        await asked
+        assert ran_by_then == [1]
+
+    play(scenario, QueueLimits(2, 100), backend, 1e-6)
+    assert (backend.ran, set(backend.threads)) == ([2] * 4, {"MainThread"})
+
+
+def test_a_short_batch_waits_for_its_turn_where_all_lanes_work_and_does_not_hold_up_the_loop() -> None:
+    backend = Whereabouts()
+
+    async def scenario(variant: Variant, _: ScriptedBackend) -> None:
+        leave = threading.Event()
+        working = threading.Event()
+        variant.running.device.post(lambda lane: (working.set(), leave.wait(10)) and None)
+        await asyncio.to_thread(working.wait, 5)
+        asked = asyncio.create_task(variant.predict(sample(1), stay))
+        await asyncio.sleep(0.02)
+        assert not backend.threads
+        leave.set()
+        await asked
+
+    play(scenario, QueueLimits(4, 100), backend, 1e-6)
+    assert backend.threads == ["device-test-0"]
+
+
+def test_a_bad_row_in_a_short_batch_fails_alone_and_the_lane_is_free_again() -> None:
+    async def scenario(variant: Variant, _: ScriptedBackend) -> None:
+        ends = await asyncio.gather(*(variant.predict(sample(v), stay) for v in (1, -1, 2)), return_exceptions=True)
+        assert [type(end) for end in ends] == [Prediction, BackendFailed, Prediction]
+        assert not any(lane.held.locked() for lane in variant.running.device.lanes)
+
+    play(scenario, QueueLimits(4, 100), seconds=1e-6)
+
+
+def test_a_variant_that_turns_out_slow_is_left_to_the_lanes() -> None:
+    class Slowing(Whereabouts):
+        def run(self, batch: Arrays) -> Arrays:
+            time.sleep(0.005)
+            return super().run(batch)
+
+    backend = Slowing()
+
+    async def scenario(variant: Variant, _: ScriptedBackend) -> None:
+        for _ in range(3):
+            await variant.predict(sample(1), stay)
+
+    play(scenario, QueueLimits(4, 100), backend, 1e-6)
+    assert backend.threads == ["MainThread", "device-test-0", "device-test-0"]
