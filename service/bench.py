@@ -24,7 +24,7 @@ def run_bench(fleet: Fleet, sizes: Sequence[int], seconds: float) -> Latencies:
     batches = examples(fleet.base.spec, sizes)
     timings = []
     for lane in fleet.device.lanes:
-        backends = {name: variant.backends[lane.index] for name, variant in fleet.variants.items()}
+        backends = {name: variant.running.backends[lane.index] for name, variant in fleet.variants.items()}
         timings.append(interleaved(backends, batches, rounds, ROUND_S))
     for _ in track(range(rounds), "measuring", transient=True):
         by_lane = fleet.device.call_on_each(lambda lane: next(timings[lane.index]))

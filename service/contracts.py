@@ -162,7 +162,7 @@ Model: TypeAlias = TorchModel | OnnxModel
 
 
 class Backend(Protocol):
-    """Runs a loaded model, on one thread at a time.
+    """Runs a loaded model, on one thread at a time unless it is `self_contained`.
 
     At start it is created on the lane of the device that will run it; batches of microseconds are run by the event loop
     in the lane's stead. Loaded again while others serve, it is created,
@@ -171,6 +171,13 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def self_contained(self) -> bool:
+        """Whether its threads are its own: several lanes may run it at a time, and others like it may have more threads.
+
+        If not, the process has one setting for all, and every lane runs one of its own.
+        """
 
     @property
     def row_buckets(self) -> tuple[int, ...]:

@@ -64,12 +64,14 @@ class Workplace:
     def lanes(self, reports: list[VariantReport]) -> int:
         """Batches that run at a time: as configured, or as pays for the variants that serve."""
         from service.compression.build import speeds
+        from service.compression.load import is_onnx
 
         if self.config.lanes != "auto":
             return self.config.lanes
         race = speeds(self.store, self.plan, self.threads)
         assert race is not None  # what is reported was measured
-        return race.best_lanes([report.chain[-1].key for report in reports if report.state == "serving"])
+        keys = [report.chain[-1].key for report in reports if report.state == "serving"]
+        return race.best_lanes(keys, self_contained=all(is_onnx(self.store, key) for key in keys))
 
     def build(self, progress: BuildProgress) -> None:
         """Build, measure and time every artifact of the plan that is missing."""
@@ -88,11 +90,13 @@ class Workplace:
         device = Device("cpu", self.threads, self.lanes(reports))
         fleet = Fleet(self.base, self.config, reports, device)
 
-        def read(key: str) -> Callable[[], Backend]:
-            return partial(open_backend, load_model(self.store, self.base, key), device.lane_threads)
+        alone = sum(report.state == "serving" for report in reports) == 1
 
-        def load(key: str) -> Backend:
-            return read(key)()
+        def read(key: str) -> Callable[[int], Backend]:
+            return partial(open_backend, load_model(self.store, self.base, key), alone=alone)
+
+        def load(key: str, threads: int) -> Backend:
+            return read(key)(threads)
 
         for variant, steps in self.plan.chains:
             if fleet.reports[variant.name].state == "serving":

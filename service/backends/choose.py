@@ -7,8 +7,8 @@ import sys
 from service.contracts import Backend, Model, TorchModel
 
 
-def open_backend(model: Model, threads: int) -> Backend:
-    """Create the backend of a loaded model. Call it on the thread that will run it.
+def open_backend(model: Model, threads: int, *, alone: bool = False) -> Backend:
+    """Create the backend of a loaded model, alone in this process or not. Call it on the thread that will run it.
 
     Each backend library is imported only when a variant needs it.
     """
@@ -18,7 +18,7 @@ def open_backend(model: Model, threads: int) -> Backend:
         return TorchBackend(model, threads)
     from service.backends.onnx_runtime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(model, threads)
+    return OnnxRuntimeBackend(model, threads, alone=alone)
 
 
 def use_threads(threads: int) -> None:

@@ -35,6 +35,10 @@ class TorchBackend:
         return "pytorch"
 
     @property
+    def self_contained(self) -> bool:
+        return False
+
+    @property
     def row_buckets(self) -> tuple[int, ...]:
         return self._row_buckets
 

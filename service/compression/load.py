@@ -33,8 +33,18 @@ def load_model(store: ArtifactStore, base: Base, key: str) -> Model:
     return model
 
 
+def is_onnx(store: ArtifactStore, key: str) -> bool:
+    """Whether an artifact is a graph for onnxruntime, with nothing of torch in it."""
+    return ONNX_FILE in _holder(store.chain(key)).files
+
+
+def _holder(chain: Sequence[Recipe]) -> Recipe:
+    """The last of the chain that has weights."""
+    return next(recipe for recipe in reversed(chain) if recipe.files)
+
+
 def _stored_model(store: ArtifactStore, base: Base, chain: Sequence[Recipe]) -> Model:
-    holder = next(recipe for recipe in reversed(chain) if recipe.files)
+    holder = _holder(chain)
     folder = store.folder(holder.key)
     if ONNX_FILE in holder.files:
         return OnnxModel(folder / ONNX_FILE, base.spec)

@@ -87,8 +87,9 @@ class Measurement(BaseModel):
     threads: int
 
 
-LANE_GAIN = 1.1
-"""Several lanes must answer this many times the rows per second of one: a lone request is slower on fewer threads."""
+LANE_GAIN, FREE_LANE_GAIN = 1.1, 1.03
+"""Several lanes must answer this many times the rows per second of one: a lone request is slower on fewer threads, or,
+where it is free to use all of them nevertheless, a second backend takes memory."""
 
 
 class SideBySide(BaseModel):
@@ -108,9 +109,9 @@ class SideBySide(BaseModel):
         gains = [self.lane_rates[key][self.threads] / self.lane_rates[key][1] for key in keys if self.threads > 1]
         return statistics.geometric_mean(gains) if gains else 1.0
 
-    def best_lanes(self, keys: Sequence[str]) -> int:
-        """A lane per thread if that pays for these artifacts, else one lane."""
-        return self.threads if self.lane_gain(keys) >= LANE_GAIN else 1
+    def best_lanes(self, keys: Sequence[str], *, self_contained: bool) -> int:
+        """A lane per thread if that pays for these artifacts, else one lane; `self_contained` is what backends are."""
+        return self.threads if self.lane_gain(keys) >= (FREE_LANE_GAIN if self_contained else LANE_GAIN) else 1
 
 
 class Manifest(Recipe):

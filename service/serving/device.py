@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 class Lane:
     """One thread of a device and the cores it may use.
 
-    Whoever runs something there has `held` meanwhile. `due_at` is when the batch that runs now should be done by its measured cost (seconds of `time.perf_counter`);
-    whoever runs a batch sets it, and sets it back to 0 afterwards.
+    Whoever runs something there has `held` meanwhile. `due_at` is when the batch that runs now should be done by its
+    measured cost (seconds of `time.perf_counter`); whoever runs a batch sets it, and sets it back to 0 afterwards.
     """
 
     index: int
@@ -43,6 +43,7 @@ class Device:
 
     def __init__(self, name: str, threads: int, lanes: int = 1) -> None:
         self.name = name
+        self.threads = threads
         self.lanes = tuple(Lane(index, max(1, threads // lanes)) for index in range(lanes))
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._posting = threading.Lock()
@@ -76,9 +77,37 @@ class Device:
             return None
         return next((lane for lane in self.lanes if lane.held.acquire(blocking=False)), None)
 
+    def widen(self, lane: Lane) -> bool:
+        """Hold all other lanes, too, if none of them works; then the job on this lane may use all threads.
+
+        It calls `narrow` afterwards.
+        """
+        held: list[Lane] = []
+        for other in self.lanes:
+            if other is not lane:
+                if not other.held.acquire(blocking=False):
+                    _release(held)
+                    return False
+                held.append(other)
+        return True
+
+    def narrow(self, lane: Lane) -> None:
+        """Let the other lanes go."""
+        _release([other for other in self.lanes if other is not lane])
+
     def waiting(self) -> int:
         """Jobs that no lane has taken yet."""
         return self._jobs.qsize()
+
+    def call(self, function: Callable[[Lane], Result]) -> Result:
+        """Run a function on the next free lane and wait for it. Raises what it raises."""
+        done: Future[Result] = Future()
+
+        def job(lane: Lane) -> None:
+            _fulfil(done, function, lane)
+
+        self.post(job)
+        return done.result()
 
     def call_on_each(self, function: Callable[[Lane], Result]) -> list[Result]:
         """Run a function on every lane, all at the same time, and wait; the results by lane.
@@ -91,10 +120,7 @@ class Device:
 
         def job(lane: Lane) -> None:
             together.wait()  # a lane that waits here cannot take the job of another
-            try:
-                futures[lane.index].set_result(function(lane))
-            except BaseException as error:
-                futures[lane.index].set_exception(error)
+            _fulfil(futures[lane.index], function, lane)
 
         with self._posting:  # the jobs of two callers must not mix: their barriers would wait for each other
             for _ in self.lanes:
@@ -117,3 +143,15 @@ class Device:
                 except BaseException:
                     # The thread outlives any job: a lost lane would hang what waits for it, the last one all variants.
                     logger.exception("a job on lane %d of device %s failed", lane.index, self.name)
+
+
+def _release(lanes: Iterable[Lane]) -> None:
+    for lane in lanes:
+        lane.held.release()
+
+
+def _fulfil(future: Future[Result], function: Callable[[Lane], Result], lane: Lane) -> None:
+    try:
+        future.set_result(function(lane))
+    except BaseException as error:
+        future.set_exception(error)

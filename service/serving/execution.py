@@ -1,7 +1,7 @@
-"""A batch on a lane: joined, run, split and counted; and run again in halves where it fails.
+"""A batch on the device: joined, run, split and counted; and run again in halves where it fails.
 
 This is all that happens between taking a batch from the queue and waking the event loop. It runs on the lanes of a
-device, several at a time.
+device, several at a time; a batch that is alone there has all threads of the device, if that makes it quicker.
 """
 
 from __future__ import annotations
@@ -37,13 +37,30 @@ class Ran(NamedTuple):
     batch_size: int
 
 
+class Way(NamedTuple):
+    """A warm backend, and what a batch costs when it is run there."""
+
+    backend: Backend
+    costs: Costs
+
+
 @dataclass(frozen=True, slots=True)
 class Running:
-    """What runs a variant: a device, a warm backend for each of its lanes, and what a batch costs there."""
+    """What runs a variant: a device, a warm backend for each of its lanes, and what a batch costs with all at work.
+
+    Lanes share a backend that is self-contained. `wide` is there where a batch that is alone is quicker on all threads.
+    """
 
     device: Device
     backends: tuple[Backend, ...]
     costs: Costs
+    wide: Way | None = None
+
+    @property
+    def opened(self) -> tuple[Backend, ...]:
+        """All backends, each once."""
+        every = (*self.backends, self.wide.backend) if self.wide else self.backends
+        return tuple({id(backend): backend for backend in every}.values())
 
 
 class Execution:
@@ -52,29 +69,41 @@ class Execution:
     def __init__(self, name: str, spec: InputSpec, running: Running, metrics: VariantMetrics) -> None:
         self._name = name
         self._spec = spec
-        self._backends = running.backends
-        self._costs = running.costs
+        self._running = running
         self._output_axes = dynamic_axes(spec.outputs)
         self._metrics = metrics
         self._counting = threading.Lock()
 
     def run(self, lane: Lane, tickets: list[Ticket[Reply]], taken: float) -> list[Ran]:
-        """Run tickets, `taken` from their queue at that time, as one batch on this lane; never raises."""
-        backend, costs = self._backends[lane.index], self._costs.tables[tickets[0].bucket]
-        rows = sum(ticket.rows for ticket in tickets)
+        """Run tickets, `taken` from their queue at that time, as one batch on this lane, or on all if these are idle.
+
+        Never raises.
+        """
+        running = self._running
+        device, wide = running.device, running.wide
+        if wide is None or device.waiting() or not device.widen(lane):
+            return self._run((lane,), Way(running.backends[lane.index], running.costs), tickets, taken)
+        try:
+            return self._run(device.lanes, wide, tickets, taken)
+        finally:
+            device.narrow(lane)
+
+    def _run(self, lanes: tuple[Lane, ...], way: Way, tickets: list[Ticket[Reply]], taken: float) -> list[Ran]:
+        backend, costs = way.backend, way.costs.tables[tickets[0].bucket]
+        rows = sum([ticket.rows for ticket in tickets])
         padded = costs.bucket(rows) if backend.row_buckets else rows
         try:
             joined = join([ticket.sample for ticket in tickets], self._spec, padded)
             started = time.perf_counter()
-            lane.due_at = started + costs.seconds(padded)
+            _set_due(lanes, started + costs.seconds(padded))
             outputs = backend.run(joined)
             ended = time.perf_counter()
             _check_rows(outputs, padded)
             replies = self._split(outputs, tickets)
         except BaseException as error:  # a panic in a native library is no Exception, and these clients wait
-            return self._run_apart(lane, tickets, taken, error)
+            return self._run_apart(lanes, way, tickets, taken, error)
         finally:
-            lane.due_at = 0.0
+            _set_due(lanes, 0.0)
         infer_s = ended - started
         waits = [taken - ticket.enqueued_at for ticket in tickets]
         with self._counting:  # lanes count in the same places
@@ -93,11 +122,13 @@ class Execution:
             for reply, ticket in zip(replies, tickets, strict=True)
         ]
 
-    def _run_apart(self, lane: Lane, tickets: list[Ticket[Reply]], taken: float, error: BaseException) -> list[Ran]:
+    def _run_apart(
+        self, lanes: tuple[Lane, ...], way: Way, tickets: list[Ticket[Reply]], taken: float, error: BaseException
+    ) -> list[Ran]:
         """Find the bad request by halving: its batch mates are answered, it alone fails."""
         if len(tickets) > 1:
             middle = len(tickets) // 2
-            return self.run(lane, tickets[:middle], taken) + self.run(lane, tickets[middle:], taken)
+            return [ran for half in (tickets[:middle], tickets[middle:]) for ran in self._run(lanes, way, half, taken)]
         incident = uuid.uuid4().hex[:12]
         logger.error("variant %s failed on a request, id %s", self._name, incident, exc_info=error)
         failure = BackendFailed(
@@ -112,6 +143,11 @@ def padding_tokens(tickets: list[Ticket[Reply]]) -> int:
         return 0
     longest = max(ticket.length for ticket in tickets)
     return sum(ticket.rows * (longest - ticket.length) for ticket in tickets)
+
+
+def _set_due(lanes: tuple[Lane, ...], due_at: float) -> None:
+    for lane in lanes:
+        lane.due_at = due_at
 
 
 def _check_rows(outputs: Arrays, rows: int) -> None:

@@ -21,7 +21,7 @@ from service.contracts import Base
 from service.errors import BadInput, NotFound, NotReady, ServiceError, StartupError
 from service.serving.batcher import Batcher, QueueLimits
 from service.serving.costs import Costs
-from service.serving.device import Device, Lane
+from service.serving.device import Device
 from service.serving.execution import Reply
 from service.serving.reload import LoadingThreads, Open, Read, close_all, open_again
 from service.serving.traffic import pick, weigh
@@ -64,7 +64,7 @@ class Fleet:
         self._swaps: set[asyncio.Task[None]] = set()
 
     def open(self, name: str, load: Open, batch: BatchConfig, read: Read | None = None) -> None:
-        """Load a variant on every lane (`load` is called there) and warm it in every shape that it will meet.
+        """Load a variant for every lane (`load` is called there) and warm it in every shape that it will meet.
 
         `read` is the first part of `load`, for loading it again while others serve; without it there is none apart.
 
@@ -184,7 +184,7 @@ class Fleet:
         self._enter(name, "unloading")
         try:
             await variant.finish()
-            await close_all(self._threads, variant.backends)
+            await close_all(self._threads, variant.running.opened)
         finally:
             self._enter(name, "unloaded")
 
@@ -209,14 +209,12 @@ class Fleet:
         return NotReady(f"variant '{name}' is {state}" + (f": {reason}" if reason else ""))
 
     def close(self) -> None:
-        """Close all backends on the lanes that ran them, then end these."""
+        """Close all backends, then end the lanes."""
         self._threads.close()
-        self.device.call_on_each(self._close_on)
-        self.device.close()
-
-    def _close_on(self, lane: Lane) -> None:
         for variant in self.variants.values():
-            variant.backends[lane.index].close()
+            for backend in variant.running.opened:
+                backend.close()
+        self.device.close()
 
 
 def _limits(batch: BatchConfig, costs: Costs) -> QueueLimits:

@@ -29,7 +29,8 @@ from service.contracts import Backend, InputSpec
 from service.serving.costs import Costs
 from service.serving.execution import Running
 
-Open = Callable[[], Backend]
+Open = Callable[[int], Backend]
+"""Creates a backend with so many threads."""
 Read = Callable[[], Open]
 """Reads a model, which may take long, and returns what is left to do: to open a backend for it."""
 Priority = Literal["low", "usual"]
@@ -104,22 +105,29 @@ def _step_back() -> None:
 
 
 async def open_again(threads: LoadingThreads, running: Running, read: Read, spec: InputSpec) -> Running:
-    """New backends for all lanes, warm, in place of closed ones.
+    """New backends like the closed ones, warm: for all lanes, shared where possible, and a wide one if there was.
 
     Raises:
         Exception: whatever reading, opening or running raises; what was opened is closed.
     """
-    device = running.device
-    backends: list[Backend] = []
+    device, opened = running.device, list[Backend]()
+
+    async def open_with(count: int) -> Backend:
+        open_backend = await threads.do(read)
+        opened.append(await threads.do(partial(open_backend, count), "low" if count == 1 else "usual"))
+        return opened[-1]
+
     try:
-        for _ in device.lanes:
-            open_backend = await threads.do(read)
-            backends.append(await threads.do(open_backend, "low" if device.lane_threads == 1 else "usual"))
-        await threads.do(partial(_warm, running.costs, backends, spec))
+        backends = [await open_with(device.lane_threads)]
+        for _ in device.lanes[1:]:
+            shared = backends[0].self_contained
+            backends.append(backends[0] if shared else await open_with(device.lane_threads))
+        wide = running.wide and running.wide._replace(backend=await open_with(device.threads))
+        await threads.do(partial(_warm, running.costs, opened, spec))
     except Exception:
-        await threads.do(partial(_close, backends))
+        await threads.do(partial(_close, opened))
         raise
-    return replace(running, backends=tuple(backends))
+    return replace(running, backends=tuple(backends), wide=wide)
 
 
 async def close_all(threads: LoadingThreads, backends: Iterable[Backend]) -> None:

@@ -51,7 +51,6 @@ class Variant:
     def __init__(self, name: str, spec: InputSpec, running: Running, batcher: Batcher[Reply]) -> None:
         self.name = name
         self.costs = running.costs
-        self.backends = running.backends
         self.batcher = batcher
         self.metrics: VariantMetrics
         self.neighbours: Sequence[Variant] = ()
@@ -76,7 +75,7 @@ class Variant:
     @property
     def backend(self) -> Backend:
         """The backend of the first lane; those of the others are of the same kind."""
-        return self.backends[0]
+        return self.running.backends[0]
 
     async def finish(self) -> None:
         """Wait until every request has its outcome and no lane runs one. Nobody may be sent here any more."""
@@ -84,7 +83,6 @@ class Variant:
 
     def reopen(self, running: Running) -> None:
         """Go on with backends that were loaded anew."""
-        self.backends = running.backends
         self.running = running
         self._execution = Execution(self.name, self._spec, running, self.metrics)
 
@@ -143,7 +141,7 @@ class Variant:
             before[bucket] += rows
             turns = self.costs.turns(before)
             seconds += sum(min(other.backlog_s(), turns * other.turn_s()) for other in asked)
-        return self._device.remaining_s() + seconds / len(self.backends)
+        return self._device.remaining_s() + seconds / len(self._device.lanes)
 
     def turn_s(self) -> float:
         """Predicted seconds of one lane for one batch of the queue, the costliest if their lengths differ."""

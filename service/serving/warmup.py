@@ -1,7 +1,8 @@
-"""Loading a variant on every lane of its device, and running it in every shape it will meet before a client does.
+"""Loading a variant for every lane of its device, and running it in every shape it will meet before a client does.
 
 What a batch costs is measured with all lanes at work, because that is how they work under load: two lanes share caches
-and memory bandwidth, and each is slower than one that has the machine to itself.
+and memory bandwidth, and each is slower than one that has the machine to itself. Where backends allow it, there is also
+one with all threads of the device, for a batch that is alone there.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from service.backends.denormals import flush_denormals
 from service.contracts import Arrays, Backend, InputSpec
 from service.serving.assembly import dynamic_axes
 from service.serving.costs import Costs, CostTable, buckets_up_to, length_buckets
 from service.serving.device import Device, Lane
-from service.serving.execution import Running
+from service.serving.execution import Running, Way
 
+WIDE_GAIN = 1.1
+"""A backend with all threads is kept if it answers a lone row at least this many times as soon as one of a lane."""
 WARM_RUNS = 3
 WARM_SECONDS = 0.15
 """Per shape: at least one run after the first, at most this many runs or seconds."""
@@ -27,21 +31,28 @@ GRID_SECONDS = 1.5
 """Where lengths vary: no larger batch is tried once this is spent. A single row of every length is always measured."""
 
 
-def warm_up(device: Device, load: Callable[[], Backend], spec: InputSpec, max_rows: int) -> Running:
-    """Load, run and measure on every lane.
+def warm_up(device: Device, load: Callable[[int], Backend], spec: InputSpec, max_rows: int) -> Running:
+    """Load (with that number of threads), run and measure on every lane.
 
     Raises:
         Exception: whatever loading or running raises.
     """
     lengths = length_buckets(spec.max_length) if dynamic_axes(spec.fields) else ()
     loading = threading.Lock()
+    opened: list[Backend] = []
 
-    def open_on(_: Lane) -> Backend:
+    def open_with(threads: int) -> Backend:
+        backend = load(threads)
+        for rows in _row_buckets(backend, max_rows, lengths):
+            backend.run(spec.example(rows, min(lengths, default=0)))
+        return backend
+
+    def open_on(lane: Lane) -> Backend:
+        flush_denormals()
         with loading:  # loading and the first runs, which may compile, use settings of the whole process
-            backend = load()
-            for rows in _row_buckets(backend, max_rows, lengths):
-                backend.run(spec.example(rows, min(lengths, default=0)))
-            return backend
+            if not opened or not opened[0].self_contained:
+                opened.append(open_with(lane.threads))
+            return opened[-1]
 
     backends = tuple(device.call_on_each(open_on))
     rows = _row_buckets(backends[0], max_rows, lengths)
@@ -52,7 +63,29 @@ def warm_up(device: Device, load: Callable[[], Backend], spec: InputSpec, max_ro
 
     grid = measure_grid(seconds, rows, lengths) if lengths else [{count: seconds(count, 0) for count in rows}]
     shapes: Literal["any", "compiled"] = "compiled" if backends[0].row_buckets else "any"
-    return Running(device, backends, Costs([CostTable(known, max_rows, shapes) for known in grid], lengths))
+    costs = Costs([CostTable(known, max_rows, shapes) for known in grid], lengths)
+    wide = _wide(device, open_with, spec, costs) if opened[0].self_contained else None
+    return Running(device, backends, costs, wide)
+
+
+def _wide(device: Device, open_with: Callable[[int], Backend], spec: InputSpec, narrow: Costs) -> Way | None:
+    """A backend with all threads, measured alone at one row and at the most that a batch will have, if it is quicker."""
+    if len(device.lanes) == 1:
+        return None
+    backend = device.call(lambda _: open_with(device.threads))
+
+    def seconds(rows: int, length: int) -> float:
+        return device.call(lambda _: _seconds(backend, spec.example(rows, length)))
+
+    alone = [
+        {rows: seconds(rows, length) for rows in sorted({1, table.knee})}
+        for table, length in zip(narrow.tables, narrow.lengths or (0,), strict=True)
+    ]
+    # The last length is the one for which threads are worth most.
+    if alone[-1][1] * WIDE_GAIN > narrow.tables[-1].seconds(1):
+        backend.close()
+        return None
+    return Way(backend, Costs([CostTable(known) for known in alone], narrow.lengths))
 
 
 def measure_grid(

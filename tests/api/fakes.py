@@ -53,6 +53,7 @@ class PixelBase:
 
 class PixelBackend:
     name = "pixel"
+    self_contained = False
     row_buckets: tuple[int, ...] = ()
 
     def __init__(self, *, broken: bool = False, gate: threading.Event | None = None) -> None:
@@ -136,7 +137,7 @@ def open_fleet(gate: threading.Event, spec: InputSpec = SPEC, **changes: Any) ->
     for item in config.variants:
         if item.name != "poor":
             backend = PixelBackend(broken=item.name == "broken", gate=gate if item.name == "held" else None)
-            fleet.open(item.name, lambda backend=backend: backend, config.batch)  # type: ignore[misc]
+            fleet.open(item.name, lambda threads, backend=backend: backend, config.batch)  # type: ignore[misc]
     return fleet
 
 

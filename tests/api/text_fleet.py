@@ -50,6 +50,7 @@ class ReadingBackend:
     """Embeds a row as its number of tokens, their sum, the first and a seventh of the last; padding is not read."""
 
     name = "reading"
+    self_contained = False
     row_buckets: tuple[int, ...] = ()
 
     def __init__(self, gate: threading.Event | None = None) -> None:
@@ -85,7 +86,7 @@ def text_fleet(folder: Path, gate: threading.Event, spec: InputSpec = SPEC, **ch
     fleet = Fleet(base, config, reports, Device("cpu", 1))  # type: ignore[arg-type]
     for name in names[:3]:
         backend = ReadingBackend(gate if name == "held" else None)
-        fleet.open(name, lambda backend=backend: backend, config.batch)  # type: ignore[misc]
+        fleet.open(name, lambda threads, backend=backend: backend, config.batch)  # type: ignore[misc]
     return fleet
 
 

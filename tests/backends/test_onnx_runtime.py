@@ -87,6 +87,7 @@ LEVEL = onnxruntime.GraphOptimizationLevel
     ("settings", "threads", "level", "spins"),
     [
         ({}, 3, LEVEL.ORT_ENABLE_ALL, "0"),
+        ({"spinning": "auto"}, 3, LEVEL.ORT_ENABLE_ALL, "0"),
         ({"threads": "auto", "optimisation": "disable", "spinning": "off"}, 3, LEVEL.ORT_DISABLE_ALL, "0"),
         ({"threads": 1, "optimisation": "basic", "spinning": "on"}, 1, LEVEL.ORT_ENABLE_BASIC, "1"),
         ({"threads": 2, "optimisation": "extended", "provider": "cpu"}, 2, LEVEL.ORT_ENABLE_EXTENDED, "0"),
@@ -107,6 +108,14 @@ def test_every_setting_reaches_the_session(
     assert options.graph_optimization_level == level
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == spins
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
+@pytest.mark.parametrize(("settings", "spins"), [({}, "1"), ({"spinning": "auto"}, "1"), ({"spinning": "off"}, "0")])
+def test_the_only_session_of_a_process_spins_unless_told_otherwise(
+    path: Path, opened: list[onnxruntime.SessionOptions], settings: dict[str, Json], spins: str
+) -> None:
+    on_a_thread(lambda: OnnxRuntimeBackend(OnnxModel(path, SPEC, settings), threads=2, alone=True))
+    assert opened[0].get_session_config_entry("session.intra_op.allow_spinning") == spins
 
 
 @pytest.mark.parametrize("spinning", ["off", "on"])

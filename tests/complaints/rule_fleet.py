@@ -62,12 +62,12 @@ def write_network(path: Path, hidden: int) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
 
 
-def loader(name: str, folder: Path) -> Callable[[], Backend]:
+def loader(name: str, folder: Path) -> Callable[[int], Backend]:
     """How to load the variant of that name on the device thread."""
     kind = name.rstrip("0123456789")
     if kind in HIDDEN:
-        return lambda: OnnxRuntimeBackend(OnnxModel(folder / f"{kind}.onnx", SPEC), threads=2)
-    return lambda: RuleBackend(folder, {"rule": LANE_BATCH_S, "slow": SLOW_BATCH_S}[kind])
+        return lambda threads: OnnxRuntimeBackend(OnnxModel(folder / f"{kind}.onnx", SPEC), threads)
+    return lambda threads: RuleBackend(folder, {"rule": LANE_BATCH_S, "slow": SLOW_BATCH_S}[kind])
 
 
 def main(folder: Path, port: int, config: ServiceConfig) -> None:

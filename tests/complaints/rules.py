@@ -37,6 +37,7 @@ class RuleBackend:
     """Obeys its rows; every batch takes `batch_s` seconds, in which it sleeps."""
 
     name = "rule"
+    self_contained = False
     row_buckets: tuple[int, ...] = ()
 
     def __init__(self, folder: Path, batch_s: float = 0.0) -> None:

@@ -18,6 +18,7 @@ class Rule:
     """Answers by a function and remembers the batches' shapes."""
 
     name = "rule"
+    self_contained = False
     row_buckets: tuple[int, ...] = ()
 
     def __init__(self, answer: Callable[..., Array]) -> None:

@@ -20,7 +20,7 @@ from service.backends.choose import use_threads
 from service.compression import lane_rates
 from service.compression.artifacts import ArtifactStore
 from service.compression.build import Plan, speeds
-from service.compression.manifest import LANE_GAIN, SideBySide
+from service.compression.manifest import FREE_LANE_GAIN, LANE_GAIN, SideBySide
 from service.config import ServiceConfig
 from service.contracts import Arrays
 from service.errors import ConfigError
@@ -33,6 +33,7 @@ class Sleeper:
     """Takes `seconds(threads)` per batch of any size, and belongs to the thread that made it."""
 
     name = "sleeper"
+    self_contained = False
     row_buckets: tuple[int, ...] = ()
 
     def __init__(self, seconds: float) -> None:
@@ -101,16 +102,21 @@ def measured(rates: dict[str, float], threads: int = 2) -> SideBySide:
     [({"a": 1.3}, 2), ({"a": LANE_GAIN - 0.01}, 1), ({"a": 2.0, "b": 0.7}, 2), ({"a": 2.0, "b": 0.6}, 1)],
 )
 def test_narrow_lanes_must_pay_on_the_geometric_mean(rates: dict[str, float], lanes: int) -> None:
-    assert measured(rates).best_lanes(list(rates)) == lanes
+    assert measured(rates).best_lanes(list(rates), self_contained=False) == lanes
+
+
+@pytest.mark.parametrize(("gain", "lanes"), [(FREE_LANE_GAIN + 0.01, 2), (FREE_LANE_GAIN - 0.01, 1)])
+def test_less_is_enough_where_a_lone_batch_has_all_threads_nevertheless(gain: float, lanes: int) -> None:
+    assert measured({"a": gain}).best_lanes(["a"], self_contained=True) == lanes
 
 
 def test_only_the_variants_that_serve_have_a_say() -> None:
-    assert measured({"a": 1.0, "excluded": 9.0}).best_lanes(["a"]) == 1
+    assert measured({"a": 1.0, "excluded": 9.0}).best_lanes(["a"], self_contained=False) == 1
 
 
 def test_one_thread_is_one_lane_unmeasured() -> None:
     alone = SideBySide(cpu="x", threads=1, latency_ms={}, lane_rates={})
-    assert (alone.lane_gain(["a"]), alone.best_lanes(["a"])) == (1.0, 1)
+    assert (alone.lane_gain(["a"]), alone.best_lanes(["a"], self_contained=True)) == (1.0, 1)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_a_graph_is_kept_and_gets_the_options(tmp_path: Path) -> None:
     applied = OnnxRuntime().apply(given, context_of(BASE, tmp_path))
     assert isinstance(applied.model, OnnxModel)
     assert applied.model.path == given.path
-    assert applied.model.session == {"optimisation": "all", "threads": "auto", "spinning": "off", "provider": "cpu"}
+    assert applied.model.session == {"optimisation": "all", "threads": "auto", "spinning": "auto", "provider": "cpu"}
     assert given.session == {}
 
 

@@ -105,7 +105,9 @@ def test_what_is_left_is_that_of_the_lane_that_is_free_first(device: Device) -> 
 def test_a_free_lane_can_be_borrowed_and_its_thread_waits_meanwhile(device: Device) -> None:
     first = device.borrow()
     second = device.borrow()
-    assert first is not None and second is not None and first is not second
+    assert first is not None
+    assert second is not None
+    assert first is not second
     assert device.borrow() is None
     ran = threading.Event()
     device.post(lambda lane: ran.set())
@@ -117,10 +119,48 @@ def test_a_free_lane_can_be_borrowed_and_its_thread_waits_meanwhile(device: Devi
 
 def test_no_lane_is_borrowed_before_jobs_that_wait(device: Device) -> None:
     leave = threading.Event()
+
+    def work(lane: Lane) -> None:
+        leave.wait(10)
+
     for _ in range(3):
-        device.post(lambda lane: leave.wait(10) and None)
+        device.post(work)
     deadline = time.monotonic() + 5
     while device.waiting() != 1 and time.monotonic() < deadline:
         time.sleep(0.001)
     assert device.borrow() is None
     leave.set()
+
+
+def test_a_lane_widens_only_where_no_other_works_and_holds_them_until_it_narrows(device: Device) -> None:
+    lane = device.borrow()
+    other = device.borrow()
+    assert lane is not None
+    assert other is not None
+    assert not device.widen(lane)
+    other.held.release()
+    assert device.widen(lane)
+    assert other.held.locked()
+    device.narrow(lane)
+    assert not other.held.locked()
+    lane.held.release()
+
+
+def test_a_lane_that_cannot_have_all_others_lets_those_go_that_it_has() -> None:
+    device = Device("three", 3, 3)
+    first, second, third = (device.borrow() for _ in range(3))
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    second.held.release()
+    assert not device.widen(first)
+    assert not second.held.locked()
+    first.held.release()
+    third.held.release()
+    device.close()
+
+
+def test_a_call_returns_what_the_function_does_or_raises(device: Device) -> None:
+    assert device.call(lambda lane: lane.threads) == 2
+    with pytest.raises(ZeroDivisionError):
+        device.call(lambda lane: 1 // 0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 
 from service.config import BatchConfig, ServiceConfig
-from service.contracts import Arrays, Field, InputSpec
+from service.contracts import Arrays, Backend, Field, InputSpec
 from service.serving.device import Device
 from service.serving.fleet import Fleet
 from service.serving.warmup import GRID_SECONDS, measure_grid, warm_up
@@ -21,6 +22,7 @@ class CompiledBackend:
     """Runs only the shapes it was compiled for, and remembers them."""
 
     name = "compiled"
+    self_contained = False
 
     def __init__(self, row_buckets: tuple[int, ...]) -> None:
         self.row_buckets = row_buckets
@@ -47,14 +49,14 @@ def test_a_compiled_variant_is_warmed_in_its_own_shapes_only(
     fleet: Fleet, max_rows: int, warmed: tuple[int, ...]
 ) -> None:
     backend = CompiledBackend((1, 8))
-    fleet.open("a", lambda: backend, BatchConfig(max_rows=max_rows))
+    fleet.open("a", lambda threads: backend, BatchConfig(max_rows=max_rows))
     variant = fleet.variants["a"]
     assert backend.shapes == set(warmed) == set(variant.costs.tables[0].buckets)
     assert variant.batcher.limits.max_rows <= max(warmed)
 
 
 def test_a_shape_above_the_limit_is_filled_no_further_than_the_limit(fleet: Fleet) -> None:
-    fleet.open("a", lambda: CompiledBackend((16,)), BatchConfig(max_rows=4))
+    fleet.open("a", lambda threads: CompiledBackend((16,)), BatchConfig(max_rows=4))
     assert fleet.variants["a"].costs.tables[0].buckets == (16,)
     assert fleet.variants["a"].batcher.limits.max_rows == 4
 
@@ -63,6 +65,7 @@ class TextBackend:
     """Remembers the shapes that it ran."""
 
     name = "text"
+    self_contained = False
     row_buckets: tuple[int, ...] = ()
 
     def __init__(self) -> None:
@@ -80,7 +83,7 @@ TEXT = InputSpec((Field("ids", "int64", (None,)),), (Field("y", "int64", (None,)
 
 def test_a_variant_of_varying_length_is_warmed_on_a_sparse_grid() -> None:
     backend, device = TextBackend(), Device("cpu", 1)
-    running = warm_up(device, lambda: backend, TEXT, 32)
+    running = warm_up(device, lambda threads: backend, TEXT, 32)
     device.close()
     lengths = (16, 32, 64, 100)
     assert running.costs.lengths == lengths
@@ -103,31 +106,80 @@ def test_the_grid_leaves_out_what_takes_too_long(monkeypatch: pytest.MonkeyPatch
     assert now[0] <= GRID_SECONDS + 0.1
 
 
-def test_every_lane_has_its_own_backend_and_closes_it() -> None:
+def test_every_lane_has_its_own_backend() -> None:
     config = ServiceConfig.model_validate({"base": "fake", "variants": [{"name": "a"}]})
     fleet = Fleet(SimpleNamespace(name="fake", spec=SPEC, caveats=()), config, [], Device("cpu", 2, 2))
     made: list[tuple[CompiledBackend, threading.Thread]] = []
-    closed: list[tuple[CompiledBackend, threading.Thread]] = []
+    closed: list[CompiledBackend] = []
 
     class Tracked(CompiledBackend):
         def close(self) -> None:
-            closed.append((self, threading.current_thread()))
+            closed.append(self)
 
-    def load() -> CompiledBackend:
+    def load(threads: int) -> Backend:
+        assert threads == 1
         made.append((Tracked((1, 8)), threading.current_thread()))
         return made[-1][0]
 
     fleet.open("a", load, BatchConfig())
-    assert set(fleet.variants["a"].backends) == {backend for backend, _ in made}
+    running = fleet.variants["a"].running
+    assert sorted(running.backends, key=id) == sorted((backend for backend, _ in made), key=id)
+    assert running.wide is None
     assert all(backend.shapes == {1, 8} for backend, _ in made)
     fleet.close()
     assert len({thread for _, thread in made}) == 2
-    assert sorted(closed, key=str) == sorted(made, key=str)
+    assert sorted(closed, key=id) == sorted(running.backends, key=id)
+
+
+class SelfContained:
+    """Takes time per row, less with more threads, up to so many."""
+
+    name = "self-contained"
+    self_contained = True
+    row_buckets: tuple[int, ...] = ()
+
+    def __init__(self, threads: int, helped_by: int) -> None:
+        self.threads = threads
+        self.row_s = 0.004 / min(threads, helped_by)
+        self.ran: list[int] = []
+        self.closed = 0
+
+    def run(self, batch: Arrays) -> Arrays:
+        self.ran.append(len(batch[0]))
+        time.sleep(self.row_s * len(batch[0]))
+        return batch
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.parametrize("helped_by", [4, 2])
+def test_lanes_share_a_self_contained_backend_and_a_wide_one_is_kept_if_it_is_quicker(helped_by: int) -> None:
+    config = ServiceConfig.model_validate({"base": "fake", "variants": [{"name": "a"}]})
+    fleet = Fleet(SimpleNamespace(name="fake", spec=SPEC, caveats=()), config, [], Device("cpu", 4, 2))
+    made: list[SelfContained] = []
+
+    def load(threads: int) -> Backend:
+        made.append(SelfContained(threads, helped_by))
+        return made[-1]
+
+    fleet.open("a", load, BatchConfig(max_rows=2))
+    running = fleet.variants["a"].running
+    narrow, wide = made
+    assert (narrow.threads, wide.threads) == (2, 4)
+    assert running.backends == (narrow, narrow)
+    assert (running.wide is not None) == (helped_by == 4)
+    assert wide.closed == (helped_by == 2)
+    if running.wide:
+        assert running.wide.costs.tables[0].seconds(1) < running.costs.tables[0].seconds(1) / 1.5
+        assert running.opened == (narrow, wide)
+    fleet.close()
+    assert (narrow.closed, wide.closed) == (1, 1)
 
 
 def test_the_split_is_worked_out_when_a_variant_is_opened(fleet: Fleet) -> None:
     assert fleet.weights == {}
-    fleet.open("a", lambda: CompiledBackend((1,)), BatchConfig(max_rows=1))
+    fleet.open("a", lambda threads: CompiledBackend((1,)), BatchConfig(max_rows=1))
     assert fleet.weights == {"a": 1.0}
     assert fleet.weights is fleet.weights
     assert fleet.choose(None, None) is fleet.variants["a"]

@@ -39,7 +39,7 @@ class Backends:
         self.held = threading.Event()
         self.broken = ""
 
-    def load(self) -> DoublingBackend:
+    def load(self, threads: int) -> DoublingBackend:
         if self.broken:
             raise RuntimeError(self.broken)
         self.pass_gate()
@@ -54,6 +54,7 @@ class Backends:
 
 class DoublingBackend:
     name = "doubling"
+    self_contained = False
     row_buckets: tuple[int, ...] = ()
 
     def __init__(self, owner: Backends) -> None:

@@ -22,8 +22,8 @@ from service.errors import (
 )
 from service.serving.batcher import Batcher, QueueLimits
 from service.serving.costs import Costs, CostTable
-from service.serving.device import Device
-from service.serving.execution import Reply, Running
+from service.serving.device import Device, Lane
+from service.serving.execution import Reply, Running, Way
 from service.serving.variant import Prediction, Variant
 from service.telemetry.observations import VariantFacts, VariantMetrics
 
@@ -34,6 +34,7 @@ class ScriptedBackend:
     """Doubles its input; waits at a gate, refuses batches with a negative value, remembers the rows it ran."""
 
     name = "scripted"
+    self_contained = False
 
     def __init__(self, row_buckets: tuple[int, ...] = ()) -> None:
         self.row_buckets = row_buckets
@@ -375,6 +376,7 @@ class Tagger:
     """Answers every token with its double, and the number of real ones; remembers the shapes it ran."""
 
     name = "tagger"
+    self_contained = False
     row_buckets: tuple[int, ...] = ()
 
     def __init__(self) -> None:
@@ -541,7 +543,12 @@ def test_a_short_batch_waits_for_its_turn_where_all_lanes_work_and_does_not_hold
     async def scenario(variant: Variant, _: ScriptedBackend) -> None:
         leave = threading.Event()
         working = threading.Event()
-        variant.running.device.post(lambda lane: (working.set(), leave.wait(10)) and None)
+
+        def work(lane: Lane) -> None:
+            working.set()
+            leave.wait(10)
+
+        variant.running.device.post(work)
         await asyncio.to_thread(working.wait, 5)
         asked = asyncio.create_task(variant.predict(sample(1), stay))
         await asyncio.sleep(0.02)
@@ -571,8 +578,65 @@ def test_a_variant_that_turns_out_slow_is_left_to_the_lanes() -> None:
     backend = Slowing()
 
     async def scenario(variant: Variant, _: ScriptedBackend) -> None:
-        for _ in range(3):
-            await variant.predict(sample(1), stay)
+        for value in range(3):
+            await variant.predict(sample(value), stay)
 
     play(scenario, QueueLimits(4, 100), backend, 1e-6)
     assert backend.threads == ["MainThread", "device-test-0", "device-test-0"]
+
+
+def play_wide(scenario: Callable[[Variant, ScriptedBackend, ScriptedBackend], Awaitable[None]]) -> None:
+    """A variant on two lanes that share a backend, with a second one for a batch that has the device to itself."""
+    narrow, wide = ScriptedBackend(), ScriptedBackend()
+    device = Device("test", 2, 2)
+    costs, alone = (Costs([CostTable(dict.fromkeys((1, 4), seconds))]) for seconds in (0.002, 0.001))
+    running = Running(device, (narrow, narrow), costs, Way(wide, alone))
+    variant = Variant("v", SPEC, running, Batcher[Reply](QueueLimits(4, 100)))
+
+    async def body() -> None:
+        variant.bind(asyncio.get_running_loop(), VariantMetrics("v", VariantFacts()), [])
+        await scenario(variant, narrow, wide)
+
+    try:
+        asyncio.run(asyncio.wait_for(body(), 20))
+    finally:
+        narrow.gate.set()
+        wide.gate.set()
+        device.close()
+    assert not any(lane.held.locked() for lane in device.lanes)
+
+
+def test_a_lone_batch_has_all_threads() -> None:
+    async def scenario(variant: Variant, narrow: ScriptedBackend, wide: ScriptedBackend) -> None:
+        for _ in range(3):
+            await variant.predict(sample(1), stay)
+        assert (narrow.ran, wide.ran) == ([], [1, 1, 1])
+
+    play_wide(scenario)
+
+
+def test_what_comes_during_a_wide_batch_waits_for_it_and_then_has_a_lane_each() -> None:
+    async def scenario(variant: Variant, narrow: ScriptedBackend, wide: ScriptedBackend) -> None:
+        wide.gate.clear()
+        first = asyncio.create_task(variant.predict(sample(1), stay))
+        await asyncio.to_thread(wide.started.wait, 5)
+        rest = [asyncio.create_task(variant.predict(sample(1), stay)) for _ in range(7)]
+        await asyncio.sleep(0.02)
+        assert not narrow.started.is_set()
+        assert all(lane.due_at for lane in variant.running.device.lanes)
+        wide.gate.set()
+        await asyncio.gather(first, *rest)
+        assert wide.ran[0] == 1
+        assert sorted(narrow.ran + wide.ran[1:]) == [3, 4]
+        assert 4 in narrow.ran, "others were waiting"
+
+    play_wide(scenario)
+
+
+def test_a_bad_row_in_a_wide_batch_fails_alone() -> None:
+    async def scenario(variant: Variant, narrow: ScriptedBackend, wide: ScriptedBackend) -> None:
+        ends = await asyncio.gather(*(variant.predict(sample(v), stay) for v in (1, -1, 2)), return_exceptions=True)
+        assert [type(end) for end in ends] == [Prediction, BackendFailed, Prediction]
+        assert not any(lane.due_at for lane in variant.running.device.lanes)
+
+    play_wide(scenario)

@@ -25,7 +25,7 @@ class OnnxRuntime(Pass):
     """Graph optimisation at load: `basic` folds and removes, `extended` fuses, `all` also changes the memory layout."""
     threads: PositiveInt | Literal["auto"] = "auto"
     """Threads within an operator; `auto`: all that the device has."""
-    spinning: Literal["off", "on"] = "off"
+    spinning: Literal["auto", "off", "on"] = "auto"
     """`on`: threads wait busily for the next operator of a batch. Faster alone on idle cores, far slower in company."""
     provider: Literal["cpu", "cuda"] = "cpu"
     """Where operators run. `cuda` needs the extra `gpu`; a machine that cannot do it refuses to start."""
