@@ -174,7 +174,7 @@ class Backend(Protocol):
 
     @property
     def self_contained(self) -> bool:
-        """Whether its threads are its own: several lanes may run it at a time, and others like it may have more threads.
+        """Whether its threads are its own: several lanes may run it at once, and others like it may have more threads.
 
         If not, the process has one setting for all, and every lane runs one of its own.
         """

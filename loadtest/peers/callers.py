@@ -1,4 +1,4 @@
-"""Callers in this process, for models so slow that a Python client costs nothing beside them.
+"""Callers in this process, for models so slow that a Python client costs next to nothing beside them.
 
 `closed_loop` has each of its callers ask again as soon as it is answered, as wrk does; but replies come in groups, of
 the size of a batch, and wrk counts a group that comes just after its end as nothing. Here the rate is that between the
@@ -11,9 +11,11 @@ import asyncio
 import resource
 import time
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import numpy as np
+import uvloop
 
 from loadtest.peers.process import HOST
 from loadtest.peers.roster import Request
@@ -44,7 +46,7 @@ class Overload(NamedTuple):
 def closed_loop(port: int, request: Request, connections: int, seconds: float) -> Closed:
     """Load by so many callers for so many seconds; requests in flight then are waited for, and not counted."""
     before = _cpu_s()
-    replies = asyncio.run(_closed(port, _bytes_of(request), connections, seconds))
+    replies = uvloop.run(_closed(port, _bytes_of(request), connections, seconds))
     answered = sorted((at, ms) for status, at, ms in replies if status == 200)
     times = [ms for _, ms in answered] or [float("nan")]
     p50, p99 = np.percentile(times, [50, 99])
@@ -65,7 +67,7 @@ def open_loop(port: int, request: Request, rate: float, seconds: float, connecti
     Each connection asks at its own turns; if a reply comes later than the next turn, that turn is skipped, so enough
     connections are needed for those who are admitted to wait while the others go on asking.
     """
-    replies = asyncio.run(_open(port, _bytes_of(request), rate, seconds, connections))
+    replies = uvloop.run(_open(port, _bytes_of(request), rate, seconds, connections))
     answered = tuple(ms for status, ms in replies if status == 200)
     statuses = dict(Counter(status for status, _ in replies))
     return Overload(len(replies) / seconds, len(answered) / seconds, answered, statuses)
@@ -81,51 +83,97 @@ async def _closed(port: int, request: bytes, connections: int, seconds: float) -
     end = time.perf_counter() + seconds
     replies: list[tuple[int, float, float]] = []
 
-    async def caller() -> None:
-        reader, writer = await asyncio.open_connection(HOST, port)
-        while (asked := time.perf_counter()) < end:
-            writer.write(request)
-            status = await _status(reader)
-            now = time.perf_counter()
-            if now < end:
-                replies.append((status, now, (now - asked) * 1000))
-        writer.close()
+    def replied(caller: _Caller, status: int, now: float) -> None:
+        if now < end:
+            replies.append((status, now, (now - caller.asked) * 1000))
+            caller.ask()
+        else:
+            caller.leave()
 
-    await asyncio.gather(*(caller() for _ in range(connections)))
+    callers = await _connect(port, request, connections, replied)
+    for caller in callers:
+        caller.ask()
+    await asyncio.gather(*(caller.left for caller in callers))
     return replies
 
 
 async def _open(port: int, request: bytes, rate: float, seconds: float, connections: int) -> list[tuple[int, float]]:
+    loop = asyncio.get_running_loop()
     period = connections / rate
-    begin = time.perf_counter() + 0.2
-    end = begin + seconds
     replies: list[tuple[int, float]] = []
 
-    async def caller(number: int) -> None:
-        reader, writer = await asyncio.open_connection(HOST, port)
-        due = begin + period * number / connections
-        while due < end:
-            await asyncio.sleep(due - time.perf_counter())
-            asked = time.perf_counter()
-            writer.write(request)
-            status = await _status(reader)
-            now = time.perf_counter()
-            if now < end:
-                replies.append((status, (now - asked) * 1000))
-            while due <= now:
-                due += period
-        writer.close()
+    def replied(caller: _Caller, status: int, now: float) -> None:
+        if now < end:
+            replies.append((status, (now - caller.asked) * 1000))
+        caller.due += period
+        while caller.due <= now:
+            caller.due += period
+        ask_later(caller)
 
-    await asyncio.gather(*map(caller, range(connections)))
+    def ask_later(caller: _Caller) -> None:
+        if caller.due < end:
+            loop.call_later(caller.due - time.perf_counter(), caller.ask)
+        else:
+            caller.leave()
+
+    callers = await _connect(port, request, connections, replied)
+    begin = time.perf_counter() + 0.2
+    end = begin + seconds
+    for number, caller in enumerate(callers):
+        caller.due = begin + period * number / connections
+        ask_later(caller)
+    await asyncio.gather(*(caller.left for caller in callers))
     return replies
 
 
-async def _status(reader: asyncio.StreamReader) -> int:
-    """The status of the next reply, read to its end."""
-    head = await reader.readuntil(b"\r\n\r\n")
-    length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-    await reader.readexactly(int(length.partition(b":")[2]))
-    return int(head.split(b" ", 2)[1])
+class _Caller(asyncio.Protocol):
+    """One connection, which sends the same request whenever it is told to, and tells the status of each whole reply."""
+
+    def __init__(self, request: bytes, replied: Callable[[_Caller, int, float], None]) -> None:
+        self.asked = self.due = 0.0
+        self.left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._request = request
+        self._replied = replied
+        self._transport: asyncio.Transport
+        self._received = b""
+        self._size = 0
+
+    def ask(self) -> None:
+        self.asked = time.perf_counter()
+        self._transport.write(self._request)
+
+    def leave(self) -> None:
+        self.left.set_result(None)
+        self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        if not self._size:
+            end = self._received.find(b"\r\n\r\n") + 4
+            if end == 3:
+                return
+            lines = self._received[:end].lower().split(b"\r\n")
+            length = next(line for line in lines if line.startswith(b"content-length:"))
+            self._size = end + int(length.partition(b":")[2])
+        if len(self._received) >= self._size:
+            status = int(self._received.split(b" ", 2)[1])
+            self._received, self._size = b"", 0
+            self._replied(self, status, time.perf_counter())
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.left.done():
+            self.left.set_exception(error or ConnectionResetError("the server closed the connection before its reply"))
+
+
+async def _connect(
+    port: int, request: bytes, connections: int, replied: Callable[[_Caller, int, float], None]
+) -> list[_Caller]:
+    loop = asyncio.get_running_loop()
+    made = [await loop.create_connection(lambda: _Caller(request, replied), HOST, port) for _ in range(connections)]
+    return [caller for _, caller in made]
 
 
 def _cpu_s() -> float:

@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=10, help="per measurement; at least several times the slowest batch"
     )
-    parser.add_argument("--timeout-ms", type=float, default=1000, help="longest wait in the server's queue")
+    parser.add_argument("--timeout-ms", type=float, default=4000, help="longest wait in the server's queue")
     parser.add_argument("--lanes", default="auto", help="the server's `lanes`")
     parser.add_argument(
         "--patience", type=float, default=PATIENCE_S, help="seconds to wait for a quiet machine; 0: none"

@@ -69,7 +69,7 @@ def warm_up(device: Device, load: Callable[[int], Backend], spec: InputSpec, max
 
 
 def _wide(device: Device, open_with: Callable[[int], Backend], spec: InputSpec, narrow: Costs) -> Way | None:
-    """A backend with all threads, measured alone at one row and at the most that a batch will have, if it is quicker."""
+    """A backend with all threads, measured alone at one row and at the most of a batch, if it is quicker."""
     if len(device.lanes) == 1:
         return None
     backend = device.call(lambda _: open_with(device.threads))
