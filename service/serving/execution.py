@@ -24,6 +24,8 @@ from service.telemetry.observations import VariantMetrics
 
 logger = logging.getLogger(__name__)
 
+LONE = 0.25
+"""A batch is alone if its foremost request waited for less than this share of the time that the batch takes."""
 Reply = asyncio.Future[tuple[Arrays, float, float, int]]
 """Outputs, seconds in the queue, seconds on the device, rows in the batch."""
 
@@ -80,8 +82,8 @@ class Execution:
         Never raises.
         """
         running = self._running
-        device, wide = running.device, running.wide
-        if wide is None or device.waiting() or not device.widen(lane):
+        wide, device = running.wide, running.device
+        if wide is None or _waited(wide, tickets, taken) or device.waiting() or not device.widen(lane):
             return self._run((lane,), Way(running.backends[lane.index], running.costs), tickets, taken)
         try:
             return self._run(device.lanes, wide, tickets, taken)
@@ -143,6 +145,12 @@ def padding_tokens(tickets: list[Ticket[Reply]]) -> int:
         return 0
     longest = max(ticket.length for ticket in tickets)
     return sum(ticket.rows * (longest - ticket.length) for ticket in tickets)
+
+
+def _waited(wide: Way, tickets: list[Ticket[Reply]], taken: float) -> bool:
+    """Whether a batch had to wait for others, so that more will come while it runs, although no lane works now."""
+    seconds = wide.costs.tables[tickets[0].bucket].seconds(sum([ticket.rows for ticket in tickets]))
+    return taken - tickets[0].enqueued_at > LONE * seconds
 
 
 def _set_due(lanes: tuple[Lane, ...], due_at: float) -> None:

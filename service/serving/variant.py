@@ -28,6 +28,10 @@ wait almost as long as they may: at the prediction's word 4 % of them waited a l
 SHORT_S = 50e-6
 """A batch that is predicted to take no longer is run by the event loop itself. To wake a lane and be woken by it, with
 Python's lock going to and fro, costs about as much (docs/decisions/008-short-batches.md)."""
+REGROUP, TICK_S = 0.04, 0.001
+"""Clients that were answered together tend to ask again together. For this share of the time that their batch took, a
+lane is not sent for the first of them alone, which would leave the others behind it; not for batches so short that the
+loop's timer is too coarse for that."""
 REST = 20
 """A sweep looks at the whole queue. From one to the next are this many times as long as it took, hence no more than a
 twentieth of the loop: 10,000 deadlines that pass within a second cost 0.05 s of it instead of 0.7 s."""
@@ -60,6 +64,9 @@ class Variant:
         self.running = running
         self._execution: Execution
         self._loop: asyncio.AbstractEventLoop
+        self._regroup_until = 0.0
+        self._regroup_rows = 0
+        self._gathering: asyncio.TimerHandle | None = None
         self._sweep: asyncio.TimerHandle | None = None
         self._next_sweep = math.inf
         self._rested_at = 0.0
@@ -175,19 +182,30 @@ class Variant:
         self._unsettled.add(len(tickets))
         if unclaimed:
             self._summon()
+        elif self._gathering is not None and not self._pause():
+            self._gathering.cancel()
+            self._begin()
         self._sweep_at(tickets[0].deadline)
 
     def _summon(self) -> None:
-        """See to it that a lane comes for the queue: now, or when the oldest request has waited `max_delay_s`."""
-        due = self.batcher.due(time.perf_counter())
-        if due > 0:
-            self._loop.call_later(due, self._begin)
+        """See to it that a lane comes for the queue: now, or when enough have come or were waited for."""
+        pause = self._pause()
+        if pause:
+            self._gathering = self._loop.call_later(pause, self._begin)
         else:
             # At the end of this turn of the loop: what arrived together makes one batch, and wakes a lane once.
             self._loop.call_soon(self._begin)
 
+    def _pause(self) -> float:
+        """Seconds for which it is worth waiting for company: `max_delay_s`, and until a group is together again."""
+        now = time.perf_counter()
+        due = self.batcher.due(now)
+        missing = now < self._regroup_until and self.batcher.waiting_rows < self._regroup_rows
+        return max(due, self._regroup_until - now) if missing else due
+
     def _begin(self) -> None:
         """Run the next batch here if it is short and a lane is free; else have a lane come for it."""
+        self._gathering = None
         lane = self._device.borrow() if self.turn_s() <= SHORT_S else None
         if lane is None:
             self._device.post(self._run_next)
@@ -243,6 +261,9 @@ class Variant:
             if not ticket.reply.done():
                 ticket.reply.set_exception(ClientGone("the client left before its rows were executed"))
         self._unsettled.settle(len(ran) + len(formed.expired) + len(formed.left))
+        if len(ran) > 1 and ran[0].infer_s * REGROUP >= TICK_S:
+            self._regroup_until = time.perf_counter() + ran[0].infer_s * REGROUP
+            self._regroup_rows = min(ran[0].batch_size, self.batcher.limits.max_rows)
 
     def _expire(self) -> None:
         """Refuse in time what waits too long behind a slow batch; runs at the earliest deadline in the queue."""
