@@ -87,9 +87,11 @@ class Measurement(BaseModel):
     threads: int
 
 
-LANE_GAIN, FREE_LANE_GAIN = 1.1, 1.03
-"""Several lanes must answer this many times the rows per second of one: a lone request is slower on fewer threads, or,
-where it is free to use all of them nevertheless, a second backend takes memory."""
+LANE_GAIN = 1.1
+"""Several lanes must answer this many times the rows per second of one: a request is slower on fewer threads."""
+PAIR_GAIN = 0.97
+"""The same for two lanes where a lone request has both threads nevertheless. What is measured is bare: served, a lane
+of two threads loses more to all else on its cores, for a thread that is interrupted makes the other wait."""
 
 
 class SideBySide(BaseModel):
@@ -111,7 +113,8 @@ class SideBySide(BaseModel):
 
     def best_lanes(self, keys: Sequence[str], *, self_contained: bool) -> int:
         """A lane per thread if that pays for these artifacts, else one lane; `self_contained` is what backends are."""
-        return self.threads if self.lane_gain(keys) >= (FREE_LANE_GAIN if self_contained else LANE_GAIN) else 1
+        enough = PAIR_GAIN if self_contained and self.threads == 2 else LANE_GAIN
+        return self.threads if self.lane_gain(keys) >= enough else 1
 
 
 class Manifest(Recipe):

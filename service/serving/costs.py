@@ -13,7 +13,7 @@ from typing import Literal
 
 SMOOTHING = 0.1
 """Weight of a new observation against the old estimate (exponential moving average)."""
-KNEE = 0.97
+KNEE = 0.98
 """A batch at the knee reaches at least this share of the best measured throughput."""
 SHORTEST = 16
 """The first length bucket."""

@@ -111,6 +111,7 @@ class Execution:
         with self._counting:  # lanes count in the same places
             costs.observe(padded, infer_s)
             self._metrics.padding_tokens += padding_tokens(tickets)
+            self._metrics.lane_s += infer_s * len(lanes)
             self._metrics.batch_done(rows, padded - rows, infer_s, waits, started - taken, time.perf_counter() - ended)
         return [Ran(ticket, reply, infer_s, rows) for ticket, reply in zip(tickets, replies, strict=True)]
 

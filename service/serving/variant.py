@@ -22,7 +22,7 @@ from service.serving.execution import Execution, Ran, Reply, Running
 from service.serving.unsettled import Unsettled
 from service.telemetry.observations import VariantMetrics
 
-CAUTION = 1.05
+CAUTION = 1.08
 """Admission expects waits longer than predicted by this factor. Under overload those who are admitted are predicted to
 wait almost as long as they may: at the prediction's word 4 % of them waited a little longer and got a 504."""
 SHORT_S = 50e-6

@@ -28,7 +28,7 @@ WARM_SECONDS = 0.15
 SPARSE_ROWS = (1, 4, 16)
 """Where lengths vary, these rows and the maximum are measured; what lies between is interpolated."""
 GRID_SECONDS = 1.5
-"""Where lengths vary: no larger batch is tried once this is spent. A single row of every length is always measured."""
+"""No larger batch is tried once this is spent. Single rows, and what was compiled, are measured anyway."""
 
 
 def warm_up(device: Device, load: Callable[[int], Backend], spec: InputSpec, max_rows: int) -> Running:
@@ -43,7 +43,7 @@ def warm_up(device: Device, load: Callable[[int], Backend], spec: InputSpec, max
 
     def open_with(threads: int) -> Backend:
         backend = load(threads)
-        for rows in _row_buckets(backend, max_rows, lengths):
+        for rows in buckets_up_to(max_rows, backend.row_buckets) if backend.row_buckets else (1,):
             backend.run(spec.example(rows, min(lengths, default=0)))
         return backend
 
@@ -61,8 +61,11 @@ def warm_up(device: Device, load: Callable[[int], Backend], spec: InputSpec, max
         batch = spec.example(rows, length)
         return statistics.fmean(device.call_on_each(lambda lane: _seconds(backends[lane.index], batch)))
 
-    grid = measure_grid(seconds, rows, lengths) if lengths else [{count: seconds(count, 0) for count in rows}]
     shapes: Literal["any", "compiled"] = "compiled" if backends[0].row_buckets else "any"
+    if shapes == "compiled" and not lengths:
+        grid = [{count: seconds(count, 0) for count in rows}]
+    else:
+        grid = measure_grid(seconds, rows, lengths or (0,))
     costs = Costs([CostTable(known, max_rows, shapes) for known in grid], lengths)
     wide = _wide(device, open_with, spec, costs) if opened[0].self_contained else None
     return Running(device, backends, costs, wide)
@@ -116,11 +119,11 @@ def _row_buckets(backend: Backend, max_rows: int, lengths: Sequence[int]) -> tup
 def _seconds(backend: Backend, batch: Arrays) -> float:
     """The best of some runs: what disturbs one can only have slowed it down."""
     best, spent = float("inf"), 0.0
-    for _ in range(WARM_RUNS):
+    for run in range(WARM_RUNS):
         started = time.perf_counter()
         backend.run(batch)
         took = time.perf_counter() - started
         best, spent = min(best, took), spent + took
-        if spent > WARM_SECONDS:
+        if run and spent > WARM_SECONDS:
             break
     return best

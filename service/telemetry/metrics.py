@@ -68,7 +68,7 @@ def _failures(variant: VariantMetrics) -> Samples:
 
 
 def _busy(variant: VariantMetrics) -> Samples:
-    return [({"device": variant.facts.device}, variant.infer.total)]
+    return [({"device": variant.facts.device}, variant.lane_s)]
 
 
 def _lanes(variant: VariantMetrics) -> Samples:

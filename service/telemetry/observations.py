@@ -97,7 +97,8 @@ class VariantMetrics:
     One thread calls `request_done`; the lanes call `batch_done` one at a time. No field is written by both.
     `queue_rows` and `queue_requests` are called at scrape, on the scraping thread. `batches` has an entry per batch
     size (rows) that occurred; a reader on another thread copies it first (`dict(batches)`), for it grows.
-    `last_batch_at` is in seconds since the epoch, 0 before the first batch.
+    `lane_s` and `padding_tokens` are added to by who calls `batch_done`; the first are the seconds of all lanes that a
+    batch had for itself. `last_batch_at` is in seconds since the epoch, 0 before the first batch.
     """
 
     __slots__ = (
@@ -106,6 +107,7 @@ class VariantMetrics:
         "infer",
         "infer_request_s",
         "input_request_s",
+        "lane_s",
         "last_batch_at",
         "name",
         "output_request_s",
@@ -137,6 +139,7 @@ class VariantMetrics:
         self.padding_tokens = 0
         self.batches: dict[int, BatchTimes] = {}
         self.last_batch_at = 0.0
+        self.lane_s = 0.0
         # Summed over requests, as Triton counts: every request of a batch spent the whole batch's time.
         self.infer_request_s = 0.0
         self.input_request_s = 0.0

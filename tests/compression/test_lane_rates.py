@@ -20,7 +20,7 @@ from service.backends.choose import use_threads
 from service.compression import lane_rates
 from service.compression.artifacts import ArtifactStore
 from service.compression.build import Plan, speeds
-from service.compression.manifest import FREE_LANE_GAIN, LANE_GAIN, SideBySide
+from service.compression.manifest import LANE_GAIN, PAIR_GAIN, SideBySide
 from service.config import ServiceConfig
 from service.contracts import Arrays
 from service.errors import ConfigError
@@ -105,9 +105,13 @@ def test_narrow_lanes_must_pay_on_the_geometric_mean(rates: dict[str, float], la
     assert measured(rates).best_lanes(list(rates), self_contained=False) == lanes
 
 
-@pytest.mark.parametrize(("gain", "lanes"), [(FREE_LANE_GAIN + 0.01, 2), (FREE_LANE_GAIN - 0.01, 1)])
-def test_less_is_enough_where_a_lone_batch_has_all_threads_nevertheless(gain: float, lanes: int) -> None:
-    assert measured({"a": gain}).best_lanes(["a"], self_contained=True) == lanes
+@pytest.mark.parametrize(
+    ("threads", "gain", "lanes"), [(2, PAIR_GAIN, 2), (2, PAIR_GAIN - 0.01, 1), (4, LANE_GAIN - 0.01, 1), (4, 1.2, 4)]
+)
+def test_less_is_enough_for_two_lanes_where_a_lone_batch_has_both_threads(
+    threads: int, gain: float, lanes: int
+) -> None:
+    assert measured({"a": gain}, threads).best_lanes(["a"], self_contained=True) == lanes
 
 
 def test_only_the_variants_that_serve_have_a_say() -> None:

@@ -589,7 +589,7 @@ def play_wide(scenario: Callable[[Variant, ScriptedBackend, ScriptedBackend], Aw
     """A variant on two lanes that share a backend, with a second one for a batch that has the device to itself."""
     narrow, wide = ScriptedBackend(), ScriptedBackend()
     device = Device("test", 2, 2)
-    costs, alone = (Costs([CostTable(dict.fromkeys((1, 4), seconds))]) for seconds in (0.002, 0.001))
+    costs, alone = (Costs([CostTable(dict.fromkeys((1, 4), seconds))]) for seconds in (0.2, 0.1))
     running = Running(device, (narrow, narrow), costs, Way(wide, alone))
     variant = Variant("v", SPEC, running, Batcher[Reply](QueueLimits(4, 100)))
 

@@ -36,6 +36,7 @@ def metrics() -> Metrics:
     made.add("tiny", VariantFacts(state="excluded", reason='agreement 0.8 < 0.9, "gate"'))
     served.batch_done(6, 2, 0.004, [0.0001, 0.02], input_s=0.001, output_s=0.002)
     served.batch_done(1, 0, 0.002, [0.5])
+    served.lane_s += 0.004 + 2 * 0.002
     served.padding_tokens += 5
     for seconds in (0.005, 0.03, 99.0):
         served.request_done("ok", seconds)
@@ -68,7 +69,7 @@ def test_counts_are_true() -> None:
     assert value(found, "leanserve_padding_tokens_total", version="int8") == 5
     assert value(found, "leanserve_queue_rows", version="int8") == 7
     assert value(found, "leanserve_device_lanes", version="int8", device="cpu") == 2
-    assert value(found, "leanserve_device_busy_seconds_total", version="int8", device="cpu") == pytest.approx(0.006)
+    assert value(found, "leanserve_device_busy_seconds_total", version="int8", device="cpu") == pytest.approx(0.008)
 
 
 def test_triton_names_sum_over_requests() -> None:
