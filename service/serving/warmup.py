@@ -22,8 +22,8 @@ from service.serving.execution import Running, Way
 
 WIDE_GAIN = 1.1
 """A backend with all threads is kept if it answers a lone row at least this many times as soon as one of a lane."""
-WARM_RUNS = 3
-WARM_SECONDS = 0.15
+WARM_RUNS = 7
+WARM_SECONDS = 0.25
 """Per shape: at least one run after the first, at most this many runs or seconds."""
 SPARSE_ROWS = (1, 4, 16)
 """Where lengths vary, these rows and the maximum are measured; what lies between is interpolated."""
@@ -117,13 +117,11 @@ def _row_buckets(backend: Backend, max_rows: int, lengths: Sequence[int]) -> tup
 
 
 def _seconds(backend: Backend, batch: Arrays) -> float:
-    """The best of some runs: what disturbs one can only have slowed it down."""
-    best, spent = float("inf"), 0.0
-    for run in range(WARM_RUNS):
+    """The median of some runs; the best would favour small batches, which are lucky more often."""
+    taken: list[float] = []
+    backend.run(batch)
+    while len(taken) < WARM_RUNS and sum(taken) < WARM_SECONDS:
         started = time.perf_counter()
         backend.run(batch)
-        took = time.perf_counter() - started
-        best, spent = min(best, took), spent + took
-        if run and spent > WARM_SECONDS:
-            break
-    return best
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
