@@ -13,6 +13,9 @@ from typing import Literal
 
 SMOOTHING = 0.1
 """Weight of a new observation against the old estimate (exponential moving average)."""
+OUTLIER = 2.0
+"""A batch that took longer than so many times the estimate counts as one that took just that: it was interrupted, or if
+all of them are like it the estimate will follow soon."""
 KNEE = 0.98
 """A batch at the knee reaches at least this share of the best measured throughput."""
 SHORTEST = 16
@@ -76,10 +79,11 @@ class CostTable:
         return (full * self.seconds(self.knee) if full else 0.0) + (self.seconds(rest) if rest else 0.0)
 
     def observe(self, rows: int, seconds: float) -> None:
-        """Correct the estimate by a batch that was run; only exact bucket sizes teach."""
+        """Correct the estimate by a batch that was run; only exact bucket sizes teach, and nothing at once by much."""
         index = self._index(rows)
         if self.buckets[index] == rows:
-            self._seconds[index] += SMOOTHING * (seconds - self._seconds[index])
+            known = self._seconds[index]
+            self._seconds[index] += SMOOTHING * (min(seconds, OUTLIER * known) - known)
 
     def table(self) -> dict[int, float]:
         """Rows -> seconds, as known now."""

@@ -25,7 +25,7 @@ from service.telemetry.observations import VariantMetrics
 CAUTION = 1.08
 """Admission expects waits longer than predicted by this factor. Under overload those who are admitted are predicted to
 wait almost as long as they may: at the prediction's word 4 % of them waited a little longer and got a 504."""
-SHORT_S = 50e-6
+SHORT_S = 75e-6
 """A batch that is predicted to take no longer is run by the event loop itself. To wake a lane and be woken by it, with
 Python's lock going to and fro, costs about as much (docs/decisions/008-short-batches.md)."""
 REGROUP, TICK_S = 0.04, 0.001

@@ -45,6 +45,15 @@ def test_observations_move_the_estimate_of_their_bucket_only() -> None:
     assert costs.table()[4] == pytest.approx(1.0, abs=0.01)
 
 
+def test_a_single_slow_batch_teaches_little_but_a_slower_model_is_followed() -> None:
+    costs = CostTable({1: 1.0})
+    costs.observe(1, 1000.0)
+    assert costs.table()[1] == pytest.approx(1.1)
+    for _ in range(100):
+        costs.observe(1, 50.0)
+    assert costs.table()[1] == pytest.approx(50.0, rel=0.05)
+
+
 def test_a_compiled_batch_costs_what_its_padded_shape_costs_and_is_never_fuller_than_the_limit() -> None:
     costs = CostTable({1: 1.0, 8: 3.0}, shapes="compiled")
     assert [costs.seconds(rows) for rows in (1, 2, 7, 8)] == [1.0, 3.0, 3.0, 3.0]
