@@ -25,9 +25,10 @@ from service.telemetry.observations import VariantMetrics
 CAUTION = 1.08
 """Admission expects waits longer than predicted by this factor. Under overload those who are admitted are predicted to
 wait almost as long as they may: at the prediction's word 4 % of them waited a little longer and got a 504."""
-SHORT_S = 75e-6
-"""A batch that is predicted to take no longer is run by the event loop itself. To wake a lane and be woken by it, with
-Python's lock going to and fro, costs about as much (docs/decisions/008-short-batches.md)."""
+SHORT_S, LONG_S = 50e-6, 300e-6
+"""A variant whose largest batch takes no longer at warm-up is run by the event loop itself, until it turns out to take
+much longer. To wake a lane and be woken by it, with Python's lock going to and fro, costs about as much
+(docs/decisions/008-short-batches.md)."""
 REGROUP, TICK_S = 0.04, 0.001
 """Clients that were answered together tend to ask again together. For this share of the time that their batch took, a
 lane is not sent for the first of them alone, which would leave the others behind it; not for batches so short that the
@@ -61,6 +62,7 @@ class Variant:
         self._spec = spec
         self._axes = dynamic_axes(spec.fields)
         self._device = running.device
+        self._short = all(table.seconds(table.knee) <= SHORT_S for table in running.costs.tables)
         self.running = running
         self._execution: Execution
         self._loop: asyncio.AbstractEventLoop
@@ -206,7 +208,7 @@ class Variant:
     def _begin(self) -> None:
         """Run the next batch here if it is short and a lane is free; else have a lane come for it."""
         self._gathering = None
-        lane = self._device.borrow() if self.turn_s() <= SHORT_S else None
+        lane = self._device.borrow() if self._short and self.turn_s() <= LONG_S else None
         if lane is None:
             self._device.post(self._run_next)
             return

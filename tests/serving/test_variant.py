@@ -508,7 +508,7 @@ class Whereabouts(ScriptedBackend):
         return super().run(batch)
 
 
-@pytest.mark.parametrize(("seconds", "thread"), [(70e-6, "MainThread"), (80e-6, "device-test-0")])
+@pytest.mark.parametrize(("seconds", "thread"), [(40e-6, "MainThread"), (60e-6, "device-test-0")])
 def test_a_batch_of_microseconds_is_run_by_the_loop_itself(seconds: float, thread: str) -> None:
     backend = Whereabouts()
 
@@ -578,7 +578,7 @@ def test_a_variant_that_turns_out_slow_is_left_to_the_lanes_but_not_for_a_single
     backend = Slowing()
 
     async def scenario(variant: Variant, _: ScriptedBackend) -> None:
-        for value in range(10):
+        for value in range(40):
             await variant.predict(sample(value), stay)
 
     play(scenario, QueueLimits(4, 100), backend, SHORT_S / 1.5)
