@@ -19,8 +19,9 @@ from service.api.predict import how_it_ran, off_loop, plain_body
 from service.api.wire import Caller, Reply, Route, error_headers, gone_check, json_reply
 from service.contracts import Array, InputSpec
 from service.errors import BackendFailed, BadInput, NotFound, ServiceError
+from service.serving.execution import Prediction
 from service.serving.fleet import Fleet
-from service.serving.variant import Gone, Prediction, Variant
+from service.serving.variant import Gone, Variant
 
 SMALL = 2 * 2**10
 """Bytes of a body that is tokenized on the event loop: half a millisecond, where a thread costs 50 microseconds."""

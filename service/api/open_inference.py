@@ -23,8 +23,9 @@ from service.api.codecs.infer_plan import InferOptions
 from service.api.codecs.tensors import clip
 from service.contracts import Arrays, Json
 from service.errors import BadInput, NotFound
+from service.serving.execution import Prediction
 from service.serving.fleet import Fleet
-from service.serving.variant import Gone, Prediction, Variant
+from service.serving.variant import Gone, Variant
 from service.telemetry.observations import BatchTimes, VariantMetrics
 
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "parameters", "schedule_policy")

@@ -14,8 +14,8 @@ from typing import TypeVar, TypeVarTuple
 from service.api.content_encoding import encoding_of_body, inflate
 from service.api.wire import Caller, Reply, gone_check, json_reply, read_body
 from service.contracts import Decoded, Json
+from service.serving.execution import Prediction
 from service.serving.fleet import Fleet
-from service.serving.variant import Prediction
 
 DECODERS = ThreadPoolExecutor(2, thread_name_prefix="decode")
 """Threads start with the first picture, not with the import."""

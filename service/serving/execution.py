@@ -30,6 +30,16 @@ Reply = asyncio.Future[tuple[Arrays, float, float, int]]
 """Outputs, seconds in the queue, seconds on the device, rows in the batch."""
 
 
+class Prediction(NamedTuple):
+    """Outputs of one request and how they came about. `batch_size` counts rows, those of other requests included."""
+
+    outputs: Arrays
+    variant: str
+    queue_s: float
+    infer_s: float
+    batch_size: int
+
+
 class Ran(NamedTuple):
     """What became of one ticket on the device, and how long and in what company it ran."""
 
@@ -79,8 +89,10 @@ class Execution:
     def run(self, lane: Lane, tickets: list[Ticket[Reply]], taken: float) -> list[Ran]:
         """Run tickets, `taken` from their queue at that time, as one batch on this lane, or on all if these are idle.
 
-        Never raises.
+        Never raises. Without tickets nothing is run.
         """
+        if not tickets:
+            return []
         running = self._running
         wide, device = running.wide, running.device
         if wide is None or _waited(wide, tickets, taken) or device.waiting() or not device.widen(lane):

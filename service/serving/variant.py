@@ -8,17 +8,17 @@ fails is retried split, so that one bad row fails alone.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from service.contracts import Arrays, Backend, InputSpec
 from service.errors import BadInput, ClientGone, DeadlineUnreachable, QueueFull, QueueTimeout
 from service.serving.assembly import cut, dynamic_axes, longest, rejoin
 from service.serving.batcher import Batcher, Formed, Ticket
 from service.serving.device import Lane
-from service.serving.execution import Execution, Ran, Reply, Running
+from service.serving.execution import Execution, Prediction, Ran, Reply, Running
+from service.serving.groups import Group
+from service.serving.sweep import Sweep
 from service.serving.unsettled import Unsettled
 from service.telemetry.observations import VariantMetrics
 
@@ -26,28 +26,10 @@ CAUTION = 1.08
 """Admission expects waits longer than predicted by this factor. Under overload those who are admitted are predicted to
 wait almost as long as they may: at the prediction's word 4 % of them waited a little longer and got a 504."""
 SHORT_S, LONG_S = 50e-6, 300e-6
-"""A variant whose largest batch takes no longer at warm-up is run by the event loop itself, until it turns out to take
-much longer. To wake a lane and be woken by it, with Python's lock going to and fro, costs about as much
-(docs/decisions/008-short-batches.md)."""
-REGROUP, TICK_S = 0.04, 0.001
-"""Clients that were answered together tend to ask again together. For this share of the time that their batch took, a
-lane is not sent for the first of them alone, which would leave the others behind it; not for batches so short that the
-loop's timer is too coarse for that."""
-REST = 20
-"""A sweep looks at the whole queue. From one to the next are this many times as long as it took, hence no more than a
-twentieth of the loop: 10,000 deadlines that pass within a second cost 0.05 s of it instead of 0.7 s."""
+"""The loop itself runs a variant whose largest batch took no longer at warm-up, until it turns out to take much longer:
+to wake a lane and be woken by it costs about as much (docs/decisions/008-short-batches.md)."""
 
 Gone = Callable[[], bool]
-
-
-class Prediction(NamedTuple):
-    """Outputs of one request and how they came about. `batch_size` counts rows, those of other requests included."""
-
-    outputs: Arrays
-    variant: str
-    queue_s: float
-    infer_s: float
-    batch_size: int
 
 
 class Variant:
@@ -66,17 +48,15 @@ class Variant:
         self.running = running
         self._execution: Execution
         self._loop: asyncio.AbstractEventLoop
-        self._regroup_until = 0.0
-        self._regroup_rows = 0
+        self._group = Group(batcher.limits.max_rows)
         self._gathering: asyncio.TimerHandle | None = None
-        self._sweep: asyncio.TimerHandle | None = None
-        self._next_sweep = math.inf
-        self._rested_at = 0.0
+        self._sweep: Sweep
         self._unsettled = Unsettled()
 
     def bind(self, loop: asyncio.AbstractEventLoop, metrics: VariantMetrics, neighbours: Sequence[Variant]) -> None:
         """Connect to the loop that calls `predict`, to the metrics, and to the variants that share the device."""
         self._loop = loop
+        self._sweep = Sweep(loop, self._expire)
         self.metrics = metrics
         self._execution = Execution(self.name, self._spec, self.running, metrics)
         self.neighbours = neighbours
@@ -187,7 +167,7 @@ class Variant:
         elif self._gathering is not None and not self._pause():
             self._gathering.cancel()
             self._begin()
-        self._sweep_at(tickets[0].deadline)
+        self._sweep.by(tickets[0].deadline)
 
     def _summon(self) -> None:
         """See to it that a lane comes for the queue: now, or when enough have come or were waited for."""
@@ -201,9 +181,7 @@ class Variant:
     def _pause(self) -> float:
         """Seconds for which it is worth waiting for company: `max_delay_s`, and until a group is together again."""
         now = time.perf_counter()
-        due = self.batcher.due(now)
-        missing = now < self._regroup_until and self.batcher.waiting_rows < self._regroup_rows
-        return max(due, self._regroup_until - now) if missing else due
+        return max(self.batcher.due(now), self._group.pause(self.batcher.waiting_rows, now))
 
     def _begin(self) -> None:
         """Run the next batch here if it is short and a lane is free; else have a lane come for it."""
@@ -213,30 +191,23 @@ class Variant:
             self._device.post(self._run_next)
             return
         try:
-            formed, taken = self._take()
+            formed, taken = self.batcher.take(time.perf_counter()), time.perf_counter()
             if formed.more:
                 self._summon()
-            ran = self._run(lane, formed, taken)
+            ran = self._execution.run(lane, formed.batch, taken)
         finally:
             lane.held.release()
         self._settle(formed, ran, taken)
 
     def _run_next(self, lane: Lane) -> None:
         """On a lane: form a batch, have the next lane come for what is left, run it, wake the loop once."""
-        formed, taken = self._take()
+        formed, taken = self.batcher.take(time.perf_counter()), time.perf_counter()
         if formed.more and self.batcher.limits.max_delay_s == 0:
             self._device.post(self._go_on)
         elif formed.more:
             self._loop.call_soon_threadsafe(self._summon)
-        ran = self._run(lane, formed, taken)
+        ran = self._execution.run(lane, formed.batch, taken)
         self._loop.call_soon_threadsafe(self._settle, formed, ran, taken)
-
-    def _take(self) -> tuple[Formed[Reply], float]:
-        formed = self.batcher.take(time.perf_counter())
-        return formed, time.perf_counter()
-
-    def _run(self, lane: Lane, formed: Formed[Reply], taken: float) -> list[Ran]:
-        return self._execution.run(lane, formed.batch, taken) if formed.batch else []
 
     def _go_on(self, lane: Lane) -> None:
         """On a lane: run the next batch of a queue that has just had its turn, but let the others have theirs first.
@@ -263,30 +234,14 @@ class Variant:
             if not ticket.reply.done():
                 ticket.reply.set_exception(ClientGone("the client left before its rows were executed"))
         self._unsettled.settle(len(ran) + len(formed.expired) + len(formed.left))
-        if len(ran) > 1 and ran[0].infer_s * REGROUP >= TICK_S:
-            self._regroup_until = time.perf_counter() + ran[0].infer_s * REGROUP
-            self._regroup_rows = min(ran[0].batch_size, self.batcher.limits.max_rows)
+        self._group.answered(ran, time.perf_counter())
 
-    def _expire(self) -> None:
-        """Refuse in time what waits too long behind a slow batch; runs at the earliest deadline in the queue."""
-        started = time.perf_counter()
-        expired, earliest = self.batcher.expire(started)
-        took = time.perf_counter() - started
+    def _expire(self, now: float) -> float:
+        """Refuse what has waited too long by now; the earliest deadline of the others."""
+        expired, earliest = self.batcher.expire(now)
         self._refuse(expired)
         self._unsettled.settle(len(expired))
-        self._next_sweep = math.inf
-        self._rested_at = started + REST * took
-        self._sweep_at(earliest)
-
-    def _sweep_at(self, deadline: float) -> None:
-        """Have one timer at the earliest known deadline; most of the time it stands already."""
-        due_at = max(deadline, self._rested_at)
-        if due_at >= self._next_sweep:
-            return
-        if self._sweep is not None:
-            self._sweep.cancel()
-        self._next_sweep = due_at
-        self._sweep = self._loop.call_later(due_at - time.perf_counter(), self._expire)
+        return earliest
 
     def _refuse(self, tickets: list[Ticket[Reply]]) -> None:
         for ticket in tickets:

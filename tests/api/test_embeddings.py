@@ -20,7 +20,8 @@ from text_fleet import CLS, MAX_LENGTH, SEP, WORDS, A, B, embedded, live_texts
 from service.api import embeddings
 from service.api.embeddings import length_groups
 from service.contracts import Arrays
-from service.serving.variant import Prediction, Variant
+from service.serving.execution import Prediction
+from service.serving.variant import Variant
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from service.config import ServiceConfig
 from service.contracts import Arrays, Field, InputSpec
 from service.errors import BadInput, NotFound, NotReady, ServiceError
 from service.serving.device import Device
+from service.serving.execution import Prediction
 from service.serving.fleet import Fleet
-from service.serving.variant import SHORT_S, Prediction
+from service.serving.variant import SHORT_S
 
 SPEC = InputSpec((Field("x", "float32", (2,)),), (Field("y", "float32", (2,)),))
 ROW = (np.ones((1, 2), np.float32),)

@@ -23,8 +23,8 @@ from service.errors import (
 from service.serving.batcher import Batcher, QueueLimits
 from service.serving.costs import Costs, CostTable
 from service.serving.device import Device, Lane
-from service.serving.execution import Reply, Running, Way
-from service.serving.variant import SHORT_S, Prediction, Variant
+from service.serving.execution import Prediction, Reply, Running, Way
+from service.serving.variant import SHORT_S, Variant
 from service.telemetry.observations import VariantFacts, VariantMetrics
 
 SPEC = InputSpec((Field("x", "float32", (2,)),), (Field("y", "float32", (2,)),))
