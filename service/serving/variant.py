@@ -28,7 +28,6 @@ wait almost as long as they may: at the prediction's word 4 % of them waited a l
 SHORT_S, LONG_S = 50e-6, 300e-6
 """The loop itself runs a variant whose largest batch took no longer at warm-up, until it turns out to take much longer:
 to wake a lane and be woken by it costs about as much (docs/decisions/008-short-batches.md)."""
-
 Gone = Callable[[], bool]
 
 
