@@ -209,12 +209,12 @@ class Fleet:
         return NotReady(f"variant '{name}' is {state}" + (f": {reason}" if reason else ""))
 
     def close(self) -> None:
-        """Close all backends, then end the lanes."""
+        """End the lanes after what they still have to do, then close all backends."""
         self._threads.close()
+        self.device.close()
         for variant in self.variants.values():
             for backend in variant.running.opened:
                 backend.close()
-        self.device.close()
 
 
 def _limits(batch: BatchConfig, costs: Costs) -> QueueLimits:

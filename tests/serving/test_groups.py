@@ -1,13 +1,19 @@
-"""For whom a lane waits, and how long, on a clock of the test."""
+"""For whom a lane waits, and how long: on a clock of the test, and with clients that ask again."""
 
 from __future__ import annotations
 
+import asyncio
+import time
+
 import numpy as np
 import pytest
+from scripted import ScriptedBackend, play, sample, stay
 
-from service.serving.batcher import Ticket
+from service.contracts import Arrays
+from service.serving.batcher import QueueLimits, Ticket
 from service.serving.execution import Ran, Reply
 from service.serving.groups import SHARE, TICK_S, Group
+from service.serving.variant import Variant
 
 
 def answered(requests: int, seconds: float) -> list[Ran]:
@@ -33,3 +39,36 @@ def test_a_group_is_waited_for(requests: int, seconds: float, waiting: int, late
     assert group.pause(1, 100.0) == 0.0
     group.answered(answered(requests, seconds), 100.0)
     assert group.pause(waiting, 100.0 + later) == pytest.approx(pause)
+
+
+class Slow(ScriptedBackend):
+    def run(self, batch: Arrays) -> Arrays:
+        time.sleep(0.1)
+        return super().run(batch)
+
+
+def test_clients_that_were_answered_together_are_answered_together_again() -> None:
+    backend = Slow()
+
+    async def scenario(variant: Variant, _: ScriptedBackend) -> None:
+        async def client(number: int) -> None:
+            for _ in range(3):
+                await variant.predict(sample(1), stay)
+                await asyncio.sleep(0.0005 * number)
+
+        await asyncio.gather(*(client(number) for number in range(4)))
+
+    play(scenario, QueueLimits(4, 100), backend, 0.1)
+    assert backend.ran == [4, 4, 4]
+
+
+def test_who_comes_alone_behind_a_group_waits_for_it_no_longer_than_a_little() -> None:
+    async def scenario(variant: Variant, _: ScriptedBackend) -> None:
+        await asyncio.gather(*(variant.predict(sample(1), stay) for _ in range(4)))
+        alone = await variant.predict(sample(1), stay)
+        assert alone.batch_size == 1
+        assert 0.002 < alone.queue_s < 0.05
+        again = await variant.predict(sample(1), stay)
+        assert again.queue_s < 0.002, "who was answered alone is no group"
+
+    play(scenario, QueueLimits(4, 100), Slow(), 0.1)

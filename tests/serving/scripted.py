@@ -1,0 +1,87 @@
+"""A variant between a real event loop and a real device, with a backend that does as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+
+from service.contracts import Arrays, Field, InputSpec
+from service.serving.batcher import Batcher, QueueLimits
+from service.serving.costs import Costs, CostTable
+from service.serving.device import Device
+from service.serving.execution import Prediction, Reply, Running
+from service.serving.variant import Variant
+from service.telemetry.observations import VariantFacts, VariantMetrics
+
+SPEC = InputSpec((Field("x", "float32", (2,)),), (Field("y", "float32", (2,)),))
+
+
+class ScriptedBackend:
+    """Doubles its input; waits at a gate, refuses batches with a negative value, remembers the rows it ran."""
+
+    name = "scripted"
+    self_contained = False
+
+    def __init__(self, row_buckets: tuple[int, ...] = ()) -> None:
+        self.row_buckets = row_buckets
+        self.gate = threading.Event()
+        self.gate.set()
+        self.started = threading.Event()
+        self.ran: list[int] = []
+
+    def run(self, batch: Arrays) -> Arrays:
+        self.started.set()
+        assert self.gate.wait(10)
+        if (batch[0] < 0).any():
+            raise ValueError("negative")
+        self.ran.append(len(batch[0]))
+        return (batch[0] * 2,)
+
+    def close(self) -> None: ...
+
+
+def sample(value: float, rows: int = 1) -> Arrays:
+    return (np.full((rows, 2), value, np.float32),)
+
+
+def stay() -> bool:
+    return False
+
+
+Scenario = Callable[[Variant, ScriptedBackend], Awaitable[None]]
+
+
+def play(
+    scenario: Scenario,
+    limits: QueueLimits,
+    backend: ScriptedBackend | None = None,
+    seconds: float = 0.001,
+    lanes: int = 1,
+) -> Variant:
+    """Run a scenario against a variant whose every batch is believed to cost `seconds`; all lanes share the backend."""
+    backend = backend or ScriptedBackend()
+    device = Device("test", lanes, lanes)
+    costs = Costs([CostTable(dict.fromkeys((1, 2, limits.max_rows), seconds))])
+    variant = Variant("v", SPEC, Running(device, (backend,) * lanes, costs), Batcher[Reply](limits))
+
+    async def body() -> None:
+        variant.bind(asyncio.get_running_loop(), VariantMetrics("v", VariantFacts()), [])
+        await scenario(variant, backend)
+
+    try:
+        asyncio.run(asyncio.wait_for(body(), 20))
+    finally:
+        backend.gate.set()
+        device.close()
+    return variant
+
+
+async def hold(variant: Variant, backend: ScriptedBackend) -> asyncio.Task[Prediction]:
+    """Keep the device busy with one request until the gate is opened."""
+    backend.gate.clear()
+    task = asyncio.create_task(variant.predict(sample(100), stay))
+    await asyncio.to_thread(backend.started.wait, 5)
+    return task

@@ -1,0 +1,128 @@
+"""A variant whose rows differ in length: who shares a batch, and what admission expects."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+import pytest
+from scripted import stay
+
+from service.contracts import Arrays, Field, InputSpec
+from service.errors import (
+    BadInput,
+    DeadlineUnreachable,
+)
+from service.serving.batcher import Batcher, QueueLimits
+from service.serving.costs import Costs, CostTable
+from service.serving.device import Device
+from service.serving.execution import Reply, Running
+from service.serving.variant import Variant
+from service.telemetry.observations import VariantFacts, VariantMetrics
+
+TOKENS = InputSpec(
+    (Field("ids", "int64", (None,), pad=9),),
+    (Field("tags", "int64", (None,)), Field("total", "int64", ())),
+    max_length=64,
+)
+
+
+class Tagger:
+    """Answers every token with its double, and the number of real ones; remembers the shapes it ran."""
+
+    name = "tagger"
+    self_contained = False
+    row_buckets: tuple[int, ...] = ()
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.started = threading.Event()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def run(self, batch: Arrays) -> Arrays:
+        self.started.set()
+        assert self.gate.wait(10)
+        self.shapes.append(batch[0].shape)
+        return batch[0] * 2, (batch[0] != 9).sum(1)
+
+    def close(self) -> None: ...
+
+
+def tokens(length: int, rows: int = 1) -> Arrays:
+    return (np.full((rows, length), length, np.int64),)
+
+
+def play_tokens(scenario: Callable[[Variant, Tagger], Awaitable[None]]) -> Variant:
+    """Length buckets to 16 of four rows, to 32 of two, to 64 of one; a batch costs as many s."""
+    backend, device = Tagger(), Device("test", 1)
+    costs = Costs([CostTable({rows: float(length)}) for length, rows in ((16, 4), (32, 2), (64, 1))], (16, 32, 64))
+    limits = QueueLimits(4, 100, timeout_s=1000, lengths=(16, 32, 64), rows_at=(4, 2, 1))
+    variant = Variant("v", TOKENS, Running(device, (backend,), costs), Batcher[Reply](limits))
+
+    async def body() -> None:
+        variant.bind(asyncio.get_running_loop(), VariantMetrics("v", VariantFacts()), [])
+        await scenario(variant, backend)
+
+    try:
+        asyncio.run(asyncio.wait_for(body(), 20))
+    finally:
+        backend.gate.set()
+        device.close()
+    return variant
+
+
+def test_lengths_share_a_batch_within_their_bucket_and_get_answers_of_their_own_length() -> None:
+    async def scenario(variant: Variant, backend: Tagger) -> None:
+        first = asyncio.create_task(variant.predict(tokens(1), stay))
+        await asyncio.to_thread(backend.started.wait, 5)
+        lengths = [5, 40, 12, 20, 3, 17]
+        tasks = [asyncio.create_task(variant.predict(tokens(length), stay)) for length in lengths]
+        await asyncio.sleep(0)
+        backend.gate.set()
+        predictions = await asyncio.gather(*tasks)
+        await first
+        assert backend.shapes == [(1, 1), (3, 12), (1, 40), (2, 20)]
+        for length, prediction in zip(lengths, predictions, strict=True):
+            tags, total = prediction.outputs
+            assert tags.tolist() == [[2 * length] * length]
+            assert total.tolist() == [length]
+
+    variant = play_tokens(scenario)
+    assert variant.metrics.padding_tokens == (12 - 5) + (12 - 3) + (20 - 17)
+    assert variant.metrics.padding_rows == 0
+
+
+def test_a_large_request_is_cut_by_the_knee_of_its_length() -> None:
+    async def scenario(variant: Variant, backend: Tagger) -> None:
+        backend.gate.set()
+        for length in (16, 32, 64):
+            prediction = await variant.predict(tokens(length, rows=4), stay)
+            assert prediction.outputs[0].shape == (4, length)
+        assert backend.shapes == [(4, 16), (2, 32), (2, 32), (1, 64), (1, 64), (1, 64), (1, 64)]
+
+    play_tokens(scenario)
+
+
+def test_admission_counts_the_lengths_that_wait() -> None:
+    async def scenario(variant: Variant, backend: Tagger) -> None:
+        first = asyncio.create_task(variant.predict(tokens(64), stay))
+        await asyncio.to_thread(backend.started.wait, 5)
+        waiting = [asyncio.create_task(variant.predict(tokens(length), stay)) for length in (8, 8, 32, 30, 64)]
+        await asyncio.sleep(0)
+        assert variant.wait_s(1, level=1) == pytest.approx(64 + 16 + 32 + 64, abs=1)
+        with pytest.raises(DeadlineUnreachable):
+            await variant.predict(tokens(8), stay, timeout_s=170)
+        backend.gate.set()
+        await asyncio.gather(first, *waiting)
+
+    play_tokens(scenario)
+
+
+def test_what_is_longer_than_the_model_takes_is_refused() -> None:
+    async def scenario(variant: Variant, backend: Tagger) -> None:
+        with pytest.raises(BadInput, match="65 long; this model takes at most 64"):
+            await variant.predict(tokens(65), stay)
+
+    play_tokens(scenario)
