@@ -22,9 +22,9 @@ from service.serving.execution import Running, Way
 
 WIDE_GAIN = 1.1
 """A backend with all threads is kept if it answers a lone row at least this many times as soon as one of a lane."""
-WARM_RUNS = 7
-WARM_SECONDS = 0.25
-"""Per shape: at least one run after the first, at most this many runs or seconds."""
+WARM_RUNS = 5
+WARM_SECONDS = 0.05
+"""Per shape, after a first run that does not count: at least one, until there are this many runs or seconds."""
 TINY_S = 0.001
 SPARSE_ROWS = (1, 4, 16)
 """Where lengths vary, these rows and the maximum are measured; what lies between is interpolated."""
