@@ -31,7 +31,8 @@ class OnnxRuntimeBackend:
     """A `contracts.Backend`. What the pass `onnxruntime` decided is in `model.session`; `{}` stands for its defaults.
 
     A lane of the device does its share of the work and has to flush denormals like the session's own threads, but
-    onnxruntime sets only the one lane that opens the first session. So each is set by the first backend created on it, or at warm-up if it shares one.
+    onnxruntime sets only the one lane that opens the first session. So each is set by the first backend created on it,
+    or at warm-up where lanes share one.
 
     Raises:
         StartupError: the execution provider asked for is not active on this machine.
