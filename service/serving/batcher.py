@@ -31,6 +31,7 @@ def _never_gone() -> bool:
 
 
 Reply = TypeVar("Reply")
+Portion = Callable[[int, int], int]
 
 
 class Ticket(Generic[Reply]):
@@ -163,8 +164,10 @@ class Batcher(Generic[Reply]):
             oldest = (queue[0].enqueued_at for queues in self._queues for queue in queues if queue)
             return max(0.0, min(oldest, default=now) + self.limits.max_delay_s - now) if self._waiting else 0.0
 
-    def take(self, now: float) -> Formed[Reply]:
+    def take(self, now: float, portion: Portion | None = None) -> Formed[Reply]:
         """Form the next batch: the most urgent live tickets, of these the oldest, at most `rows_per_batch` rows.
+
+        Or at most `portion(bucket, rows)`, of so many waiting rows of that length bucket, where that is less.
 
         The foremost ticket always goes, and only those of its length bucket with it: others are passed over, but none
         of the same bucket for a later one that would still fit. A single larger ticket goes alone. If `more` are
@@ -173,7 +176,11 @@ class Batcher(Generic[Reply]):
         formed: Formed[Reply] = Formed([], [], [])
         with self._lock:
             while not formed.batch and self._waiting:
-                self._fill(formed, self._foremost(), now)
+                bucket = self._foremost()
+                most = self.limits.rows_per_batch(bucket)
+                if portion is not None:
+                    most = min(most, portion(bucket, sum([rows[bucket] for rows in self._rows])))
+                self._fill(formed, bucket, most, now)
             formed.more = self._claimed = self._waiting > 0
         return formed
 
@@ -198,9 +205,9 @@ class Batcher(Generic[Reply]):
         queues = next(queues for queues in self._queues if any(queues))
         return min((queue[0].enqueued_at, bucket) for bucket, queue in enumerate(queues) if queue)[1]
 
-    def _fill(self, formed: Formed[Reply], bucket: int, now: float) -> None:
+    def _fill(self, formed: Formed[Reply], bucket: int, most: int, now: float) -> None:
         """Move tickets of a length bucket into the batch until it is full, or until its foremost turned out dead."""
-        most, rows = self.limits.rows_per_batch(bucket), 0
+        rows = 0
         for queues in self._queues:
             queue = queues[bucket]
             while queue:

@@ -16,7 +16,7 @@ SMOOTHING = 0.1
 OUTLIER = 2.0
 """A batch that took longer than so many times the estimate counts as one that took just that: it was interrupted, or if
 all of them are like it the estimate will follow soon."""
-KNEE = 0.98
+KNEE = 0.99
 """A batch at the knee reaches at least this share of the best measured throughput."""
 SHORTEST = 16
 """The first length bucket."""

@@ -34,7 +34,9 @@ class Lane:
     held: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
 
-Job = Callable[[Lane], None]
+Afterwards = Callable[[], object]
+Job = Callable[[Lane], Afterwards | None]
+"""What a lane does. It may return what is left to do when the lane is free again, such as telling that it is."""
 Result = TypeVar("Result")
 
 
@@ -95,6 +97,10 @@ class Device:
         """Let the other lanes go."""
         _release([other for other in self.lanes if other is not lane])
 
+    def idle(self) -> int:
+        """Lanes that run nothing now and have no job waiting for them."""
+        return max(0, sum([not lane.held.locked() for lane in self.lanes]) - self.waiting())
+
     def waiting(self) -> int:
         """Jobs that no lane has taken yet."""
         return self._jobs.qsize()
@@ -137,12 +143,14 @@ class Device:
 
     def _work(self, lane: Lane) -> None:
         while (job := self._jobs.get()) is not None:
-            with lane.held:
-                try:
-                    job(lane)
-                except BaseException:
-                    # The thread outlives any job: a lost lane would hang what waits for it, the last one all variants.
-                    logger.exception("a job on lane %d of device %s failed", lane.index, self.name)
+            try:
+                with lane.held:
+                    afterwards = job(lane)
+                if afterwards is not None:
+                    afterwards()
+            except BaseException:
+                # The thread outlives any job: a lost lane would hang what waits for it, the last one all variants.
+                logger.exception("a job on lane %d of device %s failed", lane.index, self.name)
 
 
 def _release(lanes: Iterable[Lane]) -> None:

@@ -1,6 +1,6 @@
-"""A batch on the device: joined, run, split and counted; and run again in halves where it fails.
+"""A batch on the device: joined, run and split; run again in halves where it fails; and counted afterwards.
 
-This is all that happens between taking a batch from the queue and waking the event loop. It runs on the lanes of a
+All but the counting happens between taking a batch from the queue and waking the event loop. It runs on the lanes of a
 device, several at a time; a batch that is alone there has all threads of the device, if that makes it quicker.
 """
 
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from service.contracts import Arrays, Backend, InputSpec
 from service.errors import BackendFailed
 from service.serving.assembly import dynamic_axes, join, split, trim
 from service.serving.batcher import Ticket
-from service.serving.costs import Costs
+from service.serving.costs import Costs, CostTable
 from service.serving.device import Device, Lane
 from service.telemetry.observations import VariantMetrics
 
@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 LONE = 0.25
 """A batch is alone if its foremost request waited for less than this share of the time that the batch takes."""
+DEARER, HANDOVER_S = 1.25, 200e-6
+"""What waits is divided among idle lanes if that takes at most so many times the lanes' seconds, and that much less of
+the clients': another batch costs about as much on its way to a lane and back."""
 Reply = asyncio.Future[tuple[Arrays, float, float, int]]
 """Outputs, seconds in the queue, seconds on the device, rows in the batch."""
 
@@ -40,13 +43,26 @@ class Prediction(NamedTuple):
     batch_size: int
 
 
-class Ran(NamedTuple):
-    """What became of one ticket on the device, and how long and in what company it ran."""
+class Batch(NamedTuple):
+    """Tickets that ran together, what became of each, and how long they ran. What failed was not timed."""
 
-    ticket: Ticket[Reply]
-    outcome: Arrays | Exception
-    infer_s: float
-    batch_size: int
+    tickets: list[Ticket[Reply]]
+    outcomes: Sequence[Arrays | Exception]
+    rows: int
+    infer_s: float = 0.0
+    timed: Timed | None = None
+
+
+class Timed(NamedTuple):
+    """What is counted of a batch: its times (`time.perf_counter`), rows with padding, lanes, the table it corrects."""
+
+    taken: float
+    started: float
+    ended: float
+    split: float
+    padded: int
+    lanes: int
+    costs: CostTable
 
 
 class Way(NamedTuple):
@@ -84,12 +100,12 @@ class Execution:
         self._running = running
         self._output_axes = dynamic_axes(spec.outputs)
         self._metrics = metrics
-        self._counting = threading.Lock()
 
-    def run(self, lane: Lane, tickets: list[Ticket[Reply]], taken: float) -> list[Ran]:
+    def run(self, lane: Lane, tickets: list[Ticket[Reply]], taken: float) -> list[Batch]:
         """Run tickets, `taken` from their queue at that time, as one batch on this lane, or on all if these are idle.
 
-        Never raises. Without tickets nothing is run.
+        Several are returned only where it failed and was run again in parts. Never raises. Without tickets nothing is
+        run.
         """
         if not tickets:
             return []
@@ -102,7 +118,24 @@ class Execution:
         finally:
             device.narrow(lane)
 
-    def _run(self, lanes: tuple[Lane, ...], way: Way, tickets: list[Ticket[Reply]], taken: float) -> list[Ran]:
+    def portion(self, bucket: int, rows: int, *, lanes: int) -> int:
+        """Rows for one of so many idle lanes when `rows` of a length bucket wait: all, or an equal share.
+
+        Shares are made where everybody is answered sooner by them, and the lanes do little more than one would. Else
+        eight clients who were answered together would go from lane to lane together.
+        """
+        running = self._running
+        table = running.costs.tables[bucket]
+        share = -(-rows // lanes)
+        if lanes == 1 or share >= table.knee:
+            return rows
+        most = min(rows, table.knee)
+        whole = (running.wide.costs if running.wide else running.costs).tables[bucket].seconds(most)
+        apart = table.seconds(share)
+        cheap = apart * most / share <= DEARER * table.seconds(most)
+        return share if cheap and apart + HANDOVER_S < whole else rows
+
+    def _run(self, lanes: tuple[Lane, ...], way: Way, tickets: list[Ticket[Reply]], taken: float) -> list[Batch]:
         backend, costs = way.backend, way.costs.tables[tickets[0].bucket]
         rows = sum([ticket.rows for ticket in tickets])
         padded = costs.bucket(rows) if backend.row_buckets else rows
@@ -118,14 +151,26 @@ class Execution:
             return self._run_apart(lanes, way, tickets, taken, error)
         finally:
             _set_due(lanes, 0.0)
-        infer_s = ended - started
-        waits = [taken - ticket.enqueued_at for ticket in tickets]
-        with self._counting:  # lanes count in the same places
-            costs.observe(padded, infer_s)
-            self._metrics.padding_tokens += padding_tokens(tickets)
-            self._metrics.lane_s += infer_s * len(lanes)
-            self._metrics.batch_done(rows, padded - rows, infer_s, waits, started - taken, time.perf_counter() - ended)
-        return [Ran(ticket, reply, infer_s, rows) for ticket, reply in zip(tickets, replies, strict=True)]
+        timed = Timed(taken, started, ended, time.perf_counter(), padded, len(lanes), costs)
+        return [Batch(tickets, replies, rows, ended - started, timed)]
+
+    def count(self, batch: Batch) -> None:
+        """Add a batch to the metrics, and to what is known of its costs. On one thread only."""
+        timed = batch.timed
+        if timed is None:
+            return
+        timed.costs.observe(timed.padded, batch.infer_s)
+        metrics = self._metrics
+        metrics.padding_tokens += padding_tokens(batch.tickets)
+        metrics.lane_s += batch.infer_s * timed.lanes
+        metrics.batch_done(
+            batch.rows,
+            timed.padded - batch.rows,
+            batch.infer_s,
+            [timed.taken - ticket.enqueued_at for ticket in batch.tickets],
+            timed.started - timed.taken,
+            timed.split - timed.ended,
+        )
 
     def _split(self, outputs: Arrays, tickets: list[Ticket[Reply]]) -> list[Arrays]:
         replies = split(outputs, [ticket.rows for ticket in tickets])
@@ -139,17 +184,18 @@ class Execution:
 
     def _run_apart(
         self, lanes: tuple[Lane, ...], way: Way, tickets: list[Ticket[Reply]], taken: float, error: BaseException
-    ) -> list[Ran]:
+    ) -> list[Batch]:
         """Find the bad request by halving: its batch mates are answered, it alone fails."""
         if len(tickets) > 1:
             middle = len(tickets) // 2
-            return [ran for half in (tickets[:middle], tickets[middle:]) for ran in self._run(lanes, way, half, taken)]
+            halves = (self._run(lanes, way, half, taken) for half in (tickets[:middle], tickets[middle:]))
+            return [batch for half in halves for batch in half]
         incident = uuid.uuid4().hex[:12]
         logger.error("variant %s failed on a request, id %s", self._name, incident, exc_info=error)
         failure = BackendFailed(
             f"the model failed on this request; the server's log has the details under id {incident}"
         )
-        return [Ran(tickets[0], failure, 0.0, tickets[0].rows)]
+        return [Batch(tickets, [failure], tickets[0].rows)]
 
 
 def padding_tokens(tickets: list[Ticket[Reply]]) -> int:

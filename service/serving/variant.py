@@ -1,8 +1,7 @@
 """A variant at work: `predict` is the hot path from decoded arrays to a prediction.
 
-The event loop offers tickets to the batcher; a lane of the device takes a batch in the moment it can run it, and wakes
-the loop once per batch. Batches of microseconds are run by the loop itself, in the part of a free lane. A batch that
-fails is retried split, so that one bad row fails alone.
+A request is admitted or refused, queued as tickets, and answered once per batch; `dispatch.py` says who runs it and
+when, `execution.py` how.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ from service.contracts import Arrays, Backend, InputSpec
 from service.errors import BadInput, ClientGone, DeadlineUnreachable, QueueFull, QueueTimeout
 from service.serving.assembly import cut, dynamic_axes, longest, rejoin
 from service.serving.batcher import Batcher, Formed, Ticket
-from service.serving.device import Lane
-from service.serving.execution import Execution, Prediction, Ran, Reply, Running
-from service.serving.groups import Group
+from service.serving.dispatch import Dispatch
+from service.serving.execution import Batch, Execution, Prediction, Reply, Running
 from service.serving.sweep import Sweep
 from service.serving.unsettled import Unsettled
 from service.telemetry.observations import VariantMetrics
@@ -25,9 +23,6 @@ from service.telemetry.observations import VariantMetrics
 CAUTION = 1.08
 """Admission expects waits longer than predicted by this factor. Under overload those who are admitted are predicted to
 wait almost as long as they may: at the prediction's word 4 % of them waited a little longer and got a 504."""
-SHORT_S, LONG_S = 50e-6, 300e-6
-"""The loop itself runs a variant whose largest batch took no longer at warm-up, until it turns out to take much longer:
-to wake a lane and be woken by it costs about as much (docs/decisions/008-short-batches.md)."""
 Gone = Callable[[], bool]
 
 
@@ -43,12 +38,9 @@ class Variant:
         self._spec = spec
         self._axes = dynamic_axes(spec.fields)
         self._device = running.device
-        self._short = all(table.seconds(table.knee) <= SHORT_S for table in running.costs.tables)
         self.running = running
-        self._execution: Execution
+        self._dispatch: Dispatch
         self._loop: asyncio.AbstractEventLoop
-        self._group = Group(batcher.limits.max_rows)
-        self._gathering: asyncio.TimerHandle | None = None
         self._sweep: Sweep
         self._unsettled = Unsettled()
 
@@ -57,8 +49,8 @@ class Variant:
         self._loop = loop
         self._sweep = Sweep(loop, self._expire)
         self.metrics = metrics
-        self._execution = Execution(self.name, self._spec, self.running, metrics)
         self.neighbours = neighbours
+        self.reopen(self.running)
 
     @property
     def backend(self) -> Backend:
@@ -72,7 +64,8 @@ class Variant:
     def reopen(self, running: Running) -> None:
         """Go on with backends that were loaded anew."""
         self.running = running
-        self._execution = Execution(self.name, self._spec, running, self.metrics)
+        execution = Execution(self.name, self._spec, running, self.metrics)
+        self._dispatch = Dispatch(self._loop, running, execution, self.batcher, self._settle)
 
     async def predict(
         self, sample: Arrays, gone: Gone, timeout_s: float | None = None, priority: int = 0
@@ -161,79 +154,24 @@ class Variant:
         except QueueFull as error:
             raise QueueFull(str(error), retry_after_s=self.wait_s(0, self.batcher.limits.levels)) from None
         self._unsettled.add(len(tickets))
-        if unclaimed:
-            self._summon()
-        elif self._gathering is not None and not self._pause():
-            self._gathering.cancel()
-            self._begin()
+        self._dispatch.offered(unclaimed=unclaimed)
         self._sweep.by(tickets[0].deadline)
 
-    def _summon(self) -> None:
-        """See to it that a lane comes for the queue: now, or when enough have come or were waited for."""
-        pause = self._pause()
-        if pause:
-            self._gathering = self._loop.call_later(pause, self._begin)
-        else:
-            # At the end of this turn of the loop: what arrived together makes one batch, and wakes a lane once.
-            self._loop.call_soon(self._begin)
-
-    def _pause(self) -> float:
-        """Seconds for which it is worth waiting for company: `max_delay_s`, and until a group is together again."""
-        now = time.perf_counter()
-        return max(self.batcher.due(now), self._group.pause(self.batcher.waiting_rows, now))
-
-    def _begin(self) -> None:
-        """Run the next batch here if it is short and a lane is free; else have a lane come for it."""
-        self._gathering = None
-        lane = self._device.borrow() if self._short and self.turn_s() <= LONG_S else None
-        if lane is None:
-            self._device.post(self._run_next)
-            return
-        try:
-            formed, taken = self.batcher.take(time.perf_counter()), time.perf_counter()
-            if formed.more:
-                self._summon()
-            ran = self._execution.run(lane, formed.batch, taken)
-        finally:
-            lane.held.release()
-        self._settle(formed, ran, taken)
-
-    def _run_next(self, lane: Lane) -> None:
-        """On a lane: form a batch, have the next lane come for what is left, run it, wake the loop once."""
-        formed, taken = self.batcher.take(time.perf_counter()), time.perf_counter()
-        if formed.more and self.batcher.limits.max_delay_s == 0:
-            self._device.post(self._go_on)
-        elif formed.more:
-            self._loop.call_soon_threadsafe(self._summon)
-        ran = self._execution.run(lane, formed.batch, taken)
-        self._loop.call_soon_threadsafe(self._settle, formed, ran, taken)
-
-    def _go_on(self, lane: Lane) -> None:
-        """On a lane: run the next batch of a queue that has just had its turn, but let the others have theirs first.
-
-        This was posted before the batch of that turn was run, for any lane that would be idle otherwise; a neighbour
-        whose request arrived since has waited longer for a turn.
-        """
-        if self._device.waiting():
-            self._device.post(self._run_next)
-        else:
-            self._run_next(lane)
-
-    def _settle(self, formed: Formed[Reply], ran: list[Ran], taken: float) -> None:
-        """Once per batch: hand every ticket its outcome."""
-        for ticket, outcome, infer_s, batch_size in ran:
-            if ticket.reply.done():
-                continue
-            if isinstance(outcome, Exception):
-                ticket.reply.set_exception(outcome)
-            else:
-                ticket.reply.set_result((outcome, taken - ticket.enqueued_at, infer_s, batch_size))
+    def _settle(self, formed: Formed[Reply], batches: list[Batch], taken: float) -> None:
+        """Hand every ticket its outcome."""
+        for batch in batches:
+            for ticket, outcome in zip(batch.tickets, batch.outcomes, strict=True):
+                if ticket.reply.done():
+                    continue
+                if isinstance(outcome, Exception):
+                    ticket.reply.set_exception(outcome)
+                else:
+                    ticket.reply.set_result((outcome, taken - ticket.enqueued_at, batch.infer_s, batch.rows))
         self._refuse(formed.expired)
         for ticket in formed.left:
             if not ticket.reply.done():
                 ticket.reply.set_exception(ClientGone("the client left before its rows were executed"))
-        self._unsettled.settle(len(ran) + len(formed.expired) + len(formed.left))
-        self._group.answered(ran, time.perf_counter())
+        self._unsettled.settle(len(formed.batch) + len(formed.expired) + len(formed.left))
 
     def _expire(self, now: float) -> float:
         """Refuse what has waited too long by now; the earliest deadline of the others."""

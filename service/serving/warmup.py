@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from service.backends.denormals import flush_denormals
@@ -23,13 +23,17 @@ from service.serving.execution import Running, Way
 WIDE_GAIN = 1.1
 """A backend with all threads is kept if it answers a lone row at least this many times as soon as one of a lane."""
 WARM_RUNS = 5
-WARM_SECONDS = 0.05
+WARM_SECONDS = 0.03
 """Per shape, after a first run that does not count: at least one, until there are this many runs or seconds."""
-TINY_S = 0.001
+TINY_S = 0.0003
+"""Below that the best of several runs counts, not their median: lanes that measure at once wait for each other's Python
+longer than they run."""
+NEAR, LEAST_ROUNDS, ROUNDS, ROUNDS_SECONDS = 0.85, 2, 5, 0.1
+"""Batches that may be the knee are measured again in turns, so that the machine's moods meet all of them alike."""
 SPARSE_ROWS = (1, 4, 16)
 """Where lengths vary, these rows and the maximum are measured; what lies between is interpolated."""
-GRID_SECONDS = 1.5
-"""No larger batch is tried once this is spent. Single rows, and what was compiled, are measured anyway."""
+GRID_SECONDS, FLAT = 1.5, 2
+"""When to try no larger batch. Single rows, and what was compiled, are measured anyway."""
 
 
 def warm_up(device: Device, load: Callable[[int], Backend], spec: InputSpec, max_rows: int) -> Running:
@@ -62,11 +66,17 @@ def warm_up(device: Device, load: Callable[[int], Backend], spec: InputSpec, max
         batch = spec.example(rows, length)
         return statistics.fmean(device.call_on_each(lambda lane: _seconds(backends[lane.index], batch)))
 
+    def once(rows: int) -> float:
+        batch = spec.example(rows, 0)
+        return statistics.fmean(device.call_on_each(lambda lane: _timed(backends[lane.index], batch)))
+
     shapes: Literal["any", "compiled"] = "compiled" if backends[0].row_buckets else "any"
     if shapes == "compiled" and not lengths:
         grid = [{count: seconds(count, 0) for count in rows}]
     else:
         grid = measure_grid(seconds, rows, lengths or (0,))
+    if not lengths:
+        compare_again(once, grid[0])
     costs = Costs([CostTable(known, max_rows, shapes) for known in grid], lengths)
     wide = _wide(device, open_with, spec, costs) if opened[0].self_contained else None
     return Running(device, backends, costs, wide)
@@ -97,18 +107,37 @@ def measure_grid(
 ) -> list[dict[int, float]]:
     """For every length, what batches of these rows cost; `seconds(rows, length)` measures one.
 
-    Small batches come first. A larger one is left out if, going by the smaller one, it does not fit into
-    `GRID_SECONDS`: by then a batch takes so long that more rows would not make it cheaper per row.
+    Small batches come first. No larger one is tried where the last `FLAT` brought no more rows per second than one
+    before, nor where it does not fit into `GRID_SECONDS`, going by the smaller one. Batches are never that large then.
     """
     grid: list[dict[int, float]] = [{} for _ in lengths]
     started = time.perf_counter()
     for smaller, count in zip((0, *rows), rows, strict=False):
         for known, length in zip(grid, lengths, strict=True):
             left = GRID_SECONDS - (time.perf_counter() - started)
-            if smaller and (smaller not in known or known[smaller] * count / smaller > left):
+            if smaller and (smaller not in known or known[smaller] * count / smaller > left or _is_flat(known)):
                 continue
             known[count] = seconds(count, length)
     return grid
+
+
+def _is_flat(known: Mapping[int, float]) -> bool:
+    rates = [rows / seconds for rows, seconds in known.items()]
+    return len(rates) > FLAT and max(rates[-FLAT:]) <= max(rates[:-FLAT])
+
+
+def compare_again(once: Callable[[int], float], known: dict[int, float]) -> None:
+    """Correct what is `known` of the best batch, the next larger and the smaller ones; `once(rows)` is one run."""
+    rates = {rows: rows / seconds for rows, seconds in known.items()}
+    best = max(rates, key=lambda rows: rates[rows])
+    taken = {rows: [known[rows]] for rows in rates if rows <= 2 * best and rates[rows] >= NEAR * rates[best]}
+    started = time.perf_counter()
+    for count in range(ROUNDS):
+        if len(taken) == 1 or (count >= LEAST_ROUNDS and time.perf_counter() - started > ROUNDS_SECONDS):
+            break
+        for rows, times in taken.items():
+            times.append(once(rows))
+    known.update({rows: _typical(times) for rows, times in taken.items()})
 
 
 def _row_buckets(backend: Backend, max_rows: int, lengths: Sequence[int]) -> tuple[int, ...]:
@@ -118,14 +147,20 @@ def _row_buckets(backend: Backend, max_rows: int, lengths: Sequence[int]) -> tup
 
 
 def _seconds(backend: Backend, batch: Arrays) -> float:
-    """The median of some runs; the best would favour small batches, which are lucky more often.
-
-    Of runs below `TINY_S` it is the best: lanes that measure at once wait for each other's Python longer than they run.
-    """
+    """Seconds of a typical run."""
     taken: list[float] = []
     backend.run(batch)
     while len(taken) < WARM_RUNS and sum(taken) < WARM_SECONDS:
-        started = time.perf_counter()
-        backend.run(batch)
-        taken.append(time.perf_counter() - started)
-    return min(taken) if min(taken) < TINY_S else statistics.median(taken)
+        taken.append(_timed(backend, batch))
+    return _typical(taken)
+
+
+def _timed(backend: Backend, batch: Arrays) -> float:
+    started = time.perf_counter()
+    backend.run(batch)
+    return time.perf_counter() - started
+
+
+def _typical(times: Sequence[float]) -> float:
+    """The median; the best would favour small batches, which are lucky more often, but for tiny ones."""
+    return min(times) if min(times) < TINY_S else statistics.median(times)

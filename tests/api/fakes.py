@@ -20,8 +20,8 @@ from service.compression.manifest import Manifest, Quality, VariantReport
 from service.config import ServiceConfig
 from service.contracts import Array, Arrays, Codec, Data, Field, InputSpec, Model, Split
 from service.serving.device import Device
+from service.serving.dispatch import SHORT_S
 from service.serving.fleet import Fleet
-from service.serving.variant import SHORT_S
 
 LABELS = ("zero", "one", "two", "three")
 SPEC = InputSpec((Field("image", "float32", (1, 2, 2)),), (Field("logits", "float32", (4,)),), LABELS)

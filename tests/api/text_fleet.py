@@ -18,8 +18,8 @@ from service.api.codecs.text import TextCodec
 from service.config import ServiceConfig
 from service.contracts import Arrays, Field, InputSpec
 from service.serving.device import Device
+from service.serving.dispatch import SHORT_S
 from service.serving.fleet import Fleet
-from service.serving.variant import SHORT_S
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "one", "two", "three", "four", "five"]
 CLS, SEP, A, B = 2, 3, 4, 5

@@ -26,8 +26,8 @@ from service.backends.onnx_runtime import OnnxRuntimeBackend
 from service.config import ServiceConfig
 from service.contracts import Backend, OnnxModel
 from service.serving.device import Device
+from service.serving.dispatch import SHORT_S
 from service.serving.fleet import Fleet
-from service.serving.variant import SHORT_S
 
 HIDDEN = {"onnx": 1024, "large": 2048}
 LANE_BATCH_S, SLOW_BATCH_S = 2 * SHORT_S, 0.01

@@ -58,13 +58,14 @@ def play(
     scenario: Scenario,
     limits: QueueLimits,
     backend: ScriptedBackend | None = None,
-    seconds: float = 0.001,
+    seconds: float | Callable[[int], float] = 0.001,
     lanes: int = 1,
 ) -> Variant:
-    """Run a scenario against a variant whose every batch is believed to cost `seconds`; all lanes share the backend."""
+    """Run a scenario against a variant whose batches are believed to cost `seconds`; all lanes share the backend."""
     backend = backend or ScriptedBackend()
     device = Device("test", lanes, lanes)
-    costs = Costs([CostTable(dict.fromkeys((1, 2, limits.max_rows), seconds))])
+    sizes = (1, 2, limits.max_rows)
+    costs = Costs([CostTable({rows: seconds(rows) if callable(seconds) else seconds for rows in sizes})])
     variant = Variant("v", SPEC, Running(device, (backend,) * lanes, costs), Batcher[Reply](limits))
 
     async def body() -> None:

@@ -20,8 +20,8 @@ def test_compiled_shapes_are_the_only_buckets(most: int, compiled: tuple[int, ..
 
 
 def test_the_knee_is_the_smallest_batch_near_the_best_throughput() -> None:
-    falling = CostTable({1: 0.010, 2: 0.016, 4: 0.0305, 8: 0.060, 16: 0.200})
-    assert falling.knee == 4  # 8 rows are 1.6 % faster per row: not worth the latency
+    falling = CostTable({1: 0.010, 2: 0.016, 4: 0.0302, 8: 0.060, 16: 0.200})
+    assert falling.knee == 4  # 8 rows are 0.7 % faster per row: not worth the latency
     rising = CostTable({1: 0.010, 8: 0.011, 32: 0.012})
     assert rising.knee == 32
 

@@ -13,7 +13,7 @@ from service.config import BatchConfig, ServiceConfig
 from service.contracts import Arrays, Backend, Field, InputSpec
 from service.serving.device import Device
 from service.serving.fleet import Fleet
-from service.serving.warmup import GRID_SECONDS, measure_grid, warm_up
+from service.serving.warmup import GRID_SECONDS, LEAST_ROUNDS, ROUNDS, compare_again, measure_grid, warm_up
 
 SPEC = InputSpec((Field("x", "float32", (2,)),), (Field("y", "float32", (2,)),))
 
@@ -96,14 +96,50 @@ def test_the_grid_leaves_out_what_takes_too_long(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("service.serving.warmup.time.perf_counter", lambda: now[0])
 
     def seconds(rows: int, length: int) -> float:
-        took = rows * length / 1000
+        took = (rows + 0.01) * length / 1000
         now[0] += took
         return took
 
     grid = measure_grid(seconds, (1, 4, 16, 32), (16, 64, 512))
     assert [sorted(known) for known in grid] == [[1, 4, 16], [1, 4], [1]]
-    assert grid[2] == {1: 0.512}
+    assert grid[2] == {1: pytest.approx(1.01 * 0.512)}
     assert now[0] <= GRID_SECONDS + 0.1
+
+
+@pytest.mark.parametrize(
+    ("rates", "tried"),
+    [
+        ((10, 19, 20, 20, 19, 18), (1, 2, 4, 8, 16)),
+        ((10, 9, 8, 20, 30, 40), (1, 2, 4)),
+        ((10, 12, 11, 13, 12, 13), (1, 2, 4, 8, 16, 32)),
+    ],
+    ids=["no more", "less and less", "up and down"],
+)
+def test_no_larger_batch_is_tried_where_two_in_turn_brought_nothing(
+    rates: tuple[int, ...], tried: tuple[int, ...]
+) -> None:
+    sizes = (1, 2, 4, 8, 16, 32)
+    known = dict(zip(sizes, rates, strict=True))
+    (measured,) = measure_grid(lambda rows, _: rows / known[rows] / 1e6, sizes, (0,))
+    assert tuple(measured) == tried
+
+
+@pytest.mark.parametrize(("run_s", "rounds"), [(1e-3, ROUNDS), (1.0, LEAST_ROUNDS)])
+def test_the_batches_in_question_are_measured_again_in_turns(
+    monkeypatch: pytest.MonkeyPatch, run_s: float, rounds: int
+) -> None:
+    now, ran = [0.0], list[int]()
+    monkeypatch.setattr("service.serving.warmup.time.perf_counter", lambda: now[0])
+
+    def once(rows: int) -> float:
+        ran.append(rows)
+        now[0] += run_s
+        return 0.1 * rows
+
+    known = {1: 0.2, 2: 0.21, 4: 0.39, 8: 0.85, 16: 3.0}
+    compare_again(once, known)
+    assert ran == [2, 4, 8] * rounds
+    assert known == {1: 0.2, 2: pytest.approx(0.2), 4: pytest.approx(0.4), 8: pytest.approx(0.8), 16: 3.0}
 
 
 def test_every_lane_has_its_own_backend() -> None:

@@ -11,14 +11,15 @@ from scripted import ScriptedBackend, play, sample, stay
 
 from service.contracts import Arrays
 from service.serving.batcher import QueueLimits, Ticket
-from service.serving.execution import Ran, Reply
+from service.serving.execution import Batch, Reply
 from service.serving.groups import SHARE, TICK_S, Group
 from service.serving.variant import Variant
 
 
-def answered(requests: int, seconds: float) -> list[Ran]:
+def answered(requests: int, seconds: float) -> Batch:
     """One batch of so many requests of one row that ran for so long."""
-    return [Ran(Ticket[Reply]((np.zeros(1),), None), (), seconds, requests) for _ in range(requests)]  # type: ignore[arg-type]
+    ticket: Ticket[Reply] = Ticket((np.zeros(1),), None)  # type: ignore[arg-type]
+    return Batch([ticket] * requests, [()] * requests, requests, seconds)
 
 
 @pytest.mark.parametrize(
@@ -37,8 +38,15 @@ def answered(requests: int, seconds: float) -> list[Ran]:
 def test_a_group_is_waited_for(requests: int, seconds: float, waiting: int, later: float, pause: float) -> None:
     group = Group(most=8)
     assert group.pause(1, 100.0) == 0.0
-    group.answered(answered(requests, seconds), 100.0)
+    group.answered(answered(requests, seconds), 0, 100.0)
     assert group.pause(waiting, 100.0 + later) == pytest.approx(pause)
+
+
+def test_who_came_meanwhile_belongs_to_the_group() -> None:
+    group = Group(most=8)
+    group.answered(answered(2, 1.0), 2, 100.0)
+    assert group.pause(3, 100.0) == pytest.approx(SHARE)
+    assert group.pause(4, 100.0) == 0.0
 
 
 class Slow(ScriptedBackend):
@@ -72,3 +80,18 @@ def test_who_comes_alone_behind_a_group_waits_for_it_no_longer_than_a_little() -
         assert again.queue_s < 0.002, "who was answered alone is no group"
 
     play(scenario, QueueLimits(4, 100), Slow(), 0.1)
+
+
+def test_a_lane_that_comes_back_takes_who_waits_together_with_those_it_has_just_answered() -> None:
+    backend = Slow()
+
+    async def scenario(variant: Variant, _: ScriptedBackend) -> None:
+        async def client(begin: float) -> None:
+            await asyncio.sleep(begin)
+            for _ in range(2):
+                await variant.predict(sample(1), stay)
+
+        await asyncio.gather(client(0), client(0), client(0.05))
+
+    play(scenario, QueueLimits(4, 100), backend, 0.1)
+    assert backend.ran == [2, 3, 1], "not 2, 1, 2, 1: the third one waits for the two"

@@ -15,9 +15,9 @@ from service.config import ServiceConfig
 from service.contracts import Arrays, Field, InputSpec
 from service.errors import BadInput, NotFound, NotReady, ServiceError
 from service.serving.device import Device
+from service.serving.dispatch import SHORT_S
 from service.serving.execution import Prediction
 from service.serving.fleet import Fleet
-from service.serving.variant import SHORT_S
 
 SPEC = InputSpec((Field("x", "float32", (2,)),), (Field("y", "float32", (2,)),))
 ROW = (np.ones((1, 2), np.float32),)
@@ -140,6 +140,7 @@ def test_an_unloaded_variant_is_closed_and_a_loaded_one_goes_on_where_it_stopped
         assert shown(fleet) == "unloaded"
         await fleet.load("b")
         await ask(fleet, "b")
+        await asyncio.sleep(0)  # batches are counted after their replies
         assert len(backends["b"].opened) == 2 * lanes
         assert not any(backend.closed for backend in backends["b"].opened[lanes:])
         assert fleet.variants["b"].metrics.requests is variant.metrics.requests, "counters go on"
