@@ -49,7 +49,7 @@ def environment_of(peer: Peer, cache: Path) -> Path:
     """
     if peer.own:
         return Path(sys.executable)
-    folder = cache / peer.name
+    folder = cache / peer.requirements.stem
     python, wanted, installed = folder / "bin" / "python", peer.requirements.read_text(), folder / "requirements.txt"
     if installed.exists() and installed.read_text() == wanted:
         return python

@@ -78,22 +78,26 @@ JSON_ROWS = Form(_plain_json(lambda rows: {"rows": rows}), json.loads)
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A server to compare; `own` peers run in the project's environment, the others in one made for them."""
+    """A server to compare; `own` peers run in the project's environment, the others in one made for their `server`.
+
+    `server` is the name where it is not given.
+    """
 
     name: str
     form: Form
     own: bool = False
     options: tuple[str, ...] = field(default=())
+    server: str = ""
 
     @property
     def program(self) -> Path:
         """What serves: takes the ONNX file, the port and the `options`."""
-        return HERE / "servers" / f"{self.name}_server.py"
+        return HERE / "servers" / f"{self.server or self.name}_server.py"
 
     @property
     def requirements(self) -> Path:
         """The pinned packages of its environment."""
-        return HERE / "requirements" / f"{self.name}.txt"
+        return HERE / "requirements" / f"{self.server or self.name}.txt"
 
 
 PEERS = {
@@ -102,6 +106,7 @@ PEERS = {
         Peer("leanserve", BINARY_V2, own=True),
         Peer("triton", BINARY_V2),
         Peer("fastapi", BYTES),
+        Peer("fastapi-blocking", BYTES, options=("blocking",), server="fastapi"),
         Peer("litserve", JSON_ROW),
         Peer("bentoml", JSON_ROWS),
         Peer("ray", BYTES),
