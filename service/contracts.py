@@ -28,13 +28,15 @@ Split = Literal["train", "calibration", "gate", "test"]
 class Field:
     """One named tensor. `shape` is that of a single row (no batch axis); `None` marks a dynamic axis.
 
-    `pad` fills the dynamic axes when rows of different length share a batch.
+    `pad` fills the dynamic axes when rows of different length share a batch. `values` are the least and the greatest
+    that an element may have, where the model cannot run with others (token ids); `None`: any of its dtype.
     """
 
     name: str
     dtype: str
     shape: tuple[int | None, ...]
     pad: float = 0.0
+    values: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
 
@@ -104,7 +105,7 @@ def open_base(origin: Origin) -> LoadedBase:
     ingredients = f"{fingerprint} {told} {rows.digest}"
     return LoadedBase(
         name=description.name,
-        spec=spec,
+        spec=_bounded(spec, codec),
         codec=codec,
         origin=origin.model_dump_json(),
         digest=hashlib.sha256(ingredients.encode()).hexdigest(),
@@ -113,6 +114,13 @@ def open_base(origin: Origin) -> LoadedBase:
         rows=rows,
         scored_by=score,
     )
+
+
+def _bounded(spec: InputSpec, codec: Codec) -> InputSpec:
+    """With the values that tokens may have: clients of the tensor protocol send ids of their own."""
+    if not isinstance(codec, TextCodec):
+        return spec
+    return replace(spec, fields=tuple(replace(item, values=codec.values_of(item)) for item in spec.fields))
 
 
 def open_source(base: ShippedBase | BroughtBase, folder: Path) -> Source:

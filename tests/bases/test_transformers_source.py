@@ -80,7 +80,10 @@ def test_a_classifier_gives_the_logits_of_the_library(checkpoints: Path) -> None
     base = opened(checkpoints / "classifier", data, name="reviews")
     assert base.name == "reviews"
     assert base.spec.labels == ("bad", "so so", "good")
-    assert [item.name for item in base.spec.fields] == ["input_ids", "attention_mask"]
+    assert isinstance(base.codec, TextCodec)
+    tokens_are = (0, base.codec.vocabulary - 1)
+    bounds = [(item.name, item.values) for item in base.spec.fields]
+    assert bounds == [("input_ids", tokens_are), ("attention_mask", (0, 1))]
     assert base.spec.outputs == (Field("logits", "float32", (3,)),)
     expected = of_library("BertForSequenceClassification", checkpoints / "classifier", tokens(base)).logits.numpy()
     np.testing.assert_allclose(answers(base), expected, atol=1e-6)

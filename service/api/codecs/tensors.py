@@ -75,7 +75,8 @@ class Port:
     """A field of the spec as the protocol sees it.
 
     `shape` leads with the axis of rows, and -1 marks an axis that varies; `datatypes` are those the field takes, its
-    own first; `dtype` is that of its arrays (float32 where the field is bfloat16, which numpy does not have).
+    own first; `dtype` is that of its arrays (float32 where the field is bfloat16, which numpy does not have); `values`
+    are the least and the greatest that an element may have, `None` for any.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Port:
     shape: Shape
     dtype: np.dtype[Any]
     datatypes: tuple[Datatype, ...]
+    values: tuple[int, int] | None = None
 
     def datatype(self, name: Json) -> Datatype:
         """The named datatype if this field takes it. Raises `BadInput`."""
@@ -98,6 +100,13 @@ class Port:
             return tuple(shape)
         takes = list(self.shape)
         raise BadInput(f"input {self.name!r} has shape {clip(shape)}, the model takes {takes} (-1: any size from 1)")
+
+    def check_values(self, array: Array) -> Array:
+        """The array, if the model can run with all its elements. Raises `BadInput`."""
+        if self.values is not None and not self.values[0] <= array.min() <= array.max() <= self.values[1]:
+            found = f"{array.min()} to {array.max()}"
+            raise BadInput(f"input {self.name!r} holds {found}; the model takes {self.values[0]} to {self.values[1]}")
+        return array
 
 
 def _axis_fits(size: Json, want: int) -> bool:
@@ -119,7 +128,8 @@ def _port(field: Field, position: int) -> Port:
             f"field {field.name!r} has dtype {field.dtype!r}, which no protocol datatype carries; use one of {known}"
         ) from None
     shape = (-1, *(-1 if size is None else size for size in field.shape))
-    return Port(field.name, position, shape, np.dtype("float32" if name == "bfloat16" else name), datatypes)
+    dtype = np.dtype("float32" if name == "bfloat16" else name)
+    return Port(field.name, position, shape, dtype, datatypes, field.values)
 
 
 def clip(value: Json) -> str:
@@ -142,7 +152,7 @@ def from_binary(datatype: Datatype, body: Buffer, offset: int, port: Port, shape
         return (array.astype(np.uint32) << 16).view(np.float32)
     if datatype.name == "BOOL" and array.view(np.uint8).max() > 1:
         raise BadInput(f"input {port.name!r}: a BOOL element must be the byte 0 or 1")
-    return array if array.dtype == port.dtype else array.astype(port.dtype)
+    return port.check_values(array if array.dtype == port.dtype else array.astype(port.dtype))
 
 
 def _split(body: Buffer, start: int, end: int, shape: Shape, name: str) -> Array:
@@ -202,7 +212,7 @@ def _numbers(flat: list[Json], datatype: Datatype, port: Port) -> Array:
         raise BadInput(f"input {port.name!r}: a number is out of the range of {datatype.name}") from None
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise BadInput(f"input {port.name!r}: a number is out of the range of {datatype.name}")
-    return array
+    return port.check_values(array)
 
 
 def to_binary(datatype: Datatype, array: Array) -> memoryview:

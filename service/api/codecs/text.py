@@ -63,6 +63,10 @@ class TextCodec:
         """Number of token ids; they are below it."""
         return int(_opened(self.tokenizer, self.max_length).get_vocab_size())
 
+    def values_of(self, field: Field) -> tuple[int, int]:
+        """The least and the greatest value of an input's elements: token ids, or 0 and 1."""
+        return (0, self.vocabulary - 1) if field.name == IDS else (0, 1)
+
     def open(self) -> None:
         """Open the tokenizer now, rather than with the first text. Raises `ConfigError` if it cannot be read."""
         _opened(self.tokenizer, self.max_length)

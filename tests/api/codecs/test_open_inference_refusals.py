@@ -232,3 +232,20 @@ def test_a_boolean_byte_must_be_0_or_1() -> None:
 def test_a_dtype_that_no_datatype_carries_stops_the_start(dtype: str) -> None:
     with pytest.raises(StartupError, match=f"field 'x' has dtype '{dtype}'.*use one of bfloat16, bool"):
         InferDecoder(raw_spec(dtype, 3))
+
+
+@pytest.mark.parametrize(("values", "fits"), [([0, 11], True), ([12, 0], False), ([0, -1], False)])
+@pytest.mark.parametrize("form", ["json", "binary"])
+def test_values_that_the_model_cannot_run_with_are_refused(form: str, values: list[int], fits: bool) -> None:  # noqa: FBT001
+    spec = InputSpec((Field("ids", "int64", (None,), values=(0, 11)),), (Field("y", "float32", (2,)),))
+    if form == "json":
+        body, length = json_body(tensor("ids", [1, 2], "INT64", data=values)), None
+    else:
+        head = json_body(tensor("ids", [1, 2], "INT64", size=16))
+        body, length = head + np.array(values, np.int64).tobytes(), len(head)
+    decoder = InferDecoder(spec)
+    if fits:
+        assert decoder.decode(body, length).inputs[0].tolist() == [values]
+    else:
+        with pytest.raises(BadInput, match=rf"'ids' holds {min(values)} to {max(values)}; the model takes 0 to 11"):
+            decoder.decode(body, length)
