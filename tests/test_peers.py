@@ -243,7 +243,7 @@ def test_the_best_way_is_that_of_the_highest_rate(monkeypatch: pytest.MonkeyPatc
 
 def test_saturation_is_told_as_shares_of_the_bare_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saturation, "CORES", 2)
-    flooded = Overload(1000, 90, (10.0, 20.0), {200: 90, 429: 910})
+    flooded = Overload(1000, 90, (10.0, 20.0), {200: 90, 429: 910}, 0.2)
     item = Round(Bare(100, 9), {8: Closed(90, 1, 2, 0, 0.5)}, Closed(1, 10.5, 11, 0, 0), Bare(1, 10), flooded)
     text = shown(saturation.saturation_table([item, item], 5.0, "title"))
     # 90 of 100; wrk took 0.5 s of 2 x 5 s, so 90 of the 95 that it left.
@@ -251,7 +251,7 @@ def test_saturation_is_told_as_shares_of_the_bare_loop(monkeypatch: pytest.Monke
     assert "5.0%" in text
     assert "94.7%" in text
     assert saturation.idle_line([item]) == "idle: p50 10.50 ms, bare 10.00 ms, added 0.50 ms"
-    line = saturation.overload_line([item, item], 3000)
+    line = saturation.overload_line([item, item], 2, 3000)
     assert "goodput 100.0% of the peak" in line
     assert "{200: 180, 429: 1820}" in line
 

@@ -37,12 +37,13 @@ class Closed(NamedTuple):
 
 
 class Overload(NamedTuple):
-    """Requests sent and answered (200) per second, milliseconds of all answered ones, and replies by status."""
+    """Requests sent and answered (200) per second, milliseconds of the answered ones, replies by status, callers' CPU."""
 
     offered: float
     goodput: float
     answered_ms: tuple[float, ...]
     statuses: dict[int, int]
+    client_cpu_s: float
 
 
 def closed_loop(port: int, request: Request, connections: int, seconds: float) -> Closed:
@@ -70,11 +71,12 @@ def open_loop(port: int, request: Request, rate: float, seconds: float, connecti
     connections are needed for those who are admitted to wait while the others go on asking. The callers do not push the
     server from its cores whenever one of them has its turn, as they would not if they had machines of their own.
     """
+    before = _cpu_s()
     with _unhurried():
         replies = uvloop.run(_open(port, _bytes_of(request), rate, seconds, connections))
     answered = tuple(ms for status, ms in replies if status == 200)
     statuses = dict(Counter(status for status, _ in replies))
-    return Overload(len(replies) / seconds, len(answered) / seconds, answered, statuses)
+    return Overload(len(replies) / seconds, len(answered) / seconds, answered, statuses, _cpu_s() - before)
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def idle_line(rounds: Sequence[Round]) -> str:
     return f"idle: p50 {served:.2f} ms, bare {single:.2f} ms, added {added:.2f} ms"
 
 
-def overload_line(rounds: Sequence[Round], timeout_ms: float) -> str:
+def overload_line(rounds: Sequence[Round], seconds: float, timeout_ms: float) -> str:
     """How many were answered under overload, and how late."""
     ratios = [item.flooded.goodput / max(found.rate for found in item.served.values()) for item in rounds]
     answered = [ms for item in rounds for ms in item.flooded.answered_ms]
@@ -132,8 +132,10 @@ def overload_line(rounds: Sequence[Round], timeout_ms: float) -> str:
         for status, count in item.flooded.statuses.items():
             statuses[status] = statuses.get(status, 0) + count
     offered = statistics.median(item.flooded.offered for item in rounds)
+    client = statistics.median(item.flooded.client_cpu_s for item in rounds) / (seconds * CORES)
     return (
-        f"overload: {offered:.0f} requests/s offered, goodput {statistics.median(ratios):.1%} of the peak, p99 of the "
+        f"overload: {offered:.0f} requests/s offered, goodput {statistics.median(ratios):.1%} of the peak, "
+        f"{statistics.median(ratios) / (1 - client):.1%} of what the callers left (they took {client:.1%}), p99 of the "
         f"answered {np.percentile(answered, 99):.0f} ms with {timeout_ms:.0f} ms allowed in the queue, {statuses}"
     )
 
@@ -175,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     title = f"{options.network}, one row per request, against bare {way}, {options.rounds} interleaved rounds"
     out.print(saturation_table(rounds, options.seconds, title))
     out.print(idle_line(rounds))
-    out.print(overload_line(rounds, options.timeout_ms))
+    out.print(overload_line(rounds, options.seconds, options.timeout_ms))
     return 0
 
 

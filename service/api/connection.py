@@ -3,10 +3,10 @@
 A client that keeps its connection sends the same head again, byte for byte, and only the body behind it differs. Yet
 parsing the head, a scope, a task, two events, a timer and two writes per reply cost more than everything this service
 does for a small model. So the head of a prediction request is remembered with what the parser made of it (`heads.py`);
-when the same bytes come again, whole and between two requests, the body is cut off behind them, as many pieces as it
-comes in, and the request is answered straight away, in the same turn of the event loop, with one write. Everything else
-(descriptions, chunked bodies, pipelining, `Connection: close`, HTTP/1.0, clients that do not read their replies) takes
-uvicorn's way, which is the same to the client.
+when the same bytes come again, whole and between two requests, the body is cut off behind them, in as many pieces as it
+comes (`body.py` reads large ones), and the request is answered straight away, in the same turn of the event loop, with
+one write. Everything else (descriptions, chunked bodies, pipelining, `Connection: close`, HTTP/1.0, clients that do not
+read their replies) takes uvicorn's way, which is the same to the client.
 
 `tests/api/test_connection.py` holds both ways against each other; it fails if a new uvicorn lacks what is used here.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from service.api.body import LARGE, BodyReader
 from service.api.heads import Head, KnownHeads
 from service.api.hotpath import HotPath
 from service.api.wire import Caller, Reply, acknowledge
@@ -91,10 +92,17 @@ class Connection(HttpToolsProtocol):
         if len(body) == known.length:
             self._answer(exchange, body)
             return
-        self._parts = [body]
         self._missing = known.length - len(body)
+        if self._missing >= LARGE:
+            BodyReader(self, self.transport, body, known.length, self._came)
+        else:
+            self._parts = [body]
         if not body:
             acknowledge(self.transport)
+
+    def _came(self, body: memoryview) -> None:
+        self._missing = 0
+        self._answer(self.cycle, body)  # type: ignore[arg-type]
 
     def _go_on(self, data: bytes) -> None:
         self._parts.append(data[: self._missing])
@@ -107,7 +115,7 @@ class Connection(HttpToolsProtocol):
         if rest:
             self.data_received(rest)
 
-    def _answer(self, exchange: Exchange, body: bytes | None) -> None:
+    def _answer(self, exchange: Exchange, body: bytes | memoryview | None) -> None:
         caller = Caller(self._known.path, self._known.headers, exchange.receive, body)
         exchange.begin(self.hot.answer(self._known.route, caller))
 

@@ -19,6 +19,7 @@ from service.api.codecs.open_inference import (
     encode_infer,
     parse_json_length,
 )
+from service.api.codecs.tensors import Buffer
 from service.api.content_encoding import compress, encoding_of_reply
 from service.api.open_inference import OpenInference
 from service.api.predict import how_it_ran, off_loop, plain_body
@@ -153,7 +154,7 @@ class _Infer:
         body = await off_loop(compress, reply.body, encoding)
         return Reply(body, (*_headers(reply, variant.name), (b"content-encoding", encoding.encode())))
 
-    def _is_small(self, body: bytes, json_length: int | None) -> bool:
+    def _is_small(self, body: Buffer, json_length: int | None) -> bool:
         parsed = len(body) if json_length is None or self._strings else json_length
         return parsed <= SMALL and len(body) <= SMALL_BINARY
 

@@ -37,7 +37,7 @@ async def plain_body(caller: Caller, limit: int) -> bytes:
         BadInput: the compressed body is damaged. ClientGone: the client left while sending.
     """
     if caller.body is not None:
-        return caller.body
+        return bytes(caller.body)  # a copy only of what was read in place
     encoding = encoding_of_body(caller.header(b"content-encoding"))
     body = await read_body(caller, limit)
     return body if encoding is None else await off_loop(inflate, body, encoding, limit)

@@ -31,7 +31,7 @@ class Caller:
     path: str
     headers: Mapping[bytes, bytes]
     receive: Receive
-    body: bytes | None = None
+    body: bytes | memoryview | None = None
     variant: str | None = None
 
     def header(self, name: bytes) -> str | None:

@@ -20,9 +20,10 @@ from service.serving.sweep import Sweep
 from service.serving.unsettled import Unsettled
 from service.telemetry.observations import VariantMetrics
 
-CAUTION = 1.08
+CAUTION = 1.12
 """Admission expects waits longer than predicted by this factor. Under overload those who are admitted are predicted to
-wait almost as long as they may: at the prediction's word 4 % of them waited a little longer and got a 504."""
+wait almost as long as they may: at the prediction's word 4 % of them waited a little longer and got a 504, and batches
+take up to a tenth longer on cores that refuse hundreds of large requests a second meanwhile."""
 Gone = Callable[[], bool]
 
 

@@ -1,0 +1,135 @@
+"""Bodies of hundreds of kilobytes, which are read in place: the right answers, and nothing else changed by it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import Live, live_server
+from test_connection import INFER, Client
+
+from service.api import connection
+from service.api.body import LARGE, BodyReader
+
+LIMIT = 16 * 2**20
+SIZES = (LARGE - 1000, LARGE + 5000, 900_000)
+"""The loop reads at most 256 KiB at a time: only of the last is a large rest to come."""
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[Live]:
+    with live_server(limits={"body_bytes": LIMIT}) as server:
+        yield server
+
+
+@pytest.fixture
+def client(live: Live) -> Iterator[Client]:
+    made = Client(live)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the bodies that are read in place."""
+    sizes: list[int] = []
+
+    class Watched(BodyReader):
+        def __init__(self, *args: object) -> None:
+            sizes.append(args[3])  # type: ignore[arg-type]
+            super().__init__(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(connection, "BodyReader", Watched)
+    return sizes
+
+
+def infer(pixel: int, filler: int, form: str = "json", path: str = INFER) -> bytes:
+    """A request with so many bytes that mean nothing; its head is the same for all pixels from 0 to 9."""
+    row = np.full((1, 1, 2, 2), pixel, np.float32)
+    tensor: dict[str, object] = {"name": "image", "shape": [1, 1, 2, 2], "datatype": "FP32", "filler": "x" * filler}
+    if form == "json":
+        body = json.dumps({"inputs": [tensor | {"data": row.ravel().tolist()}]}).encode()
+        headers = ""
+    else:
+        document = json.dumps({"inputs": [tensor | {"parameters": {"binary_data_size": row.nbytes}}]}).encode()
+        body = document + row.tobytes()
+        headers = f"inference-header-content-length: {len(document)}\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\n{headers}content-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+@pytest.mark.parametrize("form", ["json", "binary"])
+@pytest.mark.parametrize("size", SIZES)
+def test_large_bodies_have_their_own_answers(client: Client, read: list[int], size: int, form: str) -> None:
+    for pixel in range(4):
+        client.send(infer(pixel, size, form))
+        assert client.pixels() == [10.0 * pixel] * 4
+    assert len(read) == (3 if size == SIZES[-1] else 0), "from the second request on, where the rest is large"
+
+
+@pytest.mark.parametrize("cut", [80, 200, 5000, -1])
+def test_a_large_body_in_pieces_and_the_next_request_behind_it(client: Client, read: list[int], cut: int) -> None:
+    assert client.ask(infer(0, 300_000))[0] == 200
+    first, second, third = (infer(pixel, size) for pixel, size in ((1, 300_000), (2, 300_000), (3, 10)))
+    for piece in (first[:cut], first[cut:] + second[:cut], second[cut:] + third):
+        client.send(piece)
+        time.sleep(0.02)
+    assert [client.pixels()[0] for _ in range(3)] == [10.0, 20.0, 30.0]
+    assert read or cut not in {200, 5000}, "the head came whole, and not the body"
+
+
+def test_any_route_takes_a_body_that_was_read_in_place(client: Client, read: list[int]) -> None:
+    picture = f"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: {900_000}\r\n\r\n"
+    replies = [client.ask(picture.encode() + b"x" * 900_000) for _ in range(2)]
+    assert [status for status, _, _ in replies] == [400, 400], "no picture, but read whole"
+    assert read == [900_000]
+
+
+def test_who_leaves_amid_a_large_body_is_counted_and_disturbs_nobody(live: Live, client: Client) -> None:
+    gone = live.fleet.metrics.unrouted.requests["client_gone"]
+    before = gone.count
+    assert client.ask(infer(0, 300_000))[0] == 200
+    leaver = Client(live)
+    leaver.send(infer(1, 300_000)[:100_000])
+    time.sleep(0.05)
+    leaver.close()
+    deadline = time.monotonic() + 5
+    while gone.count == before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert gone.count == before + 1
+    client.send(infer(2, 300_000))
+    assert client.pixels() == [20.0] * 4
+
+
+def test_a_client_that_closes_its_half_amid_a_large_body_is_let_go(live: Live, client: Client) -> None:
+    assert client.ask(infer(0, 300_000))[0] == 200
+    half = Client(live)
+    half.send(infer(1, 300_000)[:100_000])
+    half.socket.shutdown(socket.SHUT_WR)
+    assert half.is_closed()
+    half.close()
+
+
+def test_bodies_that_are_only_announced_take_no_memory(live: Live, client: Client, read: list[int]) -> None:
+    request = infer(0, LIMIT - 300)
+    assert client.ask(request)[0] == 200
+    before = _resident()
+    announcing = [Client(live) for _ in range(32)]
+    for each in announcing:
+        each.send(request[:5000])
+    deadline = time.monotonic() + 5
+    while len(read) < len(announcing) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(read) == len(announcing)
+    assert _resident() - before < 4 * LIMIT, "half a gigabyte was announced"
+    for each in announcing:
+        each.close()
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
