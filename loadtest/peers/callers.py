@@ -37,7 +37,7 @@ class Closed(NamedTuple):
 
 
 class Overload(NamedTuple):
-    """Requests sent and answered (200) per second, milliseconds of the answered ones, replies by status, callers' CPU."""
+    """Requests sent and answered (200) per second, milliseconds of the answered ones, statuses, CPU of the callers."""
 
     offered: float
     goodput: float
