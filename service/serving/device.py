@@ -143,14 +143,18 @@ class Device:
 
     def _work(self, lane: Lane) -> None:
         while (job := self._jobs.get()) is not None:
-            try:
-                with lane.held:
-                    afterwards = job(lane)
-                if afterwards is not None:
-                    afterwards()
-            except BaseException:
-                # The thread outlives any job: a lost lane would hang what waits for it, the last one all variants.
-                logger.exception("a job on lane %d of device %s failed", lane.index, self.name)
+            self._do(job, lane)
+            del job  # nothing of a batch is kept while the lane waits for the next one
+
+    def _do(self, job: Job, lane: Lane) -> None:
+        try:
+            with lane.held:
+                afterwards = job(lane)
+            if afterwards is not None:
+                afterwards()
+        except BaseException:
+            # The thread outlives any job: a lost lane would hang what waits for it, the last one all variants.
+            logger.exception("a job on lane %d of device %s failed", lane.index, self.name)
 
 
 def _release(lanes: Iterable[Lane]) -> None:
