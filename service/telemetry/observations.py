@@ -94,7 +94,7 @@ def no_queue() -> int:
 class VariantMetrics:
     """The numbers of one variant.
 
-    One thread calls `request_done`; the lanes call `batch_done` one at a time. No field is written by both.
+    The thread of the event loop writes, batches after their replies; scrapes read from another one.
     `queue_rows` and `queue_requests` are called at scrape, on the scraping thread. `batches` has an entry per batch
     size (rows) that occurred; a reader on another thread copies it first (`dict(batches)`), for it grows.
     `lane_s` and `padding_tokens` are added to by who calls `batch_done`; the first are the seconds of all lanes that a
