@@ -23,12 +23,12 @@ from service.serving.execution import Running, Way
 WIDE_GAIN = 1.1
 """A backend with all threads is kept if it answers a lone row at least this many times as soon as one of a lane."""
 WARM_RUNS = 5
-WARM_SECONDS = 0.03
-"""Per shape, after a first run that does not count: at least one, until there are this many runs or seconds."""
+WARM_SECONDS = 0.02
+"""Per shape, after a first run that counts only if it took so long itself: until there are this many runs or seconds."""
 TINY_S = 0.0003
 """Below that the best of several runs counts, not their median: lanes that measure at once wait for each other's Python
 longer than they run."""
-NEAR, LEAST_ROUNDS, ROUNDS, ROUNDS_SECONDS = 0.85, 2, 5, 0.1
+NEAR, LEAST_ROUNDS, ROUNDS, ROUNDS_SECONDS = 0.85, 2, 5, 0.06
 """Batches that may be the knee are measured again in turns, so that the machine's moods meet all of them alike."""
 SPARSE_ROWS = (1, 4, 16)
 """Where lengths vary, these rows and the maximum are measured; what lies between is interpolated."""
@@ -149,7 +149,9 @@ def _row_buckets(backend: Backend, max_rows: int, lengths: Sequence[int]) -> tup
 def _seconds(backend: Backend, batch: Arrays) -> float:
     """Seconds of a typical run."""
     taken: list[float] = []
-    backend.run(batch)
+    first = _timed(backend, batch)
+    if first > WARM_SECONDS:
+        return first
     while len(taken) < WARM_RUNS and sum(taken) < WARM_SECONDS:
         taken.append(_timed(backend, batch))
     return _typical(taken)
