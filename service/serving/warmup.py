@@ -24,7 +24,7 @@ WIDE_GAIN = 1.1
 """A backend with all threads is kept if it answers a lone row at least this many times as soon as one of a lane."""
 WARM_RUNS = 5
 WARM_SECONDS = 0.02
-"""Per shape, after a first run that counts only if it took so long itself: until there are this many runs or seconds."""
+"""Per shape: until there are this many runs or seconds. The first counts only if it took so long itself."""
 TINY_S = 0.0003
 """Below that the best of several runs counts, not their median: lanes that measure at once wait for each other's Python
 longer than they run."""
