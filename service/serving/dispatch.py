@@ -39,9 +39,15 @@ class Dispatch:
         self._execution = execution
         self._batcher = batcher
         self._settle = settle
+        # Decided by the warm-up, once: what is learnt beside a busy loop, or loaded anew, does not take it back.
         self._short = all(table.seconds(table.knee) <= SHORT_S for table in running.costs.tables)
         self._group = Group(batcher.limits.max_rows)
         self._gathering: asyncio.TimerHandle | None = None
+
+    def reopen(self, running: Running, execution: Execution) -> None:
+        """Go on with backends that were loaded anew; nothing is queued or run meanwhile."""
+        self._running = running
+        self._execution = execution
 
     def offered(self, *, unclaimed: bool) -> None:
         """Something was queued, and nobody is on the way for it if that is `unclaimed`."""
@@ -50,6 +56,10 @@ class Dispatch:
         elif self._gathering is not None and not self._pause():
             self._gathering.cancel()
             self._begin()
+
+    def turn_s(self) -> float:
+        """Predicted seconds of one lane for one batch of the queue, the costliest if their lengths differ."""
+        return self._running.costs.turn_seconds(self._batcher.rows_by_length(self._batcher.limits.levels))
 
     def _summon(self) -> None:
         """See to it that a lane comes for the queue: now, or when enough have come or were waited for."""
@@ -69,7 +79,7 @@ class Dispatch:
         """Run the next batch here if it is short and a lane is free; else have a lane come for it."""
         self._gathering = None
         device = self._running.device
-        lane = device.borrow() if self._short and self._next_s() <= LONG_S else None
+        lane = device.borrow() if self._short and self.turn_s() <= LONG_S else None
         if lane is None:
             device.post(self._run_next)
             return
@@ -81,9 +91,6 @@ class Dispatch:
         finally:
             lane.held.release()
         self._done(formed, batches, taken)
-
-    def _next_s(self) -> float:
-        return self._running.costs.turn_seconds(self._batcher.rows_by_length(self._batcher.limits.levels))
 
     def _run_next(self, lane: Lane) -> Afterwards:
         """On a lane: form a batch, have the next lane come for what is left, run it; wake the loop once, afterwards.

@@ -51,7 +51,7 @@ class Variant:
         self._sweep = Sweep(loop, self._expire)
         self.metrics = metrics
         self.neighbours = neighbours
-        self.reopen(self.running)
+        self._dispatch = Dispatch(loop, self.running, self._execution(), self.batcher, self._settle)
 
     @property
     def backend(self) -> Backend:
@@ -65,8 +65,10 @@ class Variant:
     def reopen(self, running: Running) -> None:
         """Go on with backends that were loaded anew."""
         self.running = running
-        execution = Execution(self.name, self._spec, running, self.metrics)
-        self._dispatch = Dispatch(self._loop, running, execution, self.batcher, self._settle)
+        self._dispatch.reopen(running, self._execution())
+
+    def _execution(self) -> Execution:
+        return Execution(self.name, self._spec, self.running, self.metrics)
 
     async def predict(
         self, sample: Arrays, gone: Gone, timeout_s: float | None = None, priority: int = 0
@@ -127,7 +129,7 @@ class Variant:
 
     def turn_s(self) -> float:
         """Predicted seconds of one lane for one batch of the queue, the costliest if their lengths differ."""
-        return self.costs.turn_seconds(self.batcher.rows_by_length(self.batcher.limits.levels))
+        return self._dispatch.turn_s()
 
     def _length(self, sample: Arrays) -> int:
         length = longest(sample, self._axes)

@@ -11,6 +11,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 from service.backends.denormals import flush_denormals
@@ -62,21 +63,18 @@ def warm_up(device: Device, load: Callable[[int], Backend], spec: InputSpec, max
     backends = tuple(device.call_on_each(open_on))
     rows = _row_buckets(backends[0], max_rows, lengths)
 
-    def seconds(rows: int, length: int) -> float:
+    def measured(one: Callable[[Backend, Arrays], float], rows: int, length: int = 0) -> float:
         batch = spec.example(rows, length)
-        return statistics.fmean(device.call_on_each(lambda lane: _seconds(backends[lane.index], batch)))
+        return statistics.fmean(device.call_on_each(lambda lane: one(backends[lane.index], batch)))
 
-    def once(rows: int) -> float:
-        batch = spec.example(rows, 0)
-        return statistics.fmean(device.call_on_each(lambda lane: _timed(backends[lane.index], batch)))
-
+    seconds = partial(measured, _seconds)
     shapes: Literal["any", "compiled"] = "compiled" if backends[0].row_buckets else "any"
     if shapes == "compiled" and not lengths:
         grid = [{count: seconds(count, 0) for count in rows}]
     else:
         grid = measure_grid(seconds, rows, lengths or (0,))
     if not lengths:
-        compare_again(once, grid[0])
+        compare_again(partial(measured, _timed), grid[0])
     costs = Costs([CostTable(known, max_rows, shapes) for known in grid], lengths)
     wide = _wide(device, open_with, spec, costs) if opened[0].self_contained else None
     return Running(device, backends, costs, wide)

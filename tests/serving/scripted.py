@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
 
 import numpy as np
@@ -43,6 +44,18 @@ class ScriptedBackend:
     def close(self) -> None: ...
 
 
+class Slow(ScriptedBackend):
+    """Takes so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def run(self, batch: Arrays) -> Arrays:
+        time.sleep(self.seconds)
+        return super().run(batch)
+
+
 def sample(value: float, rows: int = 1) -> Arrays:
     return (np.full((rows, 2), value, np.float32),)
 
@@ -68,16 +81,22 @@ def play(
     costs = Costs([CostTable({rows: seconds(rows) if callable(seconds) else seconds for rows in sizes})])
     variant = Variant("v", SPEC, Running(device, (backend,) * lanes, costs), Batcher[Reply](limits))
 
+    act(variant, device, lambda: scenario(variant, backend), backend.gate)
+    return variant
+
+
+def act(variant: Variant, device: Device, scene: Callable[[], Awaitable[None]], gate: threading.Event) -> None:
+    """Bind a variant to a loop and act there for at most 20 s; in the end the gate is opened and the device closed."""
+
     async def body() -> None:
         variant.bind(asyncio.get_running_loop(), VariantMetrics("v", VariantFacts()), [])
-        await scenario(variant, backend)
+        await scene()
 
     try:
         asyncio.run(asyncio.wait_for(body(), 20))
     finally:
-        backend.gate.set()
+        gate.set()
         device.close()
-    return variant
 
 
 async def hold(variant: Variant, backend: ScriptedBackend) -> asyncio.Task[Prediction]:

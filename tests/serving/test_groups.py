@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import numpy as np
 import pytest
-from scripted import ScriptedBackend, play, sample, stay
+from scripted import ScriptedBackend, Slow, play, sample, stay
 
-from service.contracts import Arrays
 from service.serving.batcher import QueueLimits, Ticket
 from service.serving.execution import Batch, Reply
 from service.serving.groups import SHARE, TICK_S, Group
@@ -49,14 +47,8 @@ def test_who_came_meanwhile_belongs_to_the_group() -> None:
     assert group.pause(4, 100.0) == 0.0
 
 
-class Slow(ScriptedBackend):
-    def run(self, batch: Arrays) -> Arrays:
-        time.sleep(0.1)
-        return super().run(batch)
-
-
 def test_clients_that_were_answered_together_are_answered_together_again() -> None:
-    backend = Slow()
+    backend = Slow(0.1)
 
     async def scenario(variant: Variant, _: ScriptedBackend) -> None:
         async def client(number: int) -> None:
@@ -79,11 +71,11 @@ def test_who_comes_alone_behind_a_group_waits_for_it_no_longer_than_a_little() -
         again = await variant.predict(sample(1), stay)
         assert again.queue_s < 0.002, "who was answered alone is no group"
 
-    play(scenario, QueueLimits(4, 100), Slow(), 0.1)
+    play(scenario, QueueLimits(4, 100), Slow(0.1), 0.1)
 
 
 def test_a_lane_that_comes_back_takes_who_waits_together_with_those_it_has_just_answered() -> None:
-    backend = Slow()
+    backend = Slow(0.1)
 
     async def scenario(variant: Variant, _: ScriptedBackend) -> None:
         async def client(begin: float) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 import pytest
-from scripted import SPEC, ScriptedBackend, play, sample, stay
+from scripted import SPEC, ScriptedBackend, Slow, play, sample, stay
 
 from service.contracts import Arrays
 from service.errors import (
@@ -43,12 +43,7 @@ def test_a_second_lane_runs_what_waits_while_the_first_is_busy() -> None:
 
 @pytest.mark.parametrize(("shared", "batches"), [(0.9, [3, 3]), (0.1, [6])], ids=["by the row", "by the batch"])
 def test_what_waits_is_divided_among_idle_lanes_if_a_batch_costs_by_its_rows(shared: float, batches: list[int]) -> None:
-    class Slow(ScriptedBackend):
-        def run(self, batch: Arrays) -> Arrays:
-            time.sleep(0.05)
-            return super().run(batch)
-
-    backend = Slow()
+    backend = Slow(0.05)
 
     async def scenario(variant: Variant, _: ScriptedBackend) -> None:
         predictions = await asyncio.gather(*(variant.predict(sample(i), stay) for i in range(6)))

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 import pytest
-from scripted import stay
+from scripted import act, stay
 
 from service.contracts import Arrays, Field, InputSpec
 from service.errors import (
@@ -20,7 +20,6 @@ from service.serving.costs import Costs, CostTable
 from service.serving.device import Device
 from service.serving.execution import Reply, Running
 from service.serving.variant import Variant
-from service.telemetry.observations import VariantFacts, VariantMetrics
 
 TOKENS = InputSpec(
     (Field("ids", "int64", (None,), pad=9),),
@@ -61,15 +60,7 @@ def play_tokens(scenario: Callable[[Variant, Tagger], Awaitable[None]]) -> Varia
     limits = QueueLimits(4, 100, timeout_s=1000, lengths=(16, 32, 64), rows_at=(4, 2, 1))
     variant = Variant("v", TOKENS, Running(device, (backend,), costs), Batcher[Reply](limits))
 
-    async def body() -> None:
-        variant.bind(asyncio.get_running_loop(), VariantMetrics("v", VariantFacts()), [])
-        await scenario(variant, backend)
-
-    try:
-        asyncio.run(asyncio.wait_for(body(), 20))
-    finally:
-        backend.gate.set()
-        device.close()
+    act(variant, device, lambda: scenario(variant, backend), backend.gate)
     return variant
 
 
