@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakes import Live, live_server
-from test_connection import INFER, Client
+from raw_client import Client
 
 from service.api import connection
 from service.api.body import LARGE, BodyReader
 
+INFER = "/v2/models/pixels/versions/a/infer"
 LIMIT = 16 * 2**20
 SIZES = (LARGE - 1000, LARGE + 5000, 900_000)
 """The loop reads at most 256 KiB at a time: only of the last is a large rest to come."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import socket
 import time
 from asyncio import Future
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import uvicorn
 from fakes import Live, live_server
+from raw_client import Client
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
@@ -59,44 +59,6 @@ def infer(pixel: float = 1.0, path: str = INFER, headers: str = "", **changes: A
     body = json.dumps({"inputs": [tensor]})
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\n{headers}content-length: {len(body)}\r\n\r\n"
     return (head + body).encode()
-
-
-class Client:
-    """One connection."""
-
-    def __init__(self, live: Live) -> None:
-        self.socket = socket.create_connection(live.host_and_port, timeout=10)
-        self.file = self.socket.makefile("rb")
-
-    def send(self, data: bytes) -> None:
-        self.socket.sendall(data)
-
-    def reply(self) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body of the next reply."""
-        status = int(self.file.readline().split()[1])
-        headers = {}
-        while (line := self.file.readline().decode().strip()) != "":
-            name, _, value = line.partition(": ")
-            headers[name] = value
-        return status, headers, self.file.read(int(headers["content-length"]))
-
-    def ask(self, data: bytes) -> tuple[int, dict[str, str], bytes]:
-        self.send(data)
-        return self.reply()
-
-    def pixels(self) -> list[float]:
-        """The outputs of the next reply."""
-        status, _, body = self.reply()
-        assert status == 200, body
-        return [float(value) for value in json.loads(body)["outputs"][0]["data"]]
-
-    def close(self) -> None:
-        self.file.close()
-        self.socket.close()
-
-    def is_closed(self) -> bool:
-        """Whether the server has closed it; waits for that."""
-        return self.file.read(1) == b""
 
 
 @pytest.fixture

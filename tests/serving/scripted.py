@@ -85,8 +85,8 @@ def play(
     return variant
 
 
-def act(variant: Variant, device: Device, scene: Callable[[], Awaitable[None]], gate: threading.Event) -> None:
-    """Bind a variant to a loop and act there for at most 20 s; in the end the gate is opened and the device closed."""
+def act(variant: Variant, device: Device, scene: Callable[[], Awaitable[None]], *gates: threading.Event) -> None:
+    """Bind a variant to a loop and act there for at most 20 s; in the end the gates are opened and the device closed."""
 
     async def body() -> None:
         variant.bind(asyncio.get_running_loop(), VariantMetrics("v", VariantFacts()), [])
@@ -95,7 +95,8 @@ def act(variant: Variant, device: Device, scene: Callable[[], Awaitable[None]], 
     try:
         asyncio.run(asyncio.wait_for(body(), 20))
     finally:
-        gate.set()
+        for gate in gates:
+            gate.set()
         device.close()
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 import pytest
-from scripted import SPEC, ScriptedBackend, Slow, play, sample, stay
+from scripted import SPEC, ScriptedBackend, Slow, act, play, sample, stay
 
 from service.contracts import Arrays
 from service.errors import (
@@ -235,16 +235,7 @@ def play_wide(scenario: Callable[[Variant, ScriptedBackend, ScriptedBackend], Aw
     running = Running(device, (narrow, narrow), costs, Way(wide, alone))
     variant = Variant("v", SPEC, running, Batcher[Reply](QueueLimits(4, 100)))
 
-    async def body() -> None:
-        variant.bind(asyncio.get_running_loop(), VariantMetrics("v", VariantFacts()), [])
-        await scenario(variant, narrow, wide)
-
-    try:
-        asyncio.run(asyncio.wait_for(body(), 20))
-    finally:
-        narrow.gate.set()
-        wide.gate.set()
-        device.close()
+    act(variant, device, lambda: scenario(variant, narrow, wide), narrow.gate, wide.gate)
     assert not any(lane.held.locked() for lane in device.lanes)
 
 

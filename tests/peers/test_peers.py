@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import io
 import shutil
-import socket
 import subprocess
-import sys
-import threading
-import time
 import venv
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
+from tables import shown
 
-from loadtest.peers import bare, compare, process, quiet, saturation
-from loadtest.peers.bare import Bare, Way, measure
-from loadtest.peers.callers import Closed, Overload, closed_loop, open_loop, rate_between_groups
+from loadtest.peers import compare, process
 from loadtest.peers.compare import Cell, Plan, check, expected, table
 from loadtest.peers.network import SPECS, example, write_network
 from loadtest.peers.process import PeerError, Running, ask, serving
 from loadtest.peers.roster import BINARY_V2, BYTES, PEERS, Form, Peer, Request
-from loadtest.peers.saturation import Round, best_way
-from loadtest.peers.steps import STEPS, StopWatch
 from loadtest.peers.wrk import Load, load
 from service.api.codecs.open_inference import InferDecoder
 
@@ -195,12 +183,6 @@ def some_load(rate: float, p50_ms: float = 1.0) -> Load:
     return Load(rate=rate, failed=0, p50_ms=p50_ms, p99_ms=2.0, requests=1000, client_cpu_s=0.5)
 
 
-def shown(renderable: object) -> str:
-    file = io.StringIO()
-    Console(file=file, width=160).print(renderable)
-    return file.getvalue()
-
-
 def test_the_table_shows_ratios_within_rounds_to_the_best_other() -> None:
     ours = [Cell(some_load(rate), 0.1) for rate in (100, 200, 400)]
     theirs = [Cell(some_load(rate), 0.1) for rate in (50, 100, 400)]
@@ -224,174 +206,3 @@ def test_measuring_changes_who_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     cells = compare.measure(peers, dict.fromkeys(PEERS, Request("", {}, b"")), Plan([8], 2, 1, 0))
     assert asked == [0, 1, 1, 0]
     assert len(cells[8]["triton"]) == 2
-
-
-def test_a_bare_loop_tells_rows_per_second_and_the_time_of_a_run(tmp_path: Path) -> None:
-    found = measure(write_network("mlp", tmp_path), Way(2, 1, 4), 0.1)
-    assert found.rate > 1000
-    assert 0 < found.p50_ms < 50
-
-
-def test_the_best_way_is_that_of_the_highest_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saturation, "CORES", 2)
-    monkeypatch.setattr(saturation, "quietly", lambda run, **_: run())
-    rates = {Way(1, 2, 1): 5.0, Way(2, 1, 4): 9.0}
-    monkeypatch.setattr(bare, "measure", lambda _, way, __: Bare(rates.get(way, 1.0), 1.0))
-    assert best_way(Path(), Plan([8], 1, 1, 0), Console(file=io.StringIO())) == Way(2, 1, 4)
-    assert len(saturation.ways()) == 10
-
-
-def test_saturation_is_told_as_shares_of_the_bare_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saturation, "CORES", 2)
-    flooded = Overload(1000, 90, (10.0, 20.0), {200: 90, 429: 910}, 0.2)
-    item = Round(Bare(100, 9), {8: Closed(90, 1, 2, 0, 0.5)}, Closed(1, 10.5, 11, 0, 0), Bare(1, 10), flooded)
-    text = shown(saturation.saturation_table([item, item], 5.0, "title"))
-    # 90 of 100; wrk took 0.5 s of 2 x 5 s, so 90 of the 95 that it left.
-    assert "90.0%" in text
-    assert "5.0%" in text
-    assert "94.7%" in text
-    assert saturation.idle_line([item]) == "idle: p50 10.50 ms, bare 10.00 ms, added 0.50 ms"
-    line = saturation.overload_line([item, item], 2, 3000)
-    assert "goodput 100.0% of the peak" in line
-    assert "{200: 180, 429: 1820}" in line
-
-
-@contextmanager
-def refusing_server(capacity: int) -> Iterator[int]:
-    """Answers the first `capacity` requests of each 100 ms with 200, the others with 429."""
-    loop = asyncio.new_event_loop()
-    spent: dict[int, int] = {}
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while await reader.read(65536):
-            slot = int(time.perf_counter() * 10)
-            spent[slot] = spent.get(slot, 0) + 1
-            status = 200 if spent[slot] <= capacity else 429
-            writer.write(b"HTTP/1.1 %d X\r\nContent-Length: 2\r\n\r\nok" % status)
-        writer.close()
-
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = loop.run_until_complete(asyncio.start_server(serve, sock=listening))
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        yield listening.getsockname()[1]
-    finally:
-        loop.call_soon_threadsafe(server.close)
-        time.sleep(0.1)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
-
-
-def test_a_closed_loop_counts_who_was_answered() -> None:
-    with refusing_server(capacity=1_000_000) as port:
-        found = closed_loop(port, Request("/", {}, b"x"), connections=2, seconds=0.3)
-    assert found.failed == 0
-    assert 0 < found.p50_ms <= found.p99_ms
-    assert found.client_cpu_s > 0
-    with refusing_server(capacity=0) as port:
-        found = closed_loop(port, Request("/", {}, b"x"), connections=2, seconds=0.1)
-    assert (found.rate, found.failed > 10) == (0, True)
-
-
-@pytest.mark.parametrize(
-    ("times", "rate"),
-    [
-        ([], 0.0),
-        ([1.0, 1.001], 0.0),
-        ([1.0, 2.0], 1.0),
-        ([1.0, 1.001, 2.0, 2.001, 3.0, 3.001], 4 / 2),  # two per second, whatever part of a group the end cuts off
-    ],
-)
-def test_the_rate_is_taken_between_groups(times: list[float], rate: float) -> None:
-    assert rate_between_groups(times) == pytest.approx(rate, rel=0.01)
-
-
-def test_an_open_loop_offers_its_rate_and_counts_who_was_answered() -> None:
-    with refusing_server(capacity=4) as port:
-        found = open_loop(port, Request("/", {}, b"x"), rate=400, seconds=1, connections=16)
-    assert 150 < found.offered <= 420  # a busy machine skips turns
-    assert 10 < found.goodput <= 48
-    assert set(found.statuses) == {200, 429}
-    assert len(found.answered_ms) == found.statuses[200]
-
-
-def test_the_watched_steps_exist_and_time_in_others_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch = StopWatch()
-    watch.calls.clear()
-
-    def inner() -> None:
-        spin(0.05)
-
-    def outer() -> None:
-        spin(0.01)
-        timed_inner()
-        time.sleep(0.05)  # waiting is not counted
-
-    def spin(seconds: float) -> None:
-        end = time.thread_time() + seconds
-        while time.thread_time() < end:
-            pass
-
-    timed_inner, timed_outer = watch._timed("inner", inner), watch._timed("outer", outer)
-    watch.seconds = {"inner": 0.0, "outer": 0.0}
-    timed_outer()
-    assert watch.seconds == {"inner": 0.0, "outer": 0.0}  # it is not running
-    watch.on = True
-    timed_outer()
-    assert watch.seconds["inner"] == pytest.approx(0.05, abs=0.01)
-    assert watch.seconds["outer"] == pytest.approx(0.01, abs=0.005)
-    assert (watch.calls["inner"], watch.calls["outer"]) == (1, 1)
-    assert watch.cost_s(["inner", "outer"]) < 1e-4
-    program = (
-        "from loadtest.peers.steps import *\nwatch = StopWatch()\nfor step in STEPS: watch.watch(step)\n"
-        "print(len(watch.seconds))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == len(STEPS)
-
-
-def test_a_disturbed_run_is_done_again_and_a_quiet_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = iter([0.9, 0.4, 0.0, 0.0])
-    busy = 0.0
-    runs: list[float] = []
-
-    def run() -> float:
-        nonlocal busy
-        share, began = next(others), time.perf_counter()
-        time.sleep(0.05)
-        busy += share * (time.perf_counter() - began) * quiet.CORES
-        runs.append(share)
-        return share
-
-    monkeypatch.setattr(quiet, "LOOK_S", 0.0001)
-    monkeypatch.setattr(quiet, "busy_s", lambda: busy)
-    assert quiet.quietly(run) == 0.0
-    assert runs == [0.9, 0.4, 0.0]
-    assert quiet.quietly(run) == 0.0
-    assert len(runs) == 4
-
-
-def test_where_others_never_rest_the_least_disturbed_run_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = iter([0.9, 0.5, 0.3, 0.8, 0.0])
-    busy = 0.0
-
-    def run() -> float:
-        nonlocal busy
-        share, began = next(others), time.perf_counter()
-        time.sleep(0.05)
-        busy += share * (time.perf_counter() - began) * quiet.CORES
-        return share
-
-    monkeypatch.setattr(quiet, "busy_s", lambda: busy)
-    assert quiet.quietly(run, patience_s=0.001) == 0.3
-    assert quiet.quietly(run, patience_s=0) == 0.0
-
-
-def test_what_the_run_itself_uses_is_no_disturbance() -> None:
-    before = quiet.busy_s()
-    end = time.perf_counter() + 0.3
-    while time.perf_counter() < end:
-        pass
-    assert quiet.busy_s() - before >= 0.2
