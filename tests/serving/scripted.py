@@ -86,7 +86,7 @@ def play(
 
 
 def act(variant: Variant, device: Device, scene: Callable[[], Awaitable[None]], *gates: threading.Event) -> None:
-    """Bind a variant to a loop and act there for at most 20 s; in the end the gates are opened and the device closed."""
+    """Bind a variant to a loop and act there for at most 20 s; then the gates are opened and the device is closed."""
 
     async def body() -> None:
         variant.bind(asyncio.get_running_loop(), VariantMetrics("v", VariantFacts()), [])
