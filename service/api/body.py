@@ -1,7 +1,8 @@
 """A large body is read from the socket straight into the place where its tensors are used.
 
 A protocol of pieces would get it copied twice before: from the loop's buffer into a piece, and from all pieces into one
-body. So while the rest of such a body is to come, this takes the place of its connection.
+body. So a connection that has such a body gives up its place on the transport to a reader, for good: a client that sent
+one will send more, and to change places takes four system calls.
 """
 
 from __future__ import annotations
@@ -13,42 +14,47 @@ import numpy as np
 
 LARGE = 2**16
 """Bytes still to come for which it is worth changing places, which costs about as much as two small copies."""
+PIECE = 2**14
+"""Bytes read at once where a head may begin. What follows it in the same piece is copied, as small bodies are."""
 
 
 class BodyReader(asyncio.BufferedProtocol):
-    """Reads exactly the rest of one body, gives the connection its place back, and then the body to `came`.
+    """Reads bodies in place for a connection, and whatever stands between them in pieces.
 
-    Whatever else happens on the transport meanwhile is the connection's.
+    All else that happens on the transport is the connection's.
     """
 
-    def __init__(
-        self,
-        connection: asyncio.Protocol,
-        transport: asyncio.Transport,
-        begun: bytes,
-        length: int,
-        came: Callable[[memoryview], None],
-    ) -> None:
-        """`begun` is the part of the body that came with its head, `length` the bytes of all of it."""
+    def __init__(self, connection: asyncio.Protocol, transport: asyncio.Transport) -> None:
+        """Takes the place of `connection` on `transport`."""
         self._connection = connection
-        self._transport = transport
-        self._came = came
+        self._piece = memoryview(bytearray(PIECE))
+        self._body = self._rest = memoryview(b"")
+        self._came: Callable[[memoryview], None]
+        transport.pause_reading()  # a transport looks at the kind of its protocol only where it begins to read
+        transport.set_protocol(self)
+        transport.resume_reading()
+
+    def read(self, begun: bytes, length: int, came: Callable[[memoryview], None]) -> None:
+        """Read a body of `length` bytes, which `begun` came with its head; then give the whole to `came`."""
         # Pages that no byte has come for are no memory yet: a client that only announces a body takes none.
         self._body = np.empty(length, np.uint8).data
         self._body[: len(begun)] = begun
         self._rest = self._body[len(begun) :]
-        _change(transport, self)
+        self._came = came
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's guess
         """Where the next bytes go."""
-        return self._rest
+        return self._rest or self._piece
 
     def buffer_updated(self, nbytes: int) -> None:
         """So many have come."""
+        if not self._rest:
+            self._connection.data_received(bytes(self._piece[:nbytes]))
+            return
         self._rest = self._rest[nbytes:]
         if not self._rest:
-            _change(self._transport, self._connection)
-            self._came(self._body)
+            body, self._body = self._body, self._rest
+            self._came(body)
 
     def eof_received(self) -> bool | None:
         """The client sends no more."""
@@ -65,10 +71,3 @@ class BodyReader(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """It does again."""
         self._connection.resume_writing()
-
-
-def _change(transport: asyncio.Transport, protocol: asyncio.BaseProtocol) -> None:
-    # A transport looks at the kind of its protocol only where it begins to read.
-    transport.pause_reading()
-    transport.set_protocol(protocol)
-    transport.resume_reading()

@@ -50,6 +50,7 @@ class Connection(HttpToolsProtocol):
         self._known: Head
         self._parts: list[bytes] = []
         self._missing = 0
+        self._reader: BodyReader | None = None
 
     def data_received(self, data: bytes) -> None:
         if self._missing:
@@ -81,6 +82,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._reader = None  # nothing else would end that circle, and the body in it, soon
         if self._missing:
             self._missing = 0
             self._answer(self.cycle, None)  # type: ignore[arg-type]  # by which the client counts as gone
@@ -93,8 +95,10 @@ class Connection(HttpToolsProtocol):
             self._answer(exchange, body)
             return
         self._missing = known.length - len(body)
-        if self._missing >= LARGE:
-            BodyReader(self, self.transport, body, known.length, self._came)
+        if self._reader is None and self._missing >= LARGE:
+            self._reader = BodyReader(self, self.transport)
+        if self._reader is not None:
+            self._reader.read(body, known.length, self._came)
         else:
             self._parts = [body]
         if not body:

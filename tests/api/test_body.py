@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +41,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
 
     class Watched(BodyReader):
-        def __init__(self, *args: object) -> None:
-            sizes.append(args[3])  # type: ignore[arg-type]
-            super().__init__(*args)  # type: ignore[arg-type]
+        def read(self, begun: bytes, length: int, came: Callable[[memoryview], None]) -> None:
+            sizes.append(length)
+            super().read(begun, length, came)
 
     monkeypatch.setattr(connection, "BodyReader", Watched)
     return sizes
@@ -71,6 +71,29 @@ def test_large_bodies_have_their_own_answers(client: Client, read: list[int], si
         client.send(infer(pixel, size, form))
         assert client.pixels() == [10.0 * pixel] * 4
     assert len(read) == (3 if size == SIZES[-1] else 0), "from the second request on, where the rest is large"
+
+
+def test_after_a_large_body_the_connection_takes_whatever_comes(client: Client, read: list[int]) -> None:
+    health = b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n"
+    small = infer(3, 100)
+    head, _, body = small.partition(b"\r\n\r\n")
+    chunked = head.partition(b"content-length")[0] + b"transfer-encoding: chunked\r\n\r\n"
+    chunked += b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    for _ in range(2):
+        client.send(infer(1, 900_000))
+        assert client.pixels() == [10.0] * 4
+    assert client.ask(health)[0] == 200
+    for request, pieces in ((small, 1), (small, 3), (chunked, 1), (infer(3, 40_000), 1), (infer(3, 40_000), 3)):
+        size = -(-len(request) // pieces)
+        for start in range(0, len(request), size):
+            client.send(request[start : start + size])
+            time.sleep(0.01)
+        assert client.pixels() == [30.0] * 4
+    client.send(health + infer(4, 900_000) + small + health)
+    assert client.reply()[0] == 200
+    assert [client.pixels()[0] for _ in range(2)] == [40.0, 30.0]
+    assert client.reply()[0] == 200
+    assert read[0] == len(infer(1, 900_000).partition(b"\r\n\r\n")[2])
 
 
 @pytest.mark.parametrize("cut", [80, 200, 5000, -1])
