@@ -37,7 +37,11 @@ class Closed(NamedTuple):
 
 
 class Overload(NamedTuple):
-    """Requests sent and answered (200) per second, milliseconds of the answered ones, statuses, CPU of the callers."""
+    """Replies per second, those that answered (200), their milliseconds, statuses, CPU seconds of the callers.
+
+    Like the rate of `Closed`, goodput is that between the first group and the last: the first comes as late as a batch
+    takes, whatever the load.
+    """
 
     offered: float
     goodput: float
@@ -74,9 +78,11 @@ def open_loop(port: int, request: Request, rate: float, seconds: float, connecti
     before = _cpu_s()
     with _unhurried():
         replies = uvloop.run(_open(port, _bytes_of(request), rate, seconds, connections))
-    answered = tuple(ms for status, ms in replies if status == 200)
-    statuses = dict(Counter(status for status, _ in replies))
-    return Overload(len(replies) / seconds, len(answered) / seconds, answered, statuses, _cpu_s() - before)
+    answered = sorted((at, ms) for status, at, ms in replies if status == 200)
+    goodput = rate_between_groups([at for at, _ in answered])
+    statuses = dict(Counter(status for status, _, _ in replies))
+    times = tuple(ms for _, ms in answered)
+    return Overload(len(replies) / seconds, goodput, times, statuses, _cpu_s() - before)
 
 
 @contextmanager
@@ -114,14 +120,16 @@ async def _closed(port: int, request: bytes, connections: int, seconds: float) -
     return replies
 
 
-async def _open(port: int, request: bytes, rate: float, seconds: float, connections: int) -> list[tuple[int, float]]:
+async def _open(
+    port: int, request: bytes, rate: float, seconds: float, connections: int
+) -> list[tuple[int, float, float]]:
     loop = asyncio.get_running_loop()
     period = connections / rate
-    replies: list[tuple[int, float]] = []
+    replies: list[tuple[int, float, float]] = []
 
     def replied(caller: _Caller, status: int, now: float) -> None:
         if now < end:
-            replies.append((status, (now - caller.asked) * 1000))
+            replies.append((status, now, (now - caller.asked) * 1000))
         caller.due += period
         while caller.due <= now:
             caller.due += period

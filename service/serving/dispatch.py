@@ -101,7 +101,7 @@ class Dispatch:
         if self._group.pause(self._batcher.waiting_rows, time.perf_counter()):
             return partial(self._loop.call_soon_threadsafe, self._summon)
         device = self._running.device
-        portion = partial(self._execution.portion, lanes=device.idle() + 1) if len(device.lanes) > 1 else None
+        portion = self._execution.portion if len(device.lanes) > 1 else None
         formed, taken = self._batcher.take(time.perf_counter(), portion), time.perf_counter()
         if formed.more and self._batcher.limits.max_delay_s == 0:
             device.post(self._go_on)

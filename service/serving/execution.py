@@ -118,13 +118,16 @@ class Execution:
         finally:
             device.narrow(lane)
 
-    def portion(self, bucket: int, rows: int, *, lanes: int) -> int:
-        """Rows for one of so many idle lanes when `rows` of a length bucket wait: all, or an equal share.
+    def portion(self, bucket: int, rows: int) -> int:
+        """Rows for a lane that takes now, while `rows` of a length bucket wait: all, or a share equal to others'.
 
-        Shares are made where everybody is answered sooner by them, and the lanes do little more than one would. Else
-        eight clients who were answered together would go from lane to lane together.
+        Shares are made where other lanes are idle, everybody is answered sooner by them, and the lanes do little more
+        than one would. Else eight clients who were answered together would go from lane to lane together.
         """
+        if rows == 1:
+            return rows
         running = self._running
+        lanes = 1 + running.device.idle()
         table = running.costs.tables[bucket]
         share = -(-rows // lanes)
         if lanes == 1 or share >= table.knee:

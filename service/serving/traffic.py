@@ -18,7 +18,10 @@ def pick(split: Mapping[str, float], serving: Mapping[str, float], caller_key: s
 
     So a key whose variant is unloaded goes to one of the others, and no other key moves. Empty if none serves.
     """
-    chosen = share_out(split, random() if caller_key is None else sticky_point(caller_key, salt))
+    if len(split) == 1:
+        (chosen,) = split
+    else:
+        chosen = share_out(split, random() if caller_key is None else sticky_point(caller_key, salt))
     if chosen in serving:
         return chosen
     return share_out(serving, random() if caller_key is None else sticky_point(caller_key, f"stand-in {salt}"))
