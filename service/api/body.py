@@ -16,10 +16,12 @@ LARGE = 2**16
 """Bytes still to come for which it is worth changing places, which costs about as much as two small copies."""
 PIECE = 2**14
 """Bytes read at once where a head may begin. What follows it in the same piece is copied, as small bodies are."""
+_WASTE = memoryview(bytearray(LARGE))
+"""Where all readers put what nobody wants: small enough to stay in the core's cache."""
 
 
 class BodyReader(asyncio.BufferedProtocol):
-    """Reads bodies in place for a connection, and whatever stands between them in pieces.
+    """Reads bodies in place for a connection, or past them, and whatever stands between them in pieces.
 
     All else that happens on the transport is the connection's.
     """
@@ -29,6 +31,7 @@ class BodyReader(asyncio.BufferedProtocol):
         self._connection = connection
         self._piece = memoryview(bytearray(PIECE))
         self._body = self._rest = memoryview(b"")
+        self._unwanted = 0
         self._came: Callable[[memoryview], None]
         transport.pause_reading()  # a transport looks at the kind of its protocol only where it begins to read
         transport.set_protocol(self)
@@ -42,17 +45,25 @@ class BodyReader(asyncio.BufferedProtocol):
         self._rest = self._body[len(begun) :]
         self._came = came
 
+    def skip(self, length: int, came: Callable[[memoryview], None]) -> None:
+        """Read past so many bytes, then give nothing to `came`."""
+        self._unwanted = length
+        self._came = came
+
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's guess
         """Where the next bytes go."""
-        return self._rest or self._piece
+        return _WASTE[: self._unwanted] if self._unwanted else self._rest or self._piece
 
     def buffer_updated(self, nbytes: int) -> None:
         """So many have come."""
-        if not self._rest:
+        if self._rest:
+            self._rest = self._rest[nbytes:]
+        elif self._unwanted:
+            self._unwanted -= nbytes
+        else:
             self._connection.data_received(bytes(self._piece[:nbytes]))
             return
-        self._rest = self._rest[nbytes:]
-        if not self._rest:
+        if not self._rest and not self._unwanted:
             body, self._body = self._body, self._rest
             self._came(body)
 

@@ -5,8 +5,9 @@ parsing the head, a scope, a task, two events, a timer and two writes per reply 
 does for a small model. So the head of a prediction request is remembered with what the parser made of it (`heads.py`);
 when the same bytes come again, whole and between two requests, the body is cut off behind them, in as many pieces as it
 comes (`body.py` reads large ones), and the request is answered straight away, in the same turn of the event loop, with
-one write. Everything else (descriptions, chunked bodies, pipelining, `Connection: close`, HTTP/1.0, clients that do not
-read their replies) takes uvicorn's way, which is the same to the client.
+one write. The answer begins with the head, so that the body of a request that is refused anyway is read past.
+Everything else (descriptions, chunked bodies, pipelining, `Connection: close`, HTTP/1.0, clients that do not read their
+replies) takes uvicorn's way, which is the same to the client.
 
 `tests/api/test_connection.py` holds both ways against each other; it fails if a new uvicorn lacks what is used here.
 """
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Generator
+from types import coroutine
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -29,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 _ONE_WRITE = 2**16
 """Bytes of a body up to which copying it behind its head is cheaper than a second write."""
+_BODY = object()
+"""What the coroutine of a request hands to its `Exchange` while it waits for its body."""
 
 
 class Connection(HttpToolsProtocol):
@@ -46,10 +50,9 @@ class Connection(HttpToolsProtocol):
         self._between = True
         self._head = b""
         self._received = self._begun = 0
-        # The request on the short way whose body is still coming.
-        self._known: Head
-        self._parts: list[bytes] = []
+        # Bytes of a body on the short way that are still to come, those that came, and who reads them if not this.
         self._missing = 0
+        self._parts: list[bytes] = []
         self._reader: BodyReader | None = None
 
     def data_received(self, data: bytes) -> None:
@@ -84,29 +87,27 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
         self._reader = None  # nothing else would end that circle, and the body in it, soon
         if self._missing:
-            self._missing = 0
-            self._answer(self.cycle, None)  # type: ignore[arg-type]  # by which the client counts as gone
+            self._came(None)  # by which the client counts as gone
 
     def _begin(self, known: Head, body: bytes) -> None:
-        self._known = known
+        """Answer a request as far as can be without the rest of its body; see to it that this is read, or skipped."""
         exchange = Exchange(self, self._event)
         self.cycle = exchange  # type: ignore[assignment]
-        if len(body) == known.length:
-            self._answer(exchange, body)
-            return
         self._missing = known.length - len(body)
+        caller = Caller(known.path, known.headers, exchange.receive, None if self._missing else body, body)
+        exchange.begin(self.hot.answer(known.route, caller))
+        if not self._missing or self.transport.is_closing():
+            return
         if self._reader is None and self._missing >= LARGE:
             self._reader = BodyReader(self, self.transport)
-        if self._reader is not None:
-            self._reader.read(body, known.length, self._came)
-        else:
+        if self._reader is None:
             self._parts = [body]
+        elif exchange.response_complete:
+            self._reader.skip(self._missing, self._came)
+        else:
+            self._reader.read(body, known.length, self._came)
         if not body:
             acknowledge(self.transport)
-
-    def _came(self, body: memoryview) -> None:
-        self._missing = 0
-        self._answer(self.cycle, body)  # type: ignore[arg-type]
 
     def _go_on(self, data: bytes) -> None:
         self._parts.append(data[: self._missing])
@@ -115,13 +116,16 @@ class Connection(HttpToolsProtocol):
             return
         body, rest = b"".join(self._parts), data[len(self._parts[-1]) :]
         self._parts = []
-        self._answer(self.cycle, body)  # type: ignore[arg-type]
+        self._came(body)
         if rest:
             self.data_received(rest)
 
-    def _answer(self, exchange: Exchange, body: bytes | memoryview | None) -> None:
-        caller = Caller(self._known.path, self._known.headers, exchange.receive, body)
-        exchange.begin(self.hot.answer(self._known.route, caller))
+    def _came(self, body: bytes | memoryview | None) -> None:
+        """The body is here, or it will never be."""
+        self._missing = 0
+        exchange: Exchange = self.cycle  # type: ignore[assignment]
+        if not exchange.response_complete:
+            exchange.feed(body)
 
     def reply(self, exchange: Exchange, reply: Reply | None) -> None:
         """Send the reply, if there is one, and be ready for the next request."""
@@ -156,7 +160,7 @@ class Connection(HttpToolsProtocol):
     def timeout_keep_alive_handler(self) -> None:
         """Close the connection if it was idle for long enough; else look again when it may have been."""
         rest: float = self.timeout_keep_alive
-        if self.cycle.response_complete:
+        if self.cycle.response_complete and not self._missing:
             rest = self._answered_at + rest - self.loop.time()
         if rest > 0:
             self.timeout_keep_alive_task = self.loop.call_later(rest, self.timeout_keep_alive_handler)
@@ -169,31 +173,57 @@ def connections_to(hot: HotPath) -> type[Connection]:
     return type("Connection", (Connection,), {"hot": hot, "heads": KnownHeads(hot)})
 
 
+@coroutine
+def _until_fed() -> Generator[object, None, None]:
+    yield _BODY
+
+
 class Exchange:
     """A request on the short way, where uvicorn keeps its own `cycle`: it has the attributes that are asked for there.
 
     It also drives the coroutine that answers: as a task would, but from where it stands, and without a turn of the
-    loop before the first step. The coroutine must not ask for the current task.
+    loop before the first step or when the body has come. The coroutine must not ask for the current task.
     """
 
-    __slots__ = ("_connection", "_coroutine", "disconnected", "keep_alive", "message_event", "response_complete")
+    __slots__ = (
+        "_body",
+        "_connection",
+        "_coroutine",
+        "_waits",
+        "disconnected",
+        "keep_alive",
+        "message_event",
+        "response_complete",
+    )
 
     def __init__(self, connection: Connection, event: asyncio.Event) -> None:
         self._connection = connection
         self._coroutine: Coroutine[Any, None, Reply | None]
+        self._body: bytes | memoryview | None = None
+        self._waits = False
         self.disconnected = False
         self.keep_alive = True
         self.response_complete = False
         self.message_event = event
 
-    async def receive(self) -> dict[str, str]:
-        """ASGI's, for one whose body is here already, or will never be."""
-        return {"type": "http.disconnect"}
+    async def receive(self) -> dict[str, Any]:
+        """ASGI's, for a body that did not come with the head: all of it in one message."""
+        if self._body is None and not self.disconnected:
+            await _until_fed()
+        if self._body is None:
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": self._body, "more_body": False}
 
     def begin(self, coroutine: Coroutine[Any, None, Reply | None]) -> None:
-        """Answer the request by this coroutine."""
+        """Answer the request by this coroutine, at once as far as it does not wait."""
         self._coroutine = coroutine
         self._step()
+
+    def feed(self, body: bytes | memoryview | None) -> None:
+        """Here is the body; `None`: it will never come."""
+        self._body = body
+        if self._waits:
+            self._step()
 
     def _step(self, _: object = None) -> None:
         """Go on until the coroutine waits for something, or is done."""
@@ -205,6 +235,8 @@ class Exchange:
             logger.exception("a request was left without a reply")
             self._connection.reply(self, None)
         else:
-            # What a task does with the future that an `await` hands to it.
-            waited._asyncio_future_blocking = False
-            waited.add_done_callback(self._step)
+            self._waits = waited is _BODY
+            if not self._waits:
+                # What a task does with the future that an `await` hands to it.
+                waited._asyncio_future_blocking = False
+                waited.add_done_callback(self._step)

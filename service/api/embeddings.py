@@ -15,7 +15,7 @@ import numpy as np
 from service.api.codecs.openai import EmbeddingRequest, Tokens, encode_reply, error_body, parse_request, token_rows
 from service.api.codecs.tensors import clip
 from service.api.codecs.text import TextCodec
-from service.api.predict import how_it_ran, off_loop, plain_body
+from service.api.predict import DEFAULT_PRIORITY, decode_for, how_it_ran, off_loop, plain_body
 from service.api.wire import Caller, Reply, Route, error_headers, gone_check, json_reply
 from service.contracts import Array, InputSpec
 from service.errors import BackendFailed, BadInput, NotFound, ServiceError
@@ -64,12 +64,12 @@ class _Embeddings:
         codec.open()
 
     async def answer(self, caller: Caller) -> Reply:
-        body = await plain_body(caller, self._fleet.config.limits.body_bytes)
+        body = bytes(await plain_body(caller, self._fleet.config.limits.body_bytes))
         request = await self._parsed(body)
         asked = self._asked(request.model, caller)
         variant = self._fleet.choose(*asked)
         caller.variant = variant.name
-        tokens = await self._tokenized(request, len(body))
+        tokens = await self._tokenized(variant, request, len(body))
         variant = self._fleet.confirm(variant, *asked)
         caller.variant = variant.name
         prediction = await predict_by_length(variant, self._codec, tokens, gone_check(caller.receive))
@@ -85,10 +85,10 @@ class _Embeddings:
             return parse_request(body, self._width)
         return await off_loop(parse_request, body, self._width)
 
-    async def _tokenized(self, request: EmbeddingRequest, size: int) -> Tokens:
+    async def _tokenized(self, variant: Variant, request: EmbeddingRequest, size: int) -> Tokens:
         if size <= SMALL:
             return token_rows(request.input, self._codec)
-        return await off_loop(token_rows, request.input, self._codec)
+        return await decode_for(variant, DEFAULT_PRIORITY, token_rows, request.input, self._codec)
 
     def _asked(self, model: str, caller: Caller) -> tuple[str | None, str | None]:
         """The name of the variant that `model` asks for, and the caller's key where it leaves the choice.
@@ -121,11 +121,13 @@ async def predict_by_length(variant: Variant, codec: TextCodec, tokens: Tokens, 
     """Predict the rows in groups of similar length; the outputs are in the order of the rows.
 
     Raises:
+        BadInput: more rows than may wait at all.
         ServiceError: of the first group that failed; the others are taken back.
     """
     groups = length_groups(list(map(len, tokens)))
     if len(groups) == 1:
         return await variant.predict(codec.arrays(tokens), gone)
+    variant.batcher.limits.check(len(tokens))
     samples = [codec.arrays([tokens[row] for row in group]) for group in groups]
     tasks = [asyncio.ensure_future(variant.predict(sample, gone)) for sample in samples]
     try:

@@ -21,7 +21,7 @@ from grpc import aio
 from service.api.grpc_infer import GrpcInferDecoder, encode, form_of
 from service.api.grpc_messages import SERVICE, message
 from service.api.open_inference import OpenInference
-from service.api.predict import how_it_ran, off_loop
+from service.api.predict import decode_for, how_it_ran
 from service.api.wire import error_headers
 from service.contracts import Json
 from service.errors import ClientGone, NotReady, ServiceError, StartupError
@@ -145,7 +145,7 @@ class _Service:
             counted = variant.metrics
             inline = form_of(request) == "raw" and sum(map(len, request.raw_input_contents)) <= SMALL_RAW
             decode = self._decoder.decode
-            checked = decode(request) if inline else await off_loop(decode, request)
+            checked = decode(request) if inline else await decode_for(variant, None, decode, request)
             variant = self._fleet.confirm(variant, *asked)
             counted = variant.metrics
             prediction = await self._protocol.infer(variant, checked.inputs, checked.options, _stays)

@@ -92,9 +92,12 @@ class OpenInference:
         Raises:
             ServiceError: see `Variant.predict`.
         """
+        return variant.predict(inputs, gone, self.timeout_s(variant, options), options.priority or 0)
+
+    def timeout_s(self, variant: Variant, options: InferOptions) -> float:
+        """The longest time that this request may wait in the queue."""
         limit = variant.batcher.limits.timeout_s
-        timeout_s = limit if options.timeout_us is None else min(limit, options.timeout_us / 1e6)
-        return variant.predict(inputs, gone, timeout_s, options.priority or 0)
+        return limit if options.timeout_us is None else min(limit, options.timeout_us / 1e6)
 
     def health(self) -> dict[str, Json]:
         """Both keys in one body, because clients differ in which one they read, whatever they asked."""

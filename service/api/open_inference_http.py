@@ -1,7 +1,7 @@
 """The Open Inference Protocol V2 over REST: its table of paths, and the infer call from body to reply.
 
 All paths are known when the service starts, for the model and its variants are; so routing is one look-up of the whole
-path, and whatever is not in the table does not exist. The infer call reads as a straight line: body -> choose ->
+path, and whatever is not in the table does not exist. The infer call reads as a straight line: choose -> body ->
 decode -> queue and run -> encode. Small bodies are decoded where they are; only what would hold up the event loop for
 more than about a millisecond is sent to a thread, for the way there and back costs some 50 microseconds.
 """
@@ -22,7 +22,7 @@ from service.api.codecs.open_inference import (
 from service.api.codecs.tensors import Buffer
 from service.api.content_encoding import compress, encoding_of_reply
 from service.api.open_inference import OpenInference
-from service.api.predict import how_it_ran, off_loop, plain_body
+from service.api.predict import decode_for, how_it_ran, off_loop, plain_body
 from service.api.wire import Caller, Reply, Route, gone_check, json_reply
 from service.contracts import Json
 from service.errors import BadInput, NotFound
@@ -131,17 +131,24 @@ class _Infer:
 
     async def answer(self, version: str | None, caller: Caller) -> Reply:
         protocol, fleet = self._protocol, self._protocol.fleet
-        body = caller.body
-        if body is None:
-            body = await plain_body(caller, fleet.config.limits.body_bytes)
         asked = version or caller.header(b"x-variant"), caller.header(fleet.sticky_header)
         variant = fleet.choose(*asked)
         caller.variant = variant.name
         json_length = parse_json_length(caller.headers.get(_JSON_LENGTH))
+        body: Buffer | None = caller.body
+        if body is None:
+            options = self._decoder.options(caller.begun, json_length)
+            if options is None:
+                variant.check_open(None)
+            else:
+                variant.check_open(options.priority or 0, protocol.timeout_s(variant, options))
+            body = await plain_body(caller, fleet.config.limits.body_bytes)
+            variant = fleet.confirm(variant, *asked)
+            caller.variant = variant.name
         if self._is_small(body, json_length):
             request = self._decoder.decode(body, json_length)
         else:
-            request = await off_loop(self._decoder.decode, body, json_length)
+            request = await decode_for(variant, None, self._decoder.decode, body, json_length)
             variant = fleet.confirm(variant, *asked)
             caller.variant = variant.name
         prediction = await protocol.infer(variant, request.inputs, request.options, gone_check(caller.receive))

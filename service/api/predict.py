@@ -1,7 +1,8 @@
 """A prediction in the base's own formats, from request to reply: the straight line that every request walks.
 
-body -> choose a variant -> decode and check -> queue and run -> encode. Bad input never reaches a queue; bodies are
-decoded in a small thread pool, so that a large picture cannot hold up the event loop.
+choose a variant -> body -> decode and check -> queue and run -> encode. Bad input never reaches a queue; bodies are
+decoded in a small thread pool, so that a large picture cannot hold up the event loop, and not at all for a variant that
+could not take the request anyway.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from service.api.wire import Caller, Reply, gone_check, json_reply, read_body
 from service.contracts import Decoded, Json
 from service.serving.execution import Prediction
 from service.serving.fleet import Fleet
+from service.serving.variant import Variant
 
 DECODERS = ThreadPoolExecutor(2, thread_name_prefix="decode")
 """Threads start with the first picture, not with the import."""
+DEFAULT_PRIORITY = 0
 
 _Args = TypeVarTuple("_Args")
 _Result = TypeVar("_Result")
@@ -29,7 +32,19 @@ async def off_loop(work: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
     return await asyncio.get_running_loop().run_in_executor(DECODERS, work, *args)
 
 
-async def plain_body(caller: Caller, limit: int) -> bytes:
+async def decode_for(
+    variant: Variant, priority: int | None, decode: Callable[[*_Args], _Result], *args: *_Args
+) -> _Result:
+    """Decode off the loop for a variant, unless that could not take a request of this priority anyway.
+
+    Raises:
+        QueueFull, DeadlineUnreachable: it could not. Whatever `decode` raises.
+    """
+    with variant.expecting(priority):
+        return await off_loop(decode, *args)
+
+
+async def plain_body(caller: Caller, limit: int) -> bytes | memoryview:
     """The whole request body, inflated if its `Content-Encoding` says that it is compressed.
 
     Raises:
@@ -37,10 +52,10 @@ async def plain_body(caller: Caller, limit: int) -> bytes:
         BadInput: the compressed body is damaged. ClientGone: the client left while sending.
     """
     if caller.body is not None:
-        return bytes(caller.body)  # a copy only of what was read in place
+        return caller.body
     encoding = encoding_of_body(caller.header(b"content-encoding"))
     body = await read_body(caller, limit)
-    return body if encoding is None else await off_loop(inflate, body, encoding, limit)
+    return body if encoding is None else await off_loop(inflate, bytes(body), encoding, limit)
 
 
 async def predict(fleet: Fleet, caller: Caller) -> Reply:
@@ -49,12 +64,14 @@ async def predict(fleet: Fleet, caller: Caller) -> Reply:
     Raises:
         ServiceError: whatever kept it from being answered.
     """
-    body = await plain_body(caller, fleet.config.limits.body_bytes)
     asked = caller.header(b"x-variant"), caller.header(fleet.sticky_header)
     variant = fleet.choose(*asked)
     caller.variant = variant.name
+    if caller.body is None:
+        variant.check_open()
+    body = bytes(await plain_body(caller, fleet.config.limits.body_bytes))
     content_type = caller.header(b"content-type") or ""  # with its parameters: a form names its boundary there
-    decoded: Decoded = await off_loop(fleet.base.codec.decode, content_type, body)
+    decoded: Decoded = await decode_for(variant, DEFAULT_PRIORITY, fleet.base.codec.decode, content_type, body)
     variant = fleet.confirm(variant, *asked)
     caller.variant = variant.name
     prediction = await variant.predict(decoded.inputs, gone_check(caller.receive))

@@ -25,13 +25,14 @@ class Caller:
     """One request; `variant` is the name of the variant that was chosen for it, once known.
 
     The names in `headers` are in lower case. `body` is there where it came with the head: whole, not compressed, and
-    not above the limit.
+    not above the limit. Else it is to be read by `receive`, as ASGI has it; `begun` is what is known of it before.
     """
 
     path: str
     headers: Mapping[bytes, bytes]
     receive: Receive
-    body: bytes | memoryview | None = None
+    body: bytes | None = None
+    begun: bytes = b""
     variant: str | None = None
 
     def header(self, name: bytes) -> str | None:
@@ -71,8 +72,8 @@ def json_reply(body: Json, headers: Headers = (), status: int = 200) -> Reply:
     return Reply(orjson.dumps(body), [(b"content-type", b"application/json"), *headers], status)
 
 
-async def read_body(caller: Caller, limit: int) -> bytes:
-    """The whole request body, chunked or not, as it was sent.
+async def read_body(caller: Caller, limit: int) -> bytes | memoryview:
+    """The whole request body, chunked or not, as it was sent, if it did not come with the head.
 
     Raises:
         BodyTooLarge: above `limit` bytes, told before reading where the length is declared.
@@ -86,7 +87,7 @@ async def read_body(caller: Caller, limit: int) -> bytes:
     _acknowledge_head(caller.receive)
     message = await caller.receive()
     if not message.get("more_body") and message["type"] == "http.request":
-        return _bounded(bytes(message.get("body", b"")), limit)
+        return _bounded(message.get("body", b""), limit)
     parts: list[bytes] = []
     size = 0
     while message["type"] == "http.request":
@@ -118,7 +119,7 @@ def acknowledge(transport: asyncio.BaseTransport) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
 
-def _bounded(body: bytes, limit: int) -> bytes:
+def _bounded(body: bytes | memoryview, limit: int) -> bytes | memoryview:
     if len(body) > limit:
         raise _too_large(limit)
     return body

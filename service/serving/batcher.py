@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from service.contracts import Arrays
-from service.errors import QueueFull
+from service.errors import BadInput, QueueFull
 
 
 def _never_gone() -> bool:
@@ -101,6 +101,12 @@ class QueueLimits:
         """The position of the length bucket that holds this length, the last one for more; 0 if there are none."""
         return min(bisect_left(self.lengths, length), len(self.lengths) - 1) if self.lengths else 0
 
+    def check(self, rows: int) -> None:
+        """Raise `BadInput` for a request of more rows than may ever wait: to try again would not help."""
+        if rows > self.queue_rows:
+            most = f"the queue holds at most {self.queue_rows} (batch.queue_rows)"
+            raise BadInput(f"the request has {rows} rows; {most}: send fewer at a time")
+
     def rows_per_batch(self, bucket: int) -> int:
         """The most rows in a batch of this length bucket."""
         return self.rows_at[bucket] if self.rows_at else self.max_rows
@@ -123,12 +129,13 @@ class Batcher(Generic[Reply]):
         """Queue all tickets or none. True if nobody is on the way to `take` yet, so that the caller has to see to it.
 
         Raises:
-            QueueFull: the rows do not fit into the queue.
+            QueueFull: the rows do not fit into the queue now. BadInput: they never will.
         """
         rows = sum([ticket.rows for ticket in tickets])
         limits = self.limits
         with self._lock:
             if self.waiting_rows + rows > limits.queue_rows:
+                limits.check(rows)
                 full = f"the queue holds {self.waiting_rows} of at most {limits.queue_rows} rows"
                 raise QueueFull(f"{full}; {rows} more do not fit")
             for ticket in tickets:

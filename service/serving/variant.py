@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from service.contracts import Arrays, Backend, InputSpec
 from service.errors import BadInput, ClientGone, DeadlineUnreachable, QueueFull, QueueTimeout
@@ -44,6 +45,7 @@ class Variant:
         self._loop: asyncio.AbstractEventLoop
         self._sweep: Sweep
         self._unsettled = Unsettled()
+        self._expected = 0
 
     def bind(self, loop: asyncio.AbstractEventLoop, metrics: VariantMetrics, neighbours: Sequence[Variant]) -> None:
         """Connect to the loop that calls `predict`, to the metrics, and to the variants that share the device."""
@@ -102,6 +104,36 @@ class Variant:
         outputs_of, queue_of, infer_of, size_of = zip(*replies, strict=True)
         return Prediction(rejoin(outputs_of), self.name, max(queue_of), sum(infer_of), max(size_of))
 
+    def check_open(self, priority: int | None = 0, timeout_s: float | None = None) -> None:
+        """Refuse now whom `predict` would refuse whatever is asked, so that nobody reads or decodes it in vain.
+
+        A `priority` of `None` is one that is not known yet.
+
+        Raises:
+            QueueFull, DeadlineUnreachable: not even a single row would be queued.
+        """
+        limits = self.batcher.limits
+        if self.batcher.waiting_rows + self._expected >= limits.queue_rows:
+            raise self._full(f"all {limits.queue_rows} rows of the queue are taken")
+        level = 1 if priority is None else limits.level(priority)
+        self._admit(1, level, 0, limits.timeout_s if timeout_s is None else timeout_s, self._expected)
+
+    @contextmanager
+    def expecting(self, priority: int | None = 0) -> Iterator[None]:
+        """While a request is decoded for this variant: it counts as a row for those who come after it.
+
+        Else pictures would be let in and decoded by the hundred, to be refused then, at the cost of those who wait.
+
+        Raises:
+            QueueFull, DeadlineUnreachable: as `check_open`.
+        """
+        self.check_open(priority)
+        self._expected += 1
+        try:
+            yield
+        finally:
+            self._expected -= 1
+
     def waiting_rows(self) -> int:
         """Rows in the queue now."""
         return self.batcher.waiting_rows
@@ -110,16 +142,17 @@ class Variant:
         """Predicted seconds of one lane for the rows in this variant's queue."""
         return self.costs.drain_seconds(self.batcher.rows_by_length(self.batcher.limits.levels))
 
-    def wait_s(self, rows: int, level: int, bucket: int = 0) -> float:
+    def wait_s(self, rows: int, level: int, bucket: int = 0, expected: int = 0) -> float:
         """Predicted queue time of a request of `rows` rows in a length bucket.
 
-        Until a lane is free, and what the lanes do together before: the own queue up to this level, and turns of the
-        neighbours in between.
+        Until a lane is free, and what the lanes do together before: the own queue up to this level with what is
+        `expected` there, and turns of the neighbours in between.
         """
         asked = [other for other in self.neighbours if other.batcher.waiting_rows]
-        if not asked and not self.batcher.waiting_rows:
+        if not asked and not self.batcher.waiting_rows and not expected:
             return self._device.remaining_s()
         before = self.batcher.rows_by_length(level)
+        before[bucket] += expected
         seconds = self.costs.drain_seconds(before)
         if asked:
             before[bucket] += rows
@@ -137,8 +170,8 @@ class Variant:
             raise BadInput(f"an input is {length} long; this model takes at most {self._spec.max_length}")
         return length
 
-    def _admit(self, rows: int, level: int, bucket: int, timeout_s: float) -> None:
-        wait = self.wait_s(rows, level, bucket) * CAUTION
+    def _admit(self, rows: int, level: int, bucket: int, timeout_s: float, expected: int = 0) -> None:
+        wait = self.wait_s(rows, level, bucket, expected) * CAUTION
         if wait > timeout_s:
             text = f"predicted to wait {wait * 1000:.0f} ms in the queue; the request allows {timeout_s * 1000:.0f} ms"
             raise DeadlineUnreachable(text, retry_after_s=wait - timeout_s)
@@ -155,10 +188,13 @@ class Variant:
         try:
             unclaimed = self.batcher.offer(tickets, now)
         except QueueFull as error:
-            raise QueueFull(str(error), retry_after_s=self.wait_s(0, self.batcher.limits.levels)) from None
+            raise self._full(str(error)) from None
         self._unsettled.add(len(tickets))
         self._dispatch.offered(unclaimed=unclaimed)
         self._sweep.by(tickets[0].deadline)
+
+    def _full(self, text: str) -> QueueFull:
+        return QueueFull(text, retry_after_s=self.wait_s(0, self.batcher.limits.levels))
 
     def _settle(self, formed: Formed[Reply], batches: list[Batch], taken: float) -> None:
         """Hand every ticket its outcome."""

@@ -15,6 +15,8 @@ from raw_client import Client
 
 from service.api import connection
 from service.api.body import LARGE, BodyReader
+from service.errors import QueueFull
+from service.serving.variant import Variant
 
 INFER = "/v2/models/pixels/versions/a/infer"
 LIMIT = 16 * 2**20
@@ -49,18 +51,18 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def infer(pixel: int, filler: int, form: str = "json", path: str = INFER) -> bytes:
+def infer(pixel: int, filler: int, form: str = "json", **keys: object) -> bytes:
     """A request with so many bytes that mean nothing; its head is the same for all pixels from 0 to 9."""
     row = np.full((1, 1, 2, 2), pixel, np.float32)
     tensor: dict[str, object] = {"name": "image", "shape": [1, 1, 2, 2], "datatype": "FP32", "filler": "x" * filler}
     if form == "json":
-        body = json.dumps({"inputs": [tensor | {"data": row.ravel().tolist()}]}).encode()
+        body = json.dumps({"inputs": [tensor | {"data": row.ravel().tolist()}], **keys}).encode()
         headers = ""
     else:
-        document = json.dumps({"inputs": [tensor | {"parameters": {"binary_data_size": row.nbytes}}]}).encode()
+        document = json.dumps({"inputs": [tensor | {"parameters": {"binary_data_size": row.nbytes}}], **keys}).encode()
         body = document + row.tobytes()
         headers = f"inference-header-content-length: {len(document)}\r\n"
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\n{headers}content-length: {len(body)}\r\n\r\n"
+    head = f"POST {INFER} HTTP/1.1\r\nhost: x\r\n{headers}content-length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
 
@@ -107,6 +109,87 @@ def test_a_large_body_in_pieces_and_the_next_request_behind_it(client: Client, r
     assert read or cut not in {200, 5000}, "the head came whole, and not the body"
 
 
+def test_a_body_that_nobody_wants_is_read_past(
+    live: Live, client: Client, read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise QueueFull("full", retry_after_s=1)
+
+    for _ in range(2):
+        client.send(infer(1, 900_000))
+        assert client.pixels() == [10.0] * 4
+    kept = len(read)
+    with monkeypatch.context() as patched:
+        patched.setattr(Variant, "check_open", full)
+        for _ in range(3):
+            unwanted = infer(2, 900_000)
+            client.send(unwanted[:500_000])
+            status, headers, body = client.reply()
+            assert (status, headers["retry-after"], json.loads(body)["code"]) == (429, "1", "queue_full")
+            client.send(unwanted[500_000:])
+        client.send(infer(2, 900_000)[:500_000])
+        assert client.reply()[0] == 429
+        leaver = Client(live)
+        leaver.send(infer(2, 900_000)[:500_000])
+        assert leaver.reply()[0] == 429
+        leaver.close()
+    assert len(read) == kept > 0
+    client.send(infer(2, 900_000)[500_000:] + infer(3, 900_000) + infer(4, 10))
+    assert [client.pixels()[0] for _ in range(2)] == [30.0, 40.0]
+
+
+@pytest.mark.parametrize("path", ["/v1/predict", INFER], ids=["predict", "infer"])
+def test_what_could_not_be_taken_anyway_is_not_decoded(
+    client: Client, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise QueueFull("full", retry_after_s=1)
+
+    nonsense = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n".encode() + b"x" * 100_000
+    assert client.ask(nonsense)[0] in {400, 415}
+    monkeypatch.setattr(Variant, "check_open", full)
+    assert client.ask(nonsense)[0] == 429
+    assert client.ask(nonsense)[0] == 429
+
+
+@pytest.mark.parametrize(("closed", "lines"), [(True, [b"HTTP/1.1 429"]), (False, [b"HTTP/1.1 100", b"HTTP/1.1 200"])])
+def test_a_client_that_asks_first_is_told_before_it_sends_its_body(
+    client: Client, monkeypatch: pytest.MonkeyPatch, lines: list[bytes], *, closed: bool
+) -> None:
+    def full(*_: object) -> None:
+        raise QueueFull("full", retry_after_s=1)
+
+    if closed:
+        monkeypatch.setattr(Variant, "check_open", full)
+    head, _, body = infer(1, 10).partition(b"\r\n\r\n")
+    client.send(head + b"\r\nexpect: 100-continue\r\n\r\n")
+    assert client.file.readline().startswith(lines[0])
+    if not closed:
+        assert client.file.readline() == b"\r\n"
+        client.send(body)
+        assert client.file.readline().startswith(lines[1])
+
+
+@pytest.mark.parametrize(
+    ("parameters", "status"), [({}, 429), ({"priority": 1}, 200), ({"priority": 1, "timeout": 1}, 429)]
+)
+def test_the_place_in_the_queue_is_asked_for_before_the_body_is_here(
+    live: Live, client: Client, monkeypatch: pytest.MonkeyPatch, parameters: dict[str, int], status: int
+) -> None:
+    """The default level waits too long, the most urgent one does not."""
+    request = infer(1, 10, "binary", parameters=parameters)
+    client.ask(request)
+    monkeypatch.setattr(Variant, "wait_s", lambda _, __, level, *___: 0.001 if level == 1 else 1e6)
+    client.send(request[:-1])
+    if status == 200:
+        client.socket.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            client.socket.recv(1, socket.MSG_PEEK)
+        client.socket.settimeout(10)
+        client.send(request[-1:])
+    assert client.reply()[0] == status
+
+
 def test_any_route_takes_a_body_that_was_read_in_place(client: Client, read: list[int]) -> None:
     picture = f"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: {900_000}\r\n\r\n"
     replies = [client.ask(picture.encode() + b"x" * 900_000) for _ in range(2)]
@@ -115,7 +198,7 @@ def test_any_route_takes_a_body_that_was_read_in_place(client: Client, read: lis
 
 
 def test_who_leaves_amid_a_large_body_is_counted_and_disturbs_nobody(live: Live, client: Client) -> None:
-    gone = live.fleet.metrics.unrouted.requests["client_gone"]
+    gone = live.fleet.metrics.variants["a"].requests["client_gone"]
     before = gone.count
     assert client.ask(infer(0, 300_000))[0] == 200
     leaver = Client(live)

@@ -22,6 +22,7 @@ from uvicorn.server import ServerState
 from service.api.connection import connections_to
 from service.api.heads import KnownHeads
 from service.api.hotpath import HotPath
+from service.api.predict import plain_body
 from service.api.wire import Caller, Reply, Route
 from service.serving.variant import Variant
 
@@ -307,7 +308,8 @@ class Clock:
 class Bench:
     """A connection over a transport and a clock of the test, to an app with one route that replies with `body`."""
 
-    def __init__(self, live: Live, body: bytes = b"{}") -> None:
+    def __init__(self, live: Live, body: bytes = b"{}", *, reads: bool = True) -> None:
+        self.reads = reads
         hot = HotPath(live.fleet, no_app)
         hot._routes = {"/p": Route("POST", "prediction", self.route)}
         config = uvicorn.Config(hot, http=connections_to(hot), lifespan="off", log_level="critical")
@@ -321,7 +323,9 @@ class Bench:
         scope = {"method": "POST", "path": "/p", "headers": [(b"content-length", b"2")]}
         self.connection.heads.learn(self.request[:-2], scope, 2)
 
-    async def route(self, _: Caller) -> Reply:
+    async def route(self, caller: Caller) -> Reply:
+        if self.reads:
+            await plain_body(caller, 2)
         return Reply(self.body, ())
 
     def ask(self) -> None:
@@ -420,7 +424,7 @@ def test_what_follows_a_body_in_the_same_packet_is_the_next_request(client: Clie
 
 
 def test_who_leaves_while_sending_a_body_is_counted(live: Live, client: Client) -> None:
-    gone = live.fleet.metrics.unrouted.requests["client_gone"]
+    gone = live.fleet.metrics.variants["a"].requests["client_gone"]
     before = gone.count
     assert client.ask(infer())[0] == 200
     leaver = Client(live)
@@ -440,3 +444,15 @@ def test_a_body_that_is_still_coming_keeps_its_connection_open(live: Live) -> No
     bench.connection.data_received(bench.request[-1:])
     assert b"connection: close" in bench.transport.writes[-1]
     assert bench.transport.closing
+
+
+def test_a_reply_that_needs_no_body_comes_before_it_and_the_connection_lives_on(live: Live) -> None:
+    bench = Bench(live, reads=False)
+    for count in (1, 2):
+        bench.connection.data_received(bench.request[:-1])
+        assert len(bench.transport.writes) == count, "the last byte is still to come"
+        bench.clock.run_until(60 * count)
+        assert not bench.transport.closing
+        bench.connection.data_received(bench.request[-1:])
+    bench.ask()
+    assert len(bench.transport.writes) == 3

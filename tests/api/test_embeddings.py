@@ -249,6 +249,16 @@ def test_a_full_queue_is_a_rate_limit_with_its_time(tmp_path_factory: pytest.Tem
         assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
 
 
+@pytest.mark.parametrize("texts", [["a"] * 9, ["a", "a b c d e f g h i j k l m n o p q r"] * 5], ids=["one", "two"])
+def test_more_texts_than_may_wait_at_all_are_a_mistake(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str]
+) -> None:
+    """One group of similar length or several: to send them again would not help."""
+    with live_texts(tmp_path_factory.mktemp("many"), batch={"queue_rows": 8}) as live:
+        reply = httpx.post(f"http://{live.http}/v1/embeddings", json={"model": "words", "input": texts}, timeout=30)
+        assert f"{len(texts)} rows" in error_of(reply, 400)["message"]
+
+
 def test_requests_count_for_the_variant_that_answered(live: Live, http: httpx.Client) -> None:
     counted = live.fleet.metrics.variants["b"].requests
     before = {outcome: counted[outcome].count for outcome in ("ok", "bad_input")}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from service.contracts import Arrays
-from service.errors import QueueFull
+from service.errors import BadInput, QueueFull
 from service.serving.batcher import Batcher, QueueLimits, Ticket
 
 
@@ -80,6 +80,13 @@ def test_a_full_queue_refuses_all_parts_of_a_request() -> None:
     assert (batcher.waiting_rows, batcher.waiting_requests()) == (4, 1)
     batcher.offer([ticket("d")], 0.0)
     assert names(batcher.take(0.0).batch) == ["a"]
+
+
+def test_what_no_queue_can_hold_is_a_mistake_and_not_to_be_tried_again() -> None:
+    batcher: Batcher[str] = Batcher(QueueLimits(max_rows=4, queue_rows=5))
+    with pytest.raises(BadInput, match=r"has 6 rows; the queue holds at most 5 \(batch.queue_rows\)"):
+        batcher.offer([ticket("a", 4), ticket("a", 2)], 0.0)
+    assert batcher.waiting_rows == 0
 
 
 def test_exactly_one_claim_at_a_time() -> None:

@@ -79,6 +79,11 @@ class InferDecoder:
             plan = self._plan(body, json_length)
         return InferRequest(plan.read(body, json_length), plan.rows, plan.options)
 
+    def options(self, begun: bytes, json_length: int | None) -> InferOptions | None:
+        """What a request asks for, if the bytes that have come say so, in JSON that was read before."""
+        plan = self._plans.get(begun[:json_length]) if json_length and json_length <= len(begun) else None
+        return None if plan is None else plan.options
+
     def _plan(self, body: Buffer, json_length: int) -> Plan:
         if not 0 < json_length <= len(body):
             raise BadInput(f"header {JSON_LENGTH_HEADER} is {json_length}, the body has {len(body)} bytes")
