@@ -16,6 +16,7 @@ LARGE = 2**16
 """Bytes still to come for which it is worth changing places, which costs about as much as two small copies."""
 PIECE = 2**14
 """Bytes read at once where a head may begin. What follows it in the same piece is copied, as small bodies are."""
+_NOTHING = memoryview(b"")
 _WASTE = memoryview(bytearray(LARGE))
 """Where all readers put what nobody wants: small enough to stay in the core's cache."""
 
@@ -30,7 +31,7 @@ class BodyReader(asyncio.BufferedProtocol):
         """Takes the place of `connection` on `transport`."""
         self._connection = connection
         self._piece = memoryview(bytearray(PIECE))
-        self._body = self._rest = memoryview(b"")
+        self._body = self._rest = _NOTHING
         self._unwanted = 0
         self._came: Callable[[memoryview], None]
         transport.pause_reading()  # a transport looks at the kind of its protocol only where it begins to read
@@ -64,7 +65,7 @@ class BodyReader(asyncio.BufferedProtocol):
             self._connection.data_received(bytes(self._piece[:nbytes]))
             return
         if not self._rest and not self._unwanted:
-            body, self._body = self._body, self._rest
+            body, self._body, self._rest = self._body, _NOTHING, _NOTHING  # an empty rest would hold all of it, too
             self._came(body)
 
     def eof_received(self) -> bool | None:

@@ -123,7 +123,7 @@ class Connection(HttpToolsProtocol):
     def _came(self, body: bytes | memoryview | None) -> None:
         """The body is here, or it will never be."""
         self._missing = 0
-        exchange: Exchange = self.cycle  # type: ignore[assignment]
+        exchange: Exchange = self.cycle  # type: ignore[assignment]  # on the short way it is one
         if not exchange.response_complete:
             exchange.feed(body)
 
@@ -207,12 +207,16 @@ class Exchange:
         self.message_event = event
 
     async def receive(self) -> dict[str, Any]:
-        """ASGI's, for a body that did not come with the head: all of it in one message."""
+        """ASGI's, for a body that did not come with the head: all of it in one message, once.
+
+        It is not kept: an exchange lasts until the next one on its connection, which may idle for long.
+        """
         if self._body is None and not self.disconnected:
             await _until_fed()
-        if self._body is None:
+        body, self._body = self._body, None
+        if body is None:
             return {"type": "http.disconnect"}
-        return {"type": "http.request", "body": self._body, "more_body": False}
+        return {"type": "http.request", "body": body, "more_body": False}
 
     def begin(self, coroutine: Coroutine[Any, None, Reply | None]) -> None:
         """Answer the request by this coroutine, at once as far as it does not wait."""

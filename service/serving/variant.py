@@ -45,7 +45,8 @@ class Variant:
         self._loop: asyncio.AbstractEventLoop
         self._sweep: Sweep
         self._unsettled = Unsettled()
-        self._expected = 0
+        self._expected = [0] * batcher.limits.levels
+        """Requests that are being decoded, by level."""
 
     def bind(self, loop: asyncio.AbstractEventLoop, metrics: VariantMetrics, neighbours: Sequence[Variant]) -> None:
         """Connect to the loop that calls `predict`, to the metrics, and to the variants that share the device."""
@@ -113,14 +114,16 @@ class Variant:
             QueueFull, DeadlineUnreachable: not even a single row would be queued.
         """
         limits = self.batcher.limits
-        if self.batcher.waiting_rows + self._expected >= limits.queue_rows:
+        if self.batcher.waiting_rows + sum(self._expected) >= limits.queue_rows:
             raise self._full(f"all {limits.queue_rows} rows of the queue are taken")
         level = 1 if priority is None else limits.level(priority)
-        self._admit(1, level, 0, limits.timeout_s if timeout_s is None else timeout_s, self._expected)
+        expected = sum(self._expected[:level])
+        self._admit(1, level, 0, limits.timeout_s if timeout_s is None else timeout_s, expected)
 
     @contextmanager
     def expecting(self, priority: int | None = 0) -> Iterator[None]:
-        """While a request is decoded for this variant: it counts as a row for those who come after it.
+        """While a request is decoded for this variant: it counts as a row for those who come after it, unless
+        they are more urgent; of the default level where its `priority` is not known yet.
 
         Else pictures would be let in and decoded by the hundred, to be refused then, at the cost of those who wait.
 
@@ -128,11 +131,12 @@ class Variant:
             QueueFull, DeadlineUnreachable: as `check_open`.
         """
         self.check_open(priority)
-        self._expected += 1
+        position = self.batcher.limits.level(priority or 0) - 1
+        self._expected[position] += 1
         try:
             yield
         finally:
-            self._expected -= 1
+            self._expected[position] -= 1
 
     def waiting_rows(self) -> int:
         """Rows in the queue now."""

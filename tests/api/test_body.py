@@ -238,5 +238,17 @@ def test_bodies_that_are_only_announced_take_no_memory(live: Live, client: Clien
         each.close()
 
 
+def test_a_body_is_not_kept_for_as_long_as_its_client_stays(live: Live, client: Client, read: list[int]) -> None:
+    request = infer(1, LIMIT - 300)
+    assert client.ask(request)[0] == 200
+    staying = [Client(live) for _ in range(12)]
+    before = _resident()
+    assert [each.ask(request)[0] for each in staying] == [200] * len(staying)
+    assert len(read) >= len(staying)
+    assert _resident() - before < 4 * LIMIT
+    for each in staying:
+        each.close()
+
+
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
