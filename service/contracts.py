@@ -7,6 +7,7 @@ with a mask are declared; a base may have no labels, and outputs may be embeddin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,12 @@ class InputSpec:
     outputs: tuple[Field, ...]
     labels: tuple[str, ...] = ()
     max_length: int = 512
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the longest row that it takes."""
+        shapes = ((item, [self.max_length if size is None else size for size in item.shape]) for item in self.fields)
+        return sum(math.prod(shape) * np.dtype(item.dtype).itemsize for item, shape in shapes)
 
     def example(self, rows: int, length: int = 16, seed: int = 0) -> Arrays:
         """A random batch of `rows` rows that fits the spec; dynamic axes get `length`."""
@@ -173,6 +180,10 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def device(self) -> str:
+        """Where it computes: `cpu`, or `cuda` while its lane waits."""
 
     @property
     def self_contained(self) -> bool:

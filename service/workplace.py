@@ -83,11 +83,12 @@ class Workplace:
         """Load and warm every variant that passed its gate, on every lane of the device."""
         from service.backends.choose import open_backend
         from service.compression.load import load_model
+        from service.machine import thread_budget
         from service.serving.device import Device
         from service.serving.fleet import Fleet
 
         reports = self.reports()
-        device = Device("cpu", self.threads, self.lanes(reports))
+        device = Device("cpu", self.threads, self.lanes(reports), spare=self.threads < thread_budget())
         fleet = Fleet(self.base, self.config, reports, device)
 
         alone = sum(report.state == "serving" for report in reports) == 1

@@ -45,7 +45,8 @@ class OnnxRuntimeBackend:
     def __init__(self, model: OnnxModel, threads: int, *, alone: bool = False) -> None:
         """`alone`: no other model is run in this process."""
         settings = model.session
-        provider = PROVIDERS[settings.get("provider", "cpu")]
+        self._device: str = settings.get("provider", "cpu")
+        provider = PROVIDERS[self._device]
         _require(provider, onnxruntime.get_available_providers())
         self._session = onnxruntime.InferenceSession(
             str(model.path),
@@ -60,6 +61,10 @@ class OnnxRuntimeBackend:
     @property
     def name(self) -> str:
         return "onnxruntime"
+
+    @property
+    def device(self) -> str:
+        return self._device
 
     @property
     def self_contained(self) -> bool:

@@ -35,6 +35,10 @@ class TorchBackend:
         return "pytorch"
 
     @property
+    def device(self) -> str:
+        return "cpu"
+
+    @property
     def self_contained(self) -> bool:
         return False
 

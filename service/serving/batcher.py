@@ -191,6 +191,24 @@ class Batcher(Generic[Reply]):
             formed.more = self._claimed = self._waiting > 0
         return formed
 
+    def next_full(self, now: float) -> list[Ticket[Reply]]:
+        """The batch that `take` would form now, if it would be a full one. All of it stays in the queue."""
+        batch: list[Ticket[Reply]] = []
+        rows = 0
+        with self._lock:
+            if not self._waiting:
+                return []
+            bucket = self._foremost()
+            most = self.limits.rows_per_batch(bucket)
+            for ticket in (ticket for queues in self._queues for ticket in queues[bucket]):
+                if ticket.gone() or ticket.deadline <= now:
+                    continue
+                if batch and rows + ticket.rows > most:
+                    return batch
+                batch.append(ticket)
+                rows += ticket.rows
+        return batch if rows >= most else []
+
     def expire(self, now: float) -> tuple[list[Ticket[Reply]], float]:
         """Remove what waited past its deadline; also the earliest deadline among the rest (inf if none)."""
         with self._lock:

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TypeVar
@@ -43,12 +43,15 @@ Result = TypeVar("Result")
 class Device:
     """A named device of `threads` threads, shared out among its lanes."""
 
-    def __init__(self, name: str, threads: int, lanes: int = 1) -> None:
+    def __init__(self, name: str, threads: int, lanes: int = 1, *, spare: bool = False) -> None:
+        """`spare`: there is a core besides, for what is done `aside`."""
         self.name = name
         self.threads = threads
+        self.spare = spare
         self.lanes = tuple(Lane(index, max(1, threads // lanes)) for index in range(lanes))
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._posting = threading.Lock()
+        self._aside = ThreadPoolExecutor(1, f"device-{name}-aside")
         self._threads = [
             threading.Thread(target=self._work, args=(lane,), name=f"device-{name}-{lane.index}", daemon=True)
             for lane in self.lanes
@@ -101,9 +104,17 @@ class Device:
         """Lanes that run nothing now and have no job waiting for them."""
         return max(0, sum([not lane.held.locked() for lane in self.lanes]) - self.waiting())
 
+    def busy(self) -> bool:
+        """Whether every lane runs something."""
+        return all(lane.held.locked() for lane in self.lanes)
+
     def waiting(self) -> int:
         """Jobs that no lane has taken yet."""
         return self._jobs.qsize()
+
+    def aside(self, job: Callable[[], None]) -> None:
+        """Do something beside the lanes, on one thread that is there from the first such job on."""
+        self._aside.submit(job)
 
     def call(self, function: Callable[[Lane], Result]) -> Result:
         """Run a function on the next free lane and wait for it. Raises what it raises."""
@@ -136,6 +147,7 @@ class Device:
 
     def close(self) -> None:
         """Finish the queued jobs and end the threads."""
+        self._aside.shutdown()
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:

@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from service.serving.batcher import Batcher, Formed
+from service.contracts import Arrays
+from service.serving.ahead import Ahead
+from service.serving.batcher import Batcher, Formed, Portion
 from service.serving.device import Afterwards, Lane
 from service.serving.execution import Batch, Execution, Reply, Running
 from service.serving.groups import Group
@@ -43,11 +45,13 @@ class Dispatch:
         self._short = all(table.seconds(table.knee) <= SHORT_S for table in running.costs.tables)
         self._group = Group(batcher.limits.max_rows)
         self._gathering: asyncio.TimerHandle | None = None
+        self._ahead = Ahead(running, execution, batcher)
 
     def reopen(self, running: Running, execution: Execution) -> None:
         """Go on with backends that were loaded anew; nothing is queued or run meanwhile."""
         self._running = running
         self._execution = execution
+        self._ahead = Ahead(running, execution, self._batcher)
 
     def offered(self, *, unclaimed: bool) -> None:
         """Something was queued, and nobody is on the way for it if that is `unclaimed`."""
@@ -56,6 +60,8 @@ class Dispatch:
         elif self._gathering is not None and not self._pause():
             self._gathering.cancel()
             self._begin()
+        else:
+            self._ahead.look()
 
     def turn_s(self) -> float:
         """Predicted seconds of one lane for one batch of the queue, the costliest if their lengths differ."""
@@ -84,10 +90,10 @@ class Dispatch:
             device.post(self._run_next)
             return
         try:
-            formed, taken = self._batcher.take(time.perf_counter()), time.perf_counter()
+            formed, taken, joined = self._take()
             if formed.more:
                 self._summon()
-            batches = self._execution.run(lane, formed.batch, taken)
+            batches = self._execution.run(lane, formed.batch, taken, joined)
         finally:
             lane.held.release()
         self._done(formed, batches, taken)
@@ -102,15 +108,22 @@ class Dispatch:
             return partial(self._loop.call_soon_threadsafe, self._summon)
         device = self._running.device
         portion = self._execution.portion if len(device.lanes) > 1 else None
-        formed, taken = self._batcher.take(time.perf_counter(), portion), time.perf_counter()
+        formed, taken, joined = self._take(portion)
         if formed.more and self._batcher.limits.max_delay_s == 0:
             device.post(self._go_on)
         elif formed.more:
             self._loop.call_soon_threadsafe(self._summon)
-        batches = self._execution.run(lane, formed.batch, taken)
+        if formed.more:
+            self._ahead.look()
+        batches = self._execution.run(lane, formed.batch, taken, joined)
         if len(batches) == 1:
             self._group.answered(batches[0], self._batcher.waiting_rows, time.perf_counter())
         return partial(self._loop.call_soon_threadsafe, self._done, formed, batches, taken)
+
+    def _take(self, portion: Portion | None = None) -> tuple[Formed[Reply], float, Arrays | None]:
+        """The next batch, when it was taken, and the rows of it if they were joined ahead."""
+        formed = self._batcher.take(time.perf_counter(), portion)
+        return formed, time.perf_counter(), self._ahead.taken(formed.batch)
 
     def _go_on(self, lane: Lane) -> Afterwards | None:
         """On a lane: run the next batch of a queue that has just had its turn, but let the others have theirs first.

@@ -71,6 +71,10 @@ class Way(NamedTuple):
     backend: Backend
     costs: Costs
 
+    def padded(self, rows: int, bucket: int) -> int:
+        """The rows of a batch of a length bucket there, with those that fill it up to what was compiled."""
+        return self.costs.tables[bucket].bucket(rows) if self.backend.row_buckets else rows
+
 
 @dataclass(frozen=True, slots=True)
 class Running:
@@ -83,6 +87,10 @@ class Running:
     backends: tuple[Backend, ...]
     costs: Costs
     wide: Way | None = None
+
+    def way(self, lane: Lane) -> Way:
+        """That of a lane by itself."""
+        return Way(self.backends[lane.index], self.costs)
 
     @property
     def opened(self) -> tuple[Backend, ...]:
@@ -98,23 +106,30 @@ class Execution:
         self._name = name
         self._spec = spec
         self._running = running
+        self.row_bytes = spec.row_bytes
         self._output_axes = dynamic_axes(spec.outputs)
         self._metrics = metrics
 
-    def run(self, lane: Lane, tickets: list[Ticket[Reply]], taken: float) -> list[Batch]:
+    def join(self, tickets: list[Ticket[Reply]]) -> Arrays:
+        """What `run` would join for any lane."""
+        running = self._running
+        rows = running.way(running.device.lanes[0]).padded(_rows(tickets), tickets[0].bucket)
+        return join([ticket.sample for ticket in tickets], self._spec, rows)
+
+    def run(self, lane: Lane, tickets: list[Ticket[Reply]], taken: float, joined: Arrays | None = None) -> list[Batch]:
         """Run tickets, `taken` from their queue at that time, as one batch on this lane, or on all if these are idle.
 
-        Several are returned only where it failed and was run again in parts. Never raises. Without tickets nothing is
-        run.
+        They may be `joined` already. Several batches are returned only where it failed and was run again in parts.
+        Never raises. Without tickets nothing is run.
         """
         if not tickets:
             return []
         running = self._running
         wide, device = running.wide, running.device
         if wide is None or _waited(wide, tickets, taken) or device.waiting() or not device.widen(lane):
-            return self._run((lane,), Way(running.backends[lane.index], running.costs), tickets, taken)
+            return self._run((lane,), running.way(lane), tickets, taken, joined)
         try:
-            return self._run(device.lanes, wide, tickets, taken)
+            return self._run(device.lanes, wide, tickets, taken, joined)
         finally:
             device.narrow(lane)
 
@@ -138,12 +153,20 @@ class Execution:
         cheap = apart * most / share <= DEARER * table.seconds(most)
         return share if cheap and apart + HANDOVER_S < whole else rows
 
-    def _run(self, lanes: tuple[Lane, ...], way: Way, tickets: list[Ticket[Reply]], taken: float) -> list[Batch]:
+    def _run(
+        self,
+        lanes: tuple[Lane, ...],
+        way: Way,
+        tickets: list[Ticket[Reply]],
+        taken: float,
+        joined: Arrays | None = None,
+    ) -> list[Batch]:
         backend, costs = way.backend, way.costs.tables[tickets[0].bucket]
-        rows = sum([ticket.rows for ticket in tickets])
-        padded = costs.bucket(rows) if backend.row_buckets else rows
+        rows = _rows(tickets)
+        padded = way.padded(rows, tickets[0].bucket)
         try:
-            joined = join([ticket.sample for ticket in tickets], self._spec, padded)
+            if joined is None or len(joined[0]) != padded:
+                joined = join([ticket.sample for ticket in tickets], self._spec, padded)
             started = time.perf_counter()
             _set_due(lanes, started + costs.seconds(padded))
             outputs = backend.run(joined)
@@ -209,9 +232,13 @@ def padding_tokens(tickets: list[Ticket[Reply]]) -> int:
     return sum(ticket.rows * (longest - ticket.length) for ticket in tickets)
 
 
+def _rows(tickets: list[Ticket[Reply]]) -> int:
+    return sum([ticket.rows for ticket in tickets])
+
+
 def _waited(wide: Way, tickets: list[Ticket[Reply]], taken: float) -> bool:
     """Whether a batch had to wait for others, so that more will come while it runs, although no lane works now."""
-    seconds = wide.costs.tables[tickets[0].bucket].seconds(sum([ticket.rows for ticket in tickets]))
+    seconds = wide.costs.tables[tickets[0].bucket].seconds(_rows(tickets))
     return taken - tickets[0].enqueued_at > LONE * seconds
 
 

@@ -236,7 +236,7 @@ def _facts(report: VariantReport, variant: Variant | None, device: Device) -> Va
     return VariantFacts(
         passes=tuple(str(manifest.kind) for manifest in passes),
         backend=variant.backend.name if variant else "",
-        device=device.name if variant else "",
+        device=variant.backend.device if variant else "",
         lanes=len(device.lanes),
         state=report.state,
         reason=report.reason or "",

@@ -54,6 +54,7 @@ class PixelBase:
 class PixelBackend:
     name = "pixel"
     self_contained = False
+    device = "cpu"
     row_buckets: tuple[int, ...] = ()
 
     def __init__(self, *, broken: bool = False, gate: threading.Event | None = None) -> None:

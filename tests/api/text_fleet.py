@@ -51,6 +51,7 @@ class ReadingBackend:
 
     name = "reading"
     self_contained = False
+    device = "cpu"
     row_buckets: tuple[int, ...] = ()
 
     def __init__(self, gate: threading.Event | None = None) -> None:

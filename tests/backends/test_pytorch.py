@@ -45,7 +45,7 @@ def test_a_batch_answers_like_its_rows_alone() -> None:
     alone = np.concatenate([backend.run((batch[0][row : row + 1],))[0] for row in range(7)])
     assert together.shape == (7, 3)
     assert np.allclose(together, alone, atol=1e-5)
-    assert (backend.name, backend.row_buckets) == ("pytorch", ())
+    assert (backend.name, backend.device, backend.row_buckets) == ("pytorch", "cpu", ())
 
 
 @pytest.mark.filterwarnings("error")

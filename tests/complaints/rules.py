@@ -38,6 +38,7 @@ class RuleBackend:
 
     name = "rule"
     self_contained = False
+    device = "cpu"
     row_buckets: tuple[int, ...] = ()
 
     def __init__(self, folder: Path, batch_s: float = 0.0) -> None:

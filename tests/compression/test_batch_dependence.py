@@ -19,6 +19,7 @@ class Rule:
 
     name = "rule"
     self_contained = False
+    device = "cpu"
     row_buckets: tuple[int, ...] = ()
 
     def __init__(self, answer: Callable[..., Array]) -> None:

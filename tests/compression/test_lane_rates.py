@@ -34,6 +34,7 @@ class Sleeper:
 
     name = "sleeper"
     self_contained = False
+    device = "cpu"
     row_buckets: tuple[int, ...] = ()
 
     def __init__(self, seconds: float) -> None:

@@ -25,6 +25,7 @@ class ScriptedBackend:
 
     name = "scripted"
     self_contained = False
+    device = "cpu"
 
     def __init__(self, row_buckets: tuple[int, ...] = ()) -> None:
         self.row_buckets = row_buckets
@@ -73,10 +74,12 @@ def play(
     backend: ScriptedBackend | None = None,
     seconds: float | Callable[[int], float] = 0.001,
     lanes: int = 1,
+    *,
+    spare: bool = False,
 ) -> Variant:
     """Run a scenario against a variant whose batches are believed to cost `seconds`; all lanes share the backend."""
     backend = backend or ScriptedBackend()
-    device = Device("test", lanes, lanes)
+    device = Device("test", lanes, lanes, spare=spare)
     sizes = (1, 2, limits.max_rows)
     costs = Costs([CostTable({rows: seconds(rows) if callable(seconds) else seconds for rows in sizes})])
     variant = Variant("v", SPEC, Running(device, (backend,) * lanes, costs), Batcher[Reply](limits))

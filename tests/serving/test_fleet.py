@@ -23,6 +23,7 @@ class CompiledBackend:
 
     name = "compiled"
     self_contained = False
+    device = "cpu"
 
     def __init__(self, row_buckets: tuple[int, ...]) -> None:
         self.row_buckets = row_buckets
@@ -66,6 +67,7 @@ class TextBackend:
 
     name = "text"
     self_contained = False
+    device = "cpu"
     row_buckets: tuple[int, ...] = ()
 
     def __init__(self) -> None:
@@ -172,6 +174,7 @@ class SelfContained:
 
     name = "self-contained"
     self_contained = True
+    device = "cpu"
     row_buckets: tuple[int, ...] = ()
 
     def __init__(self, threads: int, helped_by: int) -> None:

@@ -56,6 +56,7 @@ class Backends:
 class DoublingBackend:
     name = "doubling"
     self_contained = False
+    device = "cpu"
     row_buckets: tuple[int, ...] = ()
 
     def __init__(self, owner: Backends) -> None:

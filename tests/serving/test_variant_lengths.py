@@ -33,6 +33,7 @@ class Tagger:
 
     name = "tagger"
     self_contained = False
+    device = "cpu"
     row_buckets: tuple[int, ...] = ()
 
     def __init__(self) -> None:
