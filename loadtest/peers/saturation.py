@@ -32,6 +32,7 @@ from loadtest.peers.network import SPECS, example, write_network
 from loadtest.peers.process import PeerError, Running, serving
 from loadtest.peers.quiet import CORES, PATIENCE_S, quietly
 from loadtest.peers.roster import PEERS, Request
+from loadtest.peers.wrk import Load, load
 
 BATCHES = (1, 2, 4, 8, 16)
 OVERLOAD, CALLERS = 10, 64
@@ -44,7 +45,7 @@ class Round(NamedTuple):
 
     best: Bare
     served: dict[int, Closed]
-    alone: Closed
+    alone: Load
     single: Bare
     flooded: Overload
 
@@ -89,7 +90,11 @@ def one_round(running: Running, request: Request, network: Path, way: Way, plan:
     served = {count: loaded(count) for count in plan.connections}
     flooded = flood(max(found.rate for found in served.values()))
     single = min((alone(Way(1, threads, 1)) for threads in {1, CORES}), key=lambda found: found.p50_ms)
-    return Round(best, served, loaded(1), single, flooded)
+    # By wrk: after a batch a caller in Python has cold caches like the server, which is not for the server to answer for.
+    lone = quietly(lambda: load(running.port, request, 1, seconds), running.cpu_s, patience_s)
+    if lone.failed:
+        raise PeerError(f"{lone.failed} requests of a lone client failed")
+    return Round(best, served, lone, single, flooded)
 
 
 def saturation_table(rounds: Sequence[Round], seconds: float, title: str) -> Table:

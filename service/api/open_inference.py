@@ -178,6 +178,7 @@ def _platform(variants: Iterable[Variant]) -> str:
 
 def _counters(seen: VariantMetrics) -> Counters:
     """The variant's numbers as the statistics extension counts: per request, and for batches per execution."""
+    seen.catch_up()
     answered = seen.requests["ok"]
     others = [requests for outcome, requests in seen.requests.items() if outcome != "ok"]
     executed = seen.queue.count

@@ -18,6 +18,8 @@ OUTLIER = 2.0
 all of them are like it the estimate will follow soon."""
 KNEE = 0.99
 """A batch at the knee reaches at least this share of the best measured throughput."""
+OVERHEAD_S = 50e-6
+"""What a batch costs besides its run, whatever its size: it is formed, handed over, handed out and counted."""
 SHORTEST = 16
 """The first length bucket."""
 TYPICAL = 64
@@ -43,6 +45,11 @@ def buckets_up_to(max_rows: int, compiled: Sequence[int] = ()) -> tuple[int, ...
     while sizes[-1] * 2 < max_rows:
         sizes.append(sizes[-1] * 2)
     return tuple(sizes) if max_rows == 1 else (*sizes, max_rows)
+
+
+def rate(rows: int, seconds: float) -> float:
+    """Rows per second in batches of `rows` that run for so long."""
+    return rows / (seconds + OVERHEAD_S)
 
 
 class CostTable:
@@ -93,8 +100,8 @@ class CostTable:
         return min(bisect_left(self.buckets, rows), len(self.buckets) - 1)
 
     def _find_knee(self) -> int:
-        rates = [rows / max(seconds, 1e-9) for rows, seconds in zip(self.buckets, self._seconds, strict=True)]
-        return next(rows for rows, rate in zip(self.buckets, rates, strict=True) if rate >= KNEE * max(rates))
+        rates = {rows: rate(rows, seconds) for rows, seconds in self.table().items()}
+        return next(rows for rows in self.buckets if rates[rows] >= KNEE * max(rates.values()))
 
 
 class Costs:

@@ -4,6 +4,7 @@ A device runs `lanes` batches at a time, each with its share of the device's thr
 lone request soonest; several narrow lanes leave fewer threads waiting for each other within a batch and yield more
 rows per second (docs/decisions/005-lanes.md). All lanes take their work from one first-in-first-out queue, in the
 moment they are free, so variants that share the device take turns batch by batch and contention shows in queue time.
+Of several idle lanes the one goes that was last at work: its core is awake, and has its thread and its stack at hand.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +34,12 @@ class Lane:
     threads: int
     due_at: float = 0.0
     held: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    called: SimpleQueue[Job | None] = field(default_factory=SimpleQueue, repr=False)
+    """The job for which it is woken, if it was idle."""
 
 
 Afterwards = Callable[[], object]
-Job = Callable[[Lane], Afterwards | None]
+Job: TypeAlias = Callable[[Lane], Afterwards | None]
 """What a lane does. It may return what is left to do when the lane is free again, such as telling that it is."""
 Result = TypeVar("Result")
 
@@ -49,7 +53,10 @@ class Device:
         self.threads = threads
         self.spare = spare
         self.lanes = tuple(Lane(index, max(1, threads // lanes)) for index in range(lanes))
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._jobs: deque[Job | None] = deque()
+        self._idle: list[Lane] = []
+        self._waiting = 0
+        self._handing = threading.Lock()
         self._posting = threading.Lock()
         self._aside = ThreadPoolExecutor(1, f"device-{name}-aside")
         self._threads = [
@@ -71,14 +78,14 @@ class Device:
 
     def post(self, job: Job) -> None:
         """Queue a job behind all others, for the next free lane. Callable from any thread; the job must not raise."""
-        self._jobs.put(job)
+        self._hand(job)
 
     def borrow(self) -> Lane | None:
         """A free lane whose part the calling thread may take for one short job; `None` if all work or jobs wait.
 
         The caller releases `held` afterwards.
         """
-        if not self._jobs.empty():
+        if self.waiting():
             return None
         return next((lane for lane in self.lanes if lane.held.acquire(blocking=False)), None)
 
@@ -110,7 +117,7 @@ class Device:
 
     def waiting(self) -> int:
         """Jobs that no lane has taken yet."""
-        return self._jobs.qsize()
+        return self._waiting
 
     def aside(self, job: Callable[[], None]) -> None:
         """Do something beside the lanes, on one thread that is there from the first such job on."""
@@ -149,12 +156,33 @@ class Device:
         """Finish the queued jobs and end the threads."""
         self._aside.shutdown()
         for _ in self._threads:
-            self._jobs.put(None)
+            self._hand(None)
         for thread in self._threads:
             thread.join()
 
+    def _hand(self, job: Job | None) -> None:
+        with self._handing:
+            self._waiting += 1
+            if not self._idle:
+                self._jobs.append(job)
+                return
+            lane = self._idle.pop()
+        lane.called.put(job)
+
+    def _next_job(self, lane: Lane) -> Job | None:
+        with self._handing:
+            if not self._jobs:
+                self._idle.append(lane)
+            else:
+                self._waiting -= 1
+                return self._jobs.popleft()
+        job = lane.called.get()
+        with self._handing:
+            self._waiting -= 1
+        return job
+
     def _work(self, lane: Lane) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._next_job(lane)) is not None:
             self._do(job, lane)
             del job  # nothing of a batch is kept while the lane waits for the next one
 

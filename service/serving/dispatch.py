@@ -17,6 +17,7 @@ from service.serving.batcher import Batcher, Formed, Portion
 from service.serving.device import Afterwards, Lane
 from service.serving.execution import Batch, Execution, Reply, Running
 from service.serving.groups import Group
+from service.serving.tally import Tally
 
 SHORT_S, LONG_S = 50e-6, 300e-6
 """The loop itself runs a variant whose largest batch took no longer at warm-up, until it turns out to take much longer:
@@ -34,6 +35,7 @@ class Dispatch:
         execution: Execution,
         batcher: Batcher[Reply],
         settle: Settle,
+        tally: Tally,
     ) -> None:
         """`settle` is called on the loop, once per batch, with what was taken, what became of it, and when it began."""
         self._loop = loop
@@ -41,6 +43,7 @@ class Dispatch:
         self._execution = execution
         self._batcher = batcher
         self._settle = settle
+        self._tally = tally
         # Decided by the warm-up, once: what is learnt beside a busy loop, or loaded anew, does not take it back.
         self._short = all(table.seconds(table.knee) <= SHORT_S for table in running.costs.tables)
         self._group = Group(batcher.limits.max_rows)
@@ -140,8 +143,4 @@ class Dispatch:
     def _done(self, formed: Formed[Reply], batches: list[Batch], taken: float) -> None:
         """Once per batch: hand out the outcomes; what is counted can wait until the replies are written."""
         self._settle(formed, batches, taken)
-        self._loop.call_soon(self._count, batches)
-
-    def _count(self, batches: list[Batch]) -> None:
-        for batch in batches:
-            self._execution.count(batch)
+        self._loop.call_soon(self._tally.add, batches)

@@ -1,6 +1,6 @@
-"""A batch on the device: joined, run and split; run again in halves where it fails; and counted afterwards.
+"""A batch on the device: joined, run and split; run again in halves where it fails.
 
-All but the counting happens between taking a batch from the queue and waking the event loop. It runs on the lanes of a
+All of it happens between taking a batch from the queue and waking the event loop. It runs on the lanes of a
 device, several at a time; a batch that is alone there has all threads of the device, if that makes it quicker.
 """
 
@@ -20,7 +20,6 @@ from service.serving.assembly import dynamic_axes, join, split, trim
 from service.serving.batcher import Ticket
 from service.serving.costs import Costs, CostTable
 from service.serving.device import Device, Lane
-from service.telemetry.observations import VariantMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -102,13 +101,12 @@ class Running:
 class Execution:
     """Runs the batches of one variant."""
 
-    def __init__(self, name: str, spec: InputSpec, running: Running, metrics: VariantMetrics) -> None:
+    def __init__(self, name: str, spec: InputSpec, running: Running) -> None:
         self._name = name
         self._spec = spec
         self._running = running
         self.row_bytes = spec.row_bytes
         self._output_axes = dynamic_axes(spec.outputs)
-        self._metrics = metrics
 
     def join(self, tickets: list[Ticket[Reply]]) -> Arrays:
         """What `run` would join for any lane."""
@@ -180,24 +178,6 @@ class Execution:
         timed = Timed(taken, started, ended, time.perf_counter(), padded, len(lanes), costs)
         return [Batch(tickets, replies, rows, ended - started, timed)]
 
-    def count(self, batch: Batch) -> None:
-        """Add a batch to the metrics, and to what is known of its costs. On one thread only."""
-        timed = batch.timed
-        if timed is None:
-            return
-        timed.costs.observe(timed.padded, batch.infer_s)
-        metrics = self._metrics
-        metrics.padding_tokens += padding_tokens(batch.tickets)
-        metrics.lane_s += batch.infer_s * timed.lanes
-        metrics.batch_done(
-            batch.rows,
-            timed.padded - batch.rows,
-            batch.infer_s,
-            [timed.taken - ticket.enqueued_at for ticket in batch.tickets],
-            timed.started - timed.taken,
-            timed.split - timed.ended,
-        )
-
     def _split(self, outputs: Arrays, tickets: list[Ticket[Reply]]) -> list[Arrays]:
         replies = split(outputs, [ticket.rows for ticket in tickets])
         if not self._output_axes:
@@ -222,14 +202,6 @@ class Execution:
             f"the model failed on this request; the server's log has the details under id {incident}"
         )
         return [Batch(tickets, [failure], tickets[0].rows)]
-
-
-def padding_tokens(tickets: list[Ticket[Reply]]) -> int:
-    """Positions that are computed only because a row is shorter than the longest one of its batch."""
-    if len(tickets) == 1 or not tickets[0].length:
-        return 0
-    longest = max(ticket.length for ticket in tickets)
-    return sum(ticket.rows * (longest - ticket.length) for ticket in tickets)
 
 
 def _rows(tickets: list[Ticket[Reply]]) -> int:

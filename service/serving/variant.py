@@ -18,6 +18,7 @@ from service.serving.batcher import Batcher, Formed, Ticket
 from service.serving.dispatch import Dispatch
 from service.serving.execution import Batch, Execution, Prediction, Reply, Running
 from service.serving.sweep import Sweep
+from service.serving.tally import Tally
 from service.serving.unsettled import Unsettled
 from service.telemetry.observations import VariantMetrics
 
@@ -54,7 +55,9 @@ class Variant:
         self._sweep = Sweep(loop, self._expire)
         self.metrics = metrics
         self.neighbours = neighbours
-        self._dispatch = Dispatch(loop, self.running, self._execution(), self.batcher, self._settle)
+        tally = Tally(loop, metrics)
+        metrics.catch_up = tally.catch_up
+        self._dispatch = Dispatch(loop, self.running, self._execution(), self.batcher, self._settle, tally)
 
     @property
     def backend(self) -> Backend:
@@ -71,7 +74,7 @@ class Variant:
         self._dispatch.reopen(running, self._execution())
 
     def _execution(self) -> Execution:
-        return Execution(self.name, self._spec, self.running, self.metrics)
+        return Execution(self.name, self._spec, self.running)
 
     async def predict(
         self, sample: Arrays, gone: Gone, timeout_s: float | None = None, priority: int = 0

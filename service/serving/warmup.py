@@ -17,7 +17,7 @@ from typing import Literal
 from service.backends.denormals import flush_denormals
 from service.contracts import Arrays, Backend, InputSpec
 from service.serving.assembly import dynamic_axes
-from service.serving.costs import Costs, CostTable, buckets_up_to, length_buckets
+from service.serving.costs import Costs, CostTable, buckets_up_to, length_buckets, rate
 from service.serving.device import Device, Lane
 from service.serving.execution import Running, Way
 
@@ -120,13 +120,13 @@ def measure_grid(
 
 
 def _is_flat(known: Mapping[int, float]) -> bool:
-    rates = [rows / seconds for rows, seconds in known.items()]
+    rates = [rate(rows, seconds) for rows, seconds in known.items()]
     return len(rates) > FLAT and max(rates[-FLAT:]) <= max(rates[:-FLAT])
 
 
 def compare_again(once: Callable[[int], float], known: dict[int, float]) -> None:
     """Correct what is `known` of the best batch, the next larger and the smaller ones; `once(rows)` is one run."""
-    rates = {rows: rows / seconds for rows, seconds in known.items()}
+    rates = {rows: rate(rows, seconds) for rows, seconds in known.items()}
     best = max(rates, key=lambda rows: rates[rows])
     taken = {rows: [known[rows]] for rows in rates if rows <= 2 * best and rates[rows] >= NEAR * rates[best]}
     started = time.perf_counter()

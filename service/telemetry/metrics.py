@@ -220,6 +220,8 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Build every family from the current numbers."""
         variants = list(self.variants.values())
+        for variant in variants:
+            variant.catch_up()
         serving = [variant for variant in variants if variant.facts.state != "excluded"]
         for families, shown in ((REQUESTS, [*variants, self.unrouted]), (FACTS, variants), (TRAFFIC, serving)):
             yield from (self._metric(family, shown) for family in families)

@@ -86,6 +86,10 @@ class BatchTimes:
     output_s: float = 0.0
 
 
+def up_to_date() -> None:
+    """What is counted at once need not catch up."""
+
+
 def no_queue() -> int:
     """The queue of what has none."""
     return 0
@@ -94,15 +98,16 @@ def no_queue() -> int:
 class VariantMetrics:
     """The numbers of one variant.
 
-    The thread of the event loop writes, batches after their replies; scrapes read from another one.
-    `queue_rows` and `queue_requests` are called at scrape, on the scraping thread. `batches` has an entry per batch
-    size (rows) that occurred; a reader on another thread copies it first (`dict(batches)`), for it grows.
+    The thread of the event loop writes and reads. Batches are counted a moment after their replies; who reads calls
+    `catch_up` first. `queue_rows` and `queue_requests` are called at scrape. `batches` has an entry per batch size
+    (rows) that occurred.
     `lane_s` and `padding_tokens` are added to by who calls `batch_done`; the first are the seconds of all lanes that a
     batch had for itself. `last_batch_at` is in seconds since the epoch, 0 before the first batch.
     """
 
     __slots__ = (
         "batches",
+        "catch_up",
         "facts",
         "infer",
         "infer_request_s",
@@ -129,6 +134,7 @@ class VariantMetrics:
     ) -> None:
         self.name = name
         self.facts = facts
+        self.catch_up = up_to_date
         self.queue_rows = queue_rows
         self.queue_requests = queue_requests
         self.requests = {outcome: Histogram(SECONDS) for outcome in OUTCOMES}

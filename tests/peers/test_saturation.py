@@ -22,6 +22,7 @@ from loadtest.peers.compare import Plan
 from loadtest.peers.network import write_network
 from loadtest.peers.roster import Request
 from loadtest.peers.saturation import Round, best_way
+from loadtest.peers.wrk import Load
 
 
 def test_a_bare_loop_tells_rows_per_second_and_the_time_of_a_run(tmp_path: Path) -> None:
@@ -42,7 +43,7 @@ def test_the_best_way_is_that_of_the_highest_rate(monkeypatch: pytest.MonkeyPatc
 def test_saturation_is_told_as_shares_of_the_bare_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saturation, "CORES", 2)
     flooded = Overload(1000, 90, (10.0, 20.0), {200: 90, 429: 910}, 0.2)
-    item = Round(Bare(100, 9), {8: Closed(90, 1, 2, 0, 0.5)}, Closed(1, 10.5, 11, 0, 0), Bare(1, 10), flooded)
+    item = Round(Bare(100, 9), {8: Closed(90, 1, 2, 0, 0.5)}, Load(1, 0, 10.5, 11, 1, 0), Bare(1, 10), flooded)
     text = shown(saturation.saturation_table([item, item], 5.0, "title"))
     # 90 of 100; wrk took 0.5 s of 2 x 5 s, so 90 of the 95 that it left.
     assert "90.0%" in text

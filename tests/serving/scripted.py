@@ -94,6 +94,8 @@ def act(variant: Variant, device: Device, scene: Callable[[], Awaitable[None]], 
     async def body() -> None:
         variant.bind(asyncio.get_running_loop(), VariantMetrics("v", VariantFacts()), [])
         await scene()
+        await asyncio.sleep(0)
+        variant.metrics.catch_up()
 
     try:
         asyncio.run(asyncio.wait_for(body(), 20))

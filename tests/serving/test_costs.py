@@ -26,6 +26,10 @@ def test_the_knee_is_the_smallest_batch_near_the_best_throughput() -> None:
     assert rising.knee == 32
 
 
+def test_the_knee_of_a_tiny_model_counts_what_a_batch_costs_besides_its_run() -> None:
+    assert CostTable({1: 9e-6, 8: 11e-6, 16: 10e-6, 32: 22e-6}).knee == 32  # half as many batches to form and hand out
+
+
 def test_predictions_interpolate_and_drain_in_batches_of_the_knee() -> None:
     costs = CostTable({1: 1.0, 4: 2.0, 8: 3.0})
     assert costs.seconds(2) == pytest.approx(1 + 1 / 3)

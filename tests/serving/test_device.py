@@ -33,6 +33,39 @@ def test_every_lane_is_called_on_its_own_thread_at_the_same_time(device: Device)
     assert device.call_on_each(meet) == [(0, "device-test-0"), (1, "device-test-1")]
 
 
+def test_of_idle_lanes_the_one_goes_that_was_last_at_work(device: Device) -> None:
+    def where(lane: Lane) -> int:
+        time.sleep(0.002)  # the other one is idle meanwhile
+        return lane.index
+
+    first = device.call(where)
+    for _ in range(20):
+        _until_idle(device)
+        assert device.call(where) == first
+    occupied, release = threading.Event(), threading.Event()
+
+    def occupy(_: Lane) -> None:
+        occupied.set()
+        assert release.wait(5)
+
+    _until_idle(device)
+    device.post(occupy)
+    assert occupied.wait(5)
+    other = device.call(where)
+    assert other != first
+    release.set()
+    _until_idle(device)
+    assert device.call(where) == first
+
+
+def _until_idle(device: Device) -> None:
+    deadline = time.monotonic() + 5
+    while device.idle() < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(0.01)
+
+
 def test_callers_on_several_threads_do_not_lock_each_other_out(device: Device) -> None:
     counted: list[int] = []
 

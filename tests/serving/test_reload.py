@@ -145,6 +145,7 @@ def test_an_unloaded_variant_is_closed_and_a_loaded_one_goes_on_where_it_stopped
         assert len(backends["b"].opened) == 2 * lanes
         assert not any(backend.closed for backend in backends["b"].opened[lanes:])
         assert fleet.variants["b"].metrics.requests is variant.metrics.requests, "counters go on"
+        variant.metrics.catch_up()
         assert variant.metrics.rows.count == 2
         assert variant.costs.table().keys() == costs.keys()
         assert shown(fleet) == "serving"

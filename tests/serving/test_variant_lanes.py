@@ -79,7 +79,7 @@ def test_an_idle_lane_takes_its_share_if_that_is_quicker(
     way = Way(backend, Costs([CostTable({8: wide_s})])) if wide_s else None
     running = Running(device, (backend,) * 4, Costs([CostTable({size: 0.01 * size for size in (1, 8)}, 8)]), way)
     running.costs.tables[0].knee = 8
-    execution = Execution("v", SPEC, running, VariantMetrics("v", VariantFacts()))
+    execution = Execution("v", SPEC, running)
     assert execution.portion(0, rows) == portion
 
 
@@ -222,7 +222,7 @@ def test_a_variant_that_turns_out_slow_is_left_to_the_lanes_but_not_for_a_single
     backend = Slowing()
 
     async def scenario(variant: Variant, _: ScriptedBackend) -> None:
-        for value in range(40):
+        for value in range(100):
             await variant.predict(sample(value), stay)
 
     play(scenario, QueueLimits(4, 100), backend, SHORT_S / 1.5)
