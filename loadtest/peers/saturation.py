@@ -90,7 +90,7 @@ def one_round(running: Running, request: Request, network: Path, way: Way, plan:
     served = {count: loaded(count) for count in plan.connections}
     flooded = flood(max(found.rate for found in served.values()))
     single = min((alone(Way(1, threads, 1)) for threads in {1, CORES}), key=lambda found: found.p50_ms)
-    # By wrk: after a batch a caller in Python has cold caches like the server, which is not for the server to answer for.
+    # By wrk: after a batch a caller in Python has cold caches, too, for which the server is not to blame.
     lone = quietly(lambda: load(running.port, request, 1, seconds), running.cpu_s, patience_s)
     if lone.failed:
         raise PeerError(f"{lone.failed} requests of a lone client failed")

@@ -53,7 +53,7 @@ STEPS = (
     Step("service.serving.execution:join", "join: one copy"),
     Step("service.backends.onnx_runtime:OnnxRuntimeBackend.run", "run the model"),
     Step("service.serving.execution:split", "split: views"),
-    Step("service.serving.execution:Execution.count", "count the batch"),
+    Step("service.serving.tally:Tally.add", "count the batch"),
     Step("service.serving.variant:Variant._settle", "settle: hand out the outputs"),
     Step("service.api.connection:Exchange._step", "coroutines: all between the steps here"),
     Step("service.api.open_inference_http:encode_infer", "encode the reply"),
