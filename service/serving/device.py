@@ -154,11 +154,11 @@ class Device:
 
     def close(self) -> None:
         """Finish the queued jobs and end the threads."""
-        self._aside.shutdown()
         for _ in self._threads:
             self._hand(None)
         for thread in self._threads:
             thread.join()
+        self._aside.shutdown()  # the last jobs of the lanes may have used it
 
     def _hand(self, job: Job | None) -> None:
         with self._handing:

@@ -197,3 +197,22 @@ def test_a_call_returns_what_the_function_does_or_raises(device: Device) -> None
     assert device.call(lambda lane: lane.threads) == 2
     with pytest.raises(ZeroDivisionError):
         device.call(lambda lane: 1 // 0)
+
+
+def test_what_is_still_done_at_the_end_may_be_done_aside() -> None:
+    device = Device("test", 1, 1)
+    began, go_on, done = threading.Event(), threading.Event(), threading.Event()
+
+    def wait(_: Lane) -> None:
+        began.set()
+        assert go_on.wait(5)
+
+    device.post(wait)
+    assert began.wait(5)
+    device.post(lambda _: device.aside(done.set))
+    closing = threading.Thread(target=device.close)
+    closing.start()
+    time.sleep(0.02)
+    go_on.set()
+    closing.join(5)
+    assert done.is_set()
