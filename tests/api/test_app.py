@@ -42,6 +42,22 @@ def run(scenario: Callable[[httpx.AsyncClient, Fleet], object]) -> None:
     asyncio.run(body())
 
 
+def test_the_device_of_a_variant_is_that_of_its_backend() -> None:
+    async def scenario() -> None:
+        gate = threading.Event()
+        gate.set()
+        fleet = open_fleet(gate)
+        fleet.variants["b"].backend.device = "cuda"  # type: ignore[misc]
+        fleet.start(asyncio.get_running_loop())
+        page = fleet.metrics.render()[0].decode().splitlines()
+        fleet.close()
+        lines = {name: next(line for line in page if f'_lanes{{device="{name}"' in line) for name in ("cpu", "cuda")}
+        assert 'version="a"' in lines["cpu"]
+        assert 'version="b"' in lines["cuda"]
+
+    asyncio.run(scenario())
+
+
 def picture(brightest: int, image_format: str = "PNG", value: int = 255) -> bytes:
     pixels = np.zeros(4, np.uint8)
     pixels[brightest] = value
