@@ -39,7 +39,10 @@ class Workplace:
         )
         self.base: Base = open_base(origin)
         self.plan: Plan = plan(self.config, self.base)
-        self.threads: int = thread_budget() if self.config.threads == "auto" else self.config.threads
+        budget = thread_budget()
+        self.threads: int = budget if self.config.threads == "auto" else self.config.threads
+        self.spare = self.threads < budget
+        """Whether the lanes leave a core of those that may be used."""
         if self.config.lanes != "auto" and self.config.lanes > self.threads:
             raise ConfigError(
                 f"{path}: lanes is {self.config.lanes}, but there are only {self.threads} threads to share"
@@ -83,12 +86,11 @@ class Workplace:
         """Load and warm every variant that passed its gate, on every lane of the device."""
         from service.backends.choose import open_backend
         from service.compression.load import load_model
-        from service.machine import thread_budget
         from service.serving.device import Device
         from service.serving.fleet import Fleet
 
         reports = self.reports()
-        device = Device("cpu", self.threads, self.lanes(reports), spare=self.threads < thread_budget())
+        device = Device("cpu", self.threads, self.lanes(reports), spare=self.spare)
         fleet = Fleet(self.base, self.config, reports, device)
 
         alone = sum(report.state == "serving" for report in reports) == 1

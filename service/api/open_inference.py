@@ -194,7 +194,7 @@ def _counters(seen: VariantMetrics) -> Counters:
             _duration(executed, seen.infer_request_s),
             _duration(executed, seen.output_request_s),
         ),
-        batches={rows: _phases(times) for rows, times in dict(seen.batches).items()},
+        batches={rows: _phases(times) for rows, times in seen.batches.items()},
     )
 
 

@@ -34,7 +34,7 @@ class Lane:
     threads: int
     due_at: float = 0.0
     held: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    called: SimpleQueue[Job | None] = field(default_factory=SimpleQueue, repr=False)
+    called: SimpleQueue[Job] = field(default_factory=SimpleQueue, repr=False)
     """The job for which it is woken, if it was idle."""
 
 
@@ -53,9 +53,9 @@ class Device:
         self.threads = threads
         self.spare = spare
         self.lanes = tuple(Lane(index, max(1, threads // lanes)) for index in range(lanes))
-        self._jobs: deque[Job | None] = deque()
+        self._jobs: deque[Job] = deque()
         self._idle: list[Lane] = []
-        self._waiting = 0
+        self._waiting = 0  # those and the called lanes' jobs; counted, for it is asked before every short batch
         self._handing = threading.Lock()
         self._posting = threading.Lock()
         self._aside = ThreadPoolExecutor(1, f"device-{name}-aside")
@@ -78,7 +78,13 @@ class Device:
 
     def post(self, job: Job) -> None:
         """Queue a job behind all others, for the next free lane. Callable from any thread; the job must not raise."""
-        self._hand(job)
+        with self._handing:
+            self._waiting += 1
+            if not self._idle:
+                self._jobs.append(job)
+                return
+            lane = self._idle.pop()
+        lane.called.put(job)
 
     def borrow(self) -> Lane | None:
         """A free lane whose part the calling thread may take for one short job; `None` if all work or jobs wait.
@@ -155,21 +161,12 @@ class Device:
     def close(self) -> None:
         """Finish the queued jobs and end the threads."""
         for _ in self._threads:
-            self._hand(None)
+            self.post(_end)
         for thread in self._threads:
             thread.join()
         self._aside.shutdown()  # the last jobs of the lanes may have used it
 
-    def _hand(self, job: Job | None) -> None:
-        with self._handing:
-            self._waiting += 1
-            if not self._idle:
-                self._jobs.append(job)
-                return
-            lane = self._idle.pop()
-        lane.called.put(job)
-
-    def _next_job(self, lane: Lane) -> Job | None:
+    def _next_job(self, lane: Lane) -> Job:
         with self._handing:
             if not self._jobs:
                 self._idle.append(lane)
@@ -182,7 +179,7 @@ class Device:
         return job
 
     def _work(self, lane: Lane) -> None:
-        while (job := self._next_job(lane)) is not None:
+        while (job := self._next_job(lane)) is not _end:
             self._do(job, lane)
             del job  # nothing of a batch is kept while the lane waits for the next one
 
@@ -195,6 +192,10 @@ class Device:
         except BaseException:
             # The thread outlives any job: a lost lane would hang what waits for it, the last one all variants.
             logger.exception("a job on lane %d of device %s failed", lane.index, self.name)
+
+
+def _end(_: Lane) -> None:
+    """The last job of a lane; it is not done, the lane ends there."""
 
 
 def _release(lanes: Iterable[Lane]) -> None:

@@ -37,7 +37,7 @@ class Tally:
         self._loop = loop
         self._metrics = metrics
         self._records: list[Record] = []
-        self._timed = False
+        self._due = False
 
     def add(self, batches: Sequence[Batch]) -> None:
         """Count these, now or before long. What failed is not counted."""
@@ -51,8 +51,8 @@ class Tally:
                 self._records.append(record)
         if len(self._records) >= MOST:
             self.catch_up()
-        elif self._records and not self._timed:
-            self._timed = True
+        elif self._records and not self._due:
+            self._due = True
             self._loop.call_later(LATER_S, self._later)
 
     def catch_up(self) -> None:
@@ -71,7 +71,7 @@ class Tally:
         metrics.batch_done(rows, timed.padded - rows, infer_s, queue_seconds, input_s, output_s)
 
     def _later(self) -> None:
-        self._timed = False
+        self._due = False
         self.catch_up()
 
 

@@ -245,7 +245,6 @@ def _add(metric: Metric, labels: dict[str, str], value: float | Histogram) -> No
     if not isinstance(value, Histogram):
         metric.add_sample(metric.name + ("_total" if metric.type == "counter" else ""), labels, value)
         return
-    # One copy of the counts, so that the buckets agree with each other although the path goes on writing.
     cumulative = list(accumulate(value.counts))
     for bound, count in zip((*value.bounds, math.inf), cumulative, strict=True):
         edge = "+Inf" if math.isinf(bound) else str(bound)

@@ -37,7 +37,7 @@ VariantState = Literal["serving", "loading", "unloading", "unloaded", "excluded"
 
 
 class Histogram:
-    """Counts per bucket and the sum of the values. One writer; a reader beside it is at most one observation behind."""
+    """Counts per bucket and the sum of the values. One thread writes and reads."""
 
     __slots__ = ("bounds", "counts", "total")
 

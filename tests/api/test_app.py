@@ -42,12 +42,12 @@ def run(scenario: Callable[[httpx.AsyncClient, Fleet], object]) -> None:
     asyncio.run(body())
 
 
-def test_the_device_of_a_variant_is_that_of_its_backend() -> None:
+def test_the_device_of_a_variant_is_that_of_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         gate = threading.Event()
         gate.set()
         fleet = open_fleet(gate)
-        fleet.variants["b"].backend.device = "cuda"  # type: ignore[misc]
+        monkeypatch.setattr(fleet.variants["b"].backend, "device", "cuda")
         fleet.start(asyncio.get_running_loop())
         page = fleet.metrics.render()[0].decode().splitlines()
         fleet.close()

@@ -73,7 +73,7 @@ class Clock:
     def create_task(self, coroutine: Any) -> Future[None]:
         coroutine.close()
         self.tasks.append(coroutine)
-        return Future(loop=self)  # type: ignore[arg-type]
+        return Future(loop=self)  # type: ignore[arg-type]  # the little of a loop that is needed here
 
     def run_until(self, now: float) -> None:
         while self.timers and self.timers[0][0] <= now:

@@ -49,6 +49,19 @@ async def ask(variant: Variant, count: int, timeout_s: float = 10) -> list[async
     return tasks
 
 
+def queue_behind_a_busy_lane(count: int, *, spare: bool) -> None:
+    """For long enough that whoever would join these rows ahead, four at a time, has done it."""
+
+    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
+        busy = await hold(variant, backend)
+        tasks = await ask(variant, count)
+        await asyncio.sleep(0.05)
+        backend.gate.set()
+        await asyncio.gather(busy, *tasks)
+
+    play(scenario, QueueLimits(4, 100), spare=spare)
+
+
 async def until_joined(joins: list[tuple[str, int]], times: int = 1) -> None:
     async with asyncio.timeout(5):
         while Counter(name for name, _ in joins)[ASIDE] < times:
@@ -76,26 +89,12 @@ def test_the_next_full_batch_is_joined_while_the_lanes_are_busy(joins: list[tupl
 
 
 def test_no_batch_is_joined_before_it_is_full(joins: list[tuple[str, int]]) -> None:
-    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
-        busy = await hold(variant, backend)
-        tasks = await ask(variant, 3)
-        await asyncio.sleep(0.05)
-        backend.gate.set()
-        await asyncio.gather(busy, *tasks)
-
-    play(scenario, QueueLimits(4, 100), spare=True)
+    queue_behind_a_busy_lane(3, spare=True)
     assert joins == [("device-test-0", 1), ("device-test-0", 3)]
 
 
 def test_lanes_that_fill_all_cores_join_themselves(joins: list[tuple[str, int]]) -> None:
-    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
-        busy = await hold(variant, backend)
-        tasks = await ask(variant, 8)
-        await asyncio.sleep(0.05)
-        backend.gate.set()
-        await asyncio.gather(busy, *tasks)
-
-    play(scenario, QueueLimits(4, 100), spare=False)
+    queue_behind_a_busy_lane(8, spare=False)
     assert {name for name, _ in joins} == {"device-test-0"}
 
 
@@ -124,14 +123,7 @@ def test_a_backend_elsewhere_leaves_its_lane_s_core_to_whoever_joins(joins: list
 def test_small_batches_are_not_worth_a_thread(joins: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "WORTH_BYTES", 4 * 2 * 4 + 1)  # four rows of two floats, and one more byte
 
-    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
-        busy = await hold(variant, backend)
-        tasks = await ask(variant, 8)
-        await asyncio.sleep(0.05)
-        backend.gate.set()
-        await asyncio.gather(busy, *tasks)
-
-    play(scenario, QueueLimits(4, 100), spare=True)
+    queue_behind_a_busy_lane(8, spare=True)
     assert {name for name, _ in joins} == {"device-test-0"}
 
 
