@@ -117,6 +117,10 @@ class Device:
         """Lanes that run nothing now and have no job waiting for them."""
         return max(0, sum([not lane.held.locked() for lane in self.lanes]) - self.waiting())
 
+    def working(self) -> bool:
+        """Whether any lane runs something."""
+        return any(lane.held.locked() for lane in self.lanes)
+
     def busy(self) -> bool:
         """Whether every lane runs something."""
         return all(lane.held.locked() for lane in self.lanes)

@@ -14,6 +14,7 @@ from functools import partial
 from service.contracts import Arrays
 from service.serving.ahead import Ahead
 from service.serving.batcher import Batcher, Formed, Portion
+from service.serving.bell import Bell
 from service.serving.device import Afterwards, Lane
 from service.serving.execution import Batch, Execution, Reply, Running
 from service.serving.groups import Group
@@ -39,6 +40,7 @@ class Dispatch:
     ) -> None:
         """`settle` is called on the loop, once per batch, with what was taken, what became of it, and when it began."""
         self._loop = loop
+        self._bell = Bell(loop)
         self._running = running
         self._execution = execution
         self._batcher = batcher
@@ -108,20 +110,20 @@ class Dispatch:
         taken alone, a few that came between would keep the group waiting, and stay apart from it ever after.
         """
         if self._group.pause(self._batcher.waiting_rows, time.perf_counter()):
-            return partial(self._loop.call_soon_threadsafe, self._summon)
+            return partial(self._tell, self._summon)
         device = self._running.device
         portion = self._execution.portion if len(device.lanes) > 1 else None
         formed, taken, joined = self._take(portion)
         if formed.more and self._batcher.limits.max_delay_s == 0:
             device.post(self._go_on)
         elif formed.more:
-            self._loop.call_soon_threadsafe(self._summon)
+            self._tell(self._summon)
         if formed.more:
             self._ahead.look()
         batches = self._execution.run(lane, formed.batch, taken, joined)
         if len(batches) == 1:
             self._group.answered(batches[0], self._batcher.waiting_rows, time.perf_counter())
-        return partial(self._loop.call_soon_threadsafe, self._done, formed, batches, taken)
+        return partial(self._tell, self._done, formed, batches, taken)
 
     def _take(self, portion: Portion | None = None) -> tuple[Formed[Reply], float, Arrays | None]:
         """The next batch, when it was taken, and the rows of it if they were joined ahead."""
@@ -139,6 +141,13 @@ class Dispatch:
             device.post(self._run_next)
             return None
         return self._run_next(lane)
+
+    def _tell(self, callback: Callable[..., object], *arguments: object) -> None:
+        """From a lane: have the loop call this, without disturbing lanes that work."""
+        if self._running.device.working():
+            self._bell.ring(callback, *arguments)
+        else:  # any core will do, and another one than that of this lane is quicker
+            self._loop.call_soon_threadsafe(callback, *arguments)
 
     def _done(self, formed: Formed[Reply], batches: list[Batch], taken: float) -> None:
         """Once per batch: hand out the outcomes; what is counted can wait until the replies are written."""

@@ -25,9 +25,10 @@ logger = logging.getLogger(__name__)
 
 LONE = 0.25
 """A batch is alone if its foremost request waited for less than this share of the time that the batch takes."""
-DEARER, HANDOVER_S = 1.25, 200e-6
-"""What waits is divided among idle lanes if that takes at most so many times the lanes' seconds, and that much less of
-the clients': another batch costs about as much on its way to a lane and back."""
+DEARER, SLOWER, HANDOVER_S = 1.25, 1.05, 200e-6
+"""What waits is divided among idle lanes if that takes at most so many times the lanes' seconds, and so many times the
+clients'; another batch costs some on its way to a lane and back. Clients may wait a little longer, for lanes that are
+apart fill each other's gaps from then on: while the clients of one ask again, the other works."""
 Reply = asyncio.Future[tuple[Arrays, float, float, int]]
 """Outputs, seconds in the queue, seconds on the device, rows in the batch."""
 
@@ -134,7 +135,7 @@ class Execution:
     def portion(self, bucket: int, rows: int) -> int:
         """Rows for a lane that takes now, while `rows` of a length bucket wait: all, or a share equal to others'.
 
-        Shares are made where other lanes are idle, everybody is answered sooner by them, and the lanes do little more
+        Shares are made where other lanes are idle, nobody is answered much later by them, and the lanes do little more
         than one would. Else eight clients who were answered together would go from lane to lane together.
         """
         if rows == 1:
@@ -149,7 +150,7 @@ class Execution:
         whole = (running.wide.costs if running.wide else running.costs).tables[bucket].seconds(most)
         apart = table.seconds(share)
         cheap = apart * most / share <= DEARER * table.seconds(most)
-        return share if cheap and apart + HANDOVER_S < whole else rows
+        return share if cheap and apart + HANDOVER_S < SLOWER * whole else rows
 
     def _run(
         self,

@@ -63,11 +63,12 @@ def test_what_waits_is_divided_among_idle_lanes_if_a_batch_costs_by_its_rows(sha
         (1, 2, None, 1),
         (16, 2, None, 16),
         (8, 2, 0.035, 8),
+        (8, 2, 0.039, 4),
         (8, 2, 0.045, 4),
     ],
-    ids=["even", "odd", "four lanes", "one is idle", "one row", "enough for all", "wide is quicker", "wide is slower"],
+    ids=["even", "odd", "four lanes", "one is idle", "one row", "enough for all", "wide is quicker", "alike", "slower"],
 )
-def test_an_idle_lane_takes_its_share_if_that_is_quicker(
+def test_an_idle_lane_takes_its_share_if_that_is_as_quick(
     rows: int, lanes: int, wide_s: float | None, portion: int
 ) -> None:
     device = Device("test", 4, 4)
