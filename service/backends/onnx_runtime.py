@@ -14,6 +14,7 @@ from typing import Any
 
 import onnxruntime
 
+from service.backends.awake import spin_us
 from service.backends.denormals import flush_denormals
 from service.contracts import Arrays, Json, OnnxModel
 from service.errors import StartupError
@@ -26,9 +27,8 @@ LEVELS = {
 }
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 ERRORS_ONLY = 3
-AWAKE_US = 200
-"""How long threads wait busily for the next batch. onnxruntime counts it in pauses of the core, and on virtual ones is
-wrong by ten times: it becomes 2 ms there."""
+AWAKE_S = 0.002
+"""How long threads wait busily for the next batch."""
 
 
 class OnnxRuntimeBackend:
@@ -94,7 +94,7 @@ def _options(settings: Mapping[str, Json], threads: int, *, alone: bool) -> onnx
     spins = {"on": True, "off": False, "auto": alone}[settings.get("spinning", "auto")]
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spins else "0")
     if alone:
-        options.add_session_config_entry("session.intra_op.spin_duration_us", str(AWAKE_US))
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin_us(AWAKE_S)))
     else:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     return options

@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from service.backends.awake import spin_us
 from service.backends.onnx_runtime import OnnxRuntimeBackend
 from service.contracts import Array, Backend, Field, InputSpec, Json, OnnxModel
 from service.errors import StartupError
@@ -68,7 +69,8 @@ def test_a_batch_answers_like_its_rows_alone_in_the_order_of_the_spec(path: Path
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[onnxruntime.SessionOptions]:
-    """The options of the sessions that are opened."""
+    """The options of the sessions that are opened, but for the one that finds out how long threads stay awake."""
+    spin_us(1)
     seen: list[onnxruntime.SessionOptions] = []
     real = onnxruntime.InferenceSession
 
