@@ -28,6 +28,7 @@ from typing import Literal, TypeVar
 from service.contracts import Backend, InputSpec
 from service.serving.costs import Costs
 from service.serving.execution import Running
+from service.serving.huge_pages import anonymous_bytes, gather_since
 
 Open = Callable[[int], Backend]
 """Creates a backend with so many threads."""
@@ -111,6 +112,7 @@ async def open_again(threads: LoadingThreads, running: Running, read: Read, spec
         Exception: whatever reading, opening or running raises; what was opened is closed.
     """
     device, opened = running.device, list[Backend]()
+    before = anonymous_bytes()
 
     async def open_with(count: int) -> Backend:
         open_backend = await threads.do(read)
@@ -124,6 +126,8 @@ async def open_again(threads: LoadingThreads, running: Running, read: Read, spec
             backends.append(backends[0] if shared else await open_with(device.lane_threads))
         wide = running.wide and running.wide._replace(backend=await open_with(device.threads))
         await threads.do(partial(_warm, running.costs, opened, spec))
+        if opened[0].device == "cpu":
+            await threads.do(partial(gather_since, before))
     except Exception:
         await threads.do(partial(_close, opened))
         raise

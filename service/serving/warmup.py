@@ -20,6 +20,7 @@ from service.serving.assembly import dynamic_axes
 from service.serving.costs import Costs, CostTable, buckets_up_to, length_buckets, rate
 from service.serving.device import Device, Lane
 from service.serving.execution import Running, Way
+from service.serving.huge_pages import anonymous_bytes, gather_since
 
 WIDE_GAIN = 1.1
 """A backend with all threads is kept if it answers a lone row at least this many times as soon as one of a lane."""
@@ -48,9 +49,12 @@ def warm_up(device: Device, load: Callable[[int], Backend], spec: InputSpec, max
     opened: list[Backend] = []
 
     def open_with(threads: int) -> Backend:
+        before = anonymous_bytes()
         backend = load(threads)
         for rows in buckets_up_to(max_rows, backend.row_buckets) if backend.row_buckets else (1,):
             backend.run(spec.example(rows, min(lengths, default=0)))
+        if backend.device == "cpu":
+            gather_since(before)
         return backend
 
     def open_on(lane: Lane) -> Backend:
