@@ -53,14 +53,14 @@ def serve(
     if not work.finished:
         _build_in_child(config, work.store.root)
     fleet = work.open_fleet()
-    ready = time.monotonic() - started
-    names = ", ".join(fleet.variants)
-    lanes = f"{len(fleet.device.lanes)} x {fleet.device.lane_threads} threads"
-    text = (
-        f"ready in {ready:.1f} s: http://{host}:{port} serves {fleet.base.name} as {names} on {lanes}{_caveats(work)}"
-    )
-    err.print(text, highlight=False, soft_wrap=True)
-    serve_fleet(fleet, claimed, None if grpc_port is None else (host, grpc_port))
+
+    def announce() -> None:
+        names = ", ".join(fleet.variants)
+        lanes = f"{len(fleet.device.lanes)} x {fleet.device.lane_threads} threads"
+        serves = f"http://{host}:{port} serves {fleet.base.name} as {names} on {lanes}{_caveats(work)}"
+        err.print(f"ready in {time.monotonic() - started:.1f} s: {serves}", highlight=False, soft_wrap=True)
+
+    serve_fleet(fleet, claimed, None if grpc_port is None else (host, grpc_port), announce)
 
 
 @app.command()

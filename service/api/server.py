@@ -12,7 +12,7 @@ import gc
 import logging
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
@@ -46,8 +46,16 @@ def listen(host: str, port: int) -> socket.socket:
     return claimed
 
 
-def serve_fleet(fleet: Fleet, claimed: socket.socket, grpc_at: tuple[str, int] | None = None) -> None:
-    """Serve HTTP on the claimed port, and gRPC where asked, until a signal ends it; then drain. Blocks."""
+def serve_fleet(
+    fleet: Fleet,
+    claimed: socket.socket,
+    grpc_at: tuple[str, int] | None = None,
+    announce: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve HTTP on the claimed port, and gRPC where asked, until a signal ends it; then drain. Blocks.
+
+    `announce` is called once the ports listen: who is told by it and asks at once finds somebody.
+    """
     app = create_app(fleet, grpc_at)
     config = uvicorn.Config(
         app,
@@ -67,13 +75,19 @@ def serve_fleet(fleet: Fleet, claimed: socket.socket, grpc_at: tuple[str, int] |
     # What requests in flight hold is freed by their end; a threshold above it keeps the collector from counting them
     # again and again. Cycles are collected all the same, a little later.
     gc.set_threshold(_YOUNG)
-    _DrainingServer(config, fleet).run(sockets=[claimed])
+    _DrainingServer(config, fleet, announce).run(sockets=[claimed])
 
 
 class _DrainingServer(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, fleet: Fleet) -> None:
+    def __init__(self, config: uvicorn.Config, fleet: Fleet, announce: Callable[[], None]) -> None:
         super().__init__(config)
         self._fleet = fleet
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:  # else the application did not start, and said why
+            self._announce()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
