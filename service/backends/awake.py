@@ -15,6 +15,7 @@ from pathlib import Path
 import onnxruntime
 
 ASKED_US = 500
+"""What is asked for to see what comes of it."""
 STEP_S, STEPS = 0.005, 20
 """How often, and how many times at most, it is looked whether a thread still works."""
 _TASKS = Path("/proc/self/task")
@@ -36,7 +37,6 @@ def _stretch() -> float:
     if not _TASKS.exists():
         return 1.0
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     options.intra_op_num_threads, options.inter_op_num_threads = 2, 1
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(ASKED_US))
     before = set(_TASKS.iterdir())

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,14 +44,14 @@ def gather_since(before: int) -> int:
     Returns:
         Bytes that are in huge pages by it. 0 where the system has or gives none: all works without.
     """
-    if sys.platform != "linux" or anonymous_bytes() - before < WORTH:
+    if anonymous_bytes() - before < WORTH:
         return 0
     try:
         size = int(_SIZE.read_text())
         places = list(_places(size))
     except OSError:
         return 0
-    library = ctypes.CDLL(None, use_errno=True)
+    library = ctypes.CDLL(None)
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     gathered = 0
     end = time.perf_counter() + LIMIT_S

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -20,11 +19,11 @@ def spun(setting: int) -> float:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 2
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(setting))
-    before = set(os.listdir(TASKS))  # noqa: PTH208 - names
+    before = set(TASKS.iterdir())
     session = onnxruntime.InferenceSession(awake._RELU, options, providers=["CPUExecutionProvider"])
-    (task,) = set(os.listdir(TASKS)) - before  # noqa: PTH208
+    (task,) = set(TASKS.iterdir()) - before
     time.sleep(0.3)
-    seconds = int((TASKS / task / "schedstat").read_text().split()[0]) / 1e9
+    seconds = int((task / "schedstat").read_text().split()[0]) / 1e9
     del session
     return seconds
 
