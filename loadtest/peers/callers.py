@@ -10,11 +10,14 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import socket
+import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import uvloop
@@ -22,8 +25,12 @@ import uvloop
 from loadtest.peers.process import HOST
 from loadtest.peers.roster import Request
 
+_PIECE = 2**16
 _GROUP_S = 0.002
 """Replies that come closer together than that are of one batch."""
+_TURN_S = 0.02
+"""Those who ask at a steady pace do so together so often: a wake-up for each of them would take the server's cores from
+it hundreds of times a second, and each time much of what their caches hold."""
 
 
 class Closed(NamedTuple):
@@ -37,7 +44,7 @@ class Closed(NamedTuple):
 
 
 class Overload(NamedTuple):
-    """Replies per second, those that answered (200), their milliseconds, statuses, CPU seconds of the callers.
+    """Requests per second, replies that answered (200), their milliseconds, statuses, CPU seconds of the callers.
 
     Like the rate of `Closed`, goodput is that between the first group and the last: the first comes as late as a batch
     takes, whatever the load.
@@ -53,7 +60,8 @@ class Overload(NamedTuple):
 def closed_loop(port: int, request: Request, connections: int, seconds: float) -> Closed:
     """Load by so many callers for so many seconds; requests in flight then are waited for, and not counted."""
     before = _cpu_s()
-    replies = uvloop.run(_closed(port, _bytes_of(request), connections, seconds))
+    with _on_the_wire(request) as sent:
+        replies = uvloop.run(_closed(port, sent, connections, seconds))
     answered = sorted((at, ms) for status, at, ms in replies if status == 200)
     times = [ms for _, ms in answered] or [float("nan")]
     p50, p99 = np.percentile(times, [50, 99])
@@ -71,18 +79,18 @@ def rate_between_groups(times: list[float]) -> float:
 def open_loop(port: int, request: Request, rate: float, seconds: float, connections: int) -> Overload:
     """Ask `rate` times a second for so many seconds; what is answered afterwards is waited for, and not counted.
 
-    Each connection asks at its own turns; if a reply comes later than the next turn, that turn is skipped, so enough
-    connections are needed for those who are admitted to wait while the others go on asking. The callers do not push the
-    server from its cores whenever one of them has its turn, as they would not if they had machines of their own.
+    A turn is skipped if no connection is free then, so enough are needed for those who are admitted to wait while the
+    others go on asking; `offered` tells how many asked. The callers do not push the server from its cores whenever one
+    of them has its turn, as they would not if they had machines of their own.
     """
     before = _cpu_s()
-    with _unhurried():
-        replies = uvloop.run(_open(port, _bytes_of(request), rate, seconds, connections))
+    with _unhurried(), _on_the_wire(request) as sent:
+        asked, replies = uvloop.run(_open(port, sent, rate, seconds, connections))
     answered = sorted((at, ms) for status, at, ms in replies if status == 200)
     goodput = rate_between_groups([at for at, _ in answered])
     statuses = dict(Counter(status for status, _, _ in replies))
     times = tuple(ms for _, ms in answered)
-    return Overload(len(replies) / seconds, goodput, times, statuses, _cpu_s() - before)
+    return Overload(asked / seconds, goodput, times, statuses, _cpu_s() - before)
 
 
 @contextmanager
@@ -96,13 +104,7 @@ def _unhurried() -> Iterator[None]:
         os.sched_setscheduler(0, before, parameters)
 
 
-def _bytes_of(request: Request) -> bytes:
-    headers = request.headers | {"Host": HOST, "Content-Length": str(len(request.body))}
-    lines = [f"POST {request.path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + request.body
-
-
-async def _closed(port: int, request: bytes, connections: int, seconds: float) -> list[tuple[int, float, float]]:
+async def _closed(port: int, sent: _Sent, connections: int, seconds: float) -> list[tuple[int, float, float]]:
     end = time.perf_counter() + seconds
     replies: list[tuple[int, float, float]] = []
 
@@ -113,7 +115,7 @@ async def _closed(port: int, request: bytes, connections: int, seconds: float) -
         else:
             caller.leave()
 
-    callers = await _connect(port, request, connections, replied)
+    callers = _connect(port, sent, connections, replied)
     for caller in callers:
         caller.ask()
     await asyncio.gather(*(caller.left for caller in callers))
@@ -121,60 +123,116 @@ async def _closed(port: int, request: bytes, connections: int, seconds: float) -
 
 
 async def _open(
-    port: int, request: bytes, rate: float, seconds: float, connections: int
-) -> list[tuple[int, float, float]]:
+    port: int, sent: _Sent, rate: float, seconds: float, connections: int
+) -> tuple[int, list[tuple[int, float, float]]]:
     loop = asyncio.get_running_loop()
-    period = connections / rate
     replies: list[tuple[int, float, float]] = []
+    turns = asked = 0
 
     def replied(caller: _Caller, status: int, now: float) -> None:
         if now < end:
             replies.append((status, now, (now - caller.asked) * 1000))
-        caller.due += period
-        while caller.due <= now:
-            caller.due += period
-        ask_later(caller)
-
-    def ask_later(caller: _Caller) -> None:
-        if caller.due < end:
-            loop.call_later(caller.due - time.perf_counter(), caller.ask)
+            free.append(caller)
         else:
             caller.leave()
 
-    callers = await _connect(port, request, connections, replied)
-    begin = time.perf_counter() + 0.2
+    def turn() -> None:
+        nonlocal turns, asked
+        now = time.perf_counter()
+        if now >= end:
+            for caller in free:
+                caller.leave()
+            return
+        while begin + turns / rate <= now:
+            turns += 1
+            if free:
+                asked += 1
+                free.popleft().ask()
+        loop.call_later(_TURN_S, turn)
+
+    callers = _connect(port, sent, connections, replied)
+    free = deque(callers)
+    begin = time.perf_counter()
     end = begin + seconds
-    for number, caller in enumerate(callers):
-        caller.due = begin + period * number / connections
-        ask_later(caller)
+    turn()
     await asyncio.gather(*(caller.left for caller in callers))
-    return replies
+    return asked, replies
 
 
-class _Caller(asyncio.Protocol):
-    """One connection, which sends the same request whenever it is told to, and tells the status of each whole reply."""
+class _Sent(NamedTuple):
+    """A request as it goes over the wire: a file, and its bytes."""
 
-    def __init__(self, request: bytes, replied: Callable[[_Caller, int, float], None]) -> None:
-        self.asked = self.due = 0.0
+    file: int
+    size: int
+
+
+@contextmanager
+def _on_the_wire(request: Request) -> Iterator[_Sent]:
+    headers = request.headers | {"Host": HOST, "Content-Length": str(len(request.body))}
+    lines = [f"POST {request.path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    with tempfile.TemporaryFile() as file:
+        size = file.write("\r\n".join(lines).encode() + b"\r\n\r\n" + request.body)
+        file.flush()
+        yield _Sent(file.fileno(), size)
+
+
+class _Caller:
+    """One connection, which sends the same request whenever it is told to, and tells the status of each whole reply.
+
+    The request goes from its file to the socket without a copy (sendfile(2)): those of callers with machines of their
+    own would not pass through the caches of these cores on the way out.
+    """
+
+    def __init__(self, port: int, request: _Sent, replied: Callable[[_Caller, int, float], None]) -> None:
+        self.asked = 0.0
         self.left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._request = request
         self._replied = replied
-        self._transport: asyncio.Transport
+        self._sent = self._size = self._status = 0
         self._received = b""
-        self._size = 0
+        self._loop = asyncio.get_running_loop()
+        self._socket = socket.create_connection((HOST, port))
+        self._socket.settimeout(0)
+        self._loop.add_reader(self._socket, self._receive)
 
     def ask(self) -> None:
         self.asked = time.perf_counter()
-        self._transport.write(self._request)
+        self._sent = 0
+        self._send()
 
-    def leave(self) -> None:
-        self.left.set_result(None)
-        self._transport.close()
+    def leave(self, error: Exception | None = None) -> None:
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
+        if error is None:
+            self.left.set_result(None)
+        else:
+            self.left.set_exception(error)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+    def _send(self, *, again: bool = False) -> None:
+        file, size = self._request
+        try:
+            while self._sent < size:
+                self._sent += os.sendfile(self._socket.fileno(), file, self._sent, size - self._sent)
+        except BlockingIOError:
+            if not again:
+                self._loop.add_writer(self._socket, partial(self._send, again=True))
+        except OSError as error:
+            self.leave(error)
+        else:
+            if again:
+                self._loop.remove_writer(self._socket)
+            self._look()
 
-    def data_received(self, data: bytes) -> None:
+    def _receive(self) -> None:
+        try:
+            data = self._socket.recv(_PIECE)
+        except OSError as error:
+            self.leave(error)
+            return
+        if not data:
+            self.leave(ConnectionResetError("the server closed the connection before its reply"))
+            return
         self._received += data
         if not self._size:
             end = self._received.find(b"\r\n\r\n") + 4
@@ -184,21 +242,19 @@ class _Caller(asyncio.Protocol):
             length = next(line for line in lines if line.startswith(b"content-length:"))
             self._size = end + int(length.partition(b":")[2])
         if len(self._received) >= self._size:
-            status = int(self._received.split(b" ", 2)[1])
+            self._status = int(self._received.split(b" ", 2)[1])
             self._received, self._size = b"", 0
+            self._look()
+
+    def _look(self) -> None:
+        """Tell the status once the request is sent, too: a refusal may come before."""
+        if self._status and self._sent == self._request.size:
+            status, self._status = self._status, 0
             self._replied(self, status, time.perf_counter())
 
-    def connection_lost(self, error: Exception | None) -> None:
-        if not self.left.done():
-            self.left.set_exception(error or ConnectionResetError("the server closed the connection before its reply"))
 
-
-async def _connect(
-    port: int, request: bytes, connections: int, replied: Callable[[_Caller, int, float], None]
-) -> list[_Caller]:
-    loop = asyncio.get_running_loop()
-    made = [await loop.create_connection(lambda: _Caller(request, replied), HOST, port) for _ in range(connections)]
-    return [caller for _, caller in made]
+def _connect(port: int, sent: _Sent, connections: int, replied: Callable[[_Caller, int, float], None]) -> list[_Caller]:
+    return [_Caller(port, sent, replied) for _ in range(connections)]
 
 
 def _cpu_s() -> float:

@@ -8,6 +8,7 @@ one will send more, and to change places takes four system calls.
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 
 import numpy as np
@@ -17,8 +18,14 @@ LARGE = 2**16
 PIECE = 2**14
 """Bytes read at once where a head may begin. What follows it in the same piece is copied, as small bodies are."""
 _NOTHING = memoryview(b"")
-_WASTE = memoryview(bytearray(LARGE))
-"""Where all readers put what nobody wants: small enough to stay in the core's cache."""
+_WASTE = np.empty(2**22, np.uint8).data
+"""Where all readers put what nobody wants; memory only as far as something is put there."""
+_ROOM = 2**24
+"""The most that the kernel is asked to take in before it is read."""
+_UNREAD = socket.MSG_DONTWAIT | socket.MSG_TRUNC
+"""What has come by now, thrown away uncopied (Linux, tcp(7))."""
+_FIRST_WASTE = 2**12
+"""Bytes read by the loop where unwanted ones are still to come: it only has to tell of them."""
 
 
 class BodyReader(asyncio.BufferedProtocol):
@@ -27,16 +34,18 @@ class BodyReader(asyncio.BufferedProtocol):
     All else that happens on the transport is the connection's.
     """
 
-    def __init__(self, connection: asyncio.Protocol, transport: asyncio.Transport) -> None:
-        """Takes the place of `connection` on `transport`."""
+    def __init__(self, connection: asyncio.Protocol, transport: asyncio.Transport, length: int) -> None:
+        """Takes the place of `connection` on `transport`, where bodies of about this length are to be expected."""
         self._connection = connection
         self._piece = memoryview(bytearray(PIECE))
         self._body = self._rest = _NOTHING
         self._unwanted = 0
         self._came: Callable[[memoryview], None]
+        self._transport = transport
         transport.pause_reading()  # a transport looks at the kind of its protocol only where it begins to read
         transport.set_protocol(self)
         transport.resume_reading()
+        _make_room(transport, length)
 
     def read(self, begun: bytes, length: int, came: Callable[[memoryview], None]) -> None:
         """Read a body of `length` bytes, which `begun` came with its head; then give the whole to `came`."""
@@ -50,10 +59,13 @@ class BodyReader(asyncio.BufferedProtocol):
         """Read past so many bytes, then give nothing to `came`."""
         self._unwanted = length
         self._came = came
+        self._discard()
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's guess
         """Where the next bytes go."""
-        return _WASTE[: self._unwanted] if self._unwanted else self._rest or self._piece
+        if self._unwanted:
+            return _WASTE[: min(self._unwanted, _FIRST_WASTE)]
+        return self._rest or self._piece
 
     def buffer_updated(self, nbytes: int) -> None:
         """So many have come."""
@@ -61,12 +73,30 @@ class BodyReader(asyncio.BufferedProtocol):
             self._rest = self._rest[nbytes:]
         elif self._unwanted:
             self._unwanted -= nbytes
+            self._discard()
+            return
         else:
             self._connection.data_received(bytes(self._piece[:nbytes]))
             return
-        if not self._rest and not self._unwanted:
+        if not self._rest:
             body, self._body, self._rest = self._body, _NOTHING, _NOTHING  # an empty rest would hold all of it, too
             self._came(body)
+
+    def _discard(self) -> None:
+        """Throw away what has come of the unwanted bytes, without the loop, which would ask for every piece of it."""
+        known = self._transport.get_extra_info("socket")
+        connection = socket.socket(known.family, known.type, known.proto, fileno=known.fileno())
+        try:
+            thrown = 1
+            while self._unwanted and thrown:
+                thrown = connection.recv_into(_WASTE, min(self._unwanted, len(_WASTE)), _UNREAD)
+                self._unwanted -= thrown
+        except OSError:  # no more for now, or no more at all: of that the loop will tell
+            pass
+        finally:
+            connection.detach()  # it is the transport's
+        if not self._unwanted:
+            self._came(_NOTHING)
 
     def eof_received(self) -> bool | None:
         """The client sends no more."""
@@ -83,3 +113,15 @@ class BodyReader(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """It does again."""
         self._connection.resume_writing()
+
+
+def _make_room(transport: asyncio.Transport, length: int) -> None:
+    """Have the kernel take in a body of this length before it is read.
+
+    Its buffer would grow with the age of the connection, and whenever it is full the client has to wait for us and be
+    woken. To want that much at once makes room for it, up to the system's limit (Linux, socket(7)); the buffer may grow
+    on afterwards, unlike one whose size is set. Twice: its own records count, too.
+    """
+    connection = transport.get_extra_info("socket")
+    for least in (min(2 * length, _ROOM), 1):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)

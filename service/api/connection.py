@@ -99,7 +99,7 @@ class Connection(HttpToolsProtocol):
         if not self._missing or self.transport.is_closing():
             return
         if self._reader is None and self._missing >= LARGE:
-            self._reader = BodyReader(self, self.transport)
+            self._reader = BodyReader(self, self.transport, known.length)
         if self._reader is None:
             self._parts = [body]
         elif exchange.response_complete:

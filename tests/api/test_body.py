@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,6 +138,50 @@ def test_a_body_that_nobody_wants_is_read_past(
     assert len(read) == kept > 0
     client.send(infer(2, 900_000)[500_000:] + infer(3, 900_000) + infer(4, 10))
     assert [client.pixels()[0] for _ in range(2)] == [30.0, 40.0]
+
+
+def test_what_nobody_wants_is_thrown_away_where_it_is(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop hears of it, and reads next to nothing of it."""
+    pieces: list[int] = []
+
+    class Watched(BodyReader):
+        def buffer_updated(self, nbytes: int) -> None:
+            pieces.append(nbytes)
+            super().buffer_updated(nbytes)
+
+    def full(*_: object) -> None:
+        raise QueueFull("full", retry_after_s=1)
+
+    monkeypatch.setattr(connection, "BodyReader", Watched)
+    for _ in range(2):
+        client.ask(infer(1, 900_000))
+    assert sum(pieces) > 800_000
+    pieces.clear()
+    monkeypatch.setattr(Variant, "check_open", full)
+    for _ in range(3):
+        assert client.ask(infer(1, 900_000))[0] == 429
+    assert client.ask(b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200
+    assert sum(pieces) < 300_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how Linux makes room")
+def test_the_kernel_has_room_for_a_large_body_from_the_first_one_on(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transports: list[asyncio.Transport] = []
+
+    class Watched(BodyReader):
+        def __init__(self, connection: asyncio.Protocol, transport: asyncio.Transport, length: int) -> None:
+            transports.append(transport)
+            super().__init__(connection, transport, length)
+
+    monkeypatch.setattr(connection, "BodyReader", Watched)
+    for _ in range(2):
+        client.ask(infer(1, 900_000))
+    (transport,) = transports
+    here = transport.get_extra_info("socket")
+    assert here.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > 2 * 900_000
+    assert here.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1, "or small requests would never be heard"
 
 
 @pytest.mark.parametrize("path", ["/v1/predict", INFER], ids=["predict", "infer"])
