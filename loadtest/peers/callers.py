@@ -44,7 +44,7 @@ class Closed(NamedTuple):
 
 
 class Overload(NamedTuple):
-    """Requests per second, replies that answered (200), their milliseconds, statuses, CPU seconds of the callers.
+    """Requests and answers (200) per second, their milliseconds, all statuses, CPU seconds of the callers.
 
     Like the rate of `Closed`, goodput is that between the first group and the last: the first comes as late as a batch
     takes, whatever the load.
@@ -115,7 +115,7 @@ async def _closed(port: int, sent: _Sent, connections: int, seconds: float) -> l
         else:
             caller.leave()
 
-    callers = _connect(port, sent, connections, replied)
+    callers = [_Caller(port, sent, replied) for _ in range(connections)]
     for caller in callers:
         caller.ask()
     await asyncio.gather(*(caller.left for caller in callers))
@@ -150,7 +150,7 @@ async def _open(
                 free.popleft().ask()
         loop.call_later(_TURN_S, turn)
 
-    callers = _connect(port, sent, connections, replied)
+    callers = [_Caller(port, sent, replied) for _ in range(connections)]
     free = deque(callers)
     begin = time.perf_counter()
     end = begin + seconds
@@ -251,10 +251,6 @@ class _Caller:
         if self._status and self._sent == self._request.size:
             status, self._status = self._status, 0
             self._replied(self, status, time.perf_counter())
-
-
-def _connect(port: int, sent: _Sent, connections: int, replied: Callable[[_Caller, int, float], None]) -> list[_Caller]:
-    return [_Caller(port, sent, replied) for _ in range(connections)]
 
 
 def _cpu_s() -> float:

@@ -69,18 +69,16 @@ class BodyReader(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """So many have come."""
-        if self._rest:
-            self._rest = self._rest[nbytes:]
-        elif self._unwanted:
+        if self._unwanted:
             self._unwanted -= nbytes
             self._discard()
-            return
+        elif self._rest:
+            self._rest = self._rest[nbytes:]
+            if not self._rest:
+                body, self._body, self._rest = self._body, _NOTHING, _NOTHING  # an empty rest would hold all of it, too
+                self._came(body)
         else:
             self._connection.data_received(bytes(self._piece[:nbytes]))
-            return
-        if not self._rest:
-            body, self._body, self._rest = self._body, _NOTHING, _NOTHING  # an empty rest would hold all of it, too
-            self._came(body)
 
     def _discard(self) -> None:
         """Throw away what has come of the unwanted bytes, without the loop, which would ask for every piece of it."""

@@ -68,6 +68,11 @@ def infer(pixel: int, filler: int, form: str = "json", **keys: object) -> bytes:
     return head.encode() + body
 
 
+def full(*_: object) -> None:
+    """A variant that takes nobody."""
+    raise QueueFull("full", retry_after_s=1)
+
+
 @pytest.mark.parametrize("form", ["json", "binary"])
 @pytest.mark.parametrize("size", SIZES)
 def test_large_bodies_have_their_own_answers(client: Client, read: list[int], size: int, form: str) -> None:
@@ -114,9 +119,6 @@ def test_a_large_body_in_pieces_and_the_next_request_behind_it(client: Client, r
 def test_a_body_that_nobody_wants_is_read_past(
     live: Live, client: Client, read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise QueueFull("full", retry_after_s=1)
-
     for _ in range(2):
         client.send(infer(1, 900_000))
         assert client.pixels() == [10.0] * 4
@@ -148,9 +150,6 @@ def test_what_nobody_wants_is_thrown_away_where_it_is(client: Client, monkeypatc
         def buffer_updated(self, nbytes: int) -> None:
             pieces.append(nbytes)
             super().buffer_updated(nbytes)
-
-    def full(*_: object) -> None:
-        raise QueueFull("full", retry_after_s=1)
 
     monkeypatch.setattr(connection, "BodyReader", Watched)
     for _ in range(2):
@@ -188,9 +187,6 @@ def test_the_kernel_has_room_for_a_large_body_from_the_first_one_on(
 def test_what_could_not_be_taken_anyway_is_not_decoded(
     client: Client, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise QueueFull("full", retry_after_s=1)
-
     nonsense = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n".encode() + b"x" * 100_000
     assert client.ask(nonsense)[0] in {400, 415}
     monkeypatch.setattr(Variant, "check_open", full)
@@ -202,9 +198,6 @@ def test_what_could_not_be_taken_anyway_is_not_decoded(
 def test_a_client_that_asks_first_is_told_before_it_sends_its_body(
     client: Client, monkeypatch: pytest.MonkeyPatch, lines: list[bytes], *, closed: bool
 ) -> None:
-    def full(*_: object) -> None:
-        raise QueueFull("full", retry_after_s=1)
-
     if closed:
         monkeypatch.setattr(Variant, "check_open", full)
     head, _, body = infer(1, 10).partition(b"\r\n\r\n")
