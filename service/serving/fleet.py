@@ -72,7 +72,8 @@ class Fleet:
             StartupError: it cannot be loaded or run; nothing half-warm is ever served.
         """
         try:
-            running = warm_up(self.device, load, self.base.spec, batch.max_rows)
+            variants = len(self.config.variants)
+            running = warm_up(self.device, load, self.base.spec, batch.max_rows, variants)
         except Exception as error:
             raise StartupError(f"variant '{name}' cannot be loaded and warmed up: {error}") from error
         batcher: Batcher[Reply] = Batcher(_limits(batch, running.costs))

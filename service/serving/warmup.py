@@ -30,16 +30,19 @@ WARM_SECONDS = 0.02
 TINY_S = 0.0003
 """Below that the best of several runs counts, not their median: lanes that measure at once wait for each other's Python
 longer than they run."""
-NEAR, LEAST_ROUNDS, ROUNDS, ROUNDS_SECONDS = 0.85, 2, 5, 0.06
-"""Batches that may be the knee are measured again in turns, so that the machine's moods meet all of them alike."""
+NEAR, LEAST_ROUNDS, ROUNDS, ROUNDS_SECONDS = 0.85, 2, 6, 0.8
+"""Batches that may be the knee are measured again in turns, so that the machine's moods meet all of them alike. All
+variants of a service share the seconds."""
 SPARSE_ROWS = (1, 4, 16)
 """Where lengths vary, these rows and the maximum are measured; what lies between is interpolated."""
-GRID_SECONDS, FLAT = 1.5, 2
-"""When to try no larger batch. Single rows, and what was compiled, are measured anyway."""
+GRID_SECONDS, GRID_SECONDS_PER_LENGTH = 0.6, 0.3
+"""No larger batch is tried than fits into that. Single rows, and what was compiled, are measured anyway."""
 
 
-def warm_up(device: Device, load: Callable[[int], Backend], spec: InputSpec, max_rows: int) -> Running:
-    """Load (with that number of threads), run and measure on every lane.
+def warm_up(
+    device: Device, load: Callable[[int], Backend], spec: InputSpec, max_rows: int, variants: int = 1
+) -> Running:
+    """Load (with that number of threads), run and measure on every lane one of so many `variants`.
 
     Raises:
         Exception: whatever loading or running raises.
@@ -78,7 +81,7 @@ def warm_up(device: Device, load: Callable[[int], Backend], spec: InputSpec, max
     else:
         grid = measure_grid(seconds, rows, lengths or (0,))
     if not lengths:
-        compare_again(partial(measured, _timed), grid[0])
+        compare_again(partial(measured, _timed), grid[0], ROUNDS_SECONDS / variants)
     costs = Costs([CostTable(known, max_rows, shapes) for known in grid], lengths)
     wide = _wide(device, open_with, spec, costs) if opened[0].self_contained else None
     return Running(device, backends, costs, wide)
@@ -109,37 +112,41 @@ def measure_grid(
 ) -> list[dict[int, float]]:
     """For every length, what batches of these rows cost; `seconds(rows, length)` measures one.
 
-    Small batches come first. No larger one is tried where the last `FLAT` brought no more rows per second than one
-    before, nor where it does not fit into `GRID_SECONDS`, going by the smaller one. Batches are never that large then.
+    Small batches come first, and none that does not fit into the time, going by the smaller one. A size that seems to
+    bring nothing rules out no larger one: a disturbance of a tenth of a second would make it seem so.
     """
     grid: list[dict[int, float]] = [{} for _ in lengths]
-    started = time.perf_counter()
+    end = time.perf_counter() + max(GRID_SECONDS, GRID_SECONDS_PER_LENGTH * len(lengths))
     for smaller, count in zip((0, *rows), rows, strict=False):
         for known, length in zip(grid, lengths, strict=True):
-            left = GRID_SECONDS - (time.perf_counter() - started)
-            if smaller and (smaller not in known or known[smaller] * count / smaller > left or _is_flat(known)):
+            left = end - time.perf_counter()
+            if smaller and (smaller not in known or known[smaller] * count / smaller > left):
                 continue
             known[count] = seconds(count, length)
     return grid
 
 
-def _is_flat(known: Mapping[int, float]) -> bool:
-    rates = [rate(rows, seconds) for rows, seconds in known.items()]
-    return len(rates) > FLAT and max(rates[-FLAT:]) <= max(rates[:-FLAT])
+def compare_again(once: Callable[[int], float], known: dict[int, float], seconds: float) -> None:
+    """Correct for some seconds what is `known` of the batches that may be the knee; `once(rows)` is one run.
 
-
-def compare_again(once: Callable[[int], float], known: dict[int, float]) -> None:
-    """Correct what is `known` of the best batch, the next larger and the smaller ones; `once(rows)` is one run."""
-    rates = {rows: rate(rows, seconds) for rows, seconds in known.items()}
-    best = max(rates, key=lambda rows: rates[rows])
-    taken = {rows: [known[rows]] for rows in rates if rows <= 2 * best and rates[rows] >= NEAR * rates[best]}
-    started = time.perf_counter()
+    Who they are is asked anew in every round: what was disturbed at first is not out of it for good.
+    """
+    taken: dict[int, list[float]] = {rows: [] for rows in known}  # without the first: it allocated memory
+    end = time.perf_counter() + seconds
     for count in range(ROUNDS):
-        if len(taken) == 1 or (count >= LEAST_ROUNDS and time.perf_counter() - started > ROUNDS_SECONDS):
-            break
-        for rows, times in taken.items():
-            times.append(once(rows))
-    known.update({rows: _typical(times) for rows, times in taken.items()})
+        near = _near_the_knee(known)
+        if len(near) == 1 or (count >= LEAST_ROUNDS and time.perf_counter() > end):
+            return
+        for rows in near:
+            taken[rows].append(once(rows))
+            known[rows] = _typical(taken[rows])
+
+
+def _near_the_knee(known: Mapping[int, float]) -> list[int]:
+    """The knee as it seems to be, the next larger batch, and the smaller ones that are not clearly worse."""
+    rates = {rows: rate(rows, seconds) for rows, seconds in known.items()}
+    knee, best = CostTable(known).knee, max(rates.values())
+    return [rows for rows in rates if rows <= 2 * knee and (rows > knee or rates[rows] >= NEAR * best)]
 
 
 def _row_buckets(backend: Backend, max_rows: int, lengths: Sequence[int]) -> tuple[int, ...]:
@@ -167,4 +174,4 @@ def _timed(backend: Backend, batch: Arrays) -> float:
 
 def _typical(times: Sequence[float]) -> float:
     """The median; the best would favour small batches, which are lucky more often, but for tiny ones."""
-    return min(times) if min(times) < TINY_S else statistics.median(times)
+    return min(times) if min(times) < TINY_S else statistics.median_low(times)

@@ -11,9 +11,10 @@ import pytest
 
 from service.config import BatchConfig, ServiceConfig
 from service.contracts import Arrays, Backend, Field, InputSpec
+from service.serving.costs import CostTable
 from service.serving.device import Device
 from service.serving.fleet import Fleet
-from service.serving.warmup import GRID_SECONDS, LEAST_ROUNDS, ROUNDS, compare_again, measure_grid, warm_up
+from service.serving.warmup import GRID_SECONDS_PER_LENGTH, LEAST_ROUNDS, ROUNDS, compare_again, measure_grid, warm_up
 
 SPEC = InputSpec((Field("x", "float32", (2,)),), (Field("y", "float32", (2,)),))
 
@@ -102,28 +103,16 @@ def test_the_grid_leaves_out_what_takes_too_long(monkeypatch: pytest.MonkeyPatch
         now[0] += took
         return took
 
-    grid = measure_grid(seconds, (1, 4, 16, 32), (16, 64, 512))
+    grid = measure_grid(seconds, (1, 4, 16, 32), (16, 64, 200))
     assert [sorted(known) for known in grid] == [[1, 4, 16], [1, 4], [1]]
-    assert grid[2] == {1: pytest.approx(1.01 * 0.512)}
-    assert now[0] <= GRID_SECONDS + 0.1
+    assert grid[2] == {1: pytest.approx(1.01 * 0.2)}
+    assert now[0] <= 3 * GRID_SECONDS_PER_LENGTH + 0.1
 
 
-@pytest.mark.parametrize(
-    ("rates", "tried"),
-    [
-        ((100, 190, 200, 199, 190, 180), (1, 2, 4, 8, 16)),
-        ((100, 90, 80, 200, 300, 400), (1, 2, 4)),
-        ((100, 120, 110, 130, 120, 130), (1, 2, 4, 8, 16, 32)),
-    ],
-    ids=["no more", "less and less", "up and down"],
-)
-def test_no_larger_batch_is_tried_where_two_in_turn_brought_nothing(
-    rates: tuple[int, ...], tried: tuple[int, ...]
-) -> None:
-    sizes = (1, 2, 4, 8, 16, 32)
-    known = dict(zip(sizes, rates, strict=True))
-    (measured,) = measure_grid(lambda rows, _: rows / known[rows], sizes, (0,))
-    assert tuple(measured) == tried
+def test_a_size_that_seems_to_bring_nothing_rules_out_no_larger_one() -> None:
+    rates = {1: 100, 2: 90, 4: 80, 8: 200, 16: 300, 32: 400}
+    (measured,) = measure_grid(lambda rows, _: rows / rates[rows], tuple(rates), (0,))
+    assert tuple(measured) == tuple(rates)
 
 
 @pytest.mark.parametrize(("run_s", "rounds"), [(1e-3, ROUNDS), (1.0, LEAST_ROUNDS)])
@@ -136,12 +125,21 @@ def test_the_batches_in_question_are_measured_again_in_turns(
     def once(rows: int) -> float:
         ran.append(rows)
         now[0] += run_s
-        return 0.1 * rows
+        return true[rows]
 
-    known = {1: 0.2, 2: 0.21, 4: 0.39, 8: 0.85, 16: 3.0}
-    compare_again(once, known)
-    assert ran == [2, 4, 8] * rounds
-    assert known == {1: 0.2, 2: pytest.approx(0.2), 4: pytest.approx(0.4), 8: pytest.approx(0.8), 16: 3.0}
+    true = {2: 0.2, 4: 0.39, 8: 0.75, 16: 1.6}
+    known = {1: 0.2, 2: 0.21, 4: 0.38, 8: 0.74, 16: 3.0}
+    compare_again(once, known, seconds=0.5)
+    assert ran == [2, 4, 8, 16] * rounds
+    assert known == {1: 0.2, **true}
+
+
+def test_a_disturbed_first_run_does_not_decide_the_knee() -> None:
+    true = {1: 0.017, 2: 0.033, 4: 0.064, 8: 0.1265, 16: 0.252}
+    known = true | {2: 0.036, 4: 0.073, 8: 0.16, 16: 0.29}
+    assert CostTable(known).knee == 1
+    compare_again(lambda rows: true[rows], known, seconds=10)
+    assert CostTable(known).knee == 8
 
 
 def test_every_lane_has_its_own_backend() -> None:
