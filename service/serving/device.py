@@ -36,11 +36,28 @@ class Lane:
     held: threading.Lock = field(default_factory=threading.Lock, repr=False)
     called: SimpleQueue[Job] = field(default_factory=SimpleQueue, repr=False)
     """The job for which it is woken, if it was idle."""
+    left: list[Afterwards] = field(default_factory=list, repr=False)
+    """What its last job left to do, if that was not done yet."""
+
+    def finish(self) -> None:
+        """Do what the last job left to do, if anything. Callable from any thread; never raises."""
+        try:
+            left = self.left.pop()
+        except IndexError:
+            return
+        try:
+            left()
+        except BaseException:
+            logger.exception("what a job on lane %d left to do failed", self.index)
 
 
 Afterwards = Callable[[], object]
 Job: TypeAlias = Callable[[Lane], Afterwards | None]
-"""What a lane does. It may return what is left to do when the lane is free again, such as telling that it is."""
+"""What a lane does. It may return what is left to do when the lane is free again, such as telling what came of it.
+
+A job that waits already goes first: whoever is told would be in the way of its first steps, with Python's lock in hand.
+It calls `Lane.finish` when it needs the lock no more; else that is called when the job is done.
+"""
 Result = TypeVar("Result")
 
 
@@ -171,12 +188,15 @@ class Device:
         self._aside.shutdown()  # the last jobs of the lanes may have used it
 
     def _next_job(self, lane: Lane) -> Job:
-        with self._handing:
-            if not self._jobs:
-                self._idle.append(lane)
-            else:
-                self._waiting -= 1
-                return self._jobs.popleft()
+        while True:
+            with self._handing:
+                if self._jobs:
+                    self._waiting -= 1
+                    return self._jobs.popleft()
+                if not lane.left:
+                    self._idle.append(lane)
+                    break
+            lane.finish()
         job = lane.called.get()
         with self._handing:
             self._waiting -= 1
@@ -186,13 +206,17 @@ class Device:
         while (job := self._next_job(lane)) is not _end:
             self._do(job, lane)
             del job  # nothing of a batch is kept while the lane waits for the next one
+        lane.finish()
 
     def _do(self, job: Job, lane: Lane) -> None:
         try:
             with lane.held:
-                afterwards = job(lane)
-            if afterwards is not None:
-                afterwards()
+                left = job(lane)
+            lane.finish()
+            if left is not None:
+                lane.left.append(left)
+            if not self._jobs:
+                lane.finish()
         except BaseException:
             # The thread outlives any job: a lost lane would hang what waits for it, the last one all variants.
             logger.exception("a job on lane %d of device %s failed", lane.index, self.name)

@@ -147,7 +147,7 @@ class Dispatch:
         if self._running.device.working():
             self._bell.ring(callback, *arguments)
         else:  # any core will do, and another one than that of this lane is quicker
-            self._loop.call_soon_threadsafe(callback, *arguments)
+            self._bell.knock(callback, *arguments)
 
     def _done(self, formed: Formed[Reply], batches: list[Batch], taken: float) -> None:
         """Once per batch: hand out the outcomes; what is counted can wait until the replies are written."""

@@ -166,6 +166,8 @@ class Execution:
         try:
             if joined is None or len(joined[0]) != padded:
                 joined = join([ticket.sample for ticket in tickets], self._spec, padded)
+            for lane in lanes:
+                lane.finish()  # from here on Python's lock is free for those who were answered last
             started = time.perf_counter()
             _set_due(lanes, started + costs.seconds(padded))
             outputs = backend.run(joined)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.serving.device import Device, Lane
+from service.serving.device import Afterwards, Device, Lane
 
 
 @pytest.fixture
@@ -216,3 +216,47 @@ def test_what_is_still_done_at_the_end_may_be_done_aside() -> None:
     go_on.set()
     closing.join(5)
     assert done.is_set()
+
+
+@pytest.mark.parametrize(
+    ("finishes", "order"),
+    [
+        ("within", ["first", "second begins", "left", "second ends"]),
+        ("never", ["first", "second begins", "second ends", "left"]),
+    ],
+)
+def test_what_a_job_leaves_is_done_when_the_next_one_says_so_or_has_ended(finishes: str, order: list[str]) -> None:
+    device, done = Device("test", 1, 1), list[str]()
+    second_waits = threading.Event()
+
+    def first(_: Lane) -> Afterwards:
+        assert second_waits.wait(5)
+        done.append("first")
+        return lambda: done.append("left")
+
+    def second(lane: Lane) -> None:
+        done.append("second begins")
+        if finishes == "within":
+            lane.finish()
+            lane.finish()  # once is enough
+        done.append("second ends")
+
+    device.post(first)
+    device.post(second)
+    second_waits.set()
+    device.close()
+    assert done == order
+
+
+def test_what_a_job_leaves_does_not_wait_where_no_job_does(device: Device) -> None:
+    left = threading.Event()
+    device.post(lambda lane: left.set)
+    assert left.wait(5)
+
+
+def test_a_lane_outlives_what_fails_afterwards(caplog: pytest.LogCaptureFixture) -> None:
+    device = Device("test", 1, 1)
+    device.post(lambda lane: lambda: 1 // 0)
+    assert device.call(lambda lane: lane.index) == 0
+    device.close()
+    assert "left to do failed" in caplog.text
