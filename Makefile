@@ -5,7 +5,7 @@ HOST ?= 127.0.0.1
 ONNXRUNTIME ?= cpu# or gpu
 BIN := .venv/bin
 
-.PHONY: install serve test fuzz check build bench train-digits clean
+.PHONY: install serve test perf-analyzer fuzz check build bench train-digits clean
 
 install: .venv/.installed
 
@@ -29,6 +29,10 @@ bench: install
 
 test: install
 	$(BIN)/pytest
+
+# Optional, on Debian: with it three more tests are run instead of skipped.
+perf-analyzer: install
+	tests/tools/perf_analyzer.sh
 
 fuzz: install
 	LEANSERVE_FUZZ_SECONDS=120 $(BIN)/pytest tests/fuzz --timeout 7200

@@ -197,7 +197,11 @@ class Backend(Protocol):
         """The numbers of rows it was compiled for, ascending: batches are padded up to the next. Empty: any number."""
 
     def run(self, batch: Arrays) -> Arrays:
-        """Run one batch; the outputs keep the order of the spec's outputs and the number of rows."""
+        """Run one batch; the outputs keep the order of the spec's outputs and the number of rows.
+
+        Raises:
+            BadInput: only the values are to blame, such as an index beyond the table that it is looked up in.
+        """
 
     def close(self) -> None: ...
 

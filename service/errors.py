@@ -21,7 +21,7 @@ class ServiceError(Exception):
 
 
 class BadInput(ServiceError):
-    """The body, a tensor or an option is malformed; nothing reached a queue."""
+    """The body, a tensor or an option is wrong. Nothing reached a queue, unless only the model could tell."""
 
     status = 400
     code = "bad_input"

@@ -9,15 +9,17 @@ busy, spinning costs 1.4 times. A pool shared by all sessions always spins.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnxruntime
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 from service.backends.awake import spin_us
 from service.backends.denormals import flush_denormals
 from service.contracts import Arrays, Json, OnnxModel
-from service.errors import StartupError
+from service.errors import BadInput, StartupError
 
 LEVELS = {
     "disable": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -29,6 +31,8 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 ERRORS_ONLY = 3
 AWAKE_S = 0.002
 """How long threads wait busily for the next batch."""
+_BAD_INDEX = re.compile(r"while running \w+ node\..*Status Message: (.*\b(?:index|indices)\b.*)", re.DOTALL)
+"""What a kernel says of a value that points beyond the tensor that is looked up."""
 
 
 class OnnxRuntimeBackend:
@@ -75,7 +79,13 @@ class OnnxRuntimeBackend:
         return ()
 
     def run(self, batch: Arrays) -> Arrays:
-        outputs: Any = self._session.run(self._outputs, dict(zip(self._inputs, batch, strict=True)))
+        try:
+            outputs: Any = self._session.run(self._outputs, dict(zip(self._inputs, batch, strict=True)))
+        except InvalidArgument as error:
+            told = _BAD_INDEX.search(str(error))
+            if told is None:
+                raise
+            raise BadInput(f"the model looks up what an input's values point to: {told[1]}") from error
         return tuple(outputs)
 
     def close(self) -> None:

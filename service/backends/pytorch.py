@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from service.contracts import Array, Arrays, TorchModel
+from service.errors import BadInput
 
 
 class TorchBackend:
@@ -52,7 +53,10 @@ class TorchBackend:
             inputs = [torch.from_numpy(_writable(array)) for array in batch]
             if self._channels_last:
                 inputs = [_to_channels_last(item) for item in inputs]
-            outputs = self._module(*inputs)
+            try:
+                outputs = self._module(*inputs)
+            except IndexError as error:  # of an embedding; nothing that the service hands over is indexed otherwise
+                raise BadInput(f"the model looks up what an input's values point to: {error}") from error
             tensors = outputs if isinstance(outputs, tuple) else (outputs,)
             return tuple(item.to(dtype).numpy() for item, dtype in zip(tensors, self._dtypes, strict=True))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from service.contracts import Arrays, Backend, InputSpec
-from service.errors import BackendFailed
+from service.errors import BackendFailed, BadInput
 from service.serving.assembly import dynamic_axes, join, split, trim
 from service.serving.batcher import Ticket
 from service.serving.costs import Costs, CostTable
@@ -199,6 +199,8 @@ class Execution:
             middle = len(tickets) // 2
             halves = (self._run(lanes, way, half, taken) for half in (tickets[:middle], tickets[middle:]))
             return [batch for half in halves for batch in half]
+        if isinstance(error, BadInput):
+            return [Batch(tickets, [error], tickets[0].rows)]
         incident = uuid.uuid4().hex[:12]
         logger.error("variant %s failed on a request, id %s", self._name, incident, exc_info=error)
         failure = BackendFailed(

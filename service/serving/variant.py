@@ -85,7 +85,7 @@ class Variant:
         `priority` is 1 for the most urgent level; 0, and what is beyond the last level, stand for the default.
 
         Raises:
-            BadInput: rows are longer than the spec's `max_length`.
+            BadInput: rows are longer than the spec's `max_length`, or hold what the model cannot look up.
             QueueFull, DeadlineUnreachable: refused at the door; `retry_after_s` is set.
             QueueTimeout: waited longer than `timeout_s` (the queue's own limit by default) and was not executed.
             ClientGone: the client left before its rows were executed.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +19,8 @@ from tritonclient import http as triton
 from tritonclient import utils
 from tritonclient.http import aio
 
+# Where `make perf-analyzer` puts it, or on the PATH.
+PERF_ANALYZER = shutil.which("perf_analyzer", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 PIXELS = np.arange(8, dtype=np.float32).reshape(2, 1, 2, 2)
 LOGITS = PIXELS.reshape(2, 4) * 10
 
@@ -135,11 +139,14 @@ def test_kserve_client(live: Live) -> None:
     assert done.stdout.splitlines() == [str(LOGITS.tolist())] * 2
 
 
-@pytest.mark.skipif(shutil.which("perf_analyzer") is None, reason="perf_analyzer is not on the PATH")
+@pytest.mark.skipif(
+    PERF_ANALYZER is None, reason="no perf_analyzer on the PATH; `make perf-analyzer` gets it on Debian"
+)
 @pytest.mark.parametrize("arguments", [("-b", "2"), ("-x", "a"), ("-x", "b", "-i", "grpc")])
 def test_perf_analyzer(live: Live, arguments: tuple[str, ...]) -> None:
     address = live.grpc if "grpc" in arguments else live.http
-    command = ["perf_analyzer", "-m", "pixels", "-u", address, *arguments, "--concurrency-range", "2"]
+    assert PERF_ANALYZER is not None
+    command = [PERF_ANALYZER, "-m", "pixels", "-u", address, *arguments, "--concurrency-range", "2"]
     settled = ["--measurement-interval", "500", "--stability-percentage", "400", "--max-trials", "5"]
     done: Any = subprocess.run([*command, *settled], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

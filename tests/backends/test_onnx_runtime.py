@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from service.backends.awake import spin_us
 from service.backends.onnx_runtime import OnnxRuntimeBackend
 from service.contracts import Array, Backend, Field, InputSpec, Json, OnnxModel
-from service.errors import StartupError
+from service.errors import BadInput, StartupError
 
 SPEC = InputSpec(
     (Field("left", "float32", (64,)), Field("right", "float32", (64,))),
@@ -201,3 +201,25 @@ def test_a_provider_that_does_not_start_is_an_error(path: Path, monkeypatch: pyt
         return str(caught.value)
 
     assert "active: CPUExecutionProvider" in on_a_thread(refused)
+
+
+def test_a_value_that_points_beyond_a_table_is_the_clients_fault(tmp_path: Path) -> None:
+    spec = InputSpec((Field("ids", "int64", (2,)),), (Field("rows", "float32", (2, 3)),))
+    table = onnx.numpy_helper.from_array(np.ones((5, 3), np.float32), "table")
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["rows", 2])
+    rows = helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["rows", 2, 3])
+    graph = helper.make_graph([helper.make_node("Gather", ["table", "ids"], ["rows"])], "look", [ids], [rows], [table])
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "model.onnx"
+    )
+
+    def run() -> None:
+        backend = OnnxRuntimeBackend(OnnxModel(tmp_path / "model.onnx", spec), threads=1)
+        backend.run((np.array([[0, 4]]),))
+        with pytest.raises(BadInput, match=r"idx=5 must be within the inclusive range \[-5,4\]"):
+            backend.run((np.array([[0, 4], [5, 1]]),))
+        with pytest.raises(Exception, match="Got invalid dimensions") as other:
+            backend.run((np.array([[0, 4, 1]]),))
+        assert not isinstance(other.value, BadInput)
+
+    on_a_thread(run)

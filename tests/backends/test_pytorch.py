@@ -11,6 +11,7 @@ from torch import nn
 
 from service.backends.pytorch import TorchBackend
 from service.contracts import Backend, Field, InputSpec, TorchModel
+from service.errors import BadInput
 
 SPEC = InputSpec((Field("image", "float32", (1, 8, 8)),), (Field("logits", "float32", (3,)),))
 Result = TypeVar("Result")
@@ -132,3 +133,15 @@ def test_a_closed_backend_holds_no_weights() -> None:
     backend.close()
     backend.close()
     assert not list(backend._module.parameters())
+
+
+def test_a_value_that_points_beyond_a_table_is_the_clients_fault() -> None:
+    spec = InputSpec((Field("ids", "int64", (2,)),), (Field("rows", "float32", (2, 3)),))
+
+    def run() -> None:
+        backend = TorchBackend(TorchModel(nn.Embedding(5, 3), spec), threads=1)
+        backend.run((np.array([[0, 4]]),))
+        with pytest.raises(BadInput, match="index out of range"):
+            backend.run((np.array([[0, 5]]),))
+
+    on_a_thread(run)

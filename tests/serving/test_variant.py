@@ -13,6 +13,7 @@ from scripted import ScriptedBackend, hold, play, sample, stay
 from service.contracts import Array, Arrays
 from service.errors import (
     BackendFailed,
+    BadInput,
     ClientGone,
     QueueTimeout,
 )
@@ -193,3 +194,26 @@ def test_a_full_batch_does_not_wait_for_the_end_of_the_delay() -> None:
         assert backend.ran == [4]
 
     play(scenario, QueueLimits(4, 100, max_delay_s=5.0))
+
+
+def test_values_that_only_the_model_finds_wrong_are_a_bad_input_of_that_request_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class LookUp(ScriptedBackend):
+        def run(self, batch: Arrays) -> Arrays:
+            if (batch[0] == 99).any():
+                raise BadInput("there are 99 rows to look up")
+            return super().run(batch)
+
+    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
+        first = await hold(variant, backend)
+        tasks = [asyncio.create_task(variant.predict(sample(value), stay)) for value in (1, 99, 2, 3)]
+        await asyncio.sleep(0)
+        backend.gate.set()
+        replies = await asyncio.gather(*tasks, return_exceptions=True)
+        await first
+        assert isinstance(replies[1], BadInput)
+        assert [reply.outputs[0][0, 0] for reply in replies if isinstance(reply, Prediction)] == [2, 4, 6]
+
+    play(scenario, QueueLimits(4, 100), LookUp())
+    assert caplog.text == ""
