@@ -55,7 +55,9 @@ class TorchBackend:
                 inputs = [_to_channels_last(item) for item in inputs]
             try:
                 outputs = self._module(*inputs)
-            except IndexError as error:  # of an embedding; nothing that the service hands over is indexed otherwise
+            except IndexError as error:
+                if "index out of range in self" not in str(error):  # as an embedding says it
+                    raise
                 raise BadInput(f"the model looks up what an input's values point to: {error}") from error
             tensors = outputs if isinstance(outputs, tuple) else (outputs,)
             return tuple(item.to(dtype).numpy() for item, dtype in zip(tensors, self._dtypes, strict=True))

@@ -200,7 +200,8 @@ class Execution:
             halves = (self._run(lanes, way, half, taken) for half in (tickets[:middle], tickets[middle:]))
             return [batch for half in halves for batch in half]
         if isinstance(error, BadInput):
-            return [Batch(tickets, [error], tickets[0].rows)]
+            # Told anew: the stack of the error holds the tickets, and they would hold the error.
+            return [Batch(tickets, [BadInput(str(error))], tickets[0].rows)]
         incident = uuid.uuid4().hex[:12]
         logger.error("variant %s failed on a request, id %s", self._name, incident, exc_info=error)
         failure = BackendFailed(

@@ -135,6 +135,12 @@ def test_a_closed_backend_holds_no_weights() -> None:
     assert not list(backend._module.parameters())
 
 
+class Mistaken(nn.Module):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = tuple(self.buffers())[len(ids)]
+        return found
+
+
 def test_a_value_that_points_beyond_a_table_is_the_clients_fault() -> None:
     spec = InputSpec((Field("ids", "int64", (2,)),), (Field("rows", "float32", (2, 3)),))
 
@@ -143,5 +149,7 @@ def test_a_value_that_points_beyond_a_table_is_the_clients_fault() -> None:
         backend.run((np.array([[0, 4]]),))
         with pytest.raises(BadInput, match="index out of range"):
             backend.run((np.array([[0, 5]]),))
+        with pytest.raises(IndexError, match="tuple index out of range"):
+            TorchBackend(TorchModel(Mistaken(), spec), threads=1).run((np.array([[0, 5]]),))
 
     on_a_thread(run)
