@@ -134,9 +134,9 @@ class Device:
         """Lanes that run nothing now and have no job waiting for them."""
         return max(0, sum([not lane.held.locked() for lane in self.lanes]) - self.waiting())
 
-    def working(self) -> bool:
-        """Whether any lane runs something."""
-        return any(lane.held.locked() for lane in self.lanes)
+    def others_work(self, lane: Lane) -> bool:
+        """Whether any lane but this one runs something."""
+        return any(other.held.locked() for other in self.lanes if other is not lane)
 
     def busy(self) -> bool:
         """Whether every lane runs something."""

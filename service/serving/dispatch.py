@@ -110,20 +110,20 @@ class Dispatch:
         taken alone, a few that came between would keep the group waiting, and stay apart from it ever after.
         """
         if self._group.pause(self._batcher.waiting_rows, time.perf_counter()):
-            return partial(self._tell, self._summon)
+            return partial(self._tell, lane, self._summon)
         device = self._running.device
         portion = self._execution.portion if len(device.lanes) > 1 else None
         formed, taken, joined = self._take(portion)
         if formed.more and self._batcher.limits.max_delay_s == 0:
             device.post(self._go_on)
         elif formed.more:
-            self._tell(self._summon)
+            self._tell(lane, self._summon)
         if formed.more:
             self._ahead.look()
         batches = self._execution.run(lane, formed.batch, taken, joined)
         if len(batches) == 1:
             self._group.answered(batches[0], self._batcher.waiting_rows, time.perf_counter())
-        return partial(self._tell, self._done, formed, batches, taken)
+        return partial(self._tell, lane, self._done, formed, batches, taken)
 
     def _take(self, portion: Portion | None = None) -> tuple[Formed[Reply], float, Arrays | None]:
         """The next batch, when it was taken, and the rows of it if they were joined ahead."""
@@ -142,9 +142,9 @@ class Dispatch:
             return None
         return self._run_next(lane)
 
-    def _tell(self, callback: Callable[..., object], *arguments: object) -> None:
-        """From a lane: have the loop call this, without disturbing lanes that work."""
-        if self._running.device.working():
+    def _tell(self, lane: Lane, callback: Callable[..., object], *arguments: object) -> None:
+        """From a lane: have the loop call this, without disturbing other lanes that work."""
+        if self._running.device.others_work(lane):
             self._bell.ring(callback, *arguments)
         else:  # any core will do, and another one than that of this lane is quicker
             self._bell.knock(callback, *arguments)

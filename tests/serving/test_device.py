@@ -150,6 +150,17 @@ def test_a_free_lane_can_be_borrowed_and_its_thread_waits_meanwhile(device: Devi
     assert ran.wait(5)
 
 
+def test_others_work_where_any_lane_but_the_asking_one_does(device: Device) -> None:
+    lane = device.borrow()
+    assert lane is not None
+    assert not device.others_work(lane)
+    other = device.borrow()
+    assert other is not None
+    assert device.others_work(lane)
+    lane.held.release()
+    other.held.release()
+
+
 def test_no_lane_is_borrowed_before_jobs_that_wait(device: Device) -> None:
     leave = threading.Event()
 
