@@ -30,7 +30,7 @@ WARM_SECONDS = 0.02
 TINY_S = 0.0003
 """Below that the best of several runs counts, not their median: lanes that measure at once wait for each other's Python
 longer than they run."""
-NEAR, LEAST_ROUNDS, ROUNDS, ROUNDS_SECONDS = 0.85, 2, 6, 0.8
+NEAR, LEAST_ROUNDS, ROUNDS, ROUNDS_SECONDS = 0.85, 1, 6, 0.8
 """Batches that may be the knee are measured again in turns, so that the machine's moods meet all of them alike. All
 variants of a service share the seconds."""
 SPARSE_ROWS = (1, 4, 16)
