@@ -9,6 +9,10 @@ one write. The answer begins with the head, so that the body of a request that i
 Everything else (descriptions, chunked bodies, pipelining, `Connection: close`, HTTP/1.0, clients that do not read their
 replies) takes uvicorn's way, which is the same to the client.
 
+An upgrade to another protocol is ignored, as HTTP allows (RFC 9110, 7.8): the request is answered over HTTP/1.1, body
+and all. httptools ends a message at the head of an upgrade, so that head is given to it again, without the upgrade.
+Trailers are dropped. What is no request that can be read in one way only is refused, and ends the connection.
+
 `tests/api/test_connection.py` holds both ways against each other; it fails if a new uvicorn lacks what is used here.
 """
 
@@ -18,14 +22,16 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Generator
 from types import coroutine
-from typing import Any
+from typing import Any, Literal
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.api.body import LARGE, BodyReader
 from service.api.heads import Head, KnownHeads
 from service.api.hotpath import HotPath
-from service.api.wire import Caller, Reply, acknowledge
+from service.api.wire import Caller, Reply, acknowledge, error_reply, send_reply
+from service.errors import BadInput
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +49,12 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=False)  # what follows is refused, not swallowed
         self._answered_at = 0.0
         self._event = asyncio.Event()
-        # The request that uvicorn's parser reads: whether it is through, its head if it may be worth remembering, how
-        # many bytes came since, and how many requests began in them.
-        self._between = True
+        # The request that the parser reads: where in it, its head if it may be worth remembering, how many bytes came
+        # since, and how many requests began in them.
+        self._place: Literal["between", "head", "body"] = "between"
         self._head = b""
         self._received = self._begun = 0
         # Bytes of a body on the short way that are still to come, those that came, and who reads them if not this.
@@ -59,7 +66,7 @@ class Connection(HttpToolsProtocol):
         if self._missing:
             self._go_on(data)
             return
-        if self._between:
+        if self._place == "between":
             end = data.find(b"\r\n\r\n") + 4
             self._head, self._received, self._begun = data[:end], 0, 0
             if (self.cycle is not None and not self.cycle.response_complete) or self.flow.write_paused or end == 3:
@@ -69,18 +76,76 @@ class Connection(HttpToolsProtocol):
                 self._begin(known, data[end:])
                 return
         self._received += len(data)
-        super().data_received(data)
+        self._parse(data)
         # Exactly one request, whole: its head is what stands before the first empty line.
-        if self._between and self._head and self._begun == 1 and self.cycle.keep_alive and not self.pipeline:
+        if self._place == "between" and self._head and self._begun == 1 and self.cycle.keep_alive and not self.pipeline:
             self.heads.learn(self._head, self.cycle.scope, self._received - len(self._head))  # type: ignore[arg-type]
 
+    def _parse(self, data: bytes) -> None:
+        """What uvicorn does with data, but for upgrades and refusals."""
+        self._unset_keepalive_if_required()
+        rest = memoryview(data)
+        try:
+            while (end := self._upgrade_in(rest)) is not None:
+                rest = rest[end:]
+                self.parser.feed_data(self._head_without_upgrade())
+        except httptools.HttpParserError as error:
+            cause = error.__context__  # where a callback below raised it
+            self._refuse(cause if isinstance(cause, BadInput | httptools.HttpParserError) else error)
+
+    def _upgrade_in(self, data: memoryview) -> int | None:
+        """Parse all, or up to the end of a head that asks for an upgrade: where that is."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            return int(upgrade.args[0])
+        return None
+
+    def _head_without_upgrade(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"%b %b HTTP/%b\r\n%b\r\n" % (self.parser.get_method(), self.url, version, b"".join(lines))
+
+    def _refuse(self, reason: BaseException) -> None:
+        """Answer what is no request with 400, in its turn, and close.
+
+        The parser takes nothing more after an error, so nothing that follows is run.
+        """
+        due = self.cycle is not None and not self.cycle.response_complete
+        reply = error_reply(BadInput(f"this is no valid HTTP/1.1 request: {reason}"))
+        if due and self._place != "body":  # earlier requests are still to be answered; the last of them closes
+            self.cycle.keep_alive = False
+        elif due and self.pipeline:  # it is the last in the line
+            self.cycle.keep_alive = False
+            self.pipeline[0] = (self.cycle, lambda _scope, _receive, send: send_reply(send, reply))
+        else:
+            if due or self._place != "body":  # else it was answered before its body was through
+                self.transport.write(self._written(reply, keep_alive=False) + reply.body)
+            self.transport.close()
+
     def on_message_begin(self) -> None:
-        self._between = False
+        self._place = "head"
         self._begun += 1
         super().on_message_begin()
 
+    def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise BadInput("CONNECT asks a proxy for a tunnel, and this is none")
+            return
+        hosts = [name for name, _ in self.headers].count(b"host")
+        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
+            raise BadInput(f"it has {hosts} Host headers instead of one")  # RFC 9112, 3.2
+        super().on_headers_complete()
+        self._place = "body"
+        self.headers = []  # for trailers; those of the request are in its scope
+
     def on_message_complete(self) -> None:
-        self._between = True
+        if self._place == "head":  # of an upgrade, and given to the parser again
+            return
+        self._place = "between"
+        if not self.parser.should_keep_alive():  # a trailer may have said so
+            self.cycle.keep_alive = False
         super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -135,11 +200,7 @@ class Connection(HttpToolsProtocol):
         if reply is None:
             self.transport.close()
             return
-        body, headers = reply.body, (*self.server_state.default_headers, *reply.headers)
-        lines = b"".join([b"%b: %b\r\n" % header for header in headers])
-        if not exchange.keep_alive:
-            lines += b"connection: close\r\n"
-        head = b"%b%bcontent-length: %d\r\n\r\n" % (STATUS_LINE[reply.status], lines, len(body))
+        body, head = reply.body, self._written(reply, keep_alive=exchange.keep_alive)
         if len(body) <= _ONE_WRITE:
             self.transport.write(head + body)
         else:
@@ -148,6 +209,13 @@ class Connection(HttpToolsProtocol):
         if not exchange.keep_alive:
             self.transport.close()
         self.on_response_complete()
+
+    def _written(self, reply: Reply, *, keep_alive: bool) -> bytes:
+        """The head of a reply."""
+        lines = b"".join([b"%b: %b\r\n" % header for header in (*self.server_state.default_headers, *reply.headers)])
+        if not keep_alive:
+            lines += b"connection: close\r\n"
+        return b"%b%bcontent-length: %d\r\n\r\n" % (STATUS_LINE[reply.status], lines, len(reply.body))
 
     def on_response_complete(self) -> None:
         """After each reply. One timer watches an idle connection, instead of a new one after every reply."""

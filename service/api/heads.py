@@ -13,7 +13,10 @@ from service.api.wire import Route, Scope
 
 _HEADS = 256
 _HEAD_BYTES = 4096
-_UNUSUAL = frozenset({b"content-encoding", b"transfer-encoding", b"expect", b"upgrade"})
+_UNUSUAL = frozenset(
+    b"content-encoding expect http2-settings keep-alive proxy-connection te trailer transfer-encoding upgrade".split()
+)
+"""Headers that say how the body, the connection or the reply is to be written; but for `Connection: keep-alive`."""
 
 
 class Head(NamedTuple):
@@ -34,17 +37,20 @@ class KnownHeads:
         self.get = self._heads.get
 
     def learn(self, head: bytes, scope: Scope, length: int) -> None:
-        """Remember what was parsed from this head of a request with `length` bytes of body, if it is a usual one."""
+        """Remember what was parsed from this head of a request with `length` bytes of body, if it is a usual one.
+
+        A usual head has a line for each header, each header once, and the length of the body as the only thing that
+        concerns the connection.
+        """
         route = self._hot.prediction(scope["method"], scope["path"])
-        names = [name for name, _ in scope["headers"]]
         headers = dict(scope["headers"])
         if (
             route is None
             or len(head) > _HEAD_BYTES
-            or not _UNUSUAL.isdisjoint(names)
+            or not len(headers) == len(scope["headers"]) == head.count(b"\r\n") - 2 == head.count(b"\n") - 2
+            or not _UNUSUAL.isdisjoint(headers)
             or headers.get(b"connection", b"keep-alive").lower() != b"keep-alive"
-            or names.count(b"content-length") != 1
-            or headers[b"content-length"] != b"%d" % length
+            or headers.get(b"content-length") != b"%d" % length
             or length > self._hot.body_limit
         ):
             return

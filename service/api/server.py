@@ -60,6 +60,7 @@ def serve_fleet(
     config = uvicorn.Config(
         app,
         http=connections_to(app),
+        ws="none",
         loop="auto",
         lifespan="on",
         access_log=False,

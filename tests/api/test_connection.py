@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from fakes import Live, live_server
 from raw_client import Client
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.api.connection import Connection
 from service.api.heads import KnownHeads
 from service.serving.variant import Variant
 
@@ -35,13 +35,13 @@ def parsed(live: Live, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     connections: Any = live.server.config.http_protocol_class
     connections.heads = KnownHeads(connections.hot)
     seen: list[bytes] = []
-    original = HttpToolsProtocol.data_received
+    original = Connection._parse
 
-    def spy(self: HttpToolsProtocol, data: bytes) -> None:
+    def spy(self: Connection, data: bytes) -> None:
         seen.append(data)
         original(self, data)
 
-    monkeypatch.setattr(HttpToolsProtocol, "data_received", spy)
+    monkeypatch.setattr(Connection, "_parse", spy)
     return seen
 
 
@@ -127,9 +127,16 @@ def test_requests_on_the_short_way_are_counted_like_others(live: Live, client: C
         ("connection: close\r\n", 200),
         ("expect: 100-continue\r\n", 200),
         ("content-encoding: identity\r\n", 200),
+        ("x-variant: a\r\nX-Variant: a\r\n", 200),
+        ("connection: upgrade\r\n", 200),
+        ("upgrade: h2c\r\n", 200),
+        ("connection: upgrade\r\nupgrade: h2c\r\n", 200),
+        ("http2-settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n", 200),
+        ("te: trailers\r\n", 200),
+        ("trailer: x-variant\r\n", 200),
         (f"x-long: {'x' * 4096}\r\n", 200),
     ],
-    ids=["close", "expect", "encoded", "long"],
+    ids=["close", "expect", "encoded", "twice", "token", "offer", "upgrade", "settings", "te", "trailer", "long"],
 )
 def test_what_is_out_of_the_ordinary_is_parsed_every_time(
     live: Live, parsed: list[bytes], head: str, status: int
