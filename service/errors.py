@@ -34,6 +34,17 @@ class NotFound(ServiceError):
     code = "not_found"
 
 
+class MethodNotAllowed(ServiceError):
+    """The path is asked by other methods: those in `allow`, which is sent as the header of that name."""
+
+    status = 405
+    code = "method_not_allowed"
+
+    def __init__(self, message: str, allow: str) -> None:
+        super().__init__(message)
+        self.allow = allow
+
+
 class BodyTooLarge(ServiceError):
     """The body, or what it inflates to, is above the configured limit."""
 

@@ -12,13 +12,14 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from service.api.codecs.openai import EmbeddingRequest, Tokens, encode_reply, error_body, parse_request, token_rows
+from service.api.codecs.openai import EmbeddingRequest, Tokens, encode_reply, parse_request, token_rows
 from service.api.codecs.tensors import clip
 from service.api.codecs.text import TextCodec
+from service.api.openai_models import gives_embeddings, no_embeddings, refusal, variant_of
 from service.api.predict import DEFAULT_PRIORITY, decode_for, how_it_ran, off_loop, plain_body
-from service.api.wire import Caller, Reply, Route, error_headers, gone_check, json_reply
-from service.contracts import Array, InputSpec
-from service.errors import BackendFailed, BadInput, NotFound, ServiceError
+from service.api.wire import Caller, Reply, Route, gone_check
+from service.contracts import Array
+from service.errors import BackendFailed, BadInput
 from service.serving.execution import Prediction
 from service.serving.fleet import Fleet
 from service.serving.variant import Gone, Variant
@@ -33,27 +34,14 @@ SHORTEST = 16
 
 def embeddings_route(fleet: Fleet) -> Route:
     """The route of this fleet; of a base that gives no embeddings of texts, one that says so."""
-    codec, spec = fleet.base.codec, fleet.base.spec
-    if isinstance(codec, TextCodec) and gives_embeddings(spec):
+    codec = fleet.base.codec
+    if isinstance(codec, TextCodec) and gives_embeddings(fleet):
         return Route("POST", "prediction", _Embeddings(fleet, codec).answer, refusal)
 
     async def refuse(_: Caller) -> Reply:
-        raise NotFound(
-            f"the base '{fleet.base.name}' gives no embeddings of texts; POST /v1/predict answers what it does"
-        )
+        raise no_embeddings(fleet)
 
     return Route("POST", "prediction", refuse, refusal)
-
-
-def gives_embeddings(spec: InputSpec) -> bool:
-    """Whether the answer for a row is a single list of numbers that are no class logits."""
-    return not spec.labels and len(spec.outputs) == 1 and len(spec.outputs[0].shape) == 1
-
-
-def refusal(error: ServiceError) -> Reply:
-    """The reply to a request that was refused or failed, in OpenAI's shape."""
-    headers = [(name.encode(), value.encode()) for name, value in error_headers(error).items()]
-    return json_reply(error_body(error), headers, error.status)
 
 
 class _Embeddings:
@@ -96,14 +84,9 @@ class _Embeddings:
         Raises:
             NotFound: no such model. BadInput: the header asks for another one.
         """
-        fleet, named = self._fleet, caller.header(b"x-variant")
-        base = fleet.base.name
-        if model == base:
-            return named, caller.header(fleet.sticky_header)
-        name = model.removeprefix(f"{base}:")
-        if name not in fleet.reports:
-            known = ", ".join((base, *(f"{base}:{variant}" for variant in fleet.reports)))
-            raise NotFound(f"the model {clip(model)} does not exist; there are {known}")
+        name, named = variant_of(self._fleet, model), caller.header(b"x-variant")
+        if name is None:
+            return named, caller.header(self._fleet.sticky_header)
         if named not in {None, name}:
             raise BadInput(f"the model {clip(model)} and the header x-variant name two variants")
         return name, None

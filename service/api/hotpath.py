@@ -15,9 +15,10 @@ from functools import partial
 from service.api.caveats import caveat_headers
 from service.api.embeddings import embeddings_route
 from service.api.open_inference_http import no_such_path, open_inference_routes
+from service.api.openai_models import MODELS, ModelList
 from service.api.predict import predict
-from service.api.wire import Caller, Receive, Reply, Route, Scope, Send, error_body, json_reply, send_reply
-from service.errors import ClientGone, ServiceError
+from service.api.wire import Caller, Receive, Reply, Route, Scope, Send, send_reply
+from service.errors import ClientGone, MethodNotAllowed, ServiceError
 from service.serving.fleet import Fleet
 
 logger = logging.getLogger(__name__)
@@ -35,9 +36,11 @@ class HotPath:
         self._fleet = fleet
         self._app = app
         self._caveats = caveat_headers(fleet.base.caveats)
+        self._models = ModelList(fleet)
         self._routes = {
             PREDICT: Route("POST", "prediction", partial(predict, fleet)),
             EMBEDDINGS: embeddings_route(fleet),
+            MODELS: self._models.all,
             **open_inference_routes(fleet),
         }
 
@@ -45,20 +48,22 @@ class HotPath:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         path, method = scope["path"], scope["method"]
-        route = self._routes.get(path)
+        route = self._routes.get(path) or self._route_below(method, path)
         if route is None:
-            if not path.startswith("/v2/"):
-                return await self._app(scope, receive, send)
-            route = Route(method, "prediction" if path.endswith("/infer") else "description", self._unknown)
+            return await self._app(scope, receive, send)
         if method != route.method and not (method == "HEAD" and route.method == "GET"):
-            error = error_body(f"{path} takes {route.method}, not {method}", "method_not_allowed")
-            allow = b"GET, HEAD" if route.method == "GET" else route.method.encode()
-            return await send_reply(send, json_reply(error, [(b"allow", allow)], 405))
+            route = route._replace(answer=partial(_wrong_method, method, route.method))
         # ASGI gives the names in lower case. A dict costs less than a second look through the list.
         reply = await self.answer(route, Caller(path, dict(scope["headers"]), receive))
         if reply is not None:
             await send_reply(send, reply)
         return None
+
+    def _route_below(self, method: str, path: str) -> Route | None:
+        """The route of a path that is in no table, but below one that is answered here."""
+        if path.startswith("/v2/"):
+            return Route(method, "prediction" if path.endswith("/infer") else "description", self._unknown)
+        return self._models.one if path.startswith(f"{MODELS}/") else None
 
     def prediction(self, method: str, path: str) -> Route | None:
         """The route of a path that answers predictions by this method, else `None`."""
@@ -90,6 +95,11 @@ class HotPath:
 
     async def _unknown(self, caller: Caller) -> Reply:
         raise no_such_path(self._fleet, caller.path)
+
+
+async def _wrong_method(method: str, right: str, caller: Caller) -> Reply:
+    allow = "GET, HEAD" if right == "GET" else right
+    raise MethodNotAllowed(f"{caller.path} takes {right}, not {method}", allow)
 
 
 def _confession(path: str) -> ServiceError:

@@ -8,8 +8,7 @@ from typing import Any
 
 from service.api.codecs.open_inference import JSON_LENGTH_HEADER
 from service.api.codecs.tensors import Port, ports
-from service.api.codecs.text import TextCodec
-from service.api.embeddings import gives_embeddings
+from service.api.openai_models import gives_embeddings, served_models
 from service.contracts import InputSpec, Json
 from service.serving.fleet import Fleet
 
@@ -73,6 +72,7 @@ def hot_paths(fleet: Fleet) -> dict[str, Any]:
     length = _headers({JSON_LENGTH_HEADER: "bytes of JSON before the binary tensors; 0: the body is the only tensor"})
     paths: dict[str, Any] = {
         "/v1/predict": {"post": _operation("Predict", media, choice)},
+        "/v1/models": {"get": _operation("The models, as in OpenAI's API", error=_OPENAI_ERROR)},
         "/v2": {"get": _operation("Server metadata")},
         "/v2/health/live": {"get": _operation("Is the process alive")},
         "/v2/health/ready": {"get": _operation("Are all variants warm, and is the service not draining")},
@@ -83,10 +83,12 @@ def hot_paths(fleet: Fleet) -> dict[str, Any]:
     }
     if fleet.config.model_control == "explicit":
         paths |= _swaps(fleet)
-    if isinstance(fleet.base.codec, TextCodec) and gives_embeddings(fleet.base.spec):
+    if gives_embeddings(fleet):
         paths["/v1/embeddings"] = {
             "post": _operation("Embeddings, as of OpenAI's API", _embeddings(fleet), choice, _OPENAI_ERROR)
         }
+        named = [_named("model", served_models(fleet))]
+        paths["/v1/models/{model}"] = {"get": _operation("One model, as in OpenAI's API", None, named, _OPENAI_ERROR)}
     infer = {"application/json": {"schema": _infer(fleet.base.spec)}, "application/octet-stream": {}}
     for version, named in (("", []), ("/versions/{version}", [_named("version", list(fleet.variants))])):
         path, own = f"/v2/models/{{model}}{version}", [_named("model", [fleet.base.name]), *named]
@@ -116,7 +118,7 @@ def _embeddings(fleet: Fleet) -> Json:
     texts, rows = ({"type": "array", "items": item, "minItems": 1} for item in (text, ids))
     properties = {
         "input": {"anyOf": [text, texts, ids, rows], "description": "texts, or token ids with the special ones"},
-        "model": {"enum": [name, *(form for variant in fleet.variants for form in (variant, f"{name}:{variant}"))]},
+        "model": {"enum": served_models(fleet)},
         "encoding_format": {"enum": ["float", "base64"], "default": "float"},
         "dimensions": {"const": width},
         "user": {"type": "string", "description": "not used"},
@@ -186,9 +188,8 @@ def _headers(texts: Mapping[str, str]) -> list[Json]:
 
 
 def _operation(summary: str, media: Json = None, parameters: list[Json] | None = None, error: Json = _ERROR) -> Json:
-    schemas = dict.fromkeys(_FAILURES, error) | {"405": _ERROR}  # a wrong verb is no request of any protocol
     failures = {
-        status: {"description": text, "content": {"application/json": {"schema": schemas[status]}}}
+        status: {"description": text, "content": {"application/json": {"schema": error}}}
         for status, text in _FAILURES.items()
     }
     operation = {"summary": summary, "responses": {"200": {"description": "the answer"}, **failures}}

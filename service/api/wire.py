@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import orjson
 
 from service.contracts import Json
-from service.errors import BadInput, BodyTooLarge, ClientGone, ServiceError
+from service.errors import BadInput, BodyTooLarge, ClientGone, MethodNotAllowed, ServiceError
 
 Scope = dict[str, Any]
 Receive = Callable[[], Any]
@@ -154,5 +154,7 @@ def error_body(text: str, code: str) -> Json:
 
 
 def error_headers(error: ServiceError) -> dict[str, str]:
-    """`Retry-After` in whole seconds, at least 1, where the error knows it."""
+    """`Retry-After` in whole seconds, at least 1, where the error knows it; `Allow` where the method is wrong."""
+    if isinstance(error, MethodNotAllowed):
+        return {"allow": error.allow}
     return {} if error.retry_after_s is None else {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any
@@ -228,9 +229,47 @@ def test_bodies_may_be_compressed(http: httpx.Client) -> None:
     assert error_of(post(http, body, **{"content-encoding": "br"}), 415)["type"] == "invalid_request_error"
 
 
-def test_another_verb_is_refused(http: httpx.Client) -> None:
-    reply = http.get("/v1/embeddings")
-    assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
+@pytest.mark.parametrize(
+    ("verb", "path", "allow"),
+    [("GET", "/v1/embeddings", "POST"), ("POST", "/v1/models", "GET, HEAD"), ("DELETE", "/v1/models/a", "GET, HEAD")],
+)
+def test_another_verb_is_refused(live: Live, http: httpx.Client, verb: str, path: str, allow: str) -> None:
+    counted = live.fleet.metrics.unrouted.requests["method_not_allowed"]
+    before = counted.count
+    reply = http.request(verb, path)
+    assert error_of(reply, 405)["code"] == "method_not_allowed"
+    assert reply.headers["allow"] == allow
+    assert counted.count == before + (path == "/v1/embeddings")
+
+
+NAMES = ["words", "a", "words:a", "b", "words:b", "held", "words:held"]
+
+
+def test_the_client_of_openai_lists_what_it_may_ask_for(client: openai.OpenAI) -> None:
+    models = client.models.list().data
+    assert [model.id for model in models] == NAMES
+    assert {(model.object, model.owned_by) for model in models} == {("model", "leanserve")}
+    assert all(abs(model.created - time.time()) < 3600 for model in models)
+    for model in models:
+        assert client.models.retrieve(model.id) == model
+        answered = client.embeddings.create(model=model.id, input="a").model
+        assert answered in ({"a", "b"} if model.id == "words" else {model.id.removeprefix("words:")})
+
+
+def test_an_unknown_model_is_not_retrieved(client: openai.OpenAI) -> None:
+    for model in ("gpt-5", "words:gpt-5", "words/a", "a/b"):
+        with pytest.raises(openai.NotFoundError) as refused:
+            client.models.retrieve(model)
+        assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
+        assert "there are words, words:a, words:b" in str(refused.value)
+    with pytest.raises(openai.InternalServerError, match="excluded: its cosine"):
+        client.models.retrieve("words:poor")
+
+
+def test_models_are_described_by_head_too(http: httpx.Client) -> None:
+    assert http.head("/v1/models").headers["content-length"] == str(len(http.get("/v1/models").content))
+    assert error_of(http.get("/v1/models/"), 404)["code"] == "model_not_found"
+    assert http.get("/v1/models?limit=1").status_code == 200
 
 
 def test_a_full_queue_is_a_rate_limit_with_its_time(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -271,7 +310,9 @@ def test_a_base_of_pictures_gives_no_embeddings() -> None:
     with live_server() as pixels, httpx.Client(base_url=f"http://{pixels.http}") as http:
         error = error_of(post(http, {"model": "pixels", "input": "a"}), 404)
         assert "the base 'pixels' gives no embeddings of texts" in error["message"]
-        assert "/v1/embeddings" not in http.get("/openapi.json").json()["paths"]
+        assert not {"/v1/embeddings", "/v1/models/{model}"} & set(http.get("/openapi.json").json()["paths"])
+        assert http.get("/v1/models").json() == {"object": "list", "data": []}
+        assert "gives no embeddings of texts" in error_of(http.get("/v1/models/pixels"), 404)["message"]
 
 
 def test_the_api_describes_itself(http: httpx.Client) -> None:
@@ -279,7 +320,7 @@ def test_the_api_describes_itself(http: httpx.Client) -> None:
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
     assert schema["required"] == ["input", "model"]
     assert post(http, schema["example"]).status_code == 200
-    assert schema["properties"]["model"]["enum"] == ["words", "a", "words:a", "b", "words:b", "held", "words:held"]
+    assert schema["properties"]["model"]["enum"] == NAMES
 
 
 @settings(deadline=None, max_examples=60)
