@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from service.bases.data_declaration import AnyData
 from service.bases.declaration import AnyBase, OnnxBase, TorchExportBase
@@ -68,6 +69,44 @@ class LimitsConfig(Section):
     body_bytes: int = Field(16 * 2**20, ge=1, description="largest request body")
 
 
+def _origin(value: str) -> str:
+    if not re.fullmatch(r"\*|(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://[^A-Z/?#@\s]+", value):
+        raise ValueError(
+            "an origin is written as browsers send it, https://app.example.com or http://localhost:3000: in lower "
+            "case, without a path, and without the port that its scheme has anyway; '*' stands for any"
+        )
+    return value
+
+
+def _header_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", value):
+        raise ValueError("this is no name of a header; '*' stands for any")
+    return value
+
+
+class CorsConfig(Section):
+    """Which web pages may use the service from a browser."""
+
+    origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = Field(
+        (), description="origins of the pages, or '*' for any; none: no page of another origin may"
+    )
+    headers: tuple[Annotated[str, AfterValidator(_header_name)], ...] = Field(
+        ("*",), description="request headers that pages may send besides the service's own; '*' for any"
+    )
+    credentials: bool = Field(default=False, description="pages may send cookies and the like")
+    max_age_s: int = Field(600, ge=0, le=86_400, description="how long a browser may remember what it was told")
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        if not self.origins and self.model_fields_set - {"origins"}:
+            raise ValueError("without 'origins' nothing here has an effect; name the origins of your pages")
+        if "*" in self.origins and (len(self.origins) > 1 or self.credentials):
+            raise ValueError(
+                "the origin '*' goes neither with others nor with 'credentials'; name the origins of your pages"
+            )
+        return self
+
+
 class DrainConfig(Section):
     """What happens on SIGTERM."""
 
@@ -98,6 +137,7 @@ class ServiceConfig(Section):
     batch: BatchConfig = BatchConfig()
     traffic: TrafficConfig = TrafficConfig()
     limits: LimitsConfig = LimitsConfig()
+    cors: CorsConfig = CorsConfig()
     drain: DrainConfig = DrainConfig()
     model_control: Literal["none", "explicit"] = Field("none", description="explicit: clients may load and unload")
 

@@ -40,7 +40,20 @@ def test_a_good_file_is_frozen_and_typed(tmp_path: Path) -> None:
         config.seed = 3  # type: ignore[misc]
 
 
+def cors(settings: str) -> tuple[str, str]:
+    return "traffic:", f"cors: {settings}\ntraffic:"
+
+
 MISTAKES = {
+    "origin with a path": (*cors("{origins: ['https://a.example/']}"), 11, "an origin is written as browsers send it"),
+    "origin without a scheme": (*cors("{origins: [a.example]}"), 11, "https://app.example.com or http://localhost"),
+    "origin in capitals": (*cors("{origins: ['https://A.example']}"), 11, "in lower case"),
+    "origin with its own port": (*cors("{origins: ['https://a.example:443']}"), 11, "without the port that its scheme"),
+    "origin of nobody": (*cors("{origins: ['null']}"), 11, "an origin is written as browsers send it"),
+    "any origin and one": (*cors("{origins: ['*', 'https://a.example']}"), 11, "the origin '*' goes neither with"),
+    "any origin's cookies": (*cors("{origins: ['*'], credentials: true}"), 11, "name the origins of your pages"),
+    "no origin's cookies": (*cors("{credentials: true}"), 11, "without 'origins' nothing here has an effect"),
+    "no header": (*cors("{origins: ['*'], headers: ['x y']}"), 11, "this is no name of a header"),
     "misspelt key": ("traffic:", "trafic:", 11, "unknown key 'trafic'; did you mean 'traffic'?"),
     "misspelt nested key": (
         "max_drop: 0.01",

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from service import __version__
+from service.api.cors import CrossOriginHotPath
 from service.api.hotpath import HotPath
 from service.api.openapi import hot_paths
 from service.api.wire import error_body, error_headers
@@ -76,7 +77,7 @@ def create_app(fleet: Fleet, grpc_at: tuple[str, int] | None = None) -> HotPath:
     add_route("/v1/variants", variants)
     add_route("/metrics", metrics, PlainTextResponse)
     app.openapi = lambda: _openapi(app, fleet)  # type: ignore[method-assign]
-    return HotPath(fleet, app)
+    return CrossOriginHotPath(fleet, app) if fleet.config.cors.origins else HotPath(fleet, app)
 
 
 def _variant(fleet: Fleet, name: str) -> Json:
