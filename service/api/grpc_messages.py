@@ -1,4 +1,4 @@
-"""The messages of `protocol/open_inference.proto`, made at import from its compiled descriptor.
+"""The messages of the files in `protocol/`, made at import from their compiled descriptors.
 
 They live in a descriptor pool of their own, not in protobuf's global one: `tritonclient` and `kserve` register messages
 of the same names there, and a process could otherwise not hold both a client and this server.
@@ -11,23 +11,25 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-DESCRIPTOR = Path(__file__).parent / "protocol" / "open_inference.binpb"
+PROTOCOL = Path(__file__).parent / "protocol"
 SERVICE = "inference.GRPCInferenceService"
 
 
-def _load(path: Path) -> descriptor_pool.DescriptorPool:
+def _load(*names: str) -> descriptor_pool.DescriptorPool:
     pool = descriptor_pool.DescriptorPool()
-    for file in descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()).file:
-        pool.Add(file)
+    for name in names:
+        for file in descriptor_pb2.FileDescriptorSet.FromString((PROTOCOL / name).read_bytes()).file:
+            pool.Add(file)
     return pool
 
 
-POOL = _load(DESCRIPTOR)
+POOL = _load("open_inference.binpb", "health.binpb")
 
 
 def message(name: str) -> Any:
-    """The class of the message `inference.<name>`."""
-    return message_factory.GetMessageClass(POOL.FindMessageTypeByName(f"inference.{name}"))
+    """The class of the message of that full name, or of `inference.<name>`."""
+    full_name = name if "." in name else f"inference.{name}"
+    return message_factory.GetMessageClass(POOL.FindMessageTypeByName(full_name))
 
 
 ModelInferResponse = message("ModelInferResponse")

@@ -18,6 +18,7 @@ import grpc
 from google.protobuf.json_format import ParseDict
 from grpc import aio
 
+from service.api.grpc_health import HEALTH, CheckRequest, CheckResponse, Health
 from service.api.grpc_infer import GrpcInferDecoder, encode, form_of
 from service.api.grpc_messages import SERVICE, message
 from service.api.open_inference import OpenInference
@@ -52,9 +53,11 @@ class GrpcServer:
 
     server: aio.Server
     port: int
+    health: Health
 
     async def stop(self, grace_s: float) -> None:
         """Take no more calls, and let those that are open finish for at most `grace_s` seconds."""
+        self.health.stop()
         await self.server.stop(grace_s)
 
 
@@ -70,19 +73,34 @@ async def start_grpc(fleet: Fleet, host: str, port: int) -> GrpcServer:
         ("grpc.so_reuseport", 0),  # else a second server would share the port without a word
     )
     server = aio.server(options=options)
-    service = _Service(fleet)
-    methods = {name: _handler(name, answer) for name, answer in service.answers.items()}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+    health = Health(fleet)
+    methods = {
+        name: _handler(name, answer, message(f"{name}Request"), message(f"{name}Response"))
+        for name, answer in _Service(fleet).answers.items()
+    }
+    server.add_generic_rpc_handlers(
+        (
+            grpc.method_handlers_generic_handler(SERVICE, methods),
+            grpc.method_handlers_generic_handler(HEALTH, _health_methods(health)),
+        )
+    )
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         claimed = server.add_insecure_port(address)
     except RuntimeError as error:
         raise StartupError(f"cannot listen for gRPC on {address}; choose another port") from error
     await server.start()
-    return GrpcServer(server, claimed)
+    return GrpcServer(server, claimed, health)
 
 
-def _handler(name: str, answer: Answer) -> grpc.RpcMethodHandler:
+def _health_methods(health: Health) -> dict[str, grpc.RpcMethodHandler]:
+    watch = grpc.unary_stream_rpc_method_handler(
+        health.watch, request_deserializer=CheckRequest.FromString, response_serializer=CheckResponse.SerializeToString
+    )
+    return {"Check": _handler("Check", health.check, CheckRequest, CheckResponse), "Watch": watch}
+
+
+def _handler(name: str, answer: Answer, asked: Any, told: Any) -> grpc.RpcMethodHandler:
     async def call(request: Any, context: Context) -> Any:
         try:
             return await answer(request, context)
@@ -98,8 +116,8 @@ def _handler(name: str, answer: Answer) -> grpc.RpcMethodHandler:
 
     return grpc.unary_unary_rpc_method_handler(
         call,
-        request_deserializer=message(f"{name}Request").FromString,
-        response_serializer=message(f"{name}Response").SerializeToString,
+        request_deserializer=asked.FromString,
+        response_serializer=told.SerializeToString,
     )
 
 

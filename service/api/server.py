@@ -106,7 +106,7 @@ class _DrainingServer(uvicorn.Server):
         if self._fleet.draining:
             self._stop()
             return
-        self._fleet.draining = True
+        self._fleet.drain()
         delay = self._fleet.config.drain.delay_s
         logger.warning("%s: draining, serving %.1f s more", signal.Signals(number).name, delay)
         asyncio.get_running_loop().call_later(delay, self._stop)

@@ -62,6 +62,7 @@ class Fleet:
         self._threads = LoadingThreads()
         self._turn = asyncio.Lock()
         self._swaps: set[asyncio.Task[None]] = set()
+        self._listeners: list[Callable[[], None]] = []
 
     def open(self, name: str, load: Open, batch: BatchConfig, read: Read | None = None) -> None:
         """Load a variant for every lane (`load` is called there) and warm it in every shape that it will meet.
@@ -111,6 +112,19 @@ class Fleet:
     def confirm(self, variant: Variant, name: str | None, caller_key: str | None) -> Variant:
         """The variant that was chosen before the loop turned to others; another choice if it was unloaded since."""
         return variant if variant.name in self.variants else self.choose(name, caller_key)
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called on the loop whenever what `check_ready` says may have changed."""
+        self._listeners.append(listener)
+
+    def drain(self) -> None:
+        """Be no longer ready; requests go on being answered. On the loop only."""
+        self.draining = True
+        self._tell()
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener()
 
     def check_ready(self) -> None:
         """Raise `NotReady` while draining, and while no variant is loaded."""
@@ -199,6 +213,7 @@ class Fleet:
         if name in self.metrics.variants:
             metrics = self.metrics.variants[name]
             metrics.facts = replace(metrics.facts, state=state, reason=reason)
+        self._tell()
 
     def _absence(self, name: str) -> ServiceError:
         """Why no variant of that name serves, or none at all if it is empty."""

@@ -22,7 +22,7 @@ from tritonclient import utils
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from service.api.grpc_infer import GrpcInferDecoder, encode
-from service.api.grpc_messages import DESCRIPTOR, POOL, SERVICE, message
+from service.api.grpc_messages import POOL, PROTOCOL, SERVICE, message
 from service.api.grpc_server import start_grpc
 from service.contracts import Field, InputSpec
 from service.errors import BadInput, StartupError
@@ -334,9 +334,10 @@ def _compare(ours: Any, theirs: Any) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("grpc_tools") is None, reason="grpcio-tools is not installed")
-def test_the_descriptor_is_that_of_the_proto_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["open_inference", "health"])
+def test_a_descriptor_is_that_of_its_proto_file(tmp_path: Path, name: str) -> None:
     made = tmp_path / "made.binpb"
-    source = ["-I", str(DESCRIPTOR.parent), f"--descriptor_set_out={made}", "open_inference.proto"]
+    source = ["-I", str(PROTOCOL), f"--descriptor_set_out={made}", f"{name}.proto"]
     subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *source], check=True, timeout=60)
     read = FileDescriptorSet.FromString
-    assert read(made.read_bytes()) == read(DESCRIPTOR.read_bytes())
+    assert read(made.read_bytes()) == read((PROTOCOL / f"{name}.binpb").read_bytes())

@@ -1,4 +1,4 @@
-"""The server around the app: when it says that it is ready."""
+"""The server around the app: when it says that it is ready, and that it is no longer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import socket
 import threading
 from collections.abc import Iterator
 
+import grpc
 import pytest
 from fakes import open_fleet
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from service.api.server import listen, serve_fleet
 
@@ -45,3 +48,27 @@ def test_who_is_told_that_it_is_ready_finds_somebody() -> None:
     finally:
         fleet.close()
     assert told == ["ready"]
+
+
+def test_a_drain_is_told_to_who_watches_over_grpc_and_not_held_up_by_that() -> None:
+    gate = threading.Event()
+    gate.set()
+    fleet = open_fleet(gate, drain={"delay_s": 0.3, "timeout_s": 10})
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        grpc_at = free.getsockname()
+    seen: list[str] = []
+
+    def watch() -> None:
+        with grpc.insecure_channel(f"127.0.0.1:{grpc_at[1]}") as channel:
+            for reply in HealthStub(channel).Watch(HealthCheckRequest(), timeout=20):
+                seen.append(HealthCheckResponse.ServingStatus.Name(reply.status))
+                if seen == ["SERVING"]:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=watch)
+    try:
+        serve_fleet(fleet, listen("127.0.0.1", 0), grpc_at, watcher.start)
+    finally:
+        watcher.join(20)
+        fleet.close()
+    assert seen == ["SERVING", "NOT_SERVING"]

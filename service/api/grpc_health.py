@@ -1,0 +1,65 @@
+"""`grpc.health.v1`: whether this server takes requests, as Kubernetes and load balancers ask over gRPC.
+
+The package `grpcio-health-checking` is told a status and repeats it; here it is looked up when somebody asks, so that
+it cannot be another one than that of REST. And what is followed ends with the server: open streams would hold up a
+drain until its timeout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from service.api.codecs.tensors import clip
+from service.api.grpc_messages import SERVICE, message
+from service.api.open_inference import OpenInference
+from service.errors import NotFound
+from service.serving.fleet import Fleet
+
+HEALTH = "grpc.health.v1.Health"
+SERVICES = ("", SERVICE)
+"""Whose health may be asked for; the empty name is the whole server. Both are the same."""
+CheckRequest, CheckResponse = (
+    message("grpc.health.v1.HealthCheckRequest"),
+    message("grpc.health.v1.HealthCheckResponse"),
+)
+
+
+class Health:
+    """One method per call of the protocol."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._protocol = OpenInference(fleet)
+        self._changed = asyncio.Event()
+        self._stopped = False
+        fleet.on_change(self._wake)
+
+    async def check(self, request: Any, _: Any) -> Any:
+        """The status now. Raises `NotFound` for a service that is not one of `SERVICES`."""
+        if request.service not in SERVICES:
+            raise NotFound(f"no service {clip(request.service)}; there is {SERVICE}")
+        return CheckResponse(status=self._status())
+
+    async def watch(self, request: Any, _: Any) -> AsyncIterator[Any]:
+        """The status now, and whenever it changes, until the client leaves or the server stops."""
+        told = ""
+        while not self._stopped:
+            changed = self._changed  # before the look, so that no change is missed
+            status = self._status() if request.service in SERVICES else "SERVICE_UNKNOWN"
+            if status != told:
+                yield CheckResponse(status=status)
+                told = status
+            await changed.wait()
+
+    def stop(self) -> None:
+        """End what is followed."""
+        self._stopped = True
+        self._wake()
+
+    def _status(self) -> str:
+        return "SERVING" if self._protocol.health()["ready"] else "NOT_SERVING"
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
