@@ -63,6 +63,15 @@ class TrafficConfig(Section):
     sticky_header: str = Field("x-caller-key", description="requests with the same value here get the same variant")
 
 
+class EmbeddingsConfig(Section):
+    """What `/v1/embeddings` takes."""
+
+    token_ids: Literal["refuse", "own"] = Field(
+        "refuse",
+        description="instead of texts; own: clients send ids of the model's own tokenizer, special ones included",
+    )
+
+
 class LimitsConfig(Section):
     """Bounds on what a client may send."""
 
@@ -136,6 +145,7 @@ class ServiceConfig(Section):
     gate: GateConfig = GateConfig()
     batch: BatchConfig = BatchConfig()
     traffic: TrafficConfig = TrafficConfig()
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
     limits: LimitsConfig = LimitsConfig()
     cors: CorsConfig = CorsConfig()
     drain: DrainConfig = DrainConfig()

@@ -19,7 +19,7 @@ from service.api.openai_models import gives_embeddings, no_embeddings, refusal, 
 from service.api.predict import DEFAULT_PRIORITY, decode_for, how_it_ran, off_loop, plain_body
 from service.api.wire import Caller, Reply, Route, gone_check
 from service.contracts import Array
-from service.errors import BackendFailed, BadInput
+from service.errors import BackendFailed, BadInput, ConfigError
 from service.serving.execution import Prediction
 from service.serving.fleet import Fleet
 from service.serving.variant import Gone, Variant
@@ -33,10 +33,16 @@ SHORTEST = 16
 
 
 def embeddings_route(fleet: Fleet) -> Route:
-    """The route of this fleet; of a base that gives no embeddings of texts, one that says so."""
+    """The route of this fleet; of a base that gives no embeddings of texts, one that says so.
+
+    Raises:
+        ConfigError: the config says how embeddings are asked for, and the base gives none.
+    """
     codec = fleet.base.codec
     if isinstance(codec, TextCodec) and gives_embeddings(fleet):
         return Route("POST", "prediction", _Embeddings(fleet, codec).answer, refusal)
+    if fleet.config.embeddings.token_ids != "refuse":
+        raise ConfigError(f"embeddings.token_ids: the base '{fleet.base.name}' gives no embeddings of texts")
 
     async def refuse(_: Caller) -> Reply:
         raise no_embeddings(fleet)
@@ -74,9 +80,10 @@ class _Embeddings:
         return await off_loop(parse_request, body, self._width)
 
     async def _tokenized(self, variant: Variant, request: EmbeddingRequest, size: int) -> Tokens:
+        asked = request.input, self._codec, self._fleet.config.embeddings.token_ids
         if size <= SMALL:
-            return token_rows(request.input, self._codec)
-        return await decode_for(variant, DEFAULT_PRIORITY, token_rows, request.input, self._codec)
+            return token_rows(*asked)
+        return await decode_for(variant, DEFAULT_PRIORITY, token_rows, *asked)
 
     def _asked(self, model: str, caller: Caller) -> tuple[str | None, str | None]:
         """The name of the variant that `model` asks for, and the caller's key where it leaves the choice.

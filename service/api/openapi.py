@@ -116,8 +116,11 @@ def _embeddings(fleet: Fleet) -> Json:
     name, width = fleet.base.name, fleet.base.spec.outputs[0].shape[0]
     text, ids = {"type": "string"}, {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
     texts, rows = ({"type": "array", "items": item, "minItems": 1} for item in (text, ids))
+    taken: Json = {"anyOf": [text, texts]}
+    if fleet.config.embeddings.token_ids == "own":
+        taken = {"anyOf": [text, texts, ids, rows], "description": "texts, or token ids with the special ones"}
     properties = {
-        "input": {"anyOf": [text, texts, ids, rows], "description": "texts, or token ids with the special ones"},
+        "input": taken,
         "model": {"enum": served_models(fleet)},
         "encoding_format": {"enum": ["float", "base64"], "default": "float"},
         "dimensions": {"const": width},

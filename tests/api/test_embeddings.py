@@ -20,7 +20,9 @@ from text_fleet import CLS, MAX_LENGTH, SEP, WORDS, A, B, embedded, live_texts
 
 from service.api import embeddings
 from service.api.embeddings import length_groups
+from service.config import EmbeddingsConfig
 from service.contracts import Arrays
+from service.errors import ConfigError
 from service.serving.execution import Prediction
 from service.serving.variant import Variant
 
@@ -36,6 +38,17 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 @pytest.fixture(scope="module")
 def client(live: Live) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"http://{live.http}/v1", api_key="none is needed", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    """A service whose clients may send ids of its own tokenizer."""
+    folder = tmp_path_factory.mktemp("own")
+    with (
+        live_texts(folder, embeddings={"token_ids": "own"}, batch={"queue_rows": 2048}) as server,
+        openai.OpenAI(base_url=f"http://{server.http}/v1", api_key="none", max_retries=0) as client,
+    ):
         yield client
 
 
@@ -68,10 +81,8 @@ def error_of(reply: httpx.Response, status: int) -> dict[str, Any]:
     [
         ("a b", [ids_of("a b")]),
         (["b", "a a", ""], [ids_of("b"), ids_of("a a"), [CLS, SEP]]),
-        ([CLS, A, SEP], [[CLS, A, SEP]]),
-        ([[A], [B, A]], [[A], [B, A]]),
     ],
-    ids=["text", "texts", "tokens", "lists of tokens"],
+    ids=["text", "texts"],
 )
 def test_the_client_of_openai_gets_embeddings(client: openai.OpenAI, sent: Any, rows: Any, form: Any) -> None:
     reply = client.embeddings.create(model="words", input=sent, encoding_format=form, user="somebody")
@@ -84,6 +95,66 @@ def test_the_client_of_openai_gets_embeddings(client: openai.OpenAI, sent: Any, 
         given = [np.frombuffer(base64.b64decode(text), "<f4") for text in given]
     np.testing.assert_array_equal(np.array(given, np.float32), wanted)
     assert reply.usage.prompt_tokens == reply.usage.total_tokens == sum(map(len, rows))
+
+
+@pytest.mark.parametrize("sent", [[CLS, A, SEP], [[A], [B, A]], [[15339, 1917], [A]], [[-1]]], ids=str)
+def test_token_ids_are_refused_with_the_remedy(client: openai.OpenAI, sent: Any) -> None:
+    """A number says nothing of its tokenizer: those that this one has are refused as well."""
+    with pytest.raises(
+        openai.BadRequestError, match="those of another tokenizer would be embedded as other"
+    ) as refused:
+        client.embeddings.create(model="words", input=sent)
+    assert (refused.value.param, refused.value.code, refused.value.type) == (
+        "input",
+        "bad_input",
+        "invalid_request_error",
+    )
+    assert "check_embedding_ctx_length=False" in str(refused.value)
+    assert "embeddings: {token_ids: own}" in str(refused.value)
+
+
+def test_what_langchain_sends_by_default_is_refused_and_with_the_remedy_answered(http: httpx.Client) -> None:
+    """`OpenAIEmbeddings` cuts "hello world" with tiktoken's cl100k_base, and asks OpenAI's client for that."""
+    request = {"model": "words", "encoding_format": "base64"}
+    assert "check_embedding_ctx_length" in error_of(post(http, request | {"input": [[15339, 1917]]}), 400)["message"]
+    assert post(http, request | {"input": ["hello world"]}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("sent", "rows"),
+    [([CLS, A, SEP], [[CLS, A, SEP]]), ([[A], [B, A]], [[A], [B, A]]), (["a"], [ids_of("a")]), ("b", [ids_of("b")])],
+    ids=["tokens", "lists of tokens", "texts", "text"],
+)
+def test_own_token_ids_are_taken_as_they_are(own: openai.OpenAI, sent: Any, rows: Any) -> None:
+    reply = own.embeddings.create(model="words", input=sent)
+    wanted = np.array([embedded(row) for row in rows], np.float32)
+    np.testing.assert_array_equal(np.array([item.embedding for item in reply.data], np.float32), wanted)
+    assert reply.usage.prompt_tokens == sum(map(len, rows))
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        ([len(WORDS)], f"input: {len(WORDS)} is no token id of this model; they go from 0 to {len(WORDS) - 1}"),
+        ([[A], [-1]], r"input\[1\]: -1 is no token id"),
+        ([[A], []], rf"input\[1\] has 0 token ids; the model takes 1 to {MAX_LENGTH}"),
+        ([A] * 65, "input has 65 token ids"),
+        ([[A], "a"], r"input\[1\] is not a list of token ids"),
+        ([7, "a"], "does not mix"),
+        ([[A], [1.5]], r"input\[1\] is not a list of token ids"),
+    ],
+    ids=["unknown", "negative", "none", "long", "text behind", "text after", "float"],
+)
+def test_own_token_ids_that_the_model_does_not_have_are_named(own: openai.OpenAI, sent: Any, said: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=said) as refused:
+        own.embeddings.create(model="words", input=sent)
+    assert refused.value.param == "input"
+
+
+def test_more_rows_of_token_ids_than_a_request_may_hold_are_refused(own: openai.OpenAI) -> None:
+    with pytest.raises(openai.APIStatusError, match="2049 rows are more than the 2048") as refused:
+        own.embeddings.create(model="words", input=[[A]] * 2049)
+    assert refused.value.status_code == 413
 
 
 def test_the_client_asks_for_base64_by_itself_and_reads_it(client: openai.OpenAI) -> None:
@@ -161,15 +232,10 @@ def test_large_bodies_and_replies_take_the_same_way_through_a_thread(
         ({"input": None}, "input", "missing"),
         ({"input": []}, None, "empty list"),
         ({"input": ["a", 7]}, None, r"input[1]: expected a text, got a number"),
-        ({"input": [7, "a"]}, "input", "does not mix"),
+        ({"input": [["a"]]}, None, "input[0]: expected a text, got a list"),
         ({"input": [True]}, None, "got a boolean"),
         ({"input": [1.5]}, None, "got a number"),
         ({"input": {"text": "a"}}, None, "got an object"),
-        ({"input": [len(WORDS)]}, "input", f"{len(WORDS)} is no token id; they are 0 to {len(WORDS) - 1}"),
-        ({"input": [[A], [-1]]}, "input", "input[1]: -1 is no token id"),
-        ({"input": [[A], []]}, "input", f"input[1] has 0 token ids; the model takes 1 to {MAX_LENGTH}"),
-        ({"input": [A] * 65}, "input", "input has 65 token ids"),
-        ({"input": [[A], "a"]}, "input", "input[1] is not a list of token ids"),
         ({"model": None}, "model", "missing"),
         ({"model": 7}, "model", "'model' must be a text"),
         ({"encoding_format": "hex"}, "encoding_format", "'float' or 'base64'"),
@@ -218,7 +284,6 @@ def test_an_excluded_variant_is_not_ready(client: openai.OpenAI) -> None:
 def test_too_large_is_413(http: httpx.Client) -> None:
     assert error_of(post(http, {"model": "words", "input": "a" * 150_000}), 413)["code"] == "body_too_large"
     assert error_of(post(http, {"model": "words", "input": "a" * 250_000}), 413)["code"] == "body_too_large"
-    assert error_of(post(http, {"model": "words", "input": [[A]] * 2049}), 413)["code"] == "body_too_large"
 
 
 def test_bodies_may_be_compressed(http: httpx.Client) -> None:
@@ -313,6 +378,10 @@ def test_a_base_of_pictures_gives_no_embeddings() -> None:
         assert not {"/v1/embeddings", "/v1/models/{model}"} & set(http.get("/openapi.json").json()["paths"])
         assert http.get("/v1/models").json() == {"object": "list", "data": []}
         assert "gives no embeddings of texts" in error_of(http.get("/v1/models/pixels"), 404)["message"]
+        asked = pixels.fleet.config.model_copy(update={"embeddings": EmbeddingsConfig(token_ids="own")})
+        pixels.fleet.config = asked
+        with pytest.raises(ConfigError, match=r"embeddings.token_ids: the base 'pixels' gives no embeddings of texts"):
+            embeddings.embeddings_route(pixels.fleet)
 
 
 def test_the_api_describes_itself(http: httpx.Client) -> None:
@@ -320,6 +389,7 @@ def test_the_api_describes_itself(http: httpx.Client) -> None:
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
     assert schema["required"] == ["input", "model"]
     assert post(http, schema["example"]).status_code == 200
+    assert len(schema["properties"]["input"]["anyOf"]) == 2, "no token ids unless the config says so"
     assert schema["properties"]["model"]["enum"] == NAMES
 
 

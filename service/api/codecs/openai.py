@@ -14,12 +14,18 @@ import numpy as np
 import orjson
 
 from service.api.codecs.tensors import clip
-from service.api.codecs.text import TextCodec, checked_texts
+from service.api.codecs.text import TextCodec, checked_texts, holds_token_ids
 from service.contracts import Array, Json
 from service.errors import BadInput, BodyTooLarge, NotFound, ServiceError
 
 Form = Literal["float", "base64"]
+TokenIds = Literal["refuse", "own"]
 Tokens: TypeAlias = Sequence[Sequence[int]]
+REFUSED = (
+    "input holds token ids, and those of another tokenizer would be embedded as other words: send the texts, which are "
+    "tokenized here. LangChain's OpenAIEmbeddings sends them with check_embedding_ctx_length=False. Where clients have "
+    "the tokenizer of this model, the config of the service may say embeddings: {token_ids: own}"
+)
 KEYS = ("input", "model", "encoding_format", "dimensions", "user")
 
 
@@ -68,16 +74,20 @@ def parse_request(body: bytes, width: int) -> EmbeddingRequest:
     return EmbeddingRequest(content["input"], content["model"], form)
 
 
-def token_rows(given: Json, codec: TextCodec) -> Tokens:
+def token_rows(given: Json, codec: TextCodec, token_ids: TokenIds) -> Tokens:
     """The token ids of every row of `input`: a text, a list of texts, token ids, or a list of lists of token ids.
 
-    Token ids are taken as they are; the special ones are the client's to add, as its tokenizer does.
+    Token ids are refused unless the config says that clients have the model's `own` tokenizer: some clients send those
+    of OpenAI's models to every server, and a number says nothing of the tokenizer that it comes from. They are taken as
+    they are; the special ones are the client's to add, as its tokenizer does.
 
     Raises:
-        BadInput: none of these, nothing at all, or token ids that the model does not know.
+        BadInput: none of these, nothing at all, or token ids that are refused or that the model does not know.
         BodyTooLarge: too many rows, or texts that are too long.
     """
-    first = given[0] if isinstance(given, list) and given else None
+    if token_ids == "refuse" and holds_token_ids(given):
+        raise WrongParameter("input", REFUSED)
+    first = given[0] if token_ids == "own" and isinstance(given, list) and given else None
     if type(first) is int:
         return [_token_ids(given, "input", codec)]
     if isinstance(first, list):
@@ -123,9 +133,10 @@ def _token_ids(row: Json, where: str, codec: TextCodec) -> Sequence[int]:
         raise WrongParameter("input", f"{where} is not a list of token ids, and input does not mix them with texts")
     if not 0 < len(row) <= codec.max_length:
         raise WrongParameter("input", f"{where} has {len(row)} token ids; the model takes 1 to {codec.max_length}")
-    wrong = next((token for token in row if not 0 <= token < codec.vocabulary), None)
+    known = codec.token_ids
+    wrong = next((token for token in row if token not in known), None)
     if wrong is not None:
-        raise WrongParameter("input", f"{where}: {wrong} is no token id; they are 0 to {codec.vocabulary - 1}")
+        raise WrongParameter("input", f"{where}: {wrong} is no token id of this model; they go from 0 to {max(known)}")
     return row
 
 

@@ -59,13 +59,13 @@ class TextCodec:
         return self.answers.spec.fields
 
     @cached_property
-    def vocabulary(self) -> int:
-        """Number of token ids; they are below it."""
-        return int(_opened(self.tokenizer, self.max_length).get_vocab_size())
+    def token_ids(self) -> frozenset[int]:
+        """All that the tokenizer has; there may be gaps between them."""
+        return frozenset(_opened(self.tokenizer, self.max_length).get_vocab().values())
 
     def values_of(self, field: Field) -> tuple[int, int]:
         """The least and the greatest value of an input's elements: token ids, or 0 and 1."""
-        return (0, self.vocabulary - 1) if field.name == IDS else (0, 1)
+        return (0, max(self.token_ids)) if field.name == IDS else (0, 1)
 
     def open(self) -> None:
         """Open the tokenizer now, rather than with the first text. Raises `ConfigError` if it cannot be read."""
@@ -85,6 +85,11 @@ class TextCodec:
         if kind != JSON:
             raise UnsupportedMediaType(f"content type {media_type!r} is none of {', '.join(self.media_types)}")
         inputs = _inputs(body)
+        if holds_token_ids(inputs):
+            raise BadInput(
+                "inputs: expected texts, got token ids. Send the texts, which are tokenized here; ids of this model's "
+                f"tokenizer go through V2 tensors ({', '.join(item.name for item in self.fields)})"
+            )
         texts = checked_texts(inputs, "inputs")
         return Decoded(self.arrays(self.tokens(texts)), many=isinstance(inputs, list))
 
@@ -126,6 +131,13 @@ class TextCodec:
             )
         if sum(lengths) > self.max_total:
             raise BodyTooLarge(f"the texts have {sum(lengths)} characters together; at most {self.max_total} are taken")
+
+
+def holds_token_ids(value: Json) -> bool:
+    """Whether a JSON value is a list of whole numbers, or of lists of such, by what stands first."""
+    for _ in range(2):
+        value = value[0] if isinstance(value, list) and value else value
+    return type(value) is int
 
 
 def checked_texts(value: Json, where: str) -> list[str]:

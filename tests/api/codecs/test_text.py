@@ -77,6 +77,11 @@ def test_types_are_zeros(codec: TextCodec) -> None:
         (b'{"inputs": true}', "inputs: expected a text, got a boolean"),
         (b'{"inputs": [["a"]]}', r"inputs\[0\]: expected a text, got a list"),
         (b'{"inputs": null}', "got null"),
+        (
+            b'{"inputs": [1, 2]}',
+            r"inputs: expected texts, got token ids. Send the texts.*V2 tensors \(attention_mask, input_ids",
+        ),
+        (b'{"inputs": [[1, 2], [3]]}', "inputs: expected texts, got token ids"),
         (b'{"inputs": "\\ud800"}', "not valid JSON"),
     ],
 )
@@ -111,6 +116,15 @@ def test_a_tokenizer_without_special_tokens_finds_nothing_in_an_empty_text(codec
     bare = replace(codec, tokenizer=tmp_path / "bare.json")
     with pytest.raises(BadInput, match="text 1 holds nothing"):
         bare.tokens(["a", ""])
+
+
+def test_token_ids_may_have_gaps(codec: TextCodec, tmp_path: Path) -> None:
+    """The highest bounds the tensors of clients; ids in between that the tokenizer lacks are none of it."""
+    Tokenizer(models.WordLevel({"a": 0, "b": 7, "?": 3}, unk_token="?")).save(str(tmp_path / "gaps.json"))
+    gaps = replace(codec, tokenizer=tmp_path / "gaps.json")
+    assert gaps.token_ids == {0, 3, 7}
+    assert gaps.values_of(FIELDS[1]) == (0, 7)
+    assert gaps.values_of(FIELDS[0]) == (0, 1)
 
 
 def test_a_damaged_tokenizer_is_named(codec: TextCodec, tmp_path: Path) -> None:
