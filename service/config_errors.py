@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from service.bases.data_declaration import DATA_FORMS
 from service.bases.declaration import FORMS as BASE_FORMS
+from service.bases.declaration import IMAGE_FORMS
 from service.compression.passes import ALL
 from service.compression.passes.base import Pass
 from service.yaml_source import YamlSource
@@ -89,7 +90,9 @@ def kind_of(pass_: type[Pass]) -> str:
     return str(get_args(pass_.model_fields["kind"].annotation)[0])
 
 
-FORMS: dict[str, type[BaseModel]] = {f"base.{form.kind}": form for form in BASE_FORMS} | {
-    f"data.{form.kind}": form for form in DATA_FORMS
+FORMS: dict[str, type[BaseModel]] = {
+    **{f"base.{form.kind}": form for form in BASE_FORMS},
+    **{f"data.{form.kind}": form for form in DATA_FORMS},
+    **IMAGE_FORMS,
 }
 KINDS: dict[str, type[Pass]] = {kind_of(pass_): pass_ for pass_ in ALL}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
+from service.api.codecs.image_formats import FORMAT_NAMES, media_types
 from service.api.codecs.open_inference import JSON_LENGTH_HEADER
 from service.api.codecs.tensors import Port, ports
 from service.api.openai_models import gives_embeddings, served_models
@@ -48,7 +49,7 @@ _SMALL_ROW = 256
 """Most elements of a row that an example shows."""
 _FILE = {"type": "string", "format": "binary"}
 _BODIES = {
-    **{key: {"schema": _FILE} for key in ("image/png", "image/jpeg", "image/*", "application/octet-stream")},
+    **{kind: {"schema": _FILE} for kind in (*media_types(FORMAT_NAMES), "image/*", "application/octet-stream")},
     "multipart/form-data": {
         "schema": {
             "type": "object",

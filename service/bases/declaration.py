@@ -12,14 +12,25 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from service.api.codecs.image_formats import FORMAT_NAMES, FormatName
+from service.api.codecs.picture_files import Orientation
 from service.contracts import Json
 from service.section import Name, Section
 
 Resize = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 
-class ImageInput(Section):
-    """How a picture becomes the model's input [C, H, W]."""
+class ImageFiles(Section):
+    """Which image files are read and how they are seen; the rest is known where a model brings its preprocessing."""
+
+    orientation: Orientation = Field(
+        "stored", description="exif: turned as the orientation tag says; stored: as evaluation libraries see them"
+    )
+    formats: tuple[FormatName, ...] = Field(FORMAT_NAMES, min_length=1, description="of files that are decoded")
+
+
+class ImageInput(ImageFiles):
+    """How an image becomes the model's input [C, H, W]."""
 
     mode: Literal["RGB", "L"] = Field("RGB", description="colour or grey")
     size: tuple[int, int] = Field(description="[width, height] of the model's input")
@@ -41,6 +52,23 @@ class ImageInput(Section):
         return self
 
 
+def _whole_or_files(value: Any) -> str:
+    """Which of the two a mapping is meant to be."""
+    if isinstance(value, Mapping):
+        whole = bool(set(value) & (ImageInput.model_fields.keys() - ImageFiles.model_fields.keys()))
+    else:
+        whole = isinstance(value, ImageInput)
+    return "base.image" if whole else "base.image_files"
+
+
+IMAGE_FORMS: Mapping[str, type[ImageFiles]] = {"base.image": ImageInput, "base.image_files": ImageFiles}
+"""By the tags that pydantic puts into the location of an error."""
+AnyImage = Annotated[
+    Annotated[ImageInput, Tag("base.image")] | Annotated[ImageFiles, Tag("base.image_files")],
+    Discriminator(_whole_or_files),
+]
+
+
 class TextInput(Section):
     """How a text becomes token ids."""
 
@@ -60,6 +88,7 @@ class ShippedBase(Section):
 
     kind: ClassVar[str] = "shipped"
     shipped: Name = Field(description="its name; `base: NAME` is short for it")
+    image: ImageFiles | None = Field(None, description="for a base of images: which files are read, and how")
     weights: str | None = Field(None, description="a file, hub or random, for bases that come without weights")
 
 
@@ -69,7 +98,9 @@ class BroughtBase(Section):
     kind: ClassVar[str]
     name: Name | None = Field(None, description="under which it is served; by default from the model's own name")
     labels: tuple[str, ...] | Path | None = Field(None, description="class names, or a text file with one per line")
-    image: ImageInput | None = Field(None, description="for a model of pictures")
+    image: AnyImage | None = Field(
+        None, description="for a model of images; `orientation` and `formats` alone where the model brings the rest"
+    )
     text: TextInput | None = Field(None, description="for a model of token ids with a mask")
     inputs: Mapping[str, TensorInput] | None = Field(
         None, description="for any other model, in the order it takes them"
@@ -83,7 +114,17 @@ class BroughtBase(Section):
         return self
 
 
-class PythonBase(BroughtBase):
+class _UnpreparedBase(BroughtBase):
+    """What is common to models of which nothing but the config tells how images were prepared for them."""
+
+    @model_validator(mode="after")
+    def _image_is_whole(self) -> Self:
+        if self.image is not None and not isinstance(self.image, ImageInput):
+            raise ValueError("image needs size, mean and std as well: this model does not bring its preprocessing")
+        return self
+
+
+class PythonBase(_UnpreparedBase):
     """A torch module of the user's own."""
 
     kind: ClassVar[str] = "python"
@@ -114,14 +155,14 @@ class TransformersBase(BroughtBase):
     pooling: Literal["auto", "mean", "cls"] = Field("auto", description="of embeddings; auto: as the checkpoint says")
 
 
-class OnnxBase(BroughtBase):
+class OnnxBase(_UnpreparedBase):
     """An ONNX file."""
 
     kind: ClassVar[str] = "onnx"
     onnx: Path = Field(description="the file; tensors stored outside it are found beside it")
 
 
-class TorchExportBase(BroughtBase):
+class TorchExportBase(_UnpreparedBase):
     """A program saved by torch.export."""
 
     kind: ClassVar[str] = "torch_export"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from service.bases.declaration import BroughtBase, ImageInput, TextInput
+from service.bases.declaration import BroughtBase, ImageFiles, ImageInput, TextInput
 from service.bases.description import Description, Tensor
 from service.errors import ConfigError
 
@@ -22,9 +22,16 @@ def image_tensor(image: ImageInput) -> Tensor:
     return Tensor(name="image", dtype="float32", shape=(3 if image.mode == "RGB" else 1, height, width))
 
 
+def image_input(declared: ImageFiles | None, own: Callable[[], ImageInput]) -> ImageInput:
+    """The preprocessing that the config declares in full, else the model's own, for such files as the config wants."""
+    if isinstance(declared, ImageInput):
+        return declared
+    return own() if declared is None else own().model_copy(update=declared.model_dump())
+
+
 def declared_inputs(declared: BroughtBase) -> tuple[Tensor, ...] | None:
     """The input tensors by `image`, `text` or `inputs`; `None` if the config has none of them."""
-    if declared.image is not None:
+    if isinstance(declared.image, ImageInput):
         return (image_tensor(declared.image),)
     if declared.text is not None:
         return MASKED_TEXT
@@ -52,7 +59,7 @@ def described(
         inputs=tuple(inputs),
         outputs=tuple(outputs),
         labels=labels,
-        image=declared.image,
+        image=declared.image if isinstance(declared.image, ImageInput) else None,
         text=None if declared.text is None else resolved_text(declared.text, folder),
         max_length=512 if declared.text is None else declared.text.max_length,
     )

@@ -100,8 +100,8 @@ def open_base(origin: Origin) -> LoadedBase:
     spec = description.spec()
     codec = codec_of(description, spec)
     rows, score = _rows_and_score(origin, source, description, codec)
-    # The tokenizer decides answers through the rows alone, whose digest knows its content; its path decides nothing.
-    told = description.model_dump_json(exclude={"name": True, "text": {"tokenizer"}})
+    # The tokenizer and the formats decide answers through the rows alone, whose digest knows them by content.
+    told = description.model_dump_json(exclude={"name": True, "text": {"tokenizer"}, "image": {"formats"}})
     ingredients = f"{fingerprint} {told} {rows.digest}"
     return LoadedBase(
         name=description.name,
@@ -130,7 +130,7 @@ def open_source(base: ShippedBase | BroughtBase, folder: Path) -> Source:
             return TimmSource(model_of_timm, folder)
         if base.weights is not None:
             raise ConfigError(f"base.weights: the base '{base.shipped}' comes with its weights")
-        return ModuleSource(base.shipped, shipped_module(base.shipped))
+        return ModuleSource(base.shipped, shipped_module(base.shipped), base.image)
     return SOURCES[type(base)](base, folder)
 
 

@@ -14,8 +14,9 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
 
-from service.bases.declaration import ImageInput, ShippedBase, TextInput, TimmBase
+from service.bases.declaration import ImageFiles, ImageInput, ShippedBase, TextInput, TimmBase
 from service.bases.description import Description, Tensor
+from service.bases.inputs import image_input
 from service.contracts import Array, ArrayData, Arrays, Data, InputSpec, Json, Split, TorchModel
 from service.errors import ConfigError
 
@@ -94,7 +95,7 @@ def borrowed(base: ShippedBase) -> TimmBase | None:
             f"base.weights: the base '{base.shipped}' comes without weights; write base: {{shipped: {base.shipped}, "
             "weights: ...} with hub (downloaded once), a file, or random (speed work only)"
         )
-    return TimmBase(timm=where.timm, weights=base.weights, name=base.shipped)
+    return TimmBase(timm=where.timm, weights=base.weights, name=base.shipped, image=base.image)
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ class ModuleSource:
 
     name: str
     module: BaseModule
+    files: ImageFiles | None = None
+    """Of images, as the config wants them read."""
 
     def fingerprint(self) -> str:
         """sha256 (hex) over the module's source, its files and the versions of its libraries."""
@@ -117,12 +120,14 @@ class ModuleSource:
 
     def describe(self) -> Description:
         image, text = (getattr(self.module, name, None) for name in ("IMAGE", "TEXT"))
+        if image is None and self.files is not None:
+            raise ConfigError(f"base.image: the base '{self.name}' takes no images")
         return Description(
             name=self.name,
             inputs=tuple(Tensor.model_validate(item) for item in self.module.INPUTS),
             outputs=tuple(Tensor.model_validate(item) for item in self.module.OUTPUTS),
             labels=self.module.LABELS,
-            image=None if image is None else ImageInput.model_validate(image),
+            image=None if image is None else image_input(self.files, lambda: ImageInput.model_validate(image)),
             text=None if text is None else TextInput.model_validate(text),
             max_length=512 if text is None else text["max_length"],
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,14 @@ def test_weights_without_a_classifier_give_features(tmp_path: Path) -> None:
     assert base.spec.outputs[0].name == "embedding"
     rows = base.spec.example(2)[0]
     np.testing.assert_array_equal(run(base.build(), rows), run(module, rows))
+
+
+def test_orientation_alone_leaves_the_preprocessing_of_timm(tmp_path: Path) -> None:
+    save(tmp_path / "a.safetensors")
+    stored, turned = (opened(tmp_path, image=image).codec for image in (None, {"orientation": "exif"}))
+    assert isinstance(stored, ImageCodec)
+    assert turned == replace(stored, orientation="exif")
+    assert stored.fit == "crop"
 
 
 def test_own_preprocessing_and_grey_pictures(tmp_path: Path) -> None:

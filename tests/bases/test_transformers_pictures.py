@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def test_a_classifier_of_pictures(tmp_path: Path) -> None:
     base = open_base(Origin.model_validate(origin))
     assert base.spec.fields == (Field("image", "float32", (3, SIDE, SIDE)),)
     assert base.spec.labels == ("cat", "dog", "cow")
+    turned = {"base": {"transformers": "vit", "image": {"orientation": "exif"}}}
+    assert open_base(Origin.model_validate(origin | turned)).codec == replace(base.codec, orientation="exif")  # type: ignore[type-var]
     assert isinstance(base.codec, ImageCodec)
     pixels = torch.from_numpy(base.codec.row(photo(40, 50))[None])
     with torch.inference_mode():

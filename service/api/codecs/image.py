@@ -3,19 +3,20 @@
 A body is untrusted: sizes are read from the headers before a pixel is decoded, and whatever is wrong becomes an error
 that says where, before anything reaches a queue. Bodies:
 
-- `image/png`, `image/jpeg`: one picture; `image/*`, `application/octet-stream` or no type: of these two, what it is;
+- `image/jpeg`, `image/png`, `image/webp` ... (`service.api.codecs.image_formats`): one picture; `image/*`,
+  `application/octet-stream` or no type: of these formats, the one that it begins like;
 - `multipart/form-data`: files, see `service.api.codecs.uploads`;
 - `application/json`: `{"inputs": ...}` with pixels or files in base64, see `service.api.codecs.pixels`.
 
-All take the same path (mode -> resize -> scale -> normalise), so that a picture gets the same answer as PNG, as upload
-and as JSON pixels; docs/pictures.md says it to the bit. Pixels are taken as stored: transparency is composited on
-black, 16-bit grey keeps its upper 8 bits, orientation tags and colour profiles are not applied.
+All take the same path (orientation -> mode -> resize -> scale -> normalise), so that a picture gets the same answer as
+PNG, as upload and as JSON pixels; docs/pictures.md says it to the bit. Transparency is composited on black, 16-bit grey
+keeps its upper 8 bits, colour profiles are not applied, and orientation tags are if the config says so.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import floor
 from typing import Literal
@@ -24,16 +25,8 @@ import numpy as np
 from PIL import Image
 
 from service.api.codecs.answers import Answers
-from service.api.codecs.picture_files import (
-    ALIASES,
-    DECODERS,
-    UNTOLD,
-    USUAL_SCANS,
-    Picture,
-    PictureFile,
-    decoded,
-    opened,
-)
+from service.api.codecs.image_formats import BY_MEDIA_TYPE, FORMAT_NAMES, FormatName, media_types
+from service.api.codecs.picture_files import UNTOLD, Orientation, Picture, PictureFile, decoded, opened
 from service.api.codecs.pixels import Placed, parse_pictures, to_array
 from service.api.codecs.uploads import FORM, file_of_json, files_of_form, holds_file
 from service.contracts import Array, Arrays, Decoded, Json
@@ -52,8 +45,9 @@ FILTERS = {
 class ImageCodec:
     """Codec of a base that takes one float32 image field [C, H, W].
 
-    `size` is (width, height). `mean` and `std` are per channel, of pixels scaled to 0..1. `max_pixels` bounds the
-    pictures of a request together, as sent and while they are resized; each counts at least as much as the model sees.
+    `size` is (width, height). `mean` and `std` are per channel, of pixels scaled to 0..1. `orientation` says whether
+    tags turn a picture before everything else, `formats` which files are read. `max_pixels` bounds the pictures of a
+    request together, as sent and while they are resized; each counts at least as much as the model sees.
     """
 
     mode: Literal["L", "RGB"]
@@ -64,6 +58,8 @@ class ImageCodec:
     resize: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
     fit: Literal["stretch", "crop"] = "stretch"
     crop: float = 1.0
+    orientation: Orientation = "stored"
+    formats: tuple[FormatName, ...] = FORMAT_NAMES
     max_pixels: int = 50_000_000
 
     def __post_init__(self) -> None:
@@ -73,7 +69,7 @@ class ImageCodec:
 
     @property
     def media_types(self) -> tuple[str, ...]:
-        return (*DECODERS, *filter(None, UNTOLD), FORM, JSON)
+        return (*media_types(self.formats), *filter(None, UNTOLD), FORM, JSON)
 
     def decode(self, media_type: str, body: bytes) -> Decoded:
         """Body -> float32 [rows, C, H, W].
@@ -87,13 +83,12 @@ class ImageCodec:
         if kind == JSON:
             placed, many = parse_pictures(body)
             self._require_room(len(placed))
-            return Decoded((self._rows(map(_from_json, placed)),), many)
+            return Decoded((self._rows(map(self._from_json, placed)),), many)
         if kind == FORM:
             files = files_of_form(media_type, body, self._most_rows)
-            return Decoded((self._rows(map(opened, files)),), many=len(files) > 1)
-        if kind in DECODERS or kind in ALIASES or kind in UNTOLD:
-            return Decoded((self._rows([opened(PictureFile(kind, body, "the body"))]),), many=False)
-        raise UnsupportedMediaType(f"content type {media_type!r} is none of {', '.join(self.media_types)}")
+            return Decoded((self._rows(map(self._opened, files)),), many=len(files) > 1)
+        self._require_taken(kind, media_type)
+        return Decoded((self._rows([self._opened(PictureFile(kind, body, "the body"))]),), many=False)
 
     def encode(self, outputs: Arrays) -> list[dict[str, Json]]:
         """One answer per row, see `service.api.codecs.answers`."""
@@ -106,18 +101,34 @@ class ImageCodec:
 
     def _rows(self, pictures: Iterable[Picture]) -> Array:
         """Pictures -> float32 [rows, C, H, W]."""
-        waiting = deque(pictures)
-        self._bound(waiting)
+        waiting = self._bounded(pictures)
         mean, std = (np.array(values, dtype=np.float32)[:, None, None] for values in (self.mean, self.std))
         rows = np.empty((len(waiting), len(mean), self.size[1], self.size[0]), np.float32)
         for row in rows:
             # Each picture goes as soon as it is done: decoded, it is larger than its row.
-            pixels = np.asarray(self._fitted(decoded(waiting.popleft(), self.mode)))
+            pixels = np.asarray(self._fitted(decoded(waiting.popleft(), self.mode, self.orientation)))
             planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
             np.divide(planes, np.float32(255), out=row, dtype=np.float32)
             np.subtract(row, mean, out=row)
             np.divide(row, std, out=row)
         return rows
+
+    def _opened(self, file: PictureFile) -> Picture:
+        return opened(file, self.formats)
+
+    def _from_json(self, placed: Placed) -> Picture:
+        value, where = placed
+        if holds_file(value):
+            return self._opened(file_of_json(value, where))
+        return Picture(Image.fromarray(to_array(value, where)), where)
+
+    def _require_taken(self, kind: str, media_type: str) -> None:
+        format_ = BY_MEDIA_TYPE.get(kind)
+        if kind in UNTOLD or (format_ is not None and format_.name in self.formats and format_.readable):
+            return
+        if format_ is not None and format_.name in self.formats:
+            raise UnsupportedMediaType(f"content type {format_.unreadable}")
+        raise UnsupportedMediaType(f"content type {media_type!r} is none of {', '.join(self.media_types)}")
 
     def _require_room(self, rows: int) -> None:
         if rows > self._most_rows:
@@ -127,8 +138,9 @@ class ImageCodec:
     def _most_rows(self) -> int:
         return self.max_pixels // (self.size[0] * self.size[1])
 
-    def _bound(self, pictures: Collection[Picture]) -> None:
-        """Refuse what would take too much memory or time, before any of it is decoded."""
+    def _bounded(self, pictures: Iterable[Picture]) -> deque[Picture]:
+        """The pictures, none of them decoded; refuses what would take too much memory or time while they are opened."""
+        waiting: deque[Picture] = deque()
         total = 0
         for picture in pictures:
             work = max(self._work(picture))
@@ -136,16 +148,24 @@ class ImageCodec:
                 raise BodyTooLarge(
                     f"{picture.where}: {self._reason(picture)}, above the limit of {self.max_pixels} pixels"
                 )
+            waiting.append(picture)
             total += max(work, self.size[0] * self.size[1])
-        if total > self.max_pixels:
-            raise BodyTooLarge(f"{len(pictures)} pictures are above the limit of {self.max_pixels} pixels together")
+            if total > self.max_pixels:
+                raise BodyTooLarge(f"{len(waiting)} pictures are above the limit of {self.max_pixels} pixels together")
+        return waiting
 
     def _work(self, picture: Picture) -> tuple[int, int, int]:
         """What a picture costs, in pixels: to hold, to decode, to resize."""
         width, height = picture.image.size
+        resizing = self._resizing(width, height)
+        if self.orientation == "exif":  # the tag may stand behind the pixels, so that both ways count
+            resizing = max(resizing, self._resizing(height, width))
+        return width * height, picture.work, resizing
+
+    def _resizing(self, width: int, height: int) -> int:
+        """Pixels that resizing goes through: Pillow does it in two passes, first all rows to their new width."""
         wide, high = self._scaled(width, height)
-        # Pillow resizes in two passes, first all rows to their new width.
-        return width * height, width * height * picture.passes // USUAL_SCANS, wide * max(high, height)
+        return wide * max(high, height)
 
     def _reason(self, picture: Picture) -> str:
         """What costs most in a picture."""
@@ -153,7 +173,7 @@ class ImageCodec:
         size = "{} x {} pixels".format(*picture.image.size)
         reasons = (
             f"the picture has {size}",
-            f"{size} in {picture.passes} scans are as much work as {work[1]} pixels in {USUAL_SCANS}",
+            picture.told,
             f"{size} become {work[2]} on the way to the size of the model's input",
         )
         return reasons[work.index(max(work))]
@@ -176,12 +196,3 @@ class ImageCodec:
         large = picture.resize(self._scaled(*picture.size), FILTERS[self.resize])
         left, top = round((large.width - width) / 2), round((large.height - height) / 2)
         return large if large.size == self.size else large.crop((left, top, left + width, top + height))
-
-
-def _from_json(placed: Placed) -> Picture:
-    value, where = placed
-    return (
-        opened(file_of_json(value, where))
-        if holds_file(value)
-        else Picture(Image.fromarray(to_array(value, where)), where)
-    )

@@ -1,33 +1,40 @@
-"""A PNG or JPEG file that nobody vouches for: what it is, how much work it would be, and its pixels.
+"""An image file that nobody vouches for: what it is, how much work it would be, and its pixels.
 
-Only the decoder of one format ever sees a file: of the declared one, or of the one that its first bytes tell where the
-sender did not say. Its header is read first, so that what is too large is refused before a pixel is decoded.
+Its header is read first, so that what is too large is refused before a pixel is decoded; and what a decoder would do
+that the size does not tell (scans, tiles, hidden frames) is counted before the decoder sees the file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from io import BytesIO
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
+from PIL.ExifTags import Base
 from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
 
+from service.api.codecs.image_formats import BY_MEDIA_TYPE, FormatName, ImageFormat, media_types, recognised
 from service.errors import BadInput
 
-PNG, JPEG = "image/png", "image/jpeg"
-DECODERS: dict[str, type[ImageFile]] = {PNG: PngImageFile, JPEG: JpegImageFile}
-MAGIC = {PNG: b"\x89PNG\r\n\x1a\n", JPEG: b"\xff\xd8\xff"}
-ALIASES = {"image/jpg": JPEG, "image/pjpeg": JPEG}
-"""Names that are no media types, but widely sent."""
+Orientation = Literal["stored", "exif"]
 UNTOLD = ("", "image/*", "application/octet-stream")
-"""Media types that do not say which kind of picture it is."""
+"""Media types that do not say which kind of image it is."""
 USUAL_SCANS = 10
 """In which encoders write a progressive JPEG."""
 _START_OF_SCAN = b"\xff\xda"
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By the value of the orientation tag; 1 and all others leave an image as it is stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,73 +50,101 @@ class PictureFile:
 
 
 class Picture(NamedTuple):
-    """A picture whose size is known, decoded or not; `passes`: how often decoding goes over all its pixels."""
+    """An image whose size is known, decoded or not.
+
+    `work`: pixels that decoding goes over, 0 for those that it has; `told`: why these are more, for an error.
+    """
 
     image: Image.Image
     where: str
-    passes: int = 1
+    work: int = 0
+    told: str = ""
 
 
-def opened(file: PictureFile) -> Picture:
-    """The picture with its header read and no pixel decoded.
+def opened(file: PictureFile, names: Collection[FormatName]) -> Picture:
+    """The image with its header read and no pixel decoded.
 
     Raises:
-        BadInput: it is not what its media type says, not a picture at all, or of a kind without a decoder.
+        BadInput: it is not what its media type says, not an image at all, of none of the formats with these `names`, or
+            of a kind that is not decoded.
     """
-    kind = _kind(file)
-    decoder = DECODERS[kind]
+    kind = _kind(file, names)
     # Pillow's decoders raise nearly anything on hostile bytes: OSError, SyntaxError, struct.error, KeyError ...
     try:
-        image = decoder(BytesIO(file.content))
+        work = kind.work(file.content)
+        image = kind.decoder(BytesIO(file.content))
     except Exception as error:
-        found = _sniffed(file.content)
-        hint = f"; it begins like {found}" if found not in {None, kind} else ""
-        raise BadInput(f"{file} is not a {decoder.format} picture: {_reason(error)}{hint}") from error
+        raise BadInput(f"{file} cannot be read as {kind.media_type}: {_reason(error)}") from error
     if 0 in image.size:
-        raise BadInput(f"{file} is a {decoder.format} picture without pixels")
-    # A few bytes ask for one more scan. In pixel data the marker's two bytes cannot follow each other.
-    scans = file.content.count(_START_OF_SCAN) if kind == JPEG else 1
-    return Picture(image, file.where, max(1, scans))
+        raise BadInput(f"{file} is a {image.format} image without pixels")
+    return _weighed(image, file, work)
 
 
-def decoded(picture: Picture, mode: str) -> Image.Image:
-    """All pixels, in 8 bits grey (`L`) or `RGB`. Raises `BadInput`."""
+def decoded(picture: Picture, mode: str, orientation: Orientation) -> Image.Image:
+    """All pixels, in 8 bits grey (`L`) or `RGB`; of an animation the first frame. Raises `BadInput`."""
     image = picture.image
     try:
         image.load()
-        return in_mode(image, mode)
+        return in_mode(upright(image) if orientation == "exif" else image, mode)
     except Exception as error:
         raise BadInput(
-            f"{picture.where}: the {image.format} picture ({image.width} x {image.height}) cannot be decoded: "
+            f"{picture.where}: the {image.format} image ({image.width} x {image.height}) cannot be decoded: "
             f"{_reason(error)}"
         ) from error
 
 
-def in_mode(picture: Image.Image, mode: str) -> Image.Image:
-    """The picture in 8 bits grey or RGB, transparency composited on black."""
-    if picture.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
-        picture = Image.alpha_composite(black, picture.convert("RGBA"))
-    return picture if picture.mode == mode else picture.convert(mode)
+def in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """The image in 8 bits grey or RGB, transparency composited on black."""
+    if image.mode.startswith("I;16"):  # grey; Pillow's own conversion would clip it at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "La":  # grey already multiplied with its transparency, for which Pillow knows one conversion only
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(black, image.convert("RGBA"))
+    return image if image.mode == mode else image.convert(mode)
 
 
-def _kind(file: PictureFile) -> str:
-    """The media type of the decoder for this file."""
-    declared = ALIASES.get(file.media_type, file.media_type)
-    if declared in DECODERS:
-        return declared
-    if declared not in UNTOLD:
-        raise BadInput(f"{file.where} is sent as {file.media_type}, which is none of {', '.join(DECODERS)}")
-    found = _sniffed(file.content)
+def upright(image: Image.Image) -> Image.Image:
+    """A decoded image as its orientation tag says that it is seen; metadata that cannot be read hold none.
+
+    As `ImageOps.exif_transpose`, which would also write the metadata anew and fail where some other tag is odd.
+    """
+    try:
+        turn = _TURNS.get(image.getexif().get(Base.Orientation, 1))
+    except Exception:
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _weighed(image: ImageFile, file: PictureFile, work: int) -> Picture:
+    """With the work that decoding it is."""
+    size = f"{image.width} x {image.height} pixels"
+    if image.format == "JPEG":
+        # A few bytes ask for one more scan. In pixel data the marker's two bytes cannot follow each other.
+        scans = max(1, file.content.count(_START_OF_SCAN))
+        work = image.width * image.height * scans // USUAL_SCANS
+        told = f"{size} in {scans} scans are as much work as {work} pixels in {USUAL_SCANS}"
+        return Picture(image, file.where, work, told)
+    return Picture(image, file.where, work, f"to decode its {size} is as much work as {work} of them are")
+
+
+def _kind(file: PictureFile, names: Collection[FormatName]) -> ImageFormat:
+    """The format whose decoder gets this file."""
+    declared, seen = BY_MEDIA_TYPE.get(file.media_type), recognised(file.content)
+    if declared is None and file.media_type not in UNTOLD:
+        raise BadInput(f"{file.where} is sent as {file.media_type}, which is none of {', '.join(media_types(names))}")
+    found = declared or seen
     if found is None:
-        raise BadInput(f"{file} begins like neither {' nor '.join(DECODERS)}")
+        raise BadInput(f"{file} begins like none of {', '.join(media_types(names))}")
+    if found.name not in names:
+        raise BadInput(f"{file.where} is {found.media_type}, which is none of {', '.join(media_types(names))}")
+    if not found.readable:
+        raise BadInput(f"{file.where}: {found.unreadable}")
+    if found is not seen:
+        told = "does not begin like one" if seen is None else f"begins like {seen.media_type}"
+        raise BadInput(f"{file} is sent as {file.media_type}, but {told}")
     return found
-
-
-def _sniffed(content: bytes) -> str | None:
-    return next((kind for kind, magic in MAGIC.items() if content.startswith(magic)), None)
 
 
 def _reason(error: Exception) -> str:

@@ -62,7 +62,9 @@ def file_of_json(value: Json, where: str) -> PictureFile:
         header, comma, text = value[5:].partition(",")
         media_type, *parameters = (item.strip().lower() for item in header.split(";"))
         if not comma or "base64" not in parameters:
-            raise BadInput(f"{where}: a data URL must be data:image/png;base64,... or the same with image/jpeg")
+            raise BadInput(
+                f"{where}: a data URL must be data:image/png;base64,... or the same with the type of another image"
+            )
     try:
         # Encoders break lines; anything else that is not base64 is a mistake.
         content = binascii.a2b_base64("".join(text.split()), strict_mode=True)

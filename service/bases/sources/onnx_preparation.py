@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from service.bases.declaration import BroughtBase
+from service.bases.declaration import BroughtBase, ImageInput
 from service.bases.description import Tensor
 from service.bases.inputs import image_tensor
 from service.errors import ConfigError
@@ -73,7 +73,7 @@ def _keep_true_inputs(model: ModelProto) -> None:
 
 def _wishes(declared: BroughtBase, names: Sequence[str]) -> Declared:
     """What the config says of each input; the names are the graph's own."""
-    if declared.image is not None:
+    if isinstance(declared.image, ImageInput):
         if len(names) != 1:
             raise ConfigError(f"base.image: the model takes {len(names)} inputs ({', '.join(names)}), not one picture")
         return {names[0]: image_tensor(declared.image)}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from service.bases.checkpoints import file_digest, load_weights, read_state
 from service.bases.declaration import ImageInput, TimmBase
 from service.bases.description import Description
-from service.bases.inputs import described, image_tensor
+from service.bases.inputs import described, image_input, image_tensor
 from service.bases.sources.hub import hub_file, is_repository
 from service.bases.sources.torchvision_import import make_torchvision_importable
 from service.bases.tracing import traced_outputs
@@ -53,7 +53,7 @@ class TimmSource:
 
     def describe(self) -> Description:
         config = _pretrained_config(self.declared.timm)
-        image = self.declared.image or preprocessing(self.declared.timm, config)
+        image = image_input(self.declared.image, lambda: preprocessing(self.declared.timm, config))
         inputs = (image_tensor(image),)
         classes = self._classes(config)
         module = self._module(classes, inputs[0].field())

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from service.bases.checkpoints import file_digest
 from service.bases.declaration import ImageInput, TextInput, TransformersBase
 from service.bases.description import Description, Tensor
-from service.bases.inputs import MASKED_TEXT, image_tensor, read_labels, resolved_text
+from service.bases.inputs import MASKED_TEXT, image_input, image_tensor, read_labels, resolved_text
 from service.bases.sources.hub import hub_folder, is_repository
 from service.bases.sources.torchvision_import import make_torchvision_importable
 from service.bases.sources.transformers_folder import Task, TransformersFolder
@@ -59,6 +59,8 @@ class TransformersSource:
     def describe(self) -> Description:
         task = self._task()
         image = self._image() if task == "picture classification" else None
+        if image is None and self.declared.image is not None:
+            raise ConfigError("base.image: the checkpoint takes texts, no images")
         module = self._module()
         if image is not None:
             return self._described(module, (image_tensor(image),), image=image)
@@ -121,7 +123,7 @@ class TransformersSource:
         return labels
 
     def _image(self) -> ImageInput:
-        return self.declared.image or picture_input(self._found.preprocessor())
+        return image_input(self.declared.image, lambda: picture_input(self._found.preprocessor()))
 
     def _text(self, module: nn.Module) -> TextInput:
         """The tokenizer, and the length that model, tokenizer and config agree on."""

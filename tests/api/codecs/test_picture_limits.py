@@ -103,7 +103,7 @@ def test_a_picture_without_pixels_is_refused() -> None:
     body = bytearray(encoded(5, 7, "JPEG"))
     frame = body.index(b"\xff\xc0")
     body[frame + 7 : frame + 9] = bytes(2)
-    with pytest.raises(BadInput, match=r"the body \(\d+ bytes\) is "):
+    with pytest.raises(BadInput, match=r"the body \(\d+ bytes\) "):
         STRETCHED.decode("image/jpeg", bytes(body))
 
 
@@ -111,10 +111,10 @@ def test_pictures_are_let_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None
     seen: list[weakref.ref[Image.Image]] = []
     alive: list[int] = []
 
-    def watched(picture: Picture, mode: str) -> Image.Image:
+    def watched(picture: Picture, mode: str, orientation: picture_files.Orientation) -> Image.Image:
         alive.append(sum(reference() is not None for reference in seen))
         seen.append(weakref.ref(picture.image))
-        return picture_files.decoded(picture, mode)
+        return picture_files.decoded(picture, mode, orientation)
 
     monkeypatch.setattr(image, "decoded", watched)
     STRETCHED.decode(*form_of(*[encoded(200, 200)] * 12))

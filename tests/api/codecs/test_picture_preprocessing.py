@@ -120,15 +120,6 @@ def test_grey_is_the_luma_of_bt_601() -> None:
     np.testing.assert_array_equal(decoded[0, 0], expected)
 
 
-def test_orientation_tags_are_not_applied() -> None:
-    picture = photo((80, 40))
-    tagged = Image.Exif()
-    tagged[0x0112] = 6
-    bodies = [encoded(picture, "JPEG"), encoded(picture, "JPEG", exif=tagged)]
-    plain, turned = (codec((80, 40)).decode("image/jpeg", body).inputs[0] for body in bodies)
-    np.testing.assert_array_equal(plain, turned)
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("share", [0.875, 0.95])
 def test_timm_prepares_the_same_bits(size: tuple[int, int], share: float) -> None:

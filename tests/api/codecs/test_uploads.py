@@ -116,11 +116,12 @@ def test_a_damaged_form_is_refused_with_the_reason(content_type: str, body: byte
     ("file", "message"),
     [
         (("note.txt", b"hello"), r"part 1 of the form \(note.txt\) is sent as text/plain, which is none of image/png"),
-        ((None, b"hello"), r"part 1 of the form \(b\) \(5 bytes\) begins like neither image/png nor image/jpeg"),
-        (("", b"", ""), r"part 1 of the form \(b\) \(0 bytes\) begins like neither"),
-        (("x.png", JPEG), r"part 1 .* is not a PNG picture: .*; it begins like image/jpeg$"),
-        (("x.png", PNG[:-30]), r"part 1 of the form \(x.png\): the PNG picture \(8 x 8\) cannot be decoded"),
-        (("x.gif", b"GIF89a"), r"sent as image/gif, which is none of image/png, image/jpeg"),
+        ((None, b"hello"), r"part 1 of the form \(b\) \(5 bytes\) begins like none of image/png, image/jpeg"),
+        (("", b"", ""), r"part 1 of the form \(b\) \(0 bytes\) begins like none of"),
+        (("x.png", JPEG), r"part 1 .* is sent as image/png, but begins like image/jpeg$"),
+        (("x.png", PNG[:-30]), r"part 1 of the form \(x.png\): the PNG image \(8 x 8\) cannot be decoded"),
+        (("x.svg", b"<svg/>"), r"sent as image/svg\+xml, which is none of image/png, image/jpeg"),
+        (("x.gif", b"GIF89a"), r"part 1 of the form \(x.gif\) \(6 bytes\) cannot be read as image/gif"),
     ],
 )
 def test_a_part_that_is_no_picture_is_named(file: tuple[str | None, bytes], message: str) -> None:
@@ -157,8 +158,8 @@ def test_base64_is_the_file(value: object) -> None:
         ({"b64": "ä"}, "inputs: not base64"),
         ({"b64": b64(PNG)[:-3]}, "inputs: not base64: "),
         ({"b64": b64(PNG) + "!"}, "inputs: not base64: "),
-        ({"b64": b64(b"hello")}, r"inputs \(5 bytes\) begins like neither"),
-        ({"b64": f"data:image/webp;base64,{b64(PNG)}"}, "inputs is sent as image/webp"),
+        ({"b64": b64(b"hello")}, r"inputs \(5 bytes\) begins like none of"),
+        ({"b64": f"data:image/webp;base64,{b64(PNG)}"}, r"inputs .* is sent as image/webp, but begins like image/png"),
         ("data:image/png," + b64(PNG), "inputs: a data URL must be"),
         ("data:image/png;base64", "inputs: a data URL must be"),
         ([{"b64": b64(PNG)}, {"b64": "?"}], r"inputs\[1\]: not base64"),
@@ -177,7 +178,7 @@ def test_a_body_of_no_certain_type_is_what_it_begins_like(content_type: str) -> 
     np.testing.assert_array_equal(
         CODEC.decode(content_type, JPEG).inputs[0], CODEC.decode("image/jpeg", JPEG).inputs[0]
     )
-    with pytest.raises(BadInput, match=r"the body \(5 bytes\) begins like neither image/png nor image/jpeg"):
+    with pytest.raises(BadInput, match=r"the body \(5 bytes\) begins like none of image/png, image/jpeg"):
         CODEC.decode(content_type, b"hello")
 
 
@@ -187,11 +188,11 @@ def test_a_common_misspelling_of_jpeg_is_taken() -> None:
 
 def test_an_uncertain_type_does_not_open_other_decoders() -> None:
     stream = BytesIO()
-    Image.new("RGB", (8, 8)).save(stream, "GIF")
-    with pytest.raises(BadInput, match="begins like neither"):
+    Image.new("RGB", (8, 8)).save(stream, "PPM")
+    with pytest.raises(BadInput, match="begins like none of"):
         CODEC.decode("image/*", stream.getvalue())
     with pytest.raises(UnsupportedMediaType):
-        CODEC.decode("image/gif", stream.getvalue())
+        CODEC.decode("image/x-portable-pixmap", stream.getvalue())
 
 
 PIECES = st.sampled_from(
