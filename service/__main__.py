@@ -97,6 +97,7 @@ def init(
     shape: Annotated[list[str] | None, typer.Option("--input", help="Takes NAME=3,224 or NAME:int64=?.")] = None,
 ) -> None:
     """Look at a model and write a commented config with variants worth trying on this machine."""
+    from service.init.data_argument import data_seen
     from service.init.model_argument import Hints
     from service.init.writing import write_config
 
@@ -105,6 +106,8 @@ def init(
     with err.status(f"looking at {escape(model)} ..."):
         look, rungs = write_config(model, output, Hints(weights, labels, image, tokenizer, tuple(shape or ())), data)
     err.print(f"{look.name}: {escape(look.inputs)} -> {escape(look.outputs)}", highlight=False, soft_wrap=True)
+    if (seen := data_seen(data)) is not None:
+        err.print(f"data: {escape(seen)}", highlight=False, soft_wrap=True)
     for rung in rungs:
         err.print(f"  {rung.name}: {escape(rung.expect)}", highlight=False, soft_wrap=True)
     err.print(f"wrote {output}; next: leanserve serve --config {output}", highlight=False, soft_wrap=True)

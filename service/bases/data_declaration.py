@@ -34,7 +34,7 @@ class _OwnData(Section):
 
 
 class ImageData(_OwnData):
-    """Folders of JPEG and PNG files."""
+    """Folders of image files."""
 
     kind: ClassVar[str] = "images"
     images: Files = Field(description="a folder, or one per split")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from service.api.codecs.image_formats import FORMAT_NAMES
+from service.bases.datasets.image_folder import image_folder
 from service.contracts import InputSpec, Json
 from service.errors import ConfigError
 
@@ -37,6 +39,17 @@ def data_section(path: Path | None, spec: InputSpec, folder: Path) -> dict[str, 
     if path.suffix in {".csv", ".tsv", ".jsonl"}:
         return {"texts": near, **_columns(_head(path), classes=bool(spec.labels))}
     raise ConfigError(f"--data {path}: give a folder of pictures, an .npz file, or texts as .csv, .tsv or .jsonl")
+
+
+def data_seen(path: Path | None) -> str | None:
+    """What lies in a folder of images, on one line; of files nothing is said.
+
+    Raises:
+        ConfigError: the folder cannot be listed.
+    """
+    if path is None or not path.is_dir():
+        return None
+    return image_folder(path, FORMAT_NAMES, "--data").seen()
 
 
 def _arrays(path: Path, spec: InputSpec) -> dict[str, Json]:

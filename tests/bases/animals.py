@@ -18,12 +18,13 @@ from service.bases.loaded import Rows
 from service.bases.opening import codec_of
 from service.contracts import Array, Codec, Data
 
+IMAGE: dict[str, Any] = {"size": (6, 4), "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
 ANIMALS = Description(
     name="animals",
     inputs=(Tensor(name="image", dtype="float32", shape=(3, 4, 6)),),
     outputs=(Tensor(name="logits", dtype="float32", shape=(3,)),),
     labels=("cat", "dog, Canis familiaris", "polar bear"),
-    image=ImageInput(size=(6, 4), mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)),
+    image=ImageInput(**IMAGE),
 )
 NAMELESS = ANIMALS.model_copy(update={"labels": ()})
 PAIRS = Description(
@@ -34,13 +35,13 @@ PAIRS = Description(
 )
 
 
-def codec() -> Codec:
-    return codec_of(ANIMALS, ANIMALS.spec())
+def codec(description: Description = ANIMALS) -> Codec:
+    return codec_of(description, description.spec())
 
 
 def rows(declared: dict[str, Any], folder: Path, description: Description = ANIMALS) -> Rows:
     data: AnyData = TypeAdapter(AnyData).validate_python(declared)
-    return open_rows(data, description, codec(), folder)
+    return open_rows(data, description, codec(ANIMALS if description.image is None else description), folder)
 
 
 def picture(seed: int, size: tuple[int, int] = (9, 7)) -> Array:

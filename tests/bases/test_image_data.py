@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from animals import NAMELESS, PAIRS, codec, everything, rows, save
+from animals import ANIMALS, IMAGE, NAMELESS, PAIRS, codec, everything, picture, rows, save
+from PIL import Image, features
 
 from service.api.codecs.image import ImageCodec
+from service.bases.declaration import ImageInput
 from service.contracts import Decoded
 from service.errors import ConfigError
 
@@ -109,18 +113,145 @@ def test_folders_that_are_no_classes(photos: Path) -> None:
         rows({"images": "photos"}, photos)
 
 
-def test_broken_and_missing_pictures_are_named(photos: Path) -> None:
-    path = photos / "photos/cat/0.png"
-    for content, reason in ((path.read_bytes()[:60], "cannot be"), (b"text", "neither a JPEG nor a PNG")):
-        path.write_bytes(content)
-        found = rows({"images": "photos"}, photos)
-        with pytest.raises(ConfigError, match=rf"data.images: .*cat/0.png cannot be used: .*{reason}"):
-            [everything(found.split(split, None)) for split in ("calibration", "gate", "train")]
+def test_a_missing_folder_and_one_without_images_are_named(photos: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.images: there is no folder .*nowhere"):
         rows({"images": "nowhere"}, photos)
     (photos / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"data.images.gate: there is no .jpeg, .jpg, .png file"):
+    with pytest.raises(ConfigError, match=r"data.images.gate: there is no image in .*empty. Read are .avif, .*.webp$"):
         rows({"images": {"gate": "empty"}}, photos)
+    (photos / "empty" / "a.heic").write_bytes(b"....ftypheic")
+    with pytest.raises(ConfigError, match=r"no image in .*empty; other files are skipped: 1 .heic"):
+        rows({"images": "empty"}, photos)
+
+
+def test_files_that_are_no_images_are_named_before_anything_is_decoded(photos: Path) -> None:
+    for number, content in enumerate((b"", b"text", b"<html>", b"\0\0\0\x20ftypheic", b"%PDF", b"PK", b"\0")):
+        (photos / f"photos/cat/{number * 3}.png").write_bytes(content)
+    listed = r"/0.png: it is empty; .*/12.png: .* like no image; .*/15.png: .*; .*/18.png: [^;]* and 3 more"
+    with pytest.raises(
+        ConfigError, match=rf"data.images: image files cannot be used: .*{listed}. Repair or remove them"
+    ):
+        rows({"images": "photos"}, photos)
+
+
+def test_damaged_images_are_named_together_whatever_split_they_are_in(photos: Path) -> None:
+    names = [f"photos/cat/{number}.{('png', 'jpg')[number % 2]}" for number in (0, 3, 6, 9, 12)]
+    for name in names:
+        path = photos / name
+        path.write_bytes(path.read_bytes()[: 60 if name.endswith("png") else -20])
+    found = rows({"images": "photos"}, photos)
+    for split in ("calibration", "gate", "train"):
+        try:
+            everything(found.split(split, None))
+        except ConfigError as error:
+            text = str(error)
+    assert text.startswith("data.images: image files cannot be used: ")
+    assert text.endswith(" and 1 more. Repair or remove them")
+    assert sum(name in text for name in names) == 4
+    assert text.count("(9 x 7) cannot be decoded: image file is truncated") == 4
+
+
+@pytest.mark.parametrize("form", ["WEBP", "GIF", "TIFF", "BMP", "AVIF"])
+def test_a_class_of_any_format_that_is_read_is_there(photos: Path, form: str) -> None:
+    if form == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow was built without AVIF")
+    folder = photos / "photos/polar_bear"
+    shutil.rmtree(folder)
+    folder.mkdir()
+    known = {}
+    for number in range(8):
+        path = folder / f"{number}.{form.lower()}"
+        Image.fromarray(picture(200 + number)).save(path, form)
+        known[codec().decode(f"image/{form.lower()}", path.read_bytes()).inputs[0].tobytes()] = 2
+    found = rows({"images": "photos", "splits": {"calibration": 1, "gate": 26}}, photos)
+    inputs, labels = everything(found.split("gate", None))
+    assert labels is not None
+    mine = [label for row, label in zip(inputs, labels.tolist(), strict=True) if row.tobytes() in known]
+    assert len(mine) >= 6
+    assert set(mine) == {2}
+
+
+def test_a_class_whose_files_are_all_skipped_is_an_error_that_names_it(photos: Path) -> None:
+    for path in (photos / "photos/polar_bear").iterdir():
+        path.rename(path.with_suffix(".heic"))
+    said = r"data.images: folders of classes have no image that is read: .*photos/polar_bear \(10 .heic\). Convert"
+    with pytest.raises(ConfigError, match=said):
+        rows({"images": "photos"}, photos)
+    assert everything(rows({"images": "photos", "label": "none"}, photos).split("gate", None))[1] is None
+
+
+def test_what_is_skipped_is_told_on_one_line(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    (photos / "photos/Dog/Thumbs.db").write_bytes(b"x")
+    (photos / "photos/LICENSE").write_text("free")
+    rows({"images": "photos"}, photos)
+    assert caplog.messages == [
+        "data.images: 30 images in 3 folders (Dog, cat, polar_bear): 15 .jpg, 15 .png; "
+        "3 other files are skipped: 1 .db, 1 .txt, 1 without an ending"
+    ]
+    caplog.clear()
+    (photos / "photos/cat/notes.txt").unlink()
+    (photos / "photos/Dog/Thumbs.db").unlink()
+    (photos / "photos/LICENSE").unlink()
+    rows({"images": "photos"}, photos)
+    assert caplog.messages == [], "nothing is skipped, nothing is said"
+
+
+def test_an_empty_folder_of_a_class_is_told(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.rmtree(photos / "photos/polar_bear")
+    (photos / "photos/polar_bear").mkdir()
+    (photos / "photos/cache").mkdir()
+    rows({"images": "photos", "splits": {"calibration": 2, "gate": 4}}, photos)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == 1
+    assert warned[0].startswith("data.images: the folder of the class 'polar_bear' is empty: ")
+
+
+def test_formats_that_are_switched_off_are_skipped_in_data_as_in_requests(photos: Path) -> None:
+    jpeg = ANIMALS.model_copy(update={"image": ImageInput(**IMAGE, formats=("jpeg",))})
+    found = rows({"images": "photos", "label": "none"}, photos, jpeg)
+    assert sum(len(found.split(split, None)) for split in ("calibration", "gate", "train")) == 15
+    (photos / "photos/Dog/1.jpg").unlink()
+    for path in (photos / "photos/Dog").glob("*.jpg"):
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"photos/Dog \(5 .png\). Convert .* read are .jfif, .jpe, .jpeg, .jpg$"):
+        rows({"images": "photos"}, photos, jpeg)
+
+
+def test_orientation_is_applied_in_data_as_in_requests(photos: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number in range(30):
+        Image.fromarray(picture(number)).save(photos / f"photos/cat/{number}.webp", exif=exif, lossless=True)
+    for orientation, turn in (("stored", 0), ("exif", -90)):
+        turned = ANIMALS.model_copy(update={"image": ImageInput(**IMAGE, orientation=orientation)})
+        found = rows({"images": "photos", "splits": {"calibration": 1, "gate": 59}}, photos, turned)
+        inputs = {row.tobytes() for row in everything(found.split("gate", None))[0]}
+        wanted = set()
+        for number in range(30):
+            stream = BytesIO()
+            Image.fromarray(picture(number)).rotate(turn, expand=True).save(stream, "PNG")
+            wanted.add(codec().decode("image/png", stream.getvalue()).inputs[0].tobytes())
+        assert len(inputs & wanted) >= 29
+
+
+def test_a_row_keeps_its_split_whatever_else_lies_around(photos: Path) -> None:
+    """Its content and the seed decide: neither its name and ending, nor files that are skipped."""
+    splits = {"calibration": 6, "gate": 10}
+
+    def dealt() -> dict[bytes, str]:
+        found = rows({"images": "photos", "splits": splits}, photos)
+        return {
+            row.tobytes(): split
+            for split in ("calibration", "gate", "train")
+            for row in everything(found.split(split, None))[0]
+        }
+
+    before = dealt()
+    for path in sorted((photos / "photos/cat").glob("[0-9]*")):
+        path.rename(path.with_suffix("" if path.stem in "0369" else ".webp"))
+    (photos / "photos/cat/more.txt").write_text("skipped")
+    assert dealt() == before
 
 
 def test_a_folder_per_split(photos: Path) -> None:

@@ -12,9 +12,11 @@ from typing import Literal
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from service.config import ServiceConfig, read_config
 from service.errors import ConfigError
+from service.init.data_argument import data_seen
 from service.init.ladder import ladder
 from service.init.model_argument import Hints, base_section
 from service.init.writing import write_config
@@ -171,6 +173,25 @@ def test_columns_of_tables_are_guessed(
     spec = InputSpec((), (Field("x", "float32", (2,)),), ("a", "b") if classes else ())
     section = data_section(tmp_path / name, spec, tmp_path)
     assert [section.get(key) for key in ("text", "pair", "label")] == columns
+
+
+def test_a_folder_of_images_is_counted_and_named(folder: Path) -> None:
+    for number in range(12):
+        path = folder / "photos" / "abc"[number % 3] / f"{number}.{('png', 'jpg')[number % 2]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(path)
+    (folder / "photos/a/notes.txt").write_text("no image")
+    (folder / "labels.txt").write_text("a\nb\nc\n")
+    hints = Hints(image="16x16", labels=folder / "labels.txt")
+    config = written(folder / "c.yaml", "init_model:pictures", hints, folder / "photos")
+    assert yaml.safe_load((folder / "c.yaml").read_text())["data"] == {"images": "photos"}
+    assert config.gate.max_drop is not None
+    seen = "12 images in 3 folders (a, b, c): 6 .jpg, 6 .png; 1 other files are skipped: 1 .txt"
+    assert data_seen(folder / "photos") == seen
+    assert data_seen(folder / "labels.txt") is data_seen(None) is None
+    (folder / "nothing").mkdir()
+    with pytest.raises(ConfigError, match=r"there is no image in .*nothing"):
+        write_config("init_model:pictures", folder / "d.yaml", hints, folder / "nothing")
 
 
 def test_the_command_writes_a_file_once_and_checks_out(tmp_path: Path) -> None:

@@ -1,65 +1,103 @@
-"""`data: {images: FOLDER}`: JPEG and PNG files, prepared by the base's own codec, so that data and requests agree.
+"""`data: {images: FOLDER}`: image files, prepared by the base's own codec, so that data and requests agree.
 
-The kind of a file is told by its first bytes, as the service tells it for an upload, and its class by the folder it
-lies in or by the number its name begins with. Files are decoded when a batch is drawn; a damaged one is named.
+The class of a file is told by the folder it lies in or by the number its name begins with. Files are decoded when a
+batch is drawn; damaged ones are named.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from service.api.codecs.image_formats import endings
 from service.bases.checkpoints import file_digest
 from service.bases.data_declaration import ImageData
 from service.bases.datasets.class_labels import checked_numbers, class_numbers, require_labels
+from service.bases.datasets.image_folder import ImageFolder, by_ending, image_folder, some
 from service.bases.datasets.splits import Rows
 from service.bases.datasets.tables import PreparedData, TableRows
-from service.contracts import Array, Arrays, Codec
+from service.bases.declaration import ImageFiles
+from service.contracts import Array, Arrays, Codec, Split
 from service.errors import BadInput, BodyTooLarge, ConfigError
 
-ENDINGS = {".jpg", ".jpeg", ".png"}
-MAGIC = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"}
 Label = Literal["auto", "folder", "prefix", "none"]
+LOOKED_AT = 10_000
+"""Files that are tried once one is found that cannot be decoded, so that all of them can be named at once."""
+REFUSALS = (BadInput, BodyTooLarge, OSError)
+_log = logging.getLogger(__name__)
 
 
-def open_images(declared: ImageData, labels: tuple[str, ...], codec: Codec, folder: Path) -> TableRows:
-    """The pictures that the config declares.
+def open_images(
+    declared: ImageData, labels: tuple[str, ...], files: ImageFiles, codec: Codec, folder: Path
+) -> TableRows:
+    """The images that the config declares; what is skipped in their folders is logged.
 
     Raises:
-        ConfigError: a folder is missing or empty, or a class is not one of `labels`.
+        ConfigError: a folder is missing or without images, one of a class has none that is read, files are no images
+            although they are named so, or a class is not one of `labels`.
     """
+
+    def table(path: Path, key: str) -> ImageTable:
+        found = image_folder(folder / path, files.formats, key)
+        _require_images(found, endings(files.formats), key)
+        classes = _classes(found.root, found.files, declared.label, labels)
+        if classes is not None and declared.label != "prefix":
+            _require_full_classes(found, labels, endings(files.formats), key)
+        if found.skipped:
+            _log.info("%s: %s", key, found.seen())
+        return ImageTable(found.root, found.files, classes, codec)
+
     if isinstance(declared.images, Path):
-        table = _opened(folder / declared.images, "data.images", declared.label, labels, codec)
-        return TableRows("data.images", table, declared.splits, declared.seed)
-    tables = {
-        split: _opened(folder / path, f"data.images.{split}", declared.label, labels, codec)
-        for split, path in declared.images.items()
-    }
+        tables: ImageTable | dict[Split, ImageTable] = table(declared.images, "data.images")
+    else:
+        tables = {split: table(path, f"data.images.{split}") for split, path in declared.images.items()}
     return TableRows("data.images", tables, declared.splits, declared.seed)
 
 
-def _opened(folder: Path, key: str, label: Label, labels: tuple[str, ...], codec: Codec) -> ImageTable:
-    if not folder.is_dir():
-        raise ConfigError(f"{key}: there is no folder {folder}")
-    found = tuple(sorted(_pictures(folder), key=lambda path: path.relative_to(folder).as_posix()))
-    if not found:
-        raise ConfigError(f"{key}: there is no {', '.join(sorted(ENDINGS))} file in {folder}")
-    return ImageTable(folder, found, _classes(folder, found, label, labels), codec)
+def _require_images(found: ImageFolder, read: str, key: str) -> None:
+    if found.damaged:
+        raise _unusable(found.damaged, key)
+    if not found.files:
+        others = f"; other files are skipped: {by_ending(found.skipped)}" if found.skipped else ""
+        raise ConfigError(f"{key}: there is no image in {found.root}{others}. Read are {read}")
 
 
-def _pictures(folder: Path) -> Iterator[Path]:
-    """Files with the ending of a picture; hidden ones are what systems and copying leave behind."""
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in ENDINGS and path.is_file() and not hidden:
-            yield path
+def _require_full_classes(found: ImageFolder, labels: tuple[str, ...], read: str, key: str) -> None:
+    """Refuse folders of a class whose files are all skipped, and tell of empty ones."""
+    lost = []
+    for folder in (folder for folder in found.without_images if _is_class(folder.name, labels)):
+        skipped = found.skipped_below(folder)
+        if skipped:
+            lost.append(f"{folder} ({by_ending(skipped)})")
+        else:
+            _log.warning("%s: the folder of the class '%s' is empty: %s", key, folder.name, folder)
+    if lost:
+        raise ConfigError(
+            f"{key}: folders of classes have no image that is read: {some(lost)}. Convert their files, or remove them; "
+            f"read are {read}"
+        )
+
+
+def _is_class(name: str, labels: tuple[str, ...]) -> bool:
+    try:
+        class_numbers([name], labels, name)
+    except ConfigError:
+        return False
+    return True
+
+
+def _unusable(reasons: Mapping[Path, str], key: str) -> ConfigError:
+    listed = some([f"{path}: {reason}" for path, reason in reasons.items()], "; ")
+    return ConfigError(f"{key}: image files cannot be used: {listed}. Repair or remove them")
 
 
 def _classes(folder: Path, files: tuple[Path, ...], label: Label, labels: tuple[str, ...]) -> Array | None:
@@ -114,15 +152,21 @@ class ImageTable:
         return PreparedData(rows, self._prepare, self.classes)
 
     def _prepare(self, rows: Rows) -> Arrays:
-        return (np.concatenate([self._decoded(self.files[row]) for row in rows]),)
+        try:
+            return (np.concatenate([self._decoded(self.files[row]) for row in rows]),)
+        except REFUSALS as error:
+            raise _unusable(self._damaged(rows.tolist()), "data.images") from error
 
     def _decoded(self, path: Path) -> Array:
         """A file as the input of the model, float32 [1, C, H, W]: exactly what a request with its bytes becomes."""
-        try:
-            body = path.read_bytes()
-            kind = next((kind for magic, kind in MAGIC.items() if body.startswith(magic)), None)
-            if kind is None:
-                raise BadInput("it begins like neither a JPEG nor a PNG file")
-            return self.codec.decode(kind, body).inputs[0]
-        except (BadInput, BodyTooLarge, OSError) as error:
-            raise ConfigError(f"data.images: {path} cannot be used: {error}; repair or remove it") from error
+        return self.codec.decode("application/octet-stream", path.read_bytes()).inputs[0]
+
+    def _damaged(self, first: Sequence[int]) -> dict[Path, str]:
+        """What is wrong with each file that cannot be decoded, of `LOOKED_AT` files, those with these numbers first."""
+        found = {}
+        for row in islice(dict.fromkeys((*first, *range(len(self.files)))), LOOKED_AT):
+            try:
+                self._decoded(self.files[row])
+            except REFUSALS as error:
+                found[self.files[row]] = str(error).removeprefix("the body: ")
+        return found
