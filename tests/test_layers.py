@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS: tuple[tuple[str, int], ...] = (
     ("service.errors", 0),
     ("service.contracts", 0),
+    ("service.comparison", 0),
     ("service.machine", 0),
     ("service.yaml_source", 1),
     ("service.section", 0),

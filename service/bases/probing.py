@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from service.bases.description import Tensor
+from service.comparison import largest_difference, largest_finite
 from service.contracts import Array, Arrays, InputSpec
 from service.errors import ConfigError
 
@@ -57,11 +58,9 @@ def differs(answer: Answer, tolerance: float = TOLERANCE) -> str | None:
     """How one output differs from the other, as text; `None` if it does not."""
     if answer.one.shape != answer.other.shape:
         return f"output '{answer.name}' has shape {list(answer.one.shape)}, not {list(answer.other.shape)}"
-    one, other = (np.asarray(array, np.float64) for array in (answer.one, answer.other))
-    largest = float(np.abs(other, where=np.isfinite(other), out=np.zeros_like(other)).max(initial=0.0))
-    if np.allclose(one, other, rtol=0.0, atol=tolerance * largest, equal_nan=True):
+    change, largest = largest_difference(answer.one, answer.other), largest_finite(answer.other)
+    if change <= tolerance * largest:
         return None
-    change = float(np.nanmax(np.abs(one - other)))
     return f"output '{answer.name}' differs by {change:.2g}, where its largest value is {largest:.2g}"
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from service.comparison import largest_difference, largest_finite
 from service.contracts import Array, Arrays, Backend, Field, InputSpec
 from service.serving.assembly import join
 
@@ -22,7 +23,7 @@ COMPANY = 32
 
 
 def batch_dependence(backend: Backend, spec: InputSpec, rows: Arrays) -> float:
-    """The largest change of the first output by company, relative to the largest absolute output alone; at least 0.
+    """The largest change of the first output by company, relative to the largest finite output alone; at least 0.
 
     The first `GOLDEN` of the given rows run alone, then together, then in front of a batch of `COMPANY` rows (given
     rows are repeated to fill it). Along dynamic axes the rows are cut to different lengths, from half to whole, so that
@@ -32,7 +33,7 @@ def batch_dependence(backend: Backend, spec: InputSpec, rows: Arrays) -> float:
     samples = [_sample(rows, spec, index) for index in range(len(rows[0]))]
     alone = [_answers(backend, spec, [sample])[0] for sample in samples[:golden]]
     crowd = [samples[index % len(samples)] for index in range(COMPANY)]
-    largest = max(float(np.abs(answer).max(initial=0)) for answer in alone)
+    largest = max(map(largest_finite, alone))
     change = 0.0
     for company in (samples[:golden], crowd):
         together = _answers(backend, spec, company)
@@ -48,7 +49,7 @@ def _answers(backend: Backend, spec: InputSpec, samples: Sequence[Arrays]) -> li
 
 def _change(alone: Array, together: Array) -> float:
     shared = together[tuple(slice(0, size) for size in alone.shape)]
-    return float(np.abs(shared - alone).max(initial=0))
+    return largest_difference(shared, alone)
 
 
 def _sample(rows: Arrays, spec: InputSpec, index: int) -> Arrays:

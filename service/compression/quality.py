@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from service.bases.scores import spearman
+from service.comparison import UNLIKE, compared, row_cosines
 from service.compression.artifacts import ArtifactStore
 from service.compression.manifest import Fidelity, Measurement, Quality, Recipe, SideBySide
 from service.config import GateConfig
@@ -25,6 +26,7 @@ from service.errors import PassFailed
 from service.machine import cpu_name
 
 RESAMPLES = 1000
+SMALLEST_LOG = float(np.log(np.finfo(np.float64).tiny))
 RANKED_ROWS = 256
 """Rows of which all pairs are compared: 32,640 of them."""
 
@@ -106,16 +108,19 @@ def wilson(share: float, samples: int, z: float = 1.96) -> tuple[float, float]:
 
 def fidelity(outputs: Arrays, reference: Arrays, *, classes: bool) -> dict[str, float | None]:
     """How near the answers are to the base's: top-1 agreement and mean KL (nats) for classes, order of the
-    similarities for anything else, mean cosine for all.
+    similarities for anything else, mean cosine for all. Values that are equally infinite are left out; a row in which
+    an infinity or NaN stands against something else has a cosine of 0.
     """
     ours, theirs = (np.asarray(arrays[0], np.float64).reshape(len(arrays[0]), -1) for arrays in (outputs, reference))
-    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-    cosine = float(np.mean(np.sum(ours * theirs, axis=1) / np.maximum(norms, 1e-12)))
+    cosine = float(np.mean(row_cosines(ours, theirs)))
     if not classes:
-        return {"agreement": None, "kl": None, "cosine": cosine, "rank_agreement": rank_agreement(ours, theirs)}
+        finite = compared(ours, theirs)
+        ranks = rank_agreement(finite.one, finite.other)
+        return {"agreement": None, "kl": None, "cosine": cosine, "rank_agreement": ranks}
     ours_log, theirs_log = _log_softmax(ours), _log_softmax(theirs)
     kl = float(np.mean(np.sum(np.exp(theirs_log) * (theirs_log - ours_log), axis=1)))
-    agreement = float(np.mean(ours.argmax(1) == theirs.argmax(1)))
+    broken = np.isnan(ours).any(1) != np.isnan(theirs).any(1)
+    agreement = float(np.mean((ours.argmax(1) == theirs.argmax(1)) & ~broken))
     return {"agreement": agreement, "kl": max(0.0, kl), "cosine": cosine, "rank_agreement": None}
 
 
@@ -170,8 +175,10 @@ def _pair_cosines(rows: Array) -> Array:
 
 
 def _log_softmax(logits: Array) -> Array:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+    """Logarithms of the probabilities, none below that of the smallest float: a class ruled out by -inf has one too."""
+    finite = np.nan_to_num(logits, nan=UNLIKE, posinf=UNLIKE, neginf=-UNLIKE)
+    shifted = finite - finite.max(axis=1, keepdims=True)
+    return np.maximum(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), SMALLEST_LOG)
 
 
 def _disk_bytes(store: ArtifactStore, recipe: Recipe) -> int:

@@ -87,3 +87,13 @@ def test_answers_at_padded_positions_are_left_out() -> None:
 
 def test_outputs_of_zero_are_no_division_by_zero() -> None:
     assert batch_dependence(Rule(lambda x: x * 0), ROW, ROW.example(8)) == 0.0
+
+
+def test_infinities_count_only_where_company_changes_them() -> None:
+    def masked(x: Array) -> Array:
+        return np.where(np.arange(3) == 0, -np.inf, x + (len(x) >= COMPANY) * 0.5)
+
+    rows = (np.tile(np.array([0, 1, -4], np.float32), (8, 1)),)
+    assert batch_dependence(Rule(masked), ROW, rows) == pytest.approx(0.5 / 4)
+    overflowing = Rule(lambda x: x + (np.inf if len(x) >= COMPANY else 0))
+    assert 1e30 < batch_dependence(overflowing, ROW, rows) < np.inf

@@ -152,3 +152,23 @@ def test_what_does_not_fit_the_base_is_refused_before_training(tmp_path: Path) -
 def test_wrong_options_are_refused_when_the_config_is_read(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         Distill.model_validate(wrong)
+
+
+class Ruled(nn.Module):
+    """Rules out its first class: a logit of -inf."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.inner(image)
+        return nn.functional.pad(logits, (1, 0), value=-torch.inf)
+
+
+@pytest.mark.parametrize("measure", ["kl", "mse", "cosine"])
+def test_classes_that_the_teacher_rules_out_do_not_disturb(tmp_path: Path, measure: str) -> None:
+    base, spec = tiny_base(), replace(IMAGES, labels=("none", *IMAGES.labels))
+    ruled = TinyBase(Ruled(base.teacher), base.inputs, base.labels, spec)
+    applied = quick(loss=measure, epochs=4).apply(TorchModel(Ruled(student().module), spec), context_of(ruled, tmp_path))
+    assert 0 < applied.facts["last_loss"] < applied.facts["first_loss"]

@@ -10,6 +10,7 @@ from tiny_base import IMAGES, TinyNet, context_of, lively, tiny_base
 from torch import nn
 
 from service.compression.passes.base import Applied
+from service.compression.passes.runtime import fold_bn
 from service.compression.passes.runtime.fold_bn import FoldBn
 from service.contracts import Field, InputSpec, OnnxModel, TorchModel
 from service.errors import PassFailed
@@ -135,3 +136,19 @@ def test_nothing_to_fold_is_an_error(tmp_path: Path, module: nn.Module, shape: t
 def test_an_onnx_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PassFailed, match="put it before the pass that exports"):
         FoldBn().apply(OnnxModel(tmp_path / "model.onnx", IMAGES), context_of(tiny_base(), tmp_path))
+
+
+class Masked(nn.Sequential):
+    """Answers -inf in its first column."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).masked_fill(torch.arange(7) == 0, -torch.inf)
+
+
+def test_a_wrong_fold_shows_beside_infinite_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = lively(Masked(nn.Linear(5, 7), nn.BatchNorm1d(7)), seed=3)
+    _, applied = folded(module, spec_of(5), tmp_path)
+    assert applied.facts["relative_change"] < 1e-5
+    monkeypatch.setattr(fold_bn, "_folded", lambda layer, _: (layer.weight * 1.01, layer.bias))
+    with pytest.raises(PassFailed, match="changed the outputs"):
+        folded(module, spec_of(5), tmp_path)

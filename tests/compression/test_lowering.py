@@ -104,9 +104,32 @@ class Noisy(nn.Module):
         return nn.functional.dropout(values, 0.5, training=True)
 
 
+class Masked(nn.Module):
+    """Answers -inf in its first column."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return self.inner(values).masked_fill(torch.tensor([True, False, False, False]), -torch.inf)
+
+
+def test_masked_logits_are_exported(tmp_path: Path) -> None:
+    exported = export_onnx(TorchModel(Masked(nn.Linear(4, 4)).eval(), SMALL), tmp_path / "model.onnx")
+    (got,) = answers(exported, SMALL.example(3))
+    assert np.isneginf(got[:, 0]).all()
+    assert np.isfinite(got[:, 1:]).all()
+
+
 @pytest.mark.parametrize(
     ("module", "reason"),
-    [(Branching(), "cannot be exported"), (TwoRowsOnly(), "cannot be exported"), (Noisy(), "differs")],
+    [
+        (Branching(), "cannot be exported"),
+        (TwoRowsOnly(), "cannot be exported"),
+        (Noisy(), "differs"),
+        (Masked(Noisy()), "differs"),
+    ],
 )
 def test_what_cannot_be_exported_faithfully_is_refused(module: nn.Module, reason: str, tmp_path: Path) -> None:
     with pytest.raises(PassFailed, match=reason):

@@ -183,3 +183,8 @@ def test_one_row_is_too_few_for_batch_norm(tmp_path: Path) -> None:
     base = row_base()
     with pytest.raises(PassFailed, match="samples: batch norm needs at least 2 calibration rows"):
         applied(LowrankLinear(rank=2), OneRow(base.teacher, base.inputs, base.labels, base.spec), tmp_path)
+
+
+def test_infinite_activations_are_refused_at_once() -> None:
+    with pytest.raises(PassFailed, match="infinities or NaN"):
+        cholesky_scale(torch.tensor([[1.0, torch.inf], [torch.inf, 1.0]]))

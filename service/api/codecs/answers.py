@@ -31,7 +31,8 @@ class Answers:
         """One answer per row.
 
         Raises:
-            BackendFailed: the values are not finite (JSON has no NaN), or the logits are not one per label.
+            BackendFailed: the values are not finite (JSON has no NaN), or the logits are not one per label. A logit of
+                -inf is a class that is ruled out: its probability is 0.
         """
         if self.spec.labels:
             return _classes(outputs[0], self.spec.labels)
@@ -49,8 +50,9 @@ def _classes(logits: Array, labels: tuple[str, ...]) -> list[dict[str, Json]]:
     logits = logits.astype(np.float64)
     if logits.ndim != 2 or logits.shape[1] != len(labels):
         raise BackendFailed(f"the model gave {logits.shape} logits for {len(labels)} labels")
-    _require_finite(logits, "logits")
-    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    largest = logits.max(axis=1, keepdims=True)
+    _require_finite(largest, "logits")
+    shares = np.exp(logits - largest)
     shares /= shares.sum(axis=1, keepdims=True)
     told = BEST if len(labels) > MANY_LABELS else len(labels)
     best = (-logits).argsort(axis=1, kind="stable")[:, :told]

@@ -13,6 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from service.errors import PassFailed
+
 DAMPING = 1e-6
 """Added to the diagonal of second moments, as a share of their mean: dead inputs must not make them singular."""
 
@@ -54,7 +56,12 @@ def cholesky_scale(moments: Tensor) -> Tensor:
     """Lower triangular S with `S S^T = moments` [d, d], damped until it exists.
 
     Fewer calibration rows than dimensions leave the moments singular, and rounding may make them slightly indefinite.
+
+    Raises:
+        PassFailed: they are infinite or NaN, which no damping cures.
     """
+    if not bool(moments.isfinite().all()):
+        raise PassFailed("targets: a layer sees or gives infinities or NaN on the calibration rows; exclude it")
     damping = max(DAMPING * float(moments.diagonal().mean()), 1e-12)
     unit = torch.eye(len(moments), dtype=torch.float64)
     while True:

@@ -247,10 +247,15 @@ def test_encode_tells_the_best_five_of_many_labels() -> None:
     assert 0.99 < sum(answer["scores"].values()) < 1
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_encode_refuses_logits_that_are_not_finite(value: float) -> None:
+def test_a_class_that_is_ruled_out_has_no_share() -> None:
+    answer = PLAIN.encode((np.array([[0, -np.inf]], dtype=np.float32),))
+    assert answer == [{"label": "a", "scores": {"a": 1.0, "b": 0.0}}]
+
+
+@pytest.mark.parametrize("row", [[0, np.nan], [0, np.inf], [-np.inf, -np.inf]])
+def test_encode_refuses_logits_without_probabilities(row: list[float]) -> None:
     with pytest.raises(BackendFailed, match="not finite in row 1"):
-        PLAIN.encode((np.array([[0, 0], [0, value]], dtype=np.float32),))
+        PLAIN.encode((np.array([[0, 0], row], dtype=np.float32),))
 
 
 def test_encode_refuses_logits_that_are_not_one_per_label() -> None:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Measure = Literal["kl", "mse", "cosine"]
 
+RULED_OUT = -1e4
+"""A logarithm whose exponential is 0."""
+
 
 class Distill(TrainingOptions, Pass):
     """Train on the base's answers to the train split; the teacher sees the same augmented inputs as the student."""
@@ -98,8 +101,13 @@ def _distance(measure: Measure, given: torch.Tensor, wanted: torch.Tensor, tempe
 
     if measure == "kl":
         log_given, log_wanted = (F.log_softmax(item / temperature, dim=-1) for item in (given, wanted))
+        # A class that the teacher rules out (a logit of -inf) adds p log p = 0, which floats call NaN.
+        out = log_wanted.isneginf()
+        log_given, log_wanted = log_given.masked_fill(out, 0.0), log_wanted.masked_fill(out, RULED_OUT)
         # Gradients shrink with the temperature's square; undo that, as in section 2.1 of the paper.
         return F.kl_div(log_given, log_wanted, reduction="batchmean", log_target=True) * temperature**2
+    alike = wanted.isinf() & (given == wanted)
+    given, wanted = given.masked_fill(alike, 0.0), wanted.masked_fill(alike, 0.0)
     if measure == "cosine":
         return (1 - F.cosine_similarity(given, wanted, dim=-1)).mean()
     return F.mse_loss(given, wanted) / wanted.var().clamp_min(1e-12)

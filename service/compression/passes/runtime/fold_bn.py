@@ -12,6 +12,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from service.comparison import largest_difference, largest_finite
 from service.compression.passes.base import Applied, Need, Pass, Tag
 from service.contracts import BuildContext, Json, Model, TorchModel
 from service.errors import PassFailed
@@ -132,4 +133,5 @@ def _relative_change(
     now: torch.Tensor | tuple[torch.Tensor, ...], before: torch.Tensor | tuple[torch.Tensor, ...]
 ) -> float:
     pairs = zip(*(item if isinstance(item, tuple) else (item,) for item in (now, before)), strict=True)
-    return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) for a, b in pairs)
+    arrays = ((one.numpy(), other.numpy()) for one, other in pairs)
+    return max(largest_difference(one, other) / max(largest_finite(other), 1e-12) for one, other in arrays)
