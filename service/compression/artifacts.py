@@ -178,10 +178,9 @@ class ArtifactStore:
 def write_model(model: Model, folder: Path) -> None:
     """Store the weights of a torch module, or the file of an ONNX model."""
     if isinstance(model, TorchModel):
-        from safetensors.torch import save_file
+        from service.compression.tools.ties import write_tensors
 
-        state = {name: tensor.detach().contiguous() for name, tensor in model.module.state_dict().items()}
-        save_file(state, folder / TORCH_FILE)
+        write_tensors(model.module.state_dict(), folder / TORCH_FILE)
     else:
         (folder / ONNX_FILE).write_bytes(model.path.read_bytes())
 

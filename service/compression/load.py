@@ -48,12 +48,12 @@ def _stored_model(store: ArtifactStore, base: Base, chain: Sequence[Recipe]) -> 
     folder = store.folder(holder.key)
     if ONNX_FILE in holder.files:
         return OnnxModel(folder / ONNX_FILE, base.spec)
-    from safetensors.torch import load_file
+    from service.compression.tools.ties import load_tensors, read_tensors
 
     module = base.build()
     for recipe in chain[1 : chain.index(holder) + 1]:
         module = _pass_of(recipe).restructure(module, recipe.decisions)
-    module.load_state_dict(load_file(folder / TORCH_FILE), strict=True)
+    load_tensors(module, read_tensors(folder / TORCH_FILE)[0])
     return TorchModel(module.eval(), base.spec)
 
 

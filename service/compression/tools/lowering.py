@@ -61,7 +61,7 @@ def export_onnx(model: TorchModel, path: Path) -> OnnxModel:
     Raises:
         PassFailed: the module cannot be exported, is too large for one file, or the file answers differently.
     """
-    size = sum(weight.nbytes for weight in model.module.state_dict().values())
+    size = sum(weight.nbytes for weight in (*model.module.parameters(), *model.module.buffers()))
     if size > LARGEST_BYTES:
         raise PassFailed(
             f"the weights take {size / 2**30:.1f} GiB, a single ONNX file holds less than 2; cast or shrink"

@@ -32,7 +32,7 @@ def copy_of(model: Model, kind: str) -> TorchModel:
 def replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` in the place of `old`, everywhere that `root` holds it (a layer may be shared)."""
     for holder in list(root.modules()):
-        for name, child in list(holder.named_children()):
+        for name, child in list(holder._modules.items()):  # `named_children` tells a layer once
             if child is old:
                 setattr(holder, name, new)
 

@@ -40,22 +40,21 @@ class Targets(BaseModel):
     def select(self, module: nn.Module, *types: type[Any]) -> dict[str, Any]:
         """The targeted submodules that are instances of `types` (any type if none is given), by dotted name.
 
-        The module itself is never selected, because a pass could not replace it.
+        The module itself is never selected, because a pass could not replace it. A layer that stands under several
+        names is matched by each of them, and selected once, by the first.
 
         Raises:
             PassFailed: a pattern matches nothing; for `include`, nothing of `types`.
         """
-        modules = {name: child for name, child in module.named_modules() if name}
+        modules = {name: child for name, child in module.named_modules(remove_duplicate=False) if name}
         candidates = {name: child for name, child in modules.items() if not types or isinstance(child, types)}
         for pattern in self.include:
             self._check("include", pattern, candidates, modules)
         for pattern in self.exclude:
             self._check("exclude", pattern, modules, modules)
-        return {
-            name: child
-            for name, child in candidates.items()
-            if _matches(self.include, name, modules) and not _matches(self.exclude, name, modules)
-        }
+        wanted = {child for name, child in candidates.items() if _matches(self.include, name, modules)}
+        barred = {child for name, child in candidates.items() if _matches(self.exclude, name, modules)}
+        return {name: child for name, child in module.named_modules() if child in wanted - barred}
 
     def _check(self, option: str, pattern: str, wanted: dict[str, nn.Module], modules: dict[str, nn.Module]) -> None:
         if any(_matches((pattern,), name, modules) for name in wanted):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from service.compression.tools.augmentation import AUGMENTATIONS, Augment
-from service.compression.tools.checkpoint import read_checkpoint, read_notes, write_checkpoint
+from service.compression.tools.checkpoint import read_checkpoint, write_checkpoint
 from service.contracts import BuildContext, Data
 from service.errors import PassFailed
 from service.machine import isa_flags
@@ -171,11 +171,11 @@ class _Run:
         write_checkpoint(self._checkpoint, self._module, self._optimiser, notes)
 
     def _resume(self) -> None:
-        notes = read_notes(self._checkpoint)
-        if notes is None or notes["options"] != self._options.model_dump_json():
+        found = read_checkpoint(self._checkpoint)
+        if found is None or found.notes["options"] != self._options.model_dump_json():
             return
-        read_checkpoint(self._checkpoint, self._module, self._optimiser)
-        self._losses = notes["losses"]
+        found.restore(self._module, self._optimiser)
+        self._losses = found.notes["losses"]
 
 
 def _optimiser(module: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:

@@ -83,7 +83,14 @@ class Cast(Pass):
         """The outermost modules that match: what is inside one of them is kept with it."""
         if not self.keep:
             return []
+        from service.compression.tools.ties import ties_of
+
         names = Targets(include=self.keep).select(module)
+        inside = {part for layer in names.values() for part in layer.modules()}
+        for tie in ties_of(module.state_dict()):
+            wide = [name for name in tie if module.get_submodule(name.rpartition(".")[0]) in inside]
+            if wide and (narrow := [name for name in tie if name not in wide]):
+                raise PassFailed(f"cast.keep: {wide[0]} and {narrow[0]} are one tensor; keep both layers, or neither")
         return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
     def _check(self, outputs: Outputs, before: Outputs) -> None:

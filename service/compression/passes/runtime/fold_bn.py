@@ -3,7 +3,7 @@
 The arithmetic is Jacob et al. 2018, section 3.2. It saves a pass over every feature map and its parameters, changes no
 answer beyond float rounding, and costs nothing but the possibility to re-estimate the statistics: so it comes after
 pruning and training. Which layers belong together is read from the exported graph, never guessed from names or from the
-order of declaration: a layer whose output, or whose weight, is also used elsewhere is left alone.
+order of declaration: a layer whose output, or whose weight or bias, is also used elsewhere is left alone.
 """
 
 from __future__ import annotations
@@ -95,13 +95,14 @@ def _pairs(module: nn.Module, example: tuple[torch.Tensor, ...]) -> list[list[st
 
 
 def _foldable(layer: fx.Node, names: Mapping[str, str]) -> bool:
-    """Whether the batch norm is all that reads this layer's output, and this call all that reads its weight."""
+    """Whether the batch norm is all that reads this layer's output, and this call all that reads its tensors."""
     if _operator(layer) not in LAYERS or len(layer.users) != 1:
         return False
     if _operator(layer) == "linear" and layer.meta["val"].ndim != 2:
         return False  # batch norm then normalises positions, not features
-    weight: Any = layer.args[1]
-    return weight.name in names and len(weight.users) == 1
+    weight, *rest = layer.args[1:3]
+    tensors = [tensor for tensor in (weight, *rest) if isinstance(tensor, type(layer))]
+    return weight in tensors and all(tensor.name in names and len(tensor.users) == 1 for tensor in tensors)
 
 
 def _operator(node: fx.Node) -> str:
