@@ -51,8 +51,10 @@ def serve(
         if importlib.util.find_spec("grpc") is None:
             raise StartupError("--grpc-port needs the extra 'grpc': pip install 'leanserve[grpc]'")
         _claim(host, grpc_port, "--grpc-port").close()  # grpc binds by itself; this only finds out early
-    if not work.finished:
+    if work.missing:
         _build_in_child(config, work.store.root)
+    else:
+        _warn_of_other_machines(work)
     fleet = work.open_fleet()
 
     def announce() -> None:
@@ -68,10 +70,11 @@ def serve(
 def build(config: ConfigOption = SHIPPED, cache: CacheOption = None) -> None:
     """Build, measure and gate every variant exactly as `serve` does, then stop."""
     work = Workplace(config, cache)
-    if work.finished:
-        err.print("everything is built already")
-    else:
+    if work.missing:
         _build_here(work)
+    else:
+        err.print("everything is built already")
+        _warn_of_other_machines(work)
     for report in work.reports():
         state = f"excluded: {report.reason}" if report.reason else "passes its gate"
         err.print(f"{report.name}: {escape(state + _caveats(work))}", highlight=False, soft_wrap=True)
@@ -133,12 +136,12 @@ def report(
     from service.compression.report import print_table, write_html
 
     work = Workplace(config, cache)
-    if not work.finished:
-        raise StartupError(f"not every variant of {config} is built; run `leanserve build --config {config}` first")
+    _require_built(work, config)
     reports = work.reports()
-    print_table(reports, out, work.base.caveats)
+    print_table(reports, out, work.base.caveats, work.elsewhere)
     if html is not None:
-        write_html(reports, html, title=f"leanserve: variants of {work.base.name}", caveats=work.base.caveats)
+        title = f"leanserve: variants of {work.base.name}"
+        write_html(reports, html, title, work.base.caveats, work.elsewhere)
         err.print(f"wrote {html}", highlight=False)
 
 
@@ -153,8 +156,7 @@ def bench(
     from service.bench import print_bench, run_bench
 
     work = Workplace(config, cache)
-    if not work.finished:
-        raise StartupError(f"not every variant of {config} is built; run `leanserve build --config {config}` first")
+    _require_built(work, config)
     fleet = work.open_fleet()
     try:
         print_bench(run_bench(fleet, tuple(rows or (1, 8, 32)), seconds), out, work.base.caveats)
@@ -166,6 +168,16 @@ def bench(
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
+
+
+def _require_built(work: Workplace, config: Path) -> None:
+    if work.missing:
+        raise StartupError(f"{config}: {work.missing}; run `leanserve build --config {config}` first")
+
+
+def _warn_of_other_machines(work: Workplace) -> None:
+    if work.elsewhere:
+        err.print(f"[yellow]warning:[/] {escape(work.elsewhere)}", highlight=False, soft_wrap=True)
 
 
 def _caveats(work: Workplace) -> str:

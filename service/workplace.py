@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service.errors import ConfigError
+from service.errors import ConfigError, StartupError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,12 +25,16 @@ class Workplace:
 
     def __init__(self, path: Path, cache: Path | None, *, make_cache: bool = True) -> None:
         from service.bases.opening import Origin, open_base
-        from service.compression.build import finished, plan
+        from service.compression.build import plan, shortfall
         from service.config import read_config
         from service.machine import thread_budget
 
         self.config: ServiceConfig = read_config(path)
         root = cache or self.config.cache
+        if make_cache:
+            from service.compression.artifacts import ArtifactStore
+
+            self.store: ArtifactStore = ArtifactStore(root)
         origin = Origin(
             base=self.config.base,
             data=self.config.data,
@@ -47,12 +51,25 @@ class Workplace:
             raise ConfigError(
                 f"{path}: lanes is {self.config.lanes}, but there are only {self.threads} threads to share"
             )
-        self.store: ArtifactStore
         if make_cache:
-            from service.compression.artifacts import ArtifactStore
+            self.missing = shortfall(self.store, self.plan, self.threads)
+            """What has to be built or measured first, in words; `None`: nothing."""
+            if self.missing is not None and not self.store.writable:
+                raise StartupError(
+                    f"cache folder {self.store.root}: it is read-only and not complete: {self.missing}; run `leanserve "
+                    "build` where it can be written, or set 'cache' or LEANSERVE_CACHE to another folder"
+                )
 
-            self.store = ArtifactStore(root)
-            self.finished = finished(self.store, self.plan, self.threads)
+    @property
+    def elsewhere(self) -> str:
+        """A warning where the measurements of a read-only cache are of another machine; else empty."""
+        from service.compression.build import machines
+        from service.machine import cpu_name
+
+        found = machines(self.store, self.plan, self.threads)
+        here = f"{cpu_name()} with {self.threads} thread{'s' if self.threads > 1 else ''}"
+        where = f"measured on {' and on '.join(found)}, not on this machine ({here})"
+        return f"{where}: the cache is read-only" if found else ""
 
     def reports(self) -> list[VariantReport]:
         """Every variant's report; raises where a gate says abort, or where none is left to serve."""
@@ -74,7 +91,8 @@ class Workplace:
         race = speeds(self.store, self.plan, self.threads)
         assert race is not None  # what is reported was measured
         keys = [report.chain[-1].key for report in reports if report.state == "serving"]
-        return race.best_lanes(keys, self_contained=all(is_onnx(self.store, key) for key in keys))
+        onnx = all(is_onnx(self.store, key) for key in keys)
+        return race.best_lanes(keys, self.threads, self_contained=onnx)
 
     def build(self, progress: BuildProgress) -> None:
         """Build, measure and time every artifact of the plan that is missing."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,3 +27,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+MOUNTED = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+
+
+@pytest.fixture
+def read_only() -> Iterator[Callable[[Path], list[str]]]:
+    """Gives what stands before a command that cannot write a folder. Bits bind all but root, mounts bind root."""
+    closed: list[tuple[Path, int]] = []
+
+    def command(folder: Path) -> list[str]:
+        if os.geteuid() == 0:
+            prefix = ["unshare", "-m", "sh", "-c", MOUNTED, str(folder)]
+            if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode != 0:
+                pytest.skip("root cannot mount anything here")
+            return prefix
+        closed.extend((path, path.stat().st_mode) for path in (folder, *folder.rglob("*")))
+        for path, mode in closed:
+            path.chmod(mode & 0o555)
+        return []
+
+    yield command
+    for path, mode in closed:
+        path.chmod(mode)

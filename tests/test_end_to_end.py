@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from service.contracts import Array
+from service.machine import thread_budget
 
 CONFIG = """\
 base: digits
@@ -51,12 +52,12 @@ class Service:
         return httpx.post(self.url + "/v1/predict", content=png, headers={"content-type": "image/png"} | named)
 
 
-def start(config: Path, cache: Path, log: Path, within: float) -> Service:
-    """Start the service as a user would and wait until it is ready."""
+def start(config: Path, cache: Path, log: Path, within: float, before: Sequence[str] = ()) -> Service:
+    """Start the service as a user would, with `before` in front of the command, and wait until it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "service", "serve", "--config", str(config), "--port", str(port)]
+    command = [*before, sys.executable, "-m", "service", "serve", "--config", str(config), "--port", str(port)]
     began = time.monotonic()
     with log.open("w") as stream:
         environment = os.environ | {"LEANSERVE_CACHE": str(cache)}
@@ -152,6 +153,29 @@ def test_a_second_start_builds_nothing(service: Service, place: Path) -> None:
     assert stop(again) == 0
     assert "[1/" not in again.log.read_text()
     assert again.ready_s < CACHED_START_S
+
+
+def test_a_read_only_cache_of_another_machine_serves_and_says_so(
+    service: Service, place: Path, read_only: Callable[[Path], list[str]]
+) -> None:
+    """Another number of threads is another machine."""
+    other = place / "other.yaml"
+    other.write_text(f"threads: {2 if thread_budget() == 1 else 1}\n{CONFIG}")
+    before = read_only(place / "cache")
+    running = start(other, place / "cache", place / "log4", within=60, before=before)
+    picture, label = digits(1)[0]
+    assert running.post(picture).json()["label"] == label
+    assert stop(running) == 0
+    (warning,) = (line for line in running.log.read_text().splitlines() if "warning" in line)
+    assert "measured on" in warning
+    assert "not on this machine" in warning
+    command = [*before, sys.executable, "-m", "service", "report", "--config", str(other), "--cache"]
+    told = subprocess.run([*command, str(place / "cache")], capture_output=True, text=True, check=True)
+    assert "(measured on another machine)" in told.stdout
+    new = subprocess.run([*command, str(place / "cache" / "new")], capture_output=True, text=True, check=False)
+    assert new.returncode == 2
+    assert new.stderr.count("\n") == 1
+    assert "cannot be created (Read-only file system)" in new.stderr or "Permission denied" in new.stderr
 
 
 def test_a_flipped_byte_is_told_and_rebuilt(service: Service, place: Path) -> None:

@@ -14,6 +14,8 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("service.errors", 0),
     ("service.contracts", 0),
     ("service.comparison", 0),
+    ("service.disk", 0),
+    ("service.sealed", 1),
     ("service.machine", 0),
     ("service.yaml_source", 1),
     ("service.section", 0),

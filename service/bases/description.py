@@ -6,16 +6,24 @@ folder under the fingerprint of what was brought, so that the next start asks no
 
 from __future__ import annotations
 
+import logging
 import os
+import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from service.bases.declaration import ImageInput, TextInput
 from service.contracts import Field, InputSpec
+from service.disk import may_write
+from service.errors import ArtifactCorrupt, ConfigError
+from service.sealed import seal, unseal
 
-FORMAT = 1
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
 """Raise when descriptions of the same model come out differently."""
 
 
@@ -62,20 +70,38 @@ class Description(BaseModel):
         )
 
 
-def remembered(folder: Path | None, fingerprint: str, describe: Callable[[], Description]) -> Description:
-    """The description of this fingerprint from the cache folder, else by asking and remembering (unless no folder)."""
-    path = None if folder is None else folder / "bases" / f"{fingerprint}.{FORMAT}.json"
-    if path is not None and path.exists():
+def remembered(folder: Path | None, key: str, describe: Callable[[], Description]) -> Description:
+    """The description with this key from the cache folder, else by asking and remembering (where that is possible).
+
+    Raises:
+        ConfigError: a number in the description is none that JSON has.
+    """
+    path = None if folder is None else folder / "bases" / f"{key}.{FORMAT}.json"
+    if path is not None and os.path.lexists(path):
         try:
-            found = Description.model_validate_json(path.read_bytes())
+            found = unseal(path, key, Description)
             if found.text is None or found.text.tokenizer.is_file():
                 return found
-        except ValidationError:
-            pass  # damaged: found out again, as where the tokenizer has moved
+        except ArtifactCorrupt as error:
+            logger.warning("damaged note is written again: %s", error)
     description = describe()
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half = path.with_suffix(f".{os.getpid()}")
-        half.write_text(description.model_dump_json(indent=1), encoding="utf-8")
-        half.replace(path)
+    if path is not None and may_write(path.parent):
+        _remember(path, key, description)
     return description
+
+
+def _remember(path: Path, key: str, description: Description) -> None:
+    """Put it in its place in one step, whatever stands there. It can be found out again, so a full disk is no error."""
+    half = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        seal(half, key, description)
+        if path.is_dir():
+            shutil.rmtree(path)
+        half.replace(path)
+    except ValueError as error:
+        raise ConfigError(f"base: {error}") from error
+    except OSError as error:
+        logger.warning("what was found out about the base is not kept: %s", error)
+    finally:
+        half.unlink(missing_ok=True)

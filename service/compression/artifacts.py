@@ -3,48 +3,43 @@
 Layout under the cache folder::
 
     artifacts/<key>/   model.safetensors | model.onnx, manifest.json, quality.json
+    bases/<key>        what a base takes and gives (`service.bases.description`)
     locks/<key>        held (flock) while the artifact is being made; the kernel frees it when a builder dies
-    tmp/<key>.*/       half-written artifacts of live or dead builders
+    tmp/<key>.*        half-written artifacts and documents of live or dead builders
     scratch/<key>/     training checkpoints, so that an interrupted pass resumes
-    races/<hash>       latencies of a set of artifacts, measured side by side
+    races/<set>.<machine>   latencies of a set of artifacts, measured side by side on one machine
 
 An artifact is written in `tmp`, its manifest (with the sha256 of every file) last, flushed to disk and renamed into
-place in one step: it exists whole or not at all. Weights are safetensors or ONNX, never a pickle.
+place in one step: it exists whole or not at all. Weights are safetensors or ONNX, never a pickle. Every document is
+sealed with the key of what it speaks of, so that what was damaged, or copied here from elsewhere, is not believed.
+
+A cache that cannot be written is only read. Its artifacts are as good as any; how fast they are may have been measured
+on another machine.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel
 
 from service.compression.manifest import Manifest, Measurement, Quality, Recipe, SideBySide
 from service.contracts import Model, TorchModel
-from service.errors import ArtifactCorrupt, StartupError
+from service.disk import may_write, sha256_of
+from service.errors import ArtifactCorrupt, PassFailed, StartupError
 from service.machine import cpu_name
+from service.sealed import Document, seal, unseal
 
 TORCH_FILE = "model.safetensors"
 ONNX_FILE = "model.onnx"
-
-Document = TypeVar("Document", bound=BaseModel)
-
-
-class _Sealed(BaseModel):
-    """A JSON document with its own checksum, so that a flipped byte in a number cannot pass as a number."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    sha256: str
-    document: str
+FOLDERS = ("artifacts", "bases", "locks", "tmp", "scratch", "races")
 
 
 class ArtifactStore:
@@ -52,12 +47,17 @@ class ArtifactStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
+        folders = [self.root / name for name in FOLDERS]
+        self.writable = all(map(may_write, folders))
+        """Whether anything can be added; if not, nothing is ever made, locked or removed."""
+        if self.root.is_dir() and not self.writable:
+            return
         try:
-            for name in ("artifacts", "locks", "tmp", "scratch", "races"):
-                (self.root / name).mkdir(parents=True, exist_ok=True)
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StartupError(
-                f"cache folder {self.root}: cannot be created ({error}); set 'cache' or LEANSERVE_CACHE"
+                f"cache folder {self.root}: cannot be created ({error.strerror}); set 'cache' or LEANSERVE_CACHE"
             ) from error
 
     def folder(self, key: str) -> Path:
@@ -67,19 +67,20 @@ class ArtifactStore:
     def scratch(self, key: str) -> Path:
         """The folder that survives an interrupted build of this artifact."""
         path = self.root / "scratch" / key
-        path.mkdir(exist_ok=True)
+        with self._writing():
+            path.mkdir(exist_ok=True)
         return path
 
     def recipe(self, key: str) -> Recipe | None:
         """The verified recipe of an artifact; `None` if there is no such artifact.
 
         Raises:
-            ArtifactCorrupt: a file is missing or does not match its checksum.
+            ArtifactCorrupt: a file is missing, does not match its checksum, or belongs to another artifact.
         """
         folder = self.folder(key)
-        if not folder.exists():
+        if not os.path.lexists(folder):
             return None
-        recipe = _unseal(folder / "manifest.json", Recipe)
+        recipe = unseal(folder / "manifest.json", key, Recipe)
         for name, expected in recipe.files.items():
             actual = _sha256(folder / name)
             if actual != expected:
@@ -87,41 +88,49 @@ class ArtifactStore:
         return recipe
 
     def measurement(self, key: str) -> Measurement | None:
-        """Answers and size as measured last; `None` if never measured (or unreadable: then it is measured again)."""
-        path = self.folder(key) / "quality.json"
-        try:
-            return _unseal(path, Measurement) if path.exists() else None
-        except ArtifactCorrupt:
-            return None
+        """Answers and size as measured last; `None` if never measured.
+
+        Raises:
+            ArtifactCorrupt: the document is damaged, or belongs to another artifact.
+        """
+        return _found(self.folder(key) / "quality.json", key, Measurement)
 
     def manifest(self, key: str, race: SideBySide) -> Manifest | None:
-        """Recipe, answers and speed together; `None` unless all are there and of the same machine."""
+        """Recipe, answers and speed together; `None` unless all are there and, if that can be mended, of one machine.
+
+        Raises:
+            ArtifactCorrupt: something is damaged.
+        """
         recipe, measured, latency = self.recipe(key), self.measurement(key), race.latency_ms.get(key)
         if recipe is None or measured is None or latency is None:
             return None
-        if (measured.cpu, measured.threads) != (race.cpu, race.threads):
+        if self.writable and (measured.cpu, measured.threads) != (race.cpu, race.threads):
             return None
         throughput = max(rows / ms * 1000 for rows, ms in latency.items())
         quality = Quality(**measured.fidelity.model_dump(), latency_ms=latency, throughput=throughput)
         return Manifest(**recipe.model_dump(), quality=quality, cpu=race.cpu, threads=race.threads)
 
     def side_by_side(self, keys: Sequence[str], threads: int) -> SideBySide | None:
-        """The latencies of exactly these artifacts, if they were measured together on this machine."""
-        path = self._race(keys, threads)
-        try:
-            return _unseal(path, SideBySide) if path.exists() else None
-        except ArtifactCorrupt:
-            return None
+        """The latencies of exactly these artifacts, if they were measured together on this machine.
+
+        Raises:
+            ArtifactCorrupt: the document is damaged, or belongs to other artifacts or another machine.
+        """
+        path = self._race(keys, cpu_name(), threads)
+        return _found(path, path.name, SideBySide)
+
+    def side_by_side_elsewhere(self, keys: Sequence[str]) -> list[SideBySide]:
+        """The same as measured on any machines, as far as it is intact."""
+        found = []
+        for path in sorted((self.root / "races").glob(f"{_digest(sorted(keys))}.*")):
+            with suppress(ArtifactCorrupt):
+                found.append(unseal(path, path.name, SideBySide))
+        return found
 
     def keep_side_by_side(self, keys: Sequence[str], race: SideBySide) -> None:
-        """Store latencies that were measured together."""
-        temporary = self.root / "tmp" / f"race.{os.getpid()}"
-        _seal(temporary, race)
-        temporary.rename(self._race(keys, race.threads))
-
-    def _race(self, keys: Sequence[str], threads: int) -> Path:
-        together = "\n".join([*sorted(keys), cpu_name(), str(threads)])
-        return self.root / "races" / hashlib.sha256(together.encode()).hexdigest()
+        """Store latencies that were measured together; call it under the lock `race`."""
+        path = self._race(keys, race.cpu, race.threads)
+        self._keep(path, path.name, race, "race")
 
     def chain(self, key: str) -> tuple[Recipe, ...]:
         """The verified recipes from the base up to `key`.
@@ -137,42 +146,112 @@ class ArtifactStore:
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:
         """Hold the right to make this artifact; waits for another builder, which may be another process."""
-        with (self.root / "locks" / key).open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with self._writing():
+            descriptor = self._open_lock(key)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(descriptor)
 
     @contextmanager
     def workspace(self, key: str) -> Iterator[Path]:
         """A temporary folder for the artifact's files; call under `lock`. Leftovers of killed builders are removed."""
         for stale in (self.root / "tmp").glob(f"{key}.*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=self.root / "tmp"))
+            _remove(stale)
+        folder = self._temporary(key)
         try:
-            yield folder
+            with self._writing():
+                folder.mkdir()
+                yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
 
     def publish(self, folder: Path, recipe: Recipe) -> None:
-        """Seal the files in `folder` with the manifest and move them into place atomically."""
-        for name in recipe.files:
-            _flush(folder / name)
-        _seal(folder / "manifest.json", recipe)
-        _flush(folder)
-        folder.rename(self.folder(recipe.key))
-        _flush(self.root / "artifacts")
-        shutil.rmtree(self.root / "scratch" / recipe.key, ignore_errors=True)
+        """Seal the files in `folder` with the manifest and move them into place atomically.
+
+        Raises:
+            PassFailed: the recipe holds a number that JSON does not have.
+        """
+        with self._writing():
+            for name in recipe.files:
+                _flush(folder / name)
+            _seal(folder / "manifest.json", recipe.key, recipe)
+            _flush(folder)
+            folder.rename(self.folder(recipe.key))
+            _flush(self.root / "artifacts")
+            _remove(self.root / "scratch" / recipe.key)
 
     def attach(self, key: str, measurement: Measurement) -> None:
-        """Store (or replace) the measurement of a published artifact."""
-        temporary = self.root / "tmp" / f"{key}.{os.getpid()}.quality"
-        _seal(temporary, measurement)
-        temporary.rename(self.folder(key) / "quality.json")
+        """Store (or replace) the measurement of a published artifact; call it under the artifact's lock.
+
+        Raises:
+            PassFailed: it holds a number that JSON does not have.
+        """
+        self._keep(self.folder(key) / "quality.json", key, measurement, key)
 
     def discard(self, key: str) -> None:
         """Remove a damaged artifact; it is renamed first, so that nobody sees it half-removed."""
-        grave = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=self.root / "tmp"))
-        self.folder(key).rename(grave / "discarded")
-        shutil.rmtree(grave, ignore_errors=True)
+        with self._writing():
+            self._bury(self.folder(key), key)
+
+    def sweep(self) -> None:
+        """Remove what dead builders left behind: temporary files whose lock is free, checkpoints of finished passes."""
+        with self._writing():
+            for stale in (self.root / "tmp").iterdir():
+                if self._is_free(stale.name.partition(".")[0]):
+                    _remove(stale)
+            for stale in (self.root / "scratch").iterdir():
+                if self.folder(stale.name).exists() and self._is_free(stale.name):
+                    _remove(stale)
+
+    def _race(self, keys: Sequence[str], cpu: str, threads: int) -> Path:
+        return self.root / "races" / f"{_digest(sorted(keys))}.{_digest([cpu, str(threads)])}"
+
+    def _keep(self, path: Path, key: str, document: BaseModel, lock: str) -> None:
+        """Put a document in its place in one step, whatever stands there."""
+        half = self._temporary(lock)
+        with self._writing():
+            try:
+                _seal(half, key, document)
+                if path.is_dir():
+                    self._bury(path, lock)
+                half.replace(path)
+            finally:
+                half.unlink(missing_ok=True)
+
+    def _temporary(self, lock: str) -> Path:
+        """A name that nobody else uses, for whoever holds this lock."""
+        return self.root / "tmp" / f"{lock}.{secrets.token_hex(8)}"
+
+    def _bury(self, path: Path, lock: str) -> None:
+        grave = self._temporary(lock)
+        path.rename(grave)
+        _remove(grave)
+
+    def _open_lock(self, key: str) -> int:
+        return os.open(self.root / "locks" / key, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+
+    def _is_free(self, key: str) -> bool:
+        descriptor = self._open_lock(key)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        else:
+            return True
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What the disk refuses ends the command with one line."""
+        try:
+            yield
+        except OSError as error:
+            raise StartupError(
+                f"cache folder {self.root}: cannot be written ({error}); make room, or set 'cache' or LEANSERVE_CACHE"
+            ) from error
 
 
 def write_model(model: Model, folder: Path) -> None:
@@ -192,30 +271,33 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
-        raise ArtifactCorrupt(f"{path}: cannot be read ({error})") from error
+        raise ArtifactCorrupt(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _seal(path: Path, document: BaseModel) -> None:
-    text = document.model_dump_json()
-    sealed = _Sealed(sha256=hashlib.sha256(text.encode()).hexdigest(), document=text)
-    path.write_text(sealed.model_dump_json(), encoding="utf-8")
-    _flush(path)
+def _found(path: Path, key: str, kind: type[Document]) -> Document | None:
+    return unseal(path, key, kind) if os.path.lexists(path) else None
 
 
-def _unseal(path: Path, kind: type[Document]) -> Document:
+def _seal(path: Path, key: str, document: BaseModel) -> None:
     try:
-        sealed = _Sealed.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError, UnicodeDecodeError) as error:
-        raise ArtifactCorrupt(f"{path}: cannot be read ({type(error).__name__})") from error
-    if hashlib.sha256(sealed.document.encode()).hexdigest() != sealed.sha256:
-        raise ArtifactCorrupt(f"{path}: does not match its checksum")
-    try:
-        return kind.model_validate(json.loads(sealed.document))
-    except ValidationError as error:
-        raise ArtifactCorrupt(f"{path}: was written by another version of leanserve") from error
+        seal(path, key, document)
+    except ValueError as error:
+        raise PassFailed(f"what was found out about it cannot be stored: {error}") from error
+
+
+def _digest(words: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or a file, as far as possible; neither is where others look for it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -7,11 +7,13 @@ done. Building itself runs in a child process of the server (`leanserve build`).
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from service.compression.artifacts import ONNX_FILE, ArtifactStore, checksums, write_model
 from service.compression.load import load_model
-from service.compression.manifest import Manifest, Recipe, SideBySide, VariantReport
+from service.compression.manifest import Manifest, Measurement, Recipe, SideBySide, VariantReport
 from service.compression.model_size import model_size
 from service.compression.passes.base import Applied, Pass
 from service.compression.progress import BuildProgress
@@ -21,6 +23,8 @@ from service.config import ServiceConfig, VariantConfig
 from service.contracts import Base, BuildContext, Model, OnnxModel, TorchModel
 from service.errors import ArtifactCorrupt, GateFailed, PassFailed, StartupError
 from service.machine import cpu_name, isa_flags
+
+Measured = TypeVar("Measured", Measurement, SideBySide)
 
 
 @dataclass(frozen=True)
@@ -54,19 +58,42 @@ def plan(config: ServiceConfig, base: Base) -> Plan:
 
 
 def speeds(store: ArtifactStore, work: Plan, threads: int) -> SideBySide | None:
-    """What was measured side by side on this machine, with lanes too if there are threads for several."""
-    race = store.side_by_side(work.keys, threads)
-    complete = race is not None and (threads == 1 or set(work.served) <= race.lane_rates.keys())
-    return race if complete else None
+    """What was measured side by side on this machine, with lanes too if there are threads for several.
+
+    Where that is missing from a cache that cannot be written: what was measured on another machine, if possible with as
+    many threads.
+
+    Raises:
+        ArtifactCorrupt: the measurement of this machine is damaged.
+    """
+    here = store.side_by_side(work.keys, threads)
+    if here is not None and _with_lanes(here, work):
+        return here
+    elsewhere = [] if store.writable else store.side_by_side_elsewhere(work.keys)
+    complete = [race for race in elsewhere if _with_lanes(race, work)]
+    return min(complete, key=lambda race: (race.threads != threads, race.cpu), default=None)
 
 
-def finished(store: ArtifactStore, work: Plan, threads: int) -> bool:
-    """Whether every artifact is there, intact, and measured on this machine with this number of threads."""
-    race = speeds(store, work, threads)
+def shortfall(store: ArtifactStore, work: Plan, threads: int) -> str | None:
+    """What has to be built or measured before anything can be served, in words; `None`: nothing."""
     try:
-        return race is not None and all(store.manifest(key, race) for key in work.keys)
-    except ArtifactCorrupt:
-        return False
+        race = speeds(store, work, threads)
+        for variant, steps in work.chains:
+            for step in steps:
+                if race is None or store.manifest(step.key, race) is None:
+                    missing = "not built" if store.recipe(step.key) is None else "not measured on this machine"
+                    return f"{_label(variant, step)} is {missing}"
+    except ArtifactCorrupt as error:
+        return str(error)
+    return None
+
+
+def machines(store: ArtifactStore, work: Plan, threads: int) -> list[str]:
+    """Where the reported numbers were measured, if not here: a processor and its threads each."""
+    race = speeds(store, work, threads)
+    measured = [race, *(store.measurement(key) for key in work.keys)]
+    found = {(item.cpu, item.threads) for item in measured if item is not None} - {(cpu_name(), threads)}
+    return [f"{cpu} with {count} thread{'s' if count > 1 else ''}" for cpu, count in sorted(found)]
 
 
 def reports(store: ArtifactStore, config: ServiceConfig, work: Plan, threads: int) -> list[VariantReport]:
@@ -85,6 +112,10 @@ def reports(store: ArtifactStore, config: ServiceConfig, work: Plan, threads: in
             raise ArtifactCorrupt(f"variant '{variant.name}' is not built; run `leanserve build`")
         found.append(_report(config, variant, chain))
     return found
+
+
+def _with_lanes(race: SideBySide, work: Plan) -> bool:
+    return race.threads == 1 or set(work.served) <= race.lane_rates.keys()
 
 
 def _report(config: ServiceConfig, variant: VariantConfig, chain: tuple[Manifest, ...]) -> VariantReport:
@@ -116,6 +147,7 @@ class Builder:
             PassFailed: with the variant, the pass and its position.
         """
         _set_threads(self._threads)
+        self._store.sweep()
         done: set[str] = set()
         for variant, steps in work.chains:
             model: Model | None = None
@@ -134,30 +166,38 @@ class Builder:
     def _compare(self, work: Plan) -> None:
         """Time all artifacts side by side, unless that was done; two builders never time at once."""
         with self._store.lock("race"), self._progress.artifact("all, side by side"):
-            if speeds(self._store, work, self._threads) is None:
+            if self._intact(lambda: speeds(self._store, work, self._threads)) is None:
                 measured = race(self._store, self._base, work.keys, work.served, self._threads)
                 self._store.keep_side_by_side(work.keys, measured)
 
     def _advance(self, step: Step, model: Model | None, label: str) -> Model | None:
         """Make sure that one artifact exists and is measured; returns its model if it had to be made."""
         with self._store.lock(step.key), self._progress.artifact(label):
-            recipe = self._intact(step.key)
+            recipe = self._recipe_of(step.key)
             made: Model | None = None
             if recipe is None:
                 made = self._make(step, model)
-                recipe = self._intact(step.key)
+                recipe = self._recipe_of(step.key)
                 assert recipe is not None
-            measured = self._store.measurement(step.key)
+            measured = self._intact(lambda: self._store.measurement(step.key))
             if measured is None or (measured.cpu, measured.threads) != (cpu_name(), self._threads):
                 self._measure(recipe)
         return made
 
-    def _intact(self, key: str) -> Recipe | None:
+    def _recipe_of(self, key: str) -> Recipe | None:
         try:
             return self._store.recipe(key)
         except ArtifactCorrupt as error:
             self._progress.say(f"damaged artifact is rebuilt: {error}")
             self._store.discard(key)
+            return None
+
+    def _intact(self, read: Callable[[], Measured | None]) -> Measured | None:
+        """What was measured; `None`, with a message, if that is damaged."""
+        try:
+            return read()
+        except ArtifactCorrupt as error:
+            self._progress.say(f"damaged measurement is taken again: {error}")
             return None
 
     def _make(self, step: Step, model: Model | None) -> Model:

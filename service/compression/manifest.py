@@ -78,7 +78,7 @@ class Recipe(BaseModel):
 
 
 class Measurement(BaseModel):
-    """Answers of an artifact and the machine on which they were computed; repeated on another machine."""
+    """Answers of an artifact and the machine on which they were computed; repeated on another machine if possible."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -111,10 +111,14 @@ class SideBySide(BaseModel):
         gains = [self.lane_rates[key][self.threads] / self.lane_rates[key][1] for key in keys if self.threads > 1]
         return statistics.geometric_mean(gains) if gains else 1.0
 
-    def best_lanes(self, keys: Sequence[str], *, self_contained: bool) -> int:
-        """A lane per thread if that pays for these artifacts, else one lane; `self_contained` is what backends are."""
-        enough = PAIR_GAIN if self_contained and self.threads == 2 else LANE_GAIN
-        return self.threads if self.lane_gain(keys) >= enough else 1
+    def best_lanes(self, keys: Sequence[str], threads: int, *, self_contained: bool) -> int:
+        """A lane for each of so many threads if that pays for these artifacts, else one lane.
+
+        `self_contained` is what all their backends are. `threads` differs from the measured number only where another
+        machine measured.
+        """
+        enough = PAIR_GAIN if self_contained and threads == 2 else LANE_GAIN
+        return threads if self.lane_gain(keys) >= enough else 1
 
 
 class Manifest(Recipe):

@@ -178,7 +178,8 @@ def _log_softmax(logits: Array) -> Array:
     """Logarithms of the probabilities, none below that of the smallest float: a class ruled out by -inf has one too."""
     finite = np.nan_to_num(logits, nan=UNLIKE, posinf=UNLIKE, neginf=-UNLIKE)
     shifted = finite - finite.max(axis=1, keepdims=True)
-    return np.maximum(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), SMALLEST_LOG)
+    logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return np.asarray(np.maximum(logs, SMALLEST_LOG))
 
 
 def _disk_bytes(store: ArtifactStore, recipe: Recipe) -> int:

@@ -20,7 +20,7 @@ from service.config import ServiceConfig, VariantConfig
 from service.contracts import Base, Json
 from service.machine import isa_flags
 
-FORMAT = 1
+FORMAT = 2
 """Raise when the layout of artifacts changes."""
 
 

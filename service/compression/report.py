@@ -25,20 +25,23 @@ if TYPE_CHECKING:
 STYLES = {"serving": "", "excluded": "red", "reference": "dim"}
 
 
-def print_table(reports: Sequence[VariantReport], console: Console, caveats: Sequence[str] = ()) -> None:
+def print_table(
+    reports: Sequence[VariantReport], console: Console, caveats: Sequence[str] = (), elsewhere: str = ""
+) -> None:
     """Print the verdict, tables of answers and of cost, and every variant's gains pass by pass.
 
-    Nothing is cut off at any width: where the console is narrow, names wrap.
+    Nothing is cut off at any width: where the console is narrow, names wrap. `elsewhere` tells that the numbers were
+    measured on another machine; it is printed, and what depends on the machine is marked.
 
     Raises:
         ValueError: there is no variant to report.
     """
-    summary = summarise(reports, caveats)
+    summary = summarise(reports, caveats, elsewhere)
     console.print(_verdict(summary))
     console.print(_variants_table(summary))
     console.print(_numbers_table("Answers", answers(summary.measured), summary))
-    console.print(_numbers_table("Cost: speed", speed(summary.batches), summary))
-    console.print(_numbers_table("Cost: size and building", FOOTPRINT, summary))
+    console.print(_numbers_table(f"Cost: speed{summary.mark}", speed(summary.batches), summary))
+    console.print(_numbers_table(f"Cost: size and building{summary.mark}", FOOTPRINT, summary))
     for variant in summary.variants:
         if variant.passes:
             console.print(_waterfall_table(variant, summary))
@@ -46,10 +49,12 @@ def print_table(reports: Sequence[VariantReport], console: Console, caveats: Seq
         console.print(Text(line, style="dim"))
 
 
-def write_html(reports: Sequence[VariantReport], path: Path, title: str, caveats: Sequence[str] = ()) -> None:
+def write_html(
+    reports: Sequence[VariantReport], path: Path, title: str, caveats: Sequence[str] = (), elsewhere: str = ""
+) -> None:
     """Write the report as one HTML file that needs nothing else: styles and plots are inside.
 
-    The same reports give the same bytes. Missing parent folders are made.
+    The same reports give the same bytes. Missing parent folders are made. `elsewhere` as for `print_table`.
 
     Raises:
         ValueError: there is no variant to report.
@@ -57,7 +62,7 @@ def write_html(reports: Sequence[VariantReport], path: Path, title: str, caveats
     """
     from service.compression.report_page.page import render
 
-    text = render(summarise(reports, caveats), title)
+    text = render(summarise(reports, caveats, elsewhere), title)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
@@ -69,7 +74,7 @@ def _verdict(summary: Summary) -> Text:
         text.append(words.name, style="bold green").append(" ")
     text.append(words.claim, style="bold")
     text.append(f"\n{words.rule}", style="dim")
-    for doubt in filter(None, (words.caveat, words.caution)):
+    for doubt in filter(None, (summary.elsewhere, words.caveat, words.caution)):
         text.append(f"\n{doubt}", style="yellow")
     return text
 
@@ -93,7 +98,7 @@ def _numbers_table(title: str, columns: Sequence[Column], summary: Summary) -> T
 
 def _waterfall_table(variant: Variant, summary: Summary) -> Table:
     columns = waterfall(summary.measured, summary.batches)
-    table = _table(f"{variant.name}, pass by pass", ("after",), columns)
+    table = _table(f"{variant.name}, pass by pass{summary.mark}", ("after",), columns)
     for step in variant.steps:
         table.add_row(Text(step.measured.label), *_cells(columns, step.measured))
     return table

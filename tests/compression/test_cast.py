@@ -143,15 +143,19 @@ def test_overflow_and_unknown_layers_are_errors(tmp_path: Path) -> None:
         Cast.model_validate({"dtype": "float8"})
 
 
-class Ruled(nn.Sequential):
+class Ruled(nn.Module):
     """Rules out its last class: a logit of -inf."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = lively(TinyNet(), seed=3)
+
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return nn.functional.pad(super().forward(image), (0, 1), value=-torch.inf)
+        return nn.functional.pad(self.inner(image), (0, 1), value=-torch.inf)
 
 
 def test_what_is_infinite_in_float32_too_is_no_overflow(tmp_path: Path) -> None:
-    model = TorchModel(Ruled(lively(TinyNet(), seed=3)), IMAGES)
+    model = TorchModel(Ruled().eval(), IMAGES)
     applied = Cast(dtype="bf16").apply(model, context_of(tiny_base(), tmp_path))
     assert isinstance(applied.model, TorchModel)
     assert applied.model.module(torch.from_numpy(tiny_base().inputs[0])).isneginf().any(1).all()

@@ -170,5 +170,7 @@ class Ruled(nn.Module):
 def test_classes_that_the_teacher_rules_out_do_not_disturb(tmp_path: Path, measure: str) -> None:
     base, spec = tiny_base(), replace(IMAGES, labels=("none", *IMAGES.labels))
     ruled = TinyBase(Ruled(base.teacher), base.inputs, base.labels, spec)
-    applied = quick(loss=measure, epochs=4).apply(TorchModel(Ruled(student().module), spec), context_of(ruled, tmp_path))
+    applied = quick(loss=measure, epochs=4).apply(
+        TorchModel(Ruled(student().module), spec), context_of(ruled, tmp_path)
+    )
     assert 0 < applied.facts["last_loss"] < applied.facts["first_loss"]

@@ -103,7 +103,7 @@ def measured(rates: dict[str, float], threads: int = 2) -> SideBySide:
     [({"a": 1.3}, 2), ({"a": LANE_GAIN - 0.01}, 1), ({"a": 2.0, "b": 0.7}, 2), ({"a": 2.0, "b": 0.6}, 1)],
 )
 def test_narrow_lanes_must_pay_on_the_geometric_mean(rates: dict[str, float], lanes: int) -> None:
-    assert measured(rates).best_lanes(list(rates), self_contained=False) == lanes
+    assert measured(rates).best_lanes(list(rates), 2, self_contained=False) == lanes
 
 
 @pytest.mark.parametrize(
@@ -112,16 +112,16 @@ def test_narrow_lanes_must_pay_on_the_geometric_mean(rates: dict[str, float], la
 def test_less_is_enough_for_two_lanes_where_a_lone_batch_has_both_threads(
     threads: int, gain: float, lanes: int
 ) -> None:
-    assert measured({"a": gain}, threads).best_lanes(["a"], self_contained=True) == lanes
+    assert measured({"a": gain}, threads).best_lanes(["a"], threads, self_contained=True) == lanes
 
 
 def test_only_the_variants_that_serve_have_a_say() -> None:
-    assert measured({"a": 1.0, "excluded": 9.0}).best_lanes(["a"], self_contained=False) == 1
+    assert measured({"a": 1.0, "excluded": 9.0}).best_lanes(["a"], 2, self_contained=False) == 1
 
 
 def test_one_thread_is_one_lane_unmeasured() -> None:
     alone = SideBySide(cpu="x", threads=1, latency_ms={}, lane_rates={})
-    assert (alone.lane_gain(["a"]), alone.best_lanes(["a"], self_contained=True)) == (1.0, 1)
+    assert (alone.lane_gain(["a"]), alone.best_lanes(["a"], 1, self_contained=True)) == (1.0, 1)
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,8 @@ class Masked(nn.Module):
         self.inner = inner
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        return self.inner(values).masked_fill(torch.tensor([True, False, False, False]), -torch.inf)
+        masked: torch.Tensor = self.inner(values).masked_fill(torch.tensor([True, False, False, False]), -torch.inf)
+        return masked
 
 
 def test_masked_logits_are_exported(tmp_path: Path) -> None:

@@ -39,4 +39,6 @@ class TiedLanguage(nn.Module):
 def tied_base(rows: int = 24, length: int = 12) -> TinyBase:
     random = np.random.default_rng(0)
     ids = random.integers(0, VOCABULARY, (rows, length))
-    return TinyBase(lively(TiedLanguage(), seed=1), (ids, np.ones_like(ids)), random.integers(0, VOCABULARY, rows), LANGUAGE)
+    return TinyBase(
+        lively(TiedLanguage(), seed=1), (ids, np.ones_like(ids)), random.integers(0, VOCABULARY, rows), LANGUAGE
+    )

@@ -56,8 +56,8 @@ def _tables(summary: Summary) -> tuple[tuple[str, tuple[Column, ...]], ...]:
     """Caption and columns of each table of numbers."""
     return (
         ("Does it still answer right?", answers(summary.measured)),
-        ("How fast is it?", speed(summary.batches)),
-        ("What else does it take?", FOOTPRINT),
+        (f"How fast is it?{summary.mark}", speed(summary.batches)),
+        (f"What else does it take?{summary.mark}", FOOTPRINT),
     )
 
 

@@ -118,6 +118,13 @@ class Summary:
     yardstick: Yardstick
     caveats: tuple[str, ...] = ()
     """What is true of every number in it: the base is `untrained`, its rows are `synthetic data`."""
+    elsewhere: str = ""
+    """In a sentence, that the numbers were measured on another machine; empty: they were measured on this one."""
+
+    @property
+    def mark(self) -> str:
+        """What stands behind the title of every table whose numbers depend on the machine."""
+        return " (measured on another machine)" if self.elsewhere else ""
 
     @cached_property
     def manifests(self) -> tuple[Manifest, ...]:
@@ -148,7 +155,7 @@ class Summary:
         return best if best is not None and best.passes and best.measured.gain > 1 else None
 
 
-def summarise(reports: Sequence[VariantReport], caveats: Sequence[str] = ()) -> Summary:
+def summarise(reports: Sequence[VariantReport], caveats: Sequence[str] = (), elsewhere: str = "") -> Summary:
     """Compute what the report shows. A reference row of the bare base is put first unless a variant is just that.
 
     Raises:
@@ -161,7 +168,7 @@ def summarise(reports: Sequence[VariantReport], caveats: Sequence[str] = ()) -> 
         reference = variants[0].steps[0]
         name = f"base ({reference.manifest.base})"
         variants.insert(0, Variant(0, name, "reference", None, reference.measured, (reference,)))
-    return Summary(reports[0].chain[0].base, tuple(variants), _yardstick(reports), tuple(caveats))
+    return Summary(reports[0].chain[0].base, tuple(variants), _yardstick(reports), tuple(caveats), elsewhere)
 
 
 def _variant(number: int, report: VariantReport) -> Variant:

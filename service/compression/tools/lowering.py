@@ -38,7 +38,7 @@ CHECKS = ((1, 16), (3, 11))
 """Rows and length (of dynamic axes) at which the file is compared with the module."""
 
 TOLERANCE = 1e-3
-"""Largest accepted difference, relative to the largest finite output: float32 adds in another order, many layers deep."""
+"""Largest accepted difference, relative to the largest finite output: float32 sums in another order, many layers."""
 
 TALKATIVE = ("onnx_ir", "onnxscript", "torch.onnx._internal.exporter._registration")
 """Loggers that tell every rewriting step, and that torchvision is missing."""

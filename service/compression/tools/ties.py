@@ -91,7 +91,7 @@ def _part(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    alike = (one == other.to(one.dtype)) | ((one != one) & (other != other))  # NaN is like NaN
+    alike = (one == other.to(one.dtype)) | (one.isnan() & other.isnan())
     return bool(alike.all())
 
 
