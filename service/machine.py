@@ -1,4 +1,4 @@
-"""What this machine can do: CPU instruction sets, and the number of threads that may really be used.
+"""What this machine can do: CPU instruction sets, the number of threads that may really be used, installed libraries.
 
 Containers limit CPUs by cgroup quota and by affinity; `os.cpu_count` knows neither, and a pool of too many threads is
 slower than one of the right size.
@@ -10,6 +10,7 @@ import math
 import os
 import platform
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 INTERESTING_FLAGS = frozenset(
@@ -41,6 +42,17 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
+
+
+@cache
+def library_version(name: str) -> str | None:
+    """The installed version of a distribution, or of its build for GPUs (`onnxruntime-gpu`); `None` without either."""
+    for distribution in (name, f"{name}-gpu"):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def thread_budget(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

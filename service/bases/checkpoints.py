@@ -7,11 +7,11 @@ execute whatever its author wrote. Wrappers that training scripts put around a s
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from service.disk import sha256_of
 from service.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ def file_digest(path: Path) -> str:
         ConfigError: it cannot be read.
     """
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 

@@ -12,6 +12,7 @@ from service.api.codecs.answers import Answers
 from service.api.codecs.arrays import ArrayCodec
 from service.api.codecs.image import ImageCodec
 from service.api.codecs.text import TextCodec
+from service.bases.checkpoints import file_digest
 from service.bases.data_declaration import AnyData
 from service.bases.datasets.opening import open_rows
 from service.bases.declaration import (
@@ -42,7 +43,7 @@ class Source(Protocol):
     """One way of bringing a model."""
 
     def fingerprint(self) -> str:
-        """sha256 over everything that decides the model's answers. Imports nothing heavy."""
+        """sha256 over everything that decides the model's answers. Imports nothing heavy if files tell all of it."""
 
     def describe(self) -> Description:
         """What the model takes and gives. May import anything and run the model.
@@ -74,6 +75,10 @@ class Origin(Section):
     """To which the paths in both are relative: that of the config file."""
     cache: Path | None = None
     """Where descriptions are remembered; `None`: nowhere."""
+    fingerprint: str | None = None
+    """Of the model, where it is known; a python base is not made again to find it out."""
+    digest: str | None = None
+    """Of the base, where it was opened before; it must be the same again."""
 
     @classmethod
     def shipped(cls, name: str) -> Self:
@@ -90,30 +95,48 @@ def open_base(origin: Origin) -> LoadedBase:
     """The base that the config declares.
 
     Raises:
-        ConfigError: it cannot be opened; the text names the key.
+        ConfigError: it cannot be opened; the text names the key. Or it is not the one that was opened before.
     """
     source = open_source(origin.base, origin.folder)
+    if isinstance(source, PythonSource):
+        source = replace(source, known=origin.fingerprint)
     fingerprint = source.fingerprint()
-    where = f"{fingerprint} {origin.folder.resolve()} {origin.base.model_dump_json()}"  # descriptions hold paths
-    description_key = hashlib.sha256(where.encode()).hexdigest()
-    description = remembered(origin.cache, description_key, source.describe)
+    description = remembered(origin.cache, _description_key(origin, fingerprint), source.describe)
     spec = description.spec()
     codec = codec_of(description, spec)
     rows, score = _rows_and_score(origin, source, description, codec)
     # The tokenizer and the formats decide answers through the rows alone, whose digest knows them by content.
     told = description.model_dump_json(exclude={"name": True, "text": {"tokenizer"}, "image": {"formats"}})
-    ingredients = f"{fingerprint} {told} {rows.digest}"
+    digest = hashlib.sha256(f"{fingerprint} {told} {rows.digest}".encode()).hexdigest()
+    if origin.digest not in {None, digest}:
+        raise ConfigError("base, data: their files have changed since the build began; start it again")
+
+    def load() -> Model:
+        model = source.model(spec)
+        if source.fingerprint() != fingerprint:
+            raise ConfigError("base: its files have changed since it was opened; start again")
+        return model
+
     return LoadedBase(
         name=description.name,
         spec=_bounded(spec, codec),
         codec=codec,
-        origin=origin.model_dump_json(),
-        digest=hashlib.sha256(ingredients.encode()).hexdigest(),
+        origin=origin.model_copy(update={"fingerprint": fingerprint, "digest": digest}).model_dump_json(),
+        digest=digest,
         caveats=description.caveats + (("synthetic data",) if origin.data and origin.data.kind == "synthetic" else ()),
-        load=lambda: source.model(spec),
+        load=load,
         rows=rows,
         scored_by=score,
     )
+
+
+def _description_key(origin: Origin, fingerprint: str) -> str:
+    """A hash of all that decides what is told of a model: class names may be in a file, and paths are told whole."""
+    total = hashlib.sha256(f"{fingerprint} {origin.folder.resolve()} {origin.base.model_dump_json()}".encode())
+    labels = origin.base.labels if isinstance(origin.base, BroughtBase) else None
+    if isinstance(labels, Path):
+        total.update(file_digest(origin.folder / labels).encode())
+    return total.hexdigest()
 
 
 def _bounded(spec: InputSpec, codec: Codec) -> InputSpec:

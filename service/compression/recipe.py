@@ -1,8 +1,9 @@
 """From a variant to its chain of cache keys, without importing anything heavy.
 
-A key is a sha256 over everything that decides an artifact: parent key, pass and options with defaults filled, source of
-the pass and of the tools it shares with other passes, base (code, weights, data), seed, library versions and, for
-results bound to the hardware, the instruction set. Variants that share their first passes share those keys.
+A key is a sha256 over everything that decides an artifact: parent key, pass and options with defaults filled, content
+of files that options name, source of the pass and of the tools it shares with others, base (code, weights, data), seed,
+library versions and, for results bound to the hardware, the instruction set. Variants that share their first passes
+share those keys.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import inspect
 import json
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
+from service.bases.checkpoints import file_digest
 from service.compression.passes.base import Pass
 from service.config import ServiceConfig, VariantConfig
 from service.contracts import Base, Json
-from service.machine import isa_flags
+from service.machine import isa_flags, library_version
 
 FORMAT = 2
 """Raise when the layout of artifacts changes."""
@@ -45,7 +46,7 @@ def steps_of(config: ServiceConfig, base: Base, variant: VariantConfig) -> tuple
 
 def versions_of(libraries: tuple[str, ...]) -> dict[str, str]:
     """Installed versions of distributions; one that is missing counts as `absent`."""
-    return {name: _version(name) for name in libraries}
+    return {name: library_version(name) or "absent" for name in libraries}
 
 
 def _ingredients(pass_: Pass, parent: str, seed: int) -> Json:
@@ -53,11 +54,18 @@ def _ingredients(pass_: Pass, parent: str, seed: int) -> Json:
         "format": FORMAT,
         "parent": parent,
         "options": pass_.model_dump(mode="json"),
+        "contents": _contents(pass_),
         "source": _source_digest(type(pass_)),
         "seed": seed,
         "versions": versions_of(pass_.libraries),
         "isa": sorted(isa_flags()) if pass_.isa_bound else None,
     }
+
+
+def _contents(pass_: Pass) -> dict[str, str]:
+    """Digests of files that options name: a path says nothing of what lies there."""
+    options = {name: getattr(pass_, name) for name in type(pass_).model_fields}
+    return {name: file_digest(value) for name, value in options.items() if isinstance(value, Path)}
 
 
 def _digest(ingredients: Json) -> str:
@@ -70,11 +78,3 @@ def _source_digest(pass_: type[Pass]) -> str:
     for tool in sorted(Path(__file__).parent.glob("tools/*.py")):
         digest.update(tool.read_bytes())
     return digest.hexdigest()
-
-
-@cache
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "absent"

@@ -20,6 +20,7 @@ from service.api.codecs.arrays import ArrayCodec
 from service.api.codecs.image import ImageCodec
 from service.bases.loaded import LoadedBase
 from service.bases.opening import Origin, open_base
+from service.bases.sources import onnx_file
 from service.bases.sources.onnx_reading import read_onnx
 from service.compression.passes.quantize.quantize_static import QuantizeStatic
 from service.config import read_config
@@ -286,3 +287,27 @@ def test_the_prepared_file_goes_with_its_base(tmp_path: Path) -> None:
     del base
     gc.collect()
     assert not model.path.parent.exists()
+
+
+def test_a_file_that_was_replaced_meanwhile_is_refused(tmp_path: Path) -> None:
+    base = opened(write(tmp_path / "m.onnx", cnn()))
+    write(tmp_path / "m.onnx", graph("agraph (float[N, 4] x) => (float[N, 4] y) { y = Relu (x) }"))
+    with pytest.raises(ConfigError, match="its files have changed since it was opened"):
+        base.model()
+
+
+def test_another_runtime_is_another_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = opened(write(tmp_path / "m.onnx", cnn())).digest
+    monkeypatch.setattr(onnx_file, "library_version", lambda library: "0.0" if library == "onnxruntime" else "1.0")
+    after = opened(tmp_path / "m.onnx").digest
+    monkeypatch.setattr(onnx_file, "library_version", lambda _: "1.0")
+    assert len({before, after, opened(tmp_path / "m.onnx").digest}) == 3
+
+
+def test_class_names_in_a_file_are_read_when_they_change(tmp_path: Path) -> None:
+    write(tmp_path / "m.onnx", cnn())
+    cache = {"cache": tmp_path / "cache", "data": {"synthetic": 8}, "folder": tmp_path}
+    origin = Origin.model_validate({"base": {"onnx": "m.onnx", "labels": "labels.txt"}, **cache})
+    for names in (("a", "b", "c"), ("a", "b", "d")):
+        (tmp_path / "labels.txt").write_text("\n".join(names))
+        assert open_base(origin).spec.labels == names

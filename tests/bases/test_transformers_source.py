@@ -233,6 +233,8 @@ def test_the_fingerprint_follows_every_file_that_decides_answers(checkpoints: Pa
         found.append(source(encoder).fingerprint())
     write_tokenizer(encoder.parent / "other")
     found.append(source(encoder, text={"tokenizer": "other"}).fingerprint())
+    found += [source(encoder, pooling=pooling).fingerprint() for pooling in ("mean", "cls")]
+    found.append(source(encoder, task="embedding").fingerprint())
     assert len(set(found)) == len(found)
 
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from test_artifacts import measurement
 from tiny_base import TinyBase, tiny_base
 
+from service.bases.opening import Origin, open_base
 from service.compression import artifacts, build
 from service.compression.artifacts import ArtifactStore
+from service.compression.load import load_model
 from service.compression.manifest import Recipe, SideBySide
 from service.compression.progress import BuildProgress
 from service.compression.quality import Answers
 from service.config import ServiceConfig
+from service.contracts import TorchModel
 from service.machine import cpu_name
 
 CONFIG = ServiceConfig.model_validate(
@@ -145,3 +150,52 @@ def test_a_read_only_cache_that_is_damaged_says_where(
     victim.write_bytes(b"half")
     monkeypatch.setattr(artifacts, "may_write", lambda _: False)
     assert f"{victim}: sha256 is" in (build.shortfall(ArtifactStore(tmp_path), work, 1) or "")
+
+
+FACTORIES = """
+from pathlib import Path
+import torch
+from torch import nn
+
+def made(name):
+    linear = nn.Linear(3, 2)
+    linear.load_state_dict(torch.load(Path(__file__).parent / name, weights_only=True))
+    return linear
+
+def one():
+    return made("one.pt")
+
+def other():
+    return made("other.pt")
+"""
+
+
+def test_each_factory_and_each_training_is_answered_by_its_own_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.path", sys.path.copy())
+    (tmp_path / "built_factories.py").write_text(FACTORIES)
+    config = ServiceConfig.model_validate({"base": "digits", "variants": [{"name": "float"}]})
+
+    def answer(factory: str) -> list[float]:
+        """Of what the cache gives for this base, to a row of ones: the sum of a weight's row, and its bias."""
+        declared = {"python": f"built_factories:{factory}", "inputs": {"x": {"shape": [3]}}}
+        origin = {"base": declared, "data": {"synthetic": 8}, "folder": tmp_path, "cache": tmp_path / "cache"}
+        base = open_base(Origin.model_validate(origin))
+        store, work = ArtifactStore(tmp_path / "cache"), build.plan(config, base)
+        build.Builder(store, config, base, 1, BuildProgress(Console(file=io.StringIO()), 1)).build(work)
+        model = load_model(store, base, work.served[0])
+        assert isinstance(model, TorchModel)
+        found: list[float] = model.module(torch.ones(1, 3))[0].tolist()
+        return found
+
+    def train(name: str, weight: float) -> None:
+        torch.save({"weight": torch.full((2, 3), weight), "bias": torch.tensor([0.0, 0.5])}, tmp_path / name)
+
+    train("one.pt", 1.0)
+    train("other.pt", 2.0)
+    assert answer("one") == [3.0, 3.5]
+    assert answer("other") == [6.0, 6.5]
+    train("one.pt", 3.0)
+    assert answer("one") == [9.0, 9.5]
+    assert answer("other") == [6.0, 6.5]

@@ -13,7 +13,6 @@ import tempfile
 import weakref
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,10 +26,12 @@ from service.bases.sources.onnx_reading import files_of, modern, nodes_of, read_
 from service.bases.sources.onnx_trial import Trial, tried
 from service.contracts import InputSpec, OnnxModel
 from service.errors import ConfigError
+from service.machine import library_version
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+LIBRARIES = ("onnx", "onnxruntime")
 SCALED_BY_BATCH = "DynamicQuantize"
 """How operators that find the scale of activations at run time begin."""
 
@@ -43,8 +44,10 @@ class OnnxSource:
     folder: Path
 
     def fingerprint(self) -> str:
-        """sha256 (hex) over the file, those that hold its tensors, and the version of the library that prepares it."""
-        total = hashlib.sha256(f"onnx=={_onnx_version()}\n".encode())
+        """sha256 (hex) over the file, those that hold its tensors, and the versions of what prepares and runs it."""
+        total = hashlib.sha256()
+        for library in LIBRARIES:
+            total.update(f"{library}=={_version(library)}\n".encode())
         for path in files_of(self._path):
             total.update(f"{file_digest(path)}\n".encode())
         return total.hexdigest()
@@ -99,8 +102,8 @@ class OnnxSource:
             raise ConfigError(f"base.onnx: {self._path} cannot be served: {error}") from error
 
 
-def _onnx_version() -> str:
-    try:
-        return metadata.version("onnx")
-    except metadata.PackageNotFoundError as error:
-        raise ConfigError("base.onnx: needs the extra 'cpu' (or 'gpu'): pip install 'leanserve[cpu]'") from error
+def _version(library: str) -> str:
+    found = library_version(library)
+    if found is None:
+        raise ConfigError("base.onnx: needs the extra 'cpu' (or 'gpu'): pip install 'leanserve[cpu]'")
+    return found

@@ -1,31 +1,45 @@
 """`base: {python: package.module:factory}`: a torch module of the user's own.
 
 The factory is found beside the config file or among what is installed; only the person who starts the service can name
-it. The fingerprint follows the factory's file and every module that it imports from the same folder.
+it. It may read anything, so nothing short of calling it tells which model it makes: the fingerprint is made of what the
+module holds, of the user's code that made it, and of the arguments.
+
+A factory that draws its weights from torch, numpy or random without a seed gets the same ones every time. One that has
+them from elsewhere, and makes another model in every process, is refused: none of its measurements would be true.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
+import random
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from service.bases.checkpoints import file_digest, load_weights
 from service.bases.declaration import PythonBase
 from service.bases.description import Description, Tensor
 from service.bases.inputs import declared_inputs, described
+from service.bases.sources.python_imports import Imports, spec_of
 from service.bases.tracing import traced_outputs
-from service.contracts import InputSpec, TorchModel
+from service.contracts import InputSpec, Json, TorchModel
 from service.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from service.bases.modules.held_state import Held
+
+SEED = 0
+SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -34,37 +48,52 @@ class PythonSource:
 
     declared: PythonBase
     folder: Path
+    known: str | None = None
+    """The fingerprint that another process has found; a module that has another one is refused."""
+    _first: list[Held] = field(default_factory=list, init=False, repr=False, compare=False)
+    """What the first module of this process held."""
 
     def fingerprint(self) -> str:
-        total = hashlib.sha256()
-        for path in sorted(own_sources(self._file())):
-            total.update(f"{path.name} {file_digest(path)}\n".encode())
-        total.update(json.dumps(dict(self.declared.arguments), sort_keys=True).encode())
-        if self.declared.weights is not None:
-            total.update(file_digest(self.folder / self.declared.weights).encode())
-        return total.hexdigest()
+        """sha256 (hex) over the factory, its arguments, the user's code behind it, and what the module holds."""
+        if self.known is not None:
+            return self.known
+        if not self._first:
+            self._checked(self._module())
+        return self._fingerprint(self._first[0])
 
     def describe(self) -> Description:
+        from service.bases.modules.held_state import unlike
+
         inputs = declared_inputs(self.declared) or self._declared_beside_factory()
         names = ("logits",) if self.declared.labels else ("embedding",) if self.declared.text else ("output",)
-        outputs = traced_outputs(self._module(), inputs, names)
-        return described(self.declared, self.folder, self._names()[0].rpartition(".")[2], inputs, outputs)
+        outputs = traced_outputs(self._checked(self._module()), inputs, names)
+        drawn = unlike(self._first[0].inside, self._held(self._module(SEED + 1)).inside)
+        description = described(self.declared, self.folder, self._names()[0].rpartition(".")[2], inputs, outputs)
+        caveats = (f"weights drawn at random ({_some(drawn)})",) if drawn else ()
+        return description.model_copy(update={"caveats": caveats})
 
     def model(self, spec: InputSpec) -> TorchModel:
-        return TorchModel(self._module(), spec)
+        """The model.
 
-    def _module(self) -> nn.Module:
+        Raises:
+            ConfigError: it is not the one of the fingerprint.
+        """
+        return TorchModel(self._checked(self._module()), spec)
+
+    def _module(self, seed: int = SEED) -> nn.Module:
         """A fresh module with its weights, in eval mode."""
         import torch
 
         module_name, factory_name = self._names()
-        factory = getattr(self._imported(), factory_name, None)
-        if not callable(factory):
-            raise ConfigError(f"base.python: the module {module_name} has no function {factory_name}")
-        try:
-            module = factory(**self.declared.arguments)
-        except Exception as error:  # whatever the user's code raises
-            raise ConfigError(f"base.python: {self.declared.python} failed: {type(error).__name__}: {error}") from error
+        with _seeded(seed):
+            factory = getattr(self._imported(), factory_name, None)
+            if not callable(factory):
+                raise ConfigError(f"base.python: the module {module_name} has no function {factory_name}")
+            try:
+                module = factory(**self.declared.arguments)
+            except Exception as error:  # whatever the user's code raises
+                reason = f"{type(error).__name__}: {error}"
+                raise ConfigError(f"base.python: {self.declared.python} failed: {reason}") from error
         if not isinstance(module, torch.nn.Module):
             raise ConfigError(
                 f"base.python: {self.declared.python} returned a {type(module).__name__}, no torch module"
@@ -72,6 +101,58 @@ class PythonSource:
         if self.declared.weights is not None:
             load_weights(module, self.folder / self.declared.weights)
         return module.float().eval()
+
+    def _checked(self, module: nn.Module) -> nn.Module:
+        """The same module, if it holds what the first one of this process held, and that one what was known of it."""
+        from service.bases.modules.held_state import unlike
+
+        held = self._held(module)
+        if not self._first:
+            self._first.append(held)
+            if self.known not in {None, self._fingerprint(held)}:
+                raise ConfigError(
+                    f"base.python: {self.declared.python} makes another model in every process, or its files have "
+                    "changed meanwhile; have it make the same one every time (seed every generator of its own)"
+                )
+        if different := unlike(self._first[0].inside, held.inside):
+            raise ConfigError(
+                f"base.python: {self.declared.python} makes another model every time, or its files have changed "
+                f"meanwhile: {_some(different)} differ; seed every generator of its own, and keep out of the module "
+                "what changes by itself"
+            )
+        return module
+
+    def _held(self, module: nn.Module) -> Held:
+        from service.bases.modules.held_state import held_by
+
+        return held_by(module, self._imports.is_own)
+
+    def _fingerprint(self, held: Held) -> str:
+        total = hashlib.sha256(f"{self.declared.python} {held.digest}\n".encode())
+        total.update(json.dumps(dict(self.declared.arguments), sort_keys=True).encode())
+        for name, path in sorted(self._imports.files.items()):
+            total.update(f"{name} {file_digest(path)}\n".encode())
+        for library, version in self._imports.libraries.items():
+            total.update(f"{library}=={version}\n".encode())
+        for digest in self._contents(dict(self.declared.arguments)):
+            total.update(f"{digest}\n".encode())
+        return total.hexdigest()
+
+    def _contents(self, value: Json) -> Iterator[str]:
+        """Digests of the files that arguments name, as seen from the config file or from where the service was started.
+
+        Of folders nothing is taken: they may hold what changes by itself, and what was read from them is held.
+        """
+        if isinstance(value, dict | list):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from self._contents(item)
+        elif isinstance(value, str):
+            yield from (file_digest(place) for place in (self.folder / value, Path(value)) if _is_file(place))
+
+    @cached_property
+    def _imports(self) -> Imports:
+        self._find()
+        return Imports(self._names()[0])
 
     def _declared_beside_factory(self) -> tuple[Tensor, ...]:
         """`INPUTS` of the module that has the factory: one mapping of name, dtype and shape per input."""
@@ -85,65 +166,53 @@ class PythonSource:
 
     def _imported(self) -> Any:
         name = self._names()[0]
-        self._file()
+        self._find()
         try:
             return import_module(name)
+        except SyntaxError as error:
+            raise ConfigError(f"base.python: {error.filename}:{error.lineno}: {error.msg}") from error
         except Exception as error:  # a user's module may raise anything
             raise ConfigError(f"base.python: importing {name} failed: {type(error).__name__}: {error}") from error
 
-    def _file(self) -> Path:
-        """The file of the factory's module, found without running the module itself."""
+    def _find(self) -> None:
+        """Make sure that the factory's module can be imported, and from beside the config file first."""
         name = self._names()[0]
         folder = str(self.folder.resolve())
         if folder not in sys.path:
             sys.path.insert(0, folder)
-        try:
-            spec = find_spec(name)
-        except ModuleNotFoundError:
-            spec = None
+        spec = spec_of(name)
         if spec is None or spec.origin is None:
             raise ConfigError(f"base.python: there is no module {name}, neither in {self.folder} nor installed")
-        return Path(spec.origin)
 
     def _names(self) -> tuple[str, str]:
         module, _, factory = self.declared.python.partition(":")
         return module, factory
 
 
-def own_sources(file: Path) -> set[Path]:
-    """A Python file and, transitively, those it imports that lie in its folder; read from the syntax, nothing runs."""
-    found: set[Path] = set()
-    waiting = [file]
-    while waiting:
-        path = waiting.pop()
-        if path in found:
-            continue
-        found.add(path)
-        waiting += [near for name in _imports(path) if (near := _beside(file.parent, name)) is not None]
-    return found
-
-
-def _imports(path: Path) -> set[str]:
+def _is_file(place: Path) -> bool:
     try:
-        tree = ast.parse(path.read_bytes())
-    except SyntaxError as error:
-        raise ConfigError(f"base.python: {path}:{error.lineno}: {error.msg}") from error
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {node.module or alias.name for alias in node.names}
-            names |= {f"{node.module}.{alias.name}" for alias in node.names if node.module}
-    return names
+        return place.is_file()
+    except OSError:  # a text that is too long for a path
+        return False
 
 
-def _beside(folder: Path, name: str) -> Path | None:
-    """The file of an imported module if it lies in the folder; `package.module` is also found from inside `package`."""
-    parts = name.split(".")
-    for start in range(len(parts)):
-        path = folder.joinpath(*parts[start:])
-        for candidate in (path.with_suffix(".py"), path / "__init__.py"):
-            if candidate.is_file():
-                return candidate
-    return None
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """With the generators that all code of a process shares at a known place; afterwards they are where they were."""
+    import torch
+
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -49,7 +49,7 @@ class TransformersSource:
     folder: Path
 
     def fingerprint(self) -> str:
-        total = hashlib.sha256(self._found.digest().encode())
+        total = hashlib.sha256(f"{self._found.digest()} {self.declared.task} {self.declared.pooling}\n".encode())
         for library in LIBRARIES:
             total.update(f"{library}=={_version(library)}\n".encode())
         if self.declared.text is not None:

@@ -53,7 +53,10 @@ class Applied:
 
 
 class Pass(BaseModel):
-    """One transformation of a model. Subclasses add `kind: Literal[...]`, their options and `apply`."""
+    """One transformation of a model. Subclasses add `kind: Literal[...]`, their options and `apply`.
+
+    Of an option that is a `Path` the content of the file decides the artifact, wherever it lies.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -23,13 +23,14 @@ from service.compression.load import load_model
 from service.compression.manifest import Fidelity, Measurement, SideBySide
 from service.compression.passes import AnyPass
 from service.compression.passes.base import Pass
+from service.compression.passes.runtime.fold_bn import FoldBn
 from service.compression.progress import BuildProgress
 from service.compression.quality import Answers, fidelity
 from service.compression.recipe import steps_of
-from service.config import ServiceConfig
+from service.config import ServiceConfig, VariantConfig
 from service.config_errors import KINDS
 from service.contracts import Arrays, Model
-from service.errors import PassFailed
+from service.errors import ConfigError, PassFailed
 from service.machine import cpu_name, isa_flags
 
 PASS: TypeAdapter[Pass] = TypeAdapter(AnyPass)
@@ -178,6 +179,27 @@ def test_what_decides_an_artifact_decides_its_key(change: str) -> None:
         "parent": lambda: key(base, 0, 0.9, {"kind": "prune_channels", "ratio": 0.5}),
     }[change]()
     assert other != usual
+
+
+class Reading(FoldBn):
+    """With an option that names a file."""
+
+    table: Path
+
+
+def test_a_file_that_an_option_names_decides_by_its_content(tmp_path: Path) -> None:
+    def key() -> str:
+        variant = VariantConfig.model_construct(name="v", passes=(Reading(table=tmp_path / "table"),))
+        return steps_of(config_of([]), row_base(), variant)[-1].key
+
+    keys = []
+    for content in ("one", "two", "one"):
+        (tmp_path / "table").write_text(content)
+        keys.append(key())
+    assert keys[0] == keys[2] != keys[1]
+    (tmp_path / "table").unlink()
+    with pytest.raises(ConfigError, match=r"cannot read .*table"):
+        key()
 
 
 def test_a_failing_pass_names_variant_position_and_option(tmp_path: Path) -> None:
