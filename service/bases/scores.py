@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from service.comparison import row_cosines
 from service.contracts import Array, Arrays
 
 
@@ -17,9 +18,7 @@ def pair_correlation(outputs: Arrays, labels: Array) -> float:
 
     Rows 2i and 2i + 1 of the embeddings [2N, D] are a pair; both carry its label.
     """
-    left, right = (np.asarray(outputs[0][side::2], np.float64) for side in (0, 1))
-    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-    return spearman(np.sum(left * right, axis=1) / np.maximum(norms, 1e-12), labels[::2])
+    return spearman(row_cosines(outputs[0][::2], outputs[0][1::2]), labels[::2])
 
 
 def spearman(one: Array, other: Array) -> float:

@@ -38,6 +38,7 @@ class Settings:
     temperature: float
 
 class Plain:
+    __slots__ = "value"
     def __init__(self, value):
         self.value = value
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from service.bases.scores import pair_correlation
 from service.compression.quality import fidelity
 
 INF = np.inf
@@ -48,3 +49,10 @@ def test_a_class_that_only_the_variant_rules_out_costs_much_and_one_that_is_nan_
     base = np.array([[0.0, 0.0]])
     assert (fidelity((np.array([[0.0, -INF]]),), (base,), classes=True)["kl"] or 0) > 300
     assert fidelity((np.array([[np.nan, 0.0]]),), (base,), classes=True)["agreement"] == 0.0
+
+
+def test_embeddings_with_masked_places_are_scored_by_the_others() -> None:
+    pairs = np.array([[1.0, 0.0], [1.0, 0.1], [1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    masked = np.concatenate([pairs, np.full((6, 1), -INF)], axis=1)
+    labels = np.repeat([3.0, 2.0, 1.0], 2)
+    assert pair_correlation((masked,), labels) == pair_correlation((pairs,), labels) == pytest.approx(1.0)

@@ -117,8 +117,8 @@ class _Reader:
         """An object of the user's own, or of a library."""
         attributes = getattr(value, "__dict__", {})
         if self._is_own(type(value).__module__) or is_dataclass(value) or isinstance(value, OPEN):
-            slots = (slot for base in type(value).__mro__ for slot in getattr(base, "__slots__", ()))
-            held = {**attributes, **{slot: getattr(value, slot) for slot in slots if hasattr(value, slot)}}
+            slots = [name for base in type(value).__mro__ for name in _slots(base) if hasattr(value, name)]
+            held = {**attributes, **{name: getattr(value, name) for name in slots}}
             own = ((f"{path}.{name}", part) for name, part in held.items())
             return _kind(value), (*own, *self._of_classes(type(value)))
         if path.startswith("::") or type(value).__module__.partition(".")[0] in {*sys.stdlib_module_names, "torch"}:
@@ -188,6 +188,11 @@ def _of_mapping(path: str, value: Mapping[Any, object]) -> Described:
     return f"{_kind(value)} of {names}", [
         (f"{path}[{name}]", value[key]) for name, key in zip(names, value, strict=True)
     ]
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    names = vars(kind).get("__slots__", ())
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _plain(value: object) -> str | None:
