@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from service.bases.declaration import ImageInput, TextInput
 from service.contracts import Field, InputSpec
 
-FORMAT = 1
+FORMAT = 2
 """Raise when descriptions of the same model come out differently."""
 
 

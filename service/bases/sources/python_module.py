@@ -42,19 +42,23 @@ class PythonSource:
         total.update(json.dumps(dict(self.declared.arguments), sort_keys=True).encode())
         if self.declared.weights is not None:
             total.update(file_digest(self.folder / self.declared.weights).encode())
+            total.update((self.declared.weights_key or "").encode())
         return total.hexdigest()
 
     def describe(self) -> Description:
         inputs = declared_inputs(self.declared) or self._declared_beside_factory()
         names = ("logits",) if self.declared.labels else ("embedding",) if self.declared.text else ("output",)
-        outputs = traced_outputs(self._module(), inputs, names)
-        return described(self.declared, self.folder, self._names()[0].rpartition(".")[2], inputs, outputs)
+        module, caveats = self._module()
+        outputs = traced_outputs(module, inputs, names)
+        description = described(self.declared, self.folder, self._names()[0].rpartition(".")[2], inputs, outputs)
+        return description.model_copy(update={"caveats": caveats})
 
     def model(self, spec: InputSpec) -> TorchModel:
-        return TorchModel(self._module(), spec)
+        module, _ = self._module()
+        return TorchModel(module, spec)
 
-    def _module(self) -> nn.Module:
-        """A fresh module with its weights, in eval mode."""
+    def _module(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """A fresh module with its weights, in eval mode; and what everyone must know of these."""
         import torch
 
         module_name, factory_name = self._names()
@@ -69,9 +73,10 @@ class PythonSource:
             raise ConfigError(
                 f"base.python: {self.declared.python} returned a {type(module).__name__}, no torch module"
             )
-        if self.declared.weights is not None:
-            load_weights(module, self.folder / self.declared.weights)
-        return module.float().eval()
+        module = module.float().eval()
+        if self.declared.weights is None:
+            return module, ()
+        return module, load_weights(module, self.folder / self.declared.weights, self.declared.weights_key)
 
     def _declared_beside_factory(self) -> tuple[Tensor, ...]:
         """`INPUTS` of the module that has the factory: one mapping of name, dtype and shape per input."""
