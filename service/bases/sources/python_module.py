@@ -54,8 +54,12 @@ class PythonSource:
         return description.model_copy(update={"caveats": caveats})
 
     def model(self, spec: InputSpec) -> TorchModel:
+        import torch
+
+        from service.bases.modules.tensor_outputs import give_tensors
+
         module, _ = self._module()
-        return TorchModel(module, spec)
+        return TorchModel(give_tensors(module, *map(torch.from_numpy, spec.example(2))), spec)
 
     def _module(self) -> tuple[nn.Module, tuple[str, ...]]:
         """A fresh module with its weights, in eval mode; and what everyone must know of these."""
