@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,6 +165,19 @@ def test_weights_are_not_rounded_to_what_the_factory_builds(folder: Path) -> Non
     save_file({"weight": weight, "bias": torch.zeros(4)}, folder / "w.safetensors")
     base = open_base(origin(folder, "half", **VECTOR, weights="w.safetensors"))
     assert torch.equal(base.build().get_parameter("weight"), weight)
+
+
+def test_a_module_may_import_torchvision(folder: Path) -> None:
+    """In a process of its own, as the first to import it; its wheel may be built for another torch."""
+    source = "import torchvision\nfrom torch import nn\ndef linear():\n    return nn.Linear(3, 4)\n"
+    (folder / "bring_model.py").write_text(source)
+    program = (
+        "import sys; from service.bases.opening import reopen_base; base = reopen_base(sys.argv[1]);"
+        "print(base.spec.outputs[0].shape, 'torchvision' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, origin(folder, "linear", **VECTOR).model_dump_json()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["(4,)", "True"]
 
 
 @pytest.mark.parametrize(

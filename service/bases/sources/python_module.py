@@ -20,6 +20,7 @@ from service.bases.checkpoints import file_digest, load_weights
 from service.bases.declaration import PythonBase
 from service.bases.description import Description, Tensor
 from service.bases.inputs import declared_inputs, described
+from service.bases.sources.torchvision_import import make_torchvision_importable
 from service.bases.tracing import traced_outputs
 from service.contracts import InputSpec, TorchModel
 from service.errors import ConfigError
@@ -95,6 +96,7 @@ class PythonSource:
     def _imported(self) -> Any:
         name = self._names()[0]
         self._file()
+        make_torchvision_importable()
         try:
             return import_module(name)
         except Exception as error:  # a user's module may raise anything
