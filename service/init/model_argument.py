@@ -26,6 +26,7 @@ class Hints:
 
     weights: str | None = None
     weights_key: str | None = None
+    task: str | None = None
     labels: Path | None = None
     image: str | None = None
     """`WIDTHxHEIGHT`, with `xL` behind it for grey pictures."""
@@ -43,8 +44,7 @@ def base_section(model: str, hints: Hints, folder: Path) -> dict[str, Json]:
     section = _form(model, folder)
     if hints.weights is not None:
         section["weights"] = hints.weights if hints.weights in {"hub", "random"} else _near(hints.weights, folder)
-    if hints.weights_key is not None:
-        section["weights_key"] = hints.weights_key
+    section |= {key: value for key in ("weights_key", "task") if (value := getattr(hints, key)) is not None}
     if hints.labels is not None:
         section["labels"] = _near(hints.labels, folder)
     if hints.image is not None:
