@@ -94,6 +94,8 @@ def init(
     output: Annotated[Path, typer.Option("--output", "-o", help="The config to write.")] = Path("leanserve.yaml"),
     data: Annotated[Path | None, typer.Option(help="Folder of pictures, .npz, .csv, .tsv or .jsonl.")] = None,
     weights: Annotated[str | None, typer.Option(help="A checkpoint, or: hub, random.")] = None,
+    weights_key: Annotated[str | None, typer.Option(help="Of several weights in it, such as state_dict_ema.")] = None,
+    task: Annotated[str | None, typer.Option(help="Of transformers: classification or embedding.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Text file with one class name per line.")] = None,
     image: Annotated[str | None, typer.Option(help="Takes pictures of WIDTHxHEIGHT (grey: WIDTHxHEIGHTxL).")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Takes texts, by this tokenizer.json.")] = None,
@@ -107,7 +109,8 @@ def init(
     if output.exists():
         raise StartupError(f"{output} exists and is not replaced; remove it, or write another file with --output")
     with err.status(f"looking at {escape(model)} ..."):
-        look, rungs = write_config(model, output, Hints(weights, labels, image, tokenizer, tuple(shape or ())), data)
+        hints = Hints(weights, weights_key, task, labels, image, tokenizer, tuple(shape or ()))
+        look, rungs = write_config(model, output, hints, data)
     err.print(f"{look.name}: {escape(look.inputs)} -> {escape(look.outputs)}", highlight=False, soft_wrap=True)
     if (seen := data_seen(data)) is not None:
         err.print(f"data: {escape(seen)}", highlight=False, soft_wrap=True)

@@ -1,64 +1,111 @@
-"""Weights that somebody brought, read without running anybody's code.
+"""Checkpoints that somebody brought: which weights are in them, and which are taken.
 
-safetensors holds tensors and nothing else. Torch's own format is a pickle: it is read by torch's restricted unpickler
-(`weights_only`), which knows tensors and plain containers; a file that needs more is refused, because loading it would
-execute whatever its author wrote. Wrappers that training scripts put around a state dict are taken off.
+Training scripts wrap a state dict in others, and keep an average of the weights over the last steps beside it. That is
+made to be served and scores better, so it is taken where there is one; it is told, and a key of the config chooses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from service.bases.fitting import closest, copy_weights, some
+from service.bases.weight_files import SAVE, read_file
 from service.disk import sha256_of
 from service.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "weights")
+AVERAGED = (
+    *("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model_state_dict", "ema_model"),
+    *("ema", "params_ema", "averaged_model"),
+)
+"""Keys of averages over the last steps of a training (EMA)."""
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
 """Keys under which training scripts put the state dict."""
-PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What DataParallel, torch.compile and Lightning put before every name."""
-REFUSED = {".pkl": "a pickle", ".pickle": "a pickle", ".joblib": "a pickle", ".npy": "a bare array", ".h5": "Keras"}
-SHOWN = 4
+DEEPEST = 6
+"""Mappings within mappings."""
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint, on the CPU.
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a file. Names are those of the mappings around a tensor and its own, joined by dots."""
+
+    path: Path
+    everything: Mapping[str, Tensor]
+    taken: str = ""
+    """What the names of the chosen weights begin with; empty: all tensors of the file."""
+    others: tuple[str, ...] = ()
+    """Further weights, where the config does not choose."""
+
+    def under(self, place: str) -> dict[str, Tensor]:
+        """The tensors whose names begin so, by the rest of their names."""
+        start = f"{place}." if place else ""
+        return {name.removeprefix(start): self.everything[name] for name in self.everything if name.startswith(start)}
+
+    def places_of(self, wanted: Iterable[str]) -> list[str]:
+        """What the names of all those tensors begin with, elsewhere than in the chosen weights."""
+        names = list(wanted)
+        end = f".{names[0]}" if names else "."
+        ends = [name.removesuffix(end) for name in self.everything if name.endswith(end)]
+        whole = [place for place in ends if all(f"{place}.{name}" in self.everything for name in names)]
+        return [place for place in whole if place != self.taken]
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What everyone must know of weights that the config did not choose."""
+        others = " or ".join(self.others)
+        return (f"weights are {self.taken}, not {others} (base.weights_key)",) if others else ()
+
+
+def read_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
+    """The tensors of a file, and which of them are the weights: those under `key`, else as the names tell.
 
     Raises:
-        ConfigError: missing, damaged, of a refused format, or without tensors.
+        ConfigError: missing, damaged, of a refused format, without tensors, or without any under `key`.
     """
-    if not path.is_file():
-        raise ConfigError(f"base.weights: there is no file {path}")
-    if path.suffix in REFUSED:
+    content = read_file(path)
+    everything = dict(_named(content))
+    if not everything:
+        keys = some(list(map(str, content)))
+        raise ConfigError(f"base.weights: {path} holds no tensors with names (its keys: {keys}). {SAVE}")
+    if key is None:
+        return Checkpoint(path, everything, *_preferred(content))
+    if not Checkpoint(path, everything).under(key):
+        there = list(dict.fromkeys(name.partition(".")[0] for name in everything if "." in name))
         raise ConfigError(
-            f"base.weights: {path} is {REFUSED[path.suffix]}, which is not read: loading one can run any code. "
-            "Save the state dict with safetensors.torch.save_file"
+            f"base.weights_key: {path} has no weights under '{key}'; there are {some(there) or 'no keys'}"
         )
-    found = _safetensors(path) if path.suffix == ".safetensors" else _torch_file(path)
-    return _unwrapped(found, path)
+    return Checkpoint(path, everything, key)
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
+def read_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
+    """The state dict in a checkpoint, on the CPU; raises like `read_checkpoint`."""
+    checkpoint = read_checkpoint(path, key)
+    return checkpoint.under(checkpoint.taken)
+
+
+def load_weights(module: nn.Module, path: Path, key: str | None = None) -> tuple[str, ...]:
     """Load a checkpoint into a module; every tensor must find its place, and every place its tensor.
 
+    Returns:
+        Caveats: what everyone must know of weights that the config did not choose.
+
     Raises:
-        ConfigError: names or shapes differ; the text lists the first of each.
+        ConfigError: names, shapes or kinds of numbers differ; the text lists the first of each.
     """
-    state = read_state(path)
+    checkpoint = read_checkpoint(path, key)
     wanted = module.state_dict()
-    for prefix in ("", *PREFIXES):
-        candidate = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-        if candidate.keys() == wanted.keys():
-            state = candidate
-            break
-    problems = _differences(state, wanted)
-    if problems:
-        raise ConfigError(f"base.weights: {path} does not fit the model: {'; '.join(problems)}")
-    module.load_state_dict(state)
+    places = _upwards(checkpoint.taken) if key is None else (key,)
+    problems = copy_weights(closest([checkpoint.under(place) for place in places], wanted), module)
+    if not problems:
+        return checkpoint.caveats
+    others = checkpoint.places_of(wanted) or list(checkpoint.others)
+    remedy = f". base.weights_key can choose others of this file: {some(others)}" if others else ""
+    raise ConfigError(f"base.weights: {path} does not fit the model: {'; '.join(problems)}{remedy}")
 
 
 def file_digest(path: Path) -> str:
@@ -73,62 +120,33 @@ def file_digest(path: Path) -> str:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _safetensors(path: Path) -> Any:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ConfigError(f"base.weights: {path} is not a safetensors file: {error}") from error
-
-
-def _torch_file(path: Path) -> Any:
-    import pickle
-
+def _named(content: Mapping[Any, Any], depth: int = 1) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in mappings within mappings, except those of optimizers."""
     import torch
 
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"base.weights: {path} is not read: it holds more than tensors, and loading that could run any code "
-            f"({str(error).splitlines()[0]}). Save the state dict alone, best with safetensors.torch.save_file"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ConfigError(f"base.weights: {path} is not a checkpoint of torch: {error}") from error
+    for key, value in content.items():
+        if isinstance(value, torch.Tensor):
+            yield str(key), value
+        elif isinstance(value, Mapping) and "param_groups" not in value and depth < DEEPEST:
+            yield from ((f"{key}.{name}", tensor) for name, tensor in _named(value, depth + 1))
 
 
-def _unwrapped(found: Any, path: Path) -> dict[str, Tensor]:
-    import torch
-
-    while isinstance(found, Mapping) and not any(isinstance(value, torch.Tensor) for value in found.values()):
-        wrapper = next((key for key in WRAPPERS if isinstance(found.get(key), Mapping)), None)
-        if wrapper is None:
+def _preferred(content: Mapping[Any, Any]) -> tuple[str, tuple[str, ...]]:
+    """Where the weights are by the usual keys, from the outermost mapping inwards; and where further ones are."""
+    place, others = "", []
+    for _ in range(DEEPEST):
+        known = [key for key in (*AVERAGED, *WRAPPERS) if isinstance(content.get(key), Mapping)]
+        places = [f"{place}.{key}" if place else key for key in known if any(_named(content[key]))]
+        if not places:
             break
-        found = found[wrapper]
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"base.weights: {path} holds a {type(found).__name__}, not a state dict")
-    state = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
-    if not state:
-        raise ConfigError(
-            f"base.weights: {path} holds no tensors (its keys: {', '.join(map(str, list(found)[:SHOWN]))})"
-        )
-    return state
+        place, content = places[0], content[places[0].rpartition(".")[2]]
+        others += places[1:]
+    return place, tuple(others)
 
 
-def _differences(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    missing = [name for name in wanted if name not in state]
-    extra = [name for name in state if name not in wanted]
-    shapes = [
-        f"{name} is {list(state[name].shape)}, the model wants {list(wanted[name].shape)}"
-        for name in wanted
-        if name in state and state[name].shape != wanted[name].shape
-    ]
-    listed = (("lacks", missing), ("has besides", extra), ("shapes differ:", shapes))
-    return [f"{what} {_some(names)}" for what, names in listed if names]
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+def _upwards(place: str) -> Iterator[str]:
+    """A place and what is around it: the parts of a model may be in mappings that are called as if they were all."""
+    yield place
+    while place:
+        place = place.rpartition(".")[0]
+        yield place

@@ -83,7 +83,22 @@ class TensorInput(Section):
     shape: tuple[Annotated[int, Field(ge=1)] | None, ...] = Field(description="of one row; null: any size")
 
 
-class ShippedBase(Section):
+class KeyedWeights(Section):
+    """A base whose weights may be one of several sets in a file."""
+
+    weights: str | Path | None = Field(None, description="a file")
+    weights_key: str | None = Field(
+        None, min_length=1, description="which weights of the file, by the keys around them, such as state_dict_ema"
+    )
+
+    @model_validator(mode="after")
+    def _a_key_needs_a_file(self) -> Self:
+        if self.weights_key is not None and self.weights in {None, "hub", "random"}:
+            raise ValueError("weights_key chooses among the weights of a file; name the file as weights")
+        return self
+
+
+class ShippedBase(KeyedWeights):
     """A base that comes with the service."""
 
     kind: ClassVar[str] = "shipped"
@@ -124,7 +139,7 @@ class _UnpreparedBase(BroughtBase):
         return self
 
 
-class PythonBase(_UnpreparedBase):
+class PythonBase(_UnpreparedBase, KeyedWeights):
     """A torch module of the user's own."""
 
     kind: ClassVar[str] = "python"
@@ -136,7 +151,7 @@ class PythonBase(_UnpreparedBase):
     weights: Path | None = Field(None, description="state dict for the module: safetensors, or torch's own format")
 
 
-class TimmBase(BroughtBase):
+class TimmBase(BroughtBase, KeyedWeights):
     """A model of timm."""
 
     kind: ClassVar[str] = "timm"

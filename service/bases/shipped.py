@@ -95,7 +95,9 @@ def borrowed(base: ShippedBase) -> TimmBase | None:
             f"base.weights: the base '{base.shipped}' comes without weights; write base: {{shipped: {base.shipped}, "
             "weights: ...} with hub (downloaded once), a file, or random (speed work only)"
         )
-    return TimmBase(timm=where.timm, weights=base.weights, name=base.shipped, image=base.image)
+    return TimmBase(
+        timm=where.timm, weights=base.weights, weights_key=base.weights_key, name=base.shipped, image=base.image
+    )
 
 
 @dataclass(frozen=True)

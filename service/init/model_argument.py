@@ -25,6 +25,8 @@ class Hints:
     """What a person may tell besides the model."""
 
     weights: str | None = None
+    weights_key: str | None = None
+    task: str | None = None
     labels: Path | None = None
     image: str | None = None
     """`WIDTHxHEIGHT`, with `xL` behind it for grey pictures."""
@@ -42,6 +44,7 @@ def base_section(model: str, hints: Hints, folder: Path) -> dict[str, Json]:
     section = _form(model, folder)
     if hints.weights is not None:
         section["weights"] = hints.weights if hints.weights in {"hub", "random"} else _near(hints.weights, folder)
+    section |= {key: value for key in ("weights_key", "task") if (value := getattr(hints, key)) is not None}
     if hints.labels is not None:
         section["labels"] = _near(hints.labels, folder)
     if hints.image is not None:

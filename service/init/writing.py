@@ -56,7 +56,9 @@ def _open(base: Mapping[str, Json], data: Mapping[str, Json] | None, folder: Pat
     try:
         origin = Origin.model_validate({"base": base, "data": data, "folder": folder})
     except ValidationError as error:
-        raise ConfigError("; ".join(str(item["msg"]) for item in error.errors())) from error
+        places = [".".join(str(part) for part in item["loc"] if "." not in str(part)) for item in error.errors()]
+        told = zip(places, error.errors(), strict=True)
+        raise ConfigError("; ".join(f"{place}: {item['msg']}" for place, item in told)) from error
     return open_base(origin)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from service.bases.declaration import PythonBase
@@ -137,6 +139,44 @@ def test_the_digest_follows_code_imports_arguments_and_weights(folder: Path) -> 
     (folder / "unrelated.py").write_text("x = 1\n")
     assert digest() == seen[-1]
     assert len(set(seen)) == len(seen)
+
+
+def test_of_several_weights_in_a_file_the_config_chooses(folder: Path) -> None:
+    plain, average = ({"weight": torch.full((4, 3), value), "bias": torch.zeros(4)} for value in (1.0, 2.0))
+    torch.save({"state_dict": plain, "state_dict_ema": average}, folder / "w.pth.tar")
+    rows = torch.ones(1, 3)
+    base = open_base(origin(folder, "linear", **VECTOR, weights="w.pth.tar"))
+    assert base.caveats == ("weights are state_dict_ema, not state_dict (base.weights_key)", "synthetic data")
+    assert base.build()(rows).tolist() == [[6.0] * 4]
+    chosen = open_base(origin(folder, "linear", **VECTOR, weights="w.pth.tar", weights_key="state_dict"))
+    assert chosen.caveats == ("synthetic data",)
+    assert chosen.build()(rows).tolist() == [[3.0] * 4]
+    assert chosen.digest != base.digest
+    with pytest.raises(ConfigError, match=r"base.weights_key: .* under 'best'; there are state_dict, state_dict_ema"):
+        open_base(origin(folder, "linear", **VECTOR, weights="w.pth.tar", weights_key="best"))
+    with pytest.raises(ValidationError, match="weights_key chooses among the weights of a file; name the file"):
+        origin(folder, "linear", **VECTOR, weights_key="state_dict")
+
+
+def test_weights_are_not_rounded_to_what_the_factory_builds(folder: Path) -> None:
+    (folder / "bring_model.py").write_text(SOURCE + "\ndef half():\n    return nn.Linear(3, 4).half()\n")
+    weight = torch.full((4, 3), 1 / 3)
+    save_file({"weight": weight, "bias": torch.zeros(4)}, folder / "w.safetensors")
+    base = open_base(origin(folder, "half", **VECTOR, weights="w.safetensors"))
+    assert torch.equal(base.build().get_parameter("weight"), weight)
+
+
+def test_a_module_may_import_torchvision(folder: Path) -> None:
+    """In a process of its own, as the first to import it; its wheel may be built for another torch."""
+    source = "import torchvision\nfrom torch import nn\ndef linear():\n    return nn.Linear(3, 4)\n"
+    (folder / "bring_model.py").write_text(source)
+    program = (
+        "import sys; from service.bases.opening import reopen_base; base = reopen_base(sys.argv[1]);"
+        "print(base.spec.outputs[0].shape, 'torchvision' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, origin(folder, "linear", **VECTOR).model_dump_json()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["(4,)", "True"]
 
 
 @pytest.mark.parametrize(

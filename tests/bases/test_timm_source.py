@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from PIL import Image
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from service.api.codecs.answers import Answers
@@ -146,6 +148,25 @@ def test_a_transformer_of_another_input_size(tmp_path: Path) -> None:
     base = opened(tmp_path, "vit.safetensors", timm="test_vit.r160_in1k", image=image)
     rows = base.spec.example(2)[0]
     np.testing.assert_array_equal(run(base.build(), rows), run(module, rows))
+
+
+def test_checkpoints_of_its_training_script(tmp_path: Path) -> None:
+    """State dict and average, the arguments, a metric of numpy, names as in DataParallel."""
+    plain, average = (save(tmp_path / "a.safetensors", seed, num_classes=3) for seed in (1, 2))
+    saved = {"epoch": 3, "arch": NAME, "version": 2, "args": Namespace(lr=0.1), "metric": np.float64(71.2)}
+    saved["state_dict"] = {f"module.{name}": tensor for name, tensor in plain.state_dict().items()}
+    torch.save(saved | {"state_dict_ema": average.state_dict()}, tmp_path / "model_best.pth.tar")
+    base = opened(tmp_path, "model_best.pth.tar")
+    assert base.caveats[0] == "weights are state_dict_ema, not state_dict (base.weights_key)"
+    assert base.spec.labels == ("class 0", "class 1", "class 2")
+    rows = base.spec.example(2)[0]
+    np.testing.assert_array_equal(run(base.build(), rows), run(average, rows))
+    chosen = opened(tmp_path, "model_best.pth.tar", weights_key="state_dict")
+    assert chosen.caveats == ("synthetic data",)
+    np.testing.assert_array_equal(run(chosen.build(), rows), run(plain, rows))
+    assert chosen.digest != base.digest
+    with pytest.raises(ValidationError, match="weights_key chooses among the weights of a file"):
+        opened(tmp_path, "hub", weights_key="state_dict")
 
 
 def test_random_weights_are_the_same_everywhere_and_marked(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,15 @@ SHAPE = {
 }
 
 
-def write_tokenizer(folder: Path) -> Path:
-    """A tokenizer.json that knows `WORDS` and puts [CLS] and [SEP] around a text."""
+def write_tokenizer(folder: Path, template: str = "[CLS] $A [SEP]") -> Path:
+    """A tokenizer.json that knows `WORDS` and puts [CLS] and [SEP] around a text, or what the template says."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     vocabulary = {word: number for number, word in enumerate((*SPECIAL, *WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single=template, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -58,11 +59,20 @@ def write_classifier(folder: Path, labels: tuple[str, ...] = (), **config: Any) 
     return _saved(BertForSequenceClassification, BertConfig(**SHAPE | named | config), folder)
 
 
-def _saved(kind: Any, config: Any, folder: Path) -> Any:
+def write_model(folder: Path, kind: str, config: Mapping[str, Any], template: str = "[CLS] $A [SEP]") -> Any:
+    """Any model of the library, by its class and the config's own names; returns it."""
+    make_torchvision_importable()
+    import transformers
+
+    model_class = getattr(transformers, kind)
+    return _saved(model_class, model_class.config_class(vocab_size=SHAPE["vocab_size"], **config), folder, template)
+
+
+def _saved(kind: Any, config: Any, folder: Path, template: str = "[CLS] $A [SEP]") -> Any:
     torch.manual_seed(0)
     model = kind(config).eval()
     model.save_pretrained(folder)
-    write_tokenizer(folder)
+    write_tokenizer(folder, template)
     return model
 
 

@@ -69,6 +69,36 @@ def test_a_kept_container_keeps_all_it_holds(tmp_path: Path) -> None:
     assert applied.model.module(torch.from_numpy(tiny_base().inputs[0])).dtype == torch.float32
 
 
+class Containers(nn.Module):
+    """Takes a list and returns tensors within containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 2)
+
+    def forward(self, images: list[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+        return {"out": [self.layer(images[0])]}
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Containers()
+        self.head = nn.Linear(2, 2)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.inner([image.flatten(1)])["out"][0])
+        return logits
+
+
+def test_a_kept_layer_may_take_and_return_containers(tmp_path: Path) -> None:
+    before = lively(Around(), 3)
+    applied = Cast(keep=("inner",)).apply(TorchModel(before, IMAGES), context_of(tiny_base(), tmp_path))
+    assert isinstance(applied.model, TorchModel)
+    images = torch.from_numpy(tiny_base().inputs[0])
+    torch.testing.assert_close(applied.model.module(images), before(images), rtol=0.05, atol=0.05)
+
+
 def test_the_decisions_replay_the_structure(tmp_path: Path) -> None:
     _, after, decisions = cast(tmp_path, keep=["norm"])
     again = Cast(keep=("norm",)).restructure(lively(TinyNet(), seed=9), decisions)

@@ -89,6 +89,56 @@ def test_the_same_model_gives_the_same_bytes_and_stays_as_it_was(
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.module.state_dict().items())
 
 
+SERIES = InputSpec((Field("series", "float32", (None, 3)),), (Field("logits", "float32", (4,)),))
+
+
+class Recurrent(nn.Module):
+    """Recurrent layers one after the other, eight wide: the mean over the steps and the states at the last one."""
+
+    def __init__(self, *layers: nn.RNNBase) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, series: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            series, states = layer(series)
+        hidden = states[0] if isinstance(states, tuple) else states
+        mean = series.sum(1) / series.shape[1]
+        logits: torch.Tensor = self.head(mean + hidden.transpose(0, 1).flatten(1))
+        return logits
+
+
+def test_every_export_of_recurrent_layers_answers_at_any_length(tmp_path: Path) -> None:
+    """One process exports all variants of a model."""
+    for number in range(2):
+        layers = nn.LSTM(3, 8, batch_first=True), nn.GRU(8, 4, batch_first=True, bidirectional=True)
+        model = TorchModel(lively(Recurrent(*layers), seed=number), SERIES)
+        exported = export_onnx(model, tmp_path / f"{number}.onnx")
+        operators = [node.op_type for node in onnx.load(exported.path).graph.node]
+        assert (operators.count("LSTM"), operators.count("GRU")) == (1, 1), "each layer stays one operator"
+        for rows, length in ((1, 1), (2, 7), (3, 40)):
+            series = SERIES.example(rows, length)
+            with torch.inference_mode():
+                expected = model.module(torch.from_numpy(series[0]))
+            np.testing.assert_allclose(answers(exported, series)[0], expected, atol=1e-5)
+
+
+def test_a_layer_that_is_exported_for_a_fixed_length_only_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PassFailed, match=r"cannot be exported.* nn\.LSTM and nn\.GRU for any length"):
+        export_onnx(TorchModel(Recurrent(nn.RNN(3, 8, batch_first=True)).eval(), SERIES), tmp_path / "model.onnx")
+
+
+def test_a_file_that_does_not_run_is_refused(net: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Session:
+        def run(self, *_: object) -> None:
+            raise RuntimeError("cannot be reshaped")
+
+    monkeypatch.setattr(lowering, "open_session", lambda _: Session())
+    with pytest.raises(PassFailed, match="does not run on 1 rows of length 16: cannot be reshaped"):
+        export_onnx(net, tmp_path / "model.onnx")
+
+
 class Branching(nn.Module):
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return values + 1 if values.sum() > 0 else values - 1

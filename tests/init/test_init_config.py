@@ -127,8 +127,18 @@ def test_files_are_named_relative_to_the_config(tmp_path: Path, monkeypatch: pyt
     assert base_section("models/net.onnx", Hints(), tmp_path / "configs") == {"onnx": "../models/net.onnx"}
     assert base_section("timm:x", Hints(weights="w.pt"), tmp_path)["weights"] == "w.pt"
     assert base_section("timm:x", Hints(weights="random"), tmp_path)["weights"] == "random"
+    chosen = base_section("timm:x", Hints(weights="w.pt", weights_key="model_ema"), tmp_path)
+    assert chosen == {"timm": "x", "weights": "w.pt", "weights_key": "model_ema"}
+    assert base_section("transformers:x", Hints(task="embedding"), tmp_path)["task"] == "embedding"
     with pytest.raises(ConfigError, match=r"no architecture.*--weights w\.pt"):
         base_section("w.pt", Hints(), tmp_path)
+
+
+def test_a_hint_that_the_model_has_no_use_for_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^base\.task: Extra inputs are not permitted$"):
+        write_config("a:b", tmp_path / "c.yaml", Hints(task="embedding"), None)
+    with pytest.raises(ConfigError, match=r"^base: .*weights_key chooses among the weights of a file"):
+        write_config("a:b", tmp_path / "c.yaml", Hints(weights_key="ema"), None)
 
 
 @pytest.mark.parametrize(

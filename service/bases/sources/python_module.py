@@ -29,6 +29,7 @@ from service.bases.declaration import PythonBase
 from service.bases.description import Description, Tensor
 from service.bases.inputs import declared_inputs, described
 from service.bases.sources.python_imports import Imports, spec_of
+from service.bases.sources.torchvision_import import make_torchvision_importable
 from service.bases.tracing import traced_outputs
 from service.contracts import InputSpec, Json, TorchModel
 from service.errors import ConfigError
@@ -58,7 +59,7 @@ class PythonSource:
         if self.known is not None:
             return self.known
         if not self._first:
-            self._checked(self._module())
+            self._checked(self._module()[0])
         return self._fingerprint(self._first[0])
 
     def describe(self) -> Description:
@@ -66,10 +67,12 @@ class PythonSource:
 
         inputs = declared_inputs(self.declared) or self._declared_beside_factory()
         names = ("logits",) if self.declared.labels else ("embedding",) if self.declared.text else ("output",)
-        outputs = traced_outputs(self._checked(self._module()), inputs, names)
-        drawn = unlike(self._first[0].inside, self._held(self._module(SEED + 1)).inside)
+        module, caveats = self._module()
+        outputs = traced_outputs(self._checked(module), inputs, names)
+        drawn = unlike(self._first[0].inside, self._held(self._module(SEED + 1)[0]).inside)
         description = described(self.declared, self.folder, self._names()[0].rpartition(".")[2], inputs, outputs)
-        caveats = (f"weights drawn at random ({_some(drawn)})",) if drawn else ()
+        if drawn:
+            caveats += (f"weights drawn at random ({_some(drawn)})",)
         return description.model_copy(update={"caveats": caveats})
 
     def model(self, spec: InputSpec) -> TorchModel:
@@ -78,10 +81,15 @@ class PythonSource:
         Raises:
             ConfigError: it is not the one of the fingerprint.
         """
-        return TorchModel(self._checked(self._module()), spec)
+        import torch
 
-    def _module(self, seed: int = SEED) -> nn.Module:
-        """A fresh module with its weights, in eval mode."""
+        from service.bases.modules.tensor_outputs import give_tensors
+
+        module = self._checked(self._module()[0])
+        return TorchModel(give_tensors(module, *map(torch.from_numpy, spec.example(2))), spec)
+
+    def _module(self, seed: int = SEED) -> tuple[nn.Module, tuple[str, ...]]:
+        """A fresh module with its weights, in eval mode; and what everyone must know of these."""
         import torch
 
         module_name, factory_name = self._names()
@@ -98,9 +106,10 @@ class PythonSource:
             raise ConfigError(
                 f"base.python: {self.declared.python} returned a {type(module).__name__}, no torch module"
             )
-        if self.declared.weights is not None:
-            load_weights(module, self.folder / self.declared.weights)
-        return module.float().eval()
+        module = module.float().eval()
+        if self.declared.weights is None:
+            return module, ()
+        return module, load_weights(module, self.folder / self.declared.weights, self.declared.weights_key)
 
     def _checked(self, module: nn.Module) -> nn.Module:
         """The same module, if it holds what the first one of this process held, and that one what was known of it."""
@@ -167,6 +176,7 @@ class PythonSource:
     def _imported(self) -> Any:
         name = self._names()[0]
         self._find()
+        make_torchvision_importable()
         try:
             return import_module(name)
         except SyntaxError as error:

@@ -48,7 +48,7 @@ class TimmSource:
         except metadata.PackageNotFoundError as error:
             raise _extra_is_missing() from error
         path = self._file()
-        weights = f"random {UNTRAINED_SEED}" if path is None else file_digest(path)
+        weights = f"random {UNTRAINED_SEED}" if path is None else file_digest(path) + (self.declared.weights_key or "")
         return hashlib.sha256(" ".join((self.declared.timm, weights, *versions)).encode()).hexdigest()
 
     def describe(self) -> Description:
@@ -56,21 +56,24 @@ class TimmSource:
         image = image_input(self.declared.image, lambda: preprocessing(self.declared.timm, config))
         inputs = (image_tensor(image),)
         classes = self._classes(config)
-        module = self._module(classes, inputs[0].field())
+        module, caveats = self._module(classes, inputs[0].field())
         outputs = traced_outputs(module, inputs, ("logits" if classes else "embedding",))
         labels = self.declared.labels or class_names(classes)
         declared = self.declared.model_copy(update={"image": image, "labels": labels})
         description = described(declared, self.folder, self.declared.timm.partition(".")[0], inputs, outputs)
-        caveats = ("untrained",) if self.declared.weights == "random" else ()
         return description.model_copy(update={"caveats": caveats})
 
     def model(self, spec: InputSpec) -> TorchModel:
         output = spec.outputs[0]
         classes = output.shape[0] if output.name == "logits" else 0
-        return TorchModel(self._module(classes or 0, spec.fields[0]), spec)
+        module, _ = self._module(classes or 0, spec.fields[0])
+        return TorchModel(module, spec)
 
-    def _module(self, classes: int, picture: Field) -> nn.Module:
-        """A fresh module with its weights, in eval mode; without classes it gives pooled features."""
+    def _module(self, classes: int, picture: Field) -> tuple[nn.Module, tuple[str, ...]]:
+        """A fresh module with its weights, in eval mode, and what everyone must know of these.
+
+        Without classes it gives pooled features.
+        """
         import torch
 
         timm = imported_timm()
@@ -82,10 +85,9 @@ class TimmSource:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(UNTRAINED_SEED)
             module: nn.Module = timm.create_model(self.declared.timm, **options)
+        module = module.float().eval()
         path = self._file()
-        if path is not None:
-            load_weights(module, path)
-        return module.float().eval()
+        return module, ("untrained",) if path is None else load_weights(module, path, self.declared.weights_key)
 
     def _classes(self, config: Any) -> int:
         """Number of classes: by the classifier in a file (0 if it has none), else as timm's own weights have."""
@@ -93,7 +95,11 @@ class TimmSource:
         if path is None:
             return int(config.num_classes)
         first = config.classifier if isinstance(config.classifier, str) else (config.classifier or ("fc",))[0]
-        found = [tensor for name, tensor in read_state(path).items() if f".{name}".endswith(f".{first}.weight")]
+        found = [
+            tensor
+            for name, tensor in read_state(path, self.declared.weights_key).items()
+            if f".{name}".endswith(f".{first}.weight")
+        ]
         return len(found[0]) if found else 0
 
     def _file(self) -> Path | None:

@@ -32,6 +32,19 @@ DEFAULT_LENGTH = 512
 MODES = {"mean": "mean", "cls": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 """By what sentence-transformers writes, today and in its first years."""
 
+OTHER_TASKS = {
+    "ForTokenClassification": "a class per token",
+    "ForQuestionAnswering": "the spans of answers",
+    "ForMaskedLM": "words for masked places",
+    "ForCausalLM": "the next word",
+    "HeadModel": "the next word",
+    "ForConditionalGeneration": "generated text",
+    "ForMultipleChoice": "a choice among several texts",
+    "ForNextSentencePrediction": "whether a text follows another",
+    "ForPreTraining": "what it was pretrained for",
+}
+"""What models of texts give that is not served, by how the library's classes are called."""
+
 
 @dataclass(frozen=True)
 class TransformersFolder:
@@ -74,13 +87,31 @@ class TransformersFolder:
 
     @property
     def task(self) -> Task:
-        """By the architecture for which the weights were saved."""
-        names = self.config.get("architectures") or ()
-        if self._modules:
+        """By the architecture for which the weights were saved.
+
+        Raises:
+            ConfigError: for something that is not served.
+        """
+        saved_as = self.architecture
+        if self._modules or not saved_as:
             return "embedding"
-        if any(name.endswith("ForImageClassification") for name in names):
+        if saved_as.endswith("ForImageClassification"):
             return "picture classification"
-        return "text classification" if any(name.endswith("SequenceClassification") for name in names) else "embedding"
+        if saved_as.endswith("ForSequenceClassification"):
+            return "text classification"
+        if saved_as.endswith("Model") and "Head" not in saved_as:
+            return "embedding"
+        raise self._not_served(saved_as)
+
+    @property
+    def architecture(self) -> str:
+        """The library's class from which the weights were saved; empty where the config does not tell."""
+        return next(iter(self.config.get("architectures") or ()), "")
+
+    @property
+    def of_sentence_transformers(self) -> bool:
+        """Whether it is in that library's layout."""
+        return bool(self._modules)
 
     @property
     def weights(self) -> tuple[Path, ...]:
@@ -112,14 +143,10 @@ class TransformersFolder:
             self._optional("sentence_bert_config.json").get("max_seq_length"),
             self._optional("tokenizer_config.json").get("model_max_length"),
             self.config.get("max_position_embeddings"),
+            self.config.get("n_positions"),
         )
         known = [int(limit) for limit in limits if limit is not None and 0 < limit < UNBOUNDED]
         return min(*known, LONGEST) if known else DEFAULT_LENGTH
-
-    @property
-    def pad(self) -> int:
-        """The token id that fills up shorter texts."""
-        return int(self.config.get("pad_token_id") or 0)
 
     @property
     def pooling(self) -> Pooling:
@@ -180,6 +207,15 @@ class TransformersFolder:
             if path.is_file():
                 total.update(f"{path.name} {file_digest(path)}\n".encode())
         return total.hexdigest()
+
+    def _not_served(self, saved_as: str) -> ConfigError:
+        gives = next((words for ending, words in OTHER_TASKS.items() if saved_as.endswith(ending)), None)
+        told = f"base.task: {self.model_path} was saved as {saved_as}" + (f", which gives {gives}" if gives else "")
+        embed = "`task: embedding` takes the model without that head; with it, " if gives else ""
+        return ConfigError(
+            f"{told}; served are texts to classes or to embeddings, and images to classes. {embed}build it in a "
+            "module of your own and bring it with base.python"
+        )
 
     @cached_property
     def _modules(self) -> tuple[tuple[str, str], ...]:

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from service.api.codecs.answers import Answers
+from service.api.codecs.text import TextCodec
 from service.bases.checkpoints import file_digest
 from service.bases.declaration import ImageInput, TextInput, TransformersBase
 from service.bases.description import Description, Tensor
 from service.bases.inputs import MASKED_TEXT, image_input, image_tensor, read_labels, resolved_text
 from service.bases.sources.hub import hub_folder, is_repository
-from service.bases.sources.torchvision_import import make_torchvision_importable
 from service.bases.sources.transformers_folder import Task, TransformersFolder
+from service.bases.sources.transformers_loading import padding_of, plain_module
 from service.bases.sources.transformers_pictures import picture_input
 from service.bases.tracing import traced_outputs
 from service.contracts import InputSpec, TorchModel
@@ -36,9 +37,10 @@ PATTERNS = ("*.json", "model*.safetensors", "*/model*.safetensors")
 """Files of a checkpoint on the hub, in either layout."""
 NEEDED = ("*config.json", "*model*.safetensors")
 LIBRARIES = ("torch", "transformers")
-UNUSED = ("pooler.", "position_ids")
-"""Weights that checkpoints may lack: embeddings are pooled here, and positions are numbers from 0."""
-SHOWN = 3
+OTHERWISE = (
+    "Served are models that take texts as input_ids and attention_mask, or images as pixel_values, and nothing else; "
+    "put others into a module of your own and bring it with base.python"
+)
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,12 @@ class TransformersSource:
         if image is not None:
             return self._described(module, (image_tensor(image),), image=image)
         text = self._text(module)
+        _check_end(module, text)
         ids, mask = MASKED_TEXT
         prompt = self._found.prompt
         return self._described(
             module,
-            (ids.model_copy(update={"pad": float(self._found.pad)}), mask),
+            (ids.model_copy(update={"pad": float(padding_of(module))}), mask),
             text=text,
             caveats=(f"texts are not preceded by the checkpoint's prompt '{prompt}'",) if prompt else (),
         )
@@ -93,12 +96,13 @@ class TransformersSource:
             return self._found.task
         if self.declared.task == "embedding":
             return "embedding"
-        return "picture classification" if self._found.task == "picture classification" else "text classification"
+        pictures = self._found.architecture.endswith("ForImageClassification")
+        return "picture classification" if pictures else "text classification"
 
     def _described(self, module: nn.Module, inputs: Sequence[Tensor], **how: Any) -> Description:
         """With the outputs found by running the module."""
         embeds = self._task() == "embedding"
-        outputs = traced_outputs(module, inputs, ("embedding" if embeds else "logits",))
+        outputs = traced_outputs(module, inputs, ("embedding" if embeds else "logits",), OTHERWISE)
         return Description(
             name=self.declared.name or _served_name(self.declared.transformers),
             inputs=tuple(inputs),
@@ -140,55 +144,20 @@ class TransformersSource:
 
     def _module(self) -> nn.Module:
         """A fresh module with its weights, in eval mode, float32."""
-        from service.bases.modules.transformers_heads import PictureLogits, TextEmbedding, TextLogits
+        return plain_module(self._found, self._task(), self.declared.pooling)
 
-        task = self._task()
-        model = self._pretrained(task)
-        if task == "picture classification":
-            return PictureLogits(model).eval()
-        if task == "text classification":
-            return TextLogits(model).eval()
-        if getattr(model, "pooler", None) is not None:
-            setattr(model, "pooler", None)  # noqa: B010 - a head that embeddings do not use
-        pooling = self._found.pooling if self.declared.pooling == "auto" else self.declared.pooling
-        return TextEmbedding(model, pooling, self._found.length).eval()
 
-    def _pretrained(self, task: Task) -> nn.Module:
-        """The library's model of the checkpoint, whole: nothing in it was left at random values."""
-        weights = self._found.weights
-        make_torchvision_importable()
-        try:
-            import transformers
-        except ModuleNotFoundError as error:
-            raise ConfigError("base.transformers needs the extra 'text': pip install 'leanserve[text]'") from error
-        loader = {
-            "embedding": transformers.AutoModel,
-            "text classification": transformers.AutoModelForSequenceClassification,
-            "picture classification": transformers.AutoModelForImageClassification,
-        }[task]
-        try:
-            with _silent():
-                model, found = loader.from_pretrained(
-                    weights[0].parent,
-                    local_files_only=True,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                    output_loading_info=True,
-                    dtype="float32",
-                )
-        except Exception as error:  # a library of hundreds of architectures
-            reason = str(error).strip().splitlines()
-            raise ConfigError(
-                f"base.transformers: {self._found.model_path} cannot be loaded: {reason[0] if reason else error!r}"
-            ) from error
-        missing = sorted(name for name in found["missing_keys"] if not any(part in name for part in UNUSED))
-        if missing or found["mismatched_keys"]:
-            raise ConfigError(
-                f"base.task: as a model for {task}, {self._found.model_path} lacks trained weights for "
-                f"{', '.join(missing[:SHOWN]) or 'some layers'}; it was saved for another task"
-            )
-        loaded: nn.Module = model
-        return loaded
+def _check_end(module: nn.Module, text: TextInput) -> None:
+    """A model that answers at the end token needs one in every text."""
+    end = getattr(module, "end", None)
+    if end is None:
+        return
+    spec = InputSpec(tuple(item.field() for item in MASKED_TEXT), ())
+    if end not in TextCodec(text.tokenizer, text.max_length, Answers(spec)).tokens(["a"])[0]:
+        raise ConfigError(
+            f"base.text.tokenizer: the model answers at the end token ({end}), which {text.tokenizer} does not put "
+            "behind texts; give it a post-processor that does (TemplateProcessing of the library tokenizers)"
+        )
 
 
 def _positions(module: nn.Module) -> int:
@@ -211,18 +180,3 @@ def _version(library: str) -> str:
         return metadata.version(library)
     except metadata.PackageNotFoundError:
         return "absent"
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without the library's progress bars and its table of unused weights, which is checked here."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        logging.enable_progress_bar()

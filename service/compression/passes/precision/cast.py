@@ -113,16 +113,21 @@ def _bridge(module: nn.Module, inside: torch.dtype, outside: torch.dtype) -> Non
 
 
 class _Convert:
-    """Forward hooks that convert float tensors, positional or named; integers (token ids, masks) pass untouched."""
+    """Forward hooks that convert float tensors, in containers too; integers (token ids, masks) pass untouched."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def before(self, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        return tuple(map(self._converted, args)), {name: self._converted(value) for name, value in kwargs.items()}
+    def before(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
+        return self._each((args, kwargs))
 
     def after(self, _: nn.Module, __: Any, outputs: Any) -> Any:
-        return tuple(map(self._converted, outputs)) if isinstance(outputs, tuple) else self._converted(outputs)
+        return self._each(outputs)
+
+    def _each(self, values: Any) -> Any:
+        from torch.utils._pytree import tree_map
+
+        return tree_map(self._converted, values)
 
     def _converted(self, value: Any) -> Any:
         import torch
