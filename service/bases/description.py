@@ -9,18 +9,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service.bases.declaration import ImageInput, TextInput
-from service.contracts import Field, InputSpec
+from service.contracts import Field, InputSpec, Meaning
 
-FORMAT = 1
+FORMAT = 2
 """Raise when descriptions of the same model come out differently."""
+Evidence = Literal["declared", "operator", "numbers", "name", "labels", "form", "none"]
+"""From what the meaning of an output is known: the config, its last operator, what it looked like on random rows, its
+name, that it has as many numbers as there are labels, the kind of base it belongs to; or nothing is known."""
 
 
 class Tensor(BaseModel):
-    """A `contracts.Field` as JSON."""
+    """A `contracts.Field` as JSON. An output may have no name before `bases.meanings.settled` gave it one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -28,10 +32,12 @@ class Tensor(BaseModel):
     dtype: str
     shape: tuple[int | None, ...]
     pad: float = 0.0
+    meaning: Meaning = "values"
+    evidence: Evidence = "none"
 
     def field(self) -> Field:
         """As the contracts know it."""
-        return Field(self.name, self.dtype, self.shape, self.pad)
+        return Field(self.name, self.dtype, self.shape, self.pad, meaning=self.meaning)
 
 
 class Description(BaseModel):
@@ -44,6 +50,8 @@ class Description(BaseModel):
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     labels: tuple[str, ...] = ()
+    labelled: int = 0
+    """Position of the output whose classes the labels name."""
     image: ImageInput | None = None
     text: TextInput | None = None
     """Of the two, the one that says how a request becomes the inputs; neither: arrays as they are."""
@@ -59,6 +67,7 @@ class Description(BaseModel):
             tuple(item.field() for item in self.outputs),
             self.labels,
             self.max_length,
+            self.labelled,
         )
 
 

@@ -24,7 +24,7 @@ from service.serving.dispatch import SHORT_S
 from service.serving.fleet import Fleet
 
 LABELS = ("zero", "one", "two", "three")
-SPEC = InputSpec((Field("image", "float32", (1, 2, 2)),), (Field("logits", "float32", (4,)),), LABELS)
+SPEC = InputSpec((Field("image", "float32", (1, 2, 2)),), (Field("logits", "float32", (4,), meaning="logits"),), LABELS)
 
 
 class PixelBase:
