@@ -102,7 +102,7 @@ def _unusable(reasons: Mapping[Path, str], key: str) -> ConfigError:
 
 
 def _classes(folders: Sequence[ImageFolder], label: Label, labels: tuple[str, ...]) -> dict[Path, Array]:
-    """Class number of every file, by the folder, where it has classes; those of all folders are read in the same way."""
+    """By folder, the class numbers of its files if they have classes; those of all folders are read in the same way."""
     named = ((found.root, _column(found.root, found.files, label, labels)) for found in folders)
     columns = {root: column for root, column in named if column is not None}
     return dict(zip(columns, class_numbers(list(columns.values()), labels), strict=True))
