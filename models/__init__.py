@@ -1,7 +1,9 @@
 """The bases: one module per base, in plain Python, that never imports the serving package.
 
 A base module declares
-- `INPUTS`, `OUTPUTS`: one mapping per tensor with `name`, `dtype` and the `shape` of one row (`None` = dynamic axis),
+- `INPUTS`, `OUTPUTS`: one mapping per tensor with `name`, `dtype` and the `shape` of one row (`None` = dynamic axis);
+  an output also has a `meaning`: `logits`, `probabilities`, `log_probabilities` or `independent_probabilities` of
+  classes, `embedding`, or `values`, which is the default,
 - `LABELS`: the names of the classes, empty for a base that does not classify,
 - `IMAGE`: how a picture becomes the input: `mode`, `size` (width, height), `fit`, `crop`, `resize`, and `mean` and
   `std` per channel of pixels already scaled to 0..1; or `TEXT`, how a text does: `tokenizer` (its file), `max_length`,

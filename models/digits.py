@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from models.residual import ResidualNet
 
 INPUTS = ({"name": "image", "dtype": "float32", "shape": (1, 32, 32)},)
-OUTPUTS = ({"name": "logits", "dtype": "float32", "shape": (10,)},)
+OUTPUTS = ({"name": "logits", "dtype": "float32", "shape": (10,), "meaning": "logits"},)
 LABELS = tuple("0123456789")
 SIZE = (32, 32)
 MEAN, STD = 0.3047, 0.3233

@@ -57,7 +57,7 @@ RESIZED = 256
 MEAN, STD = 127 / 255, 128 / 255
 
 INPUTS = ({"name": "image", "dtype": "float32", "shape": (3, SIDE, SIDE)},)
-OUTPUTS = ({"name": "logits", "dtype": "float32", "shape": (1000,)},)
+OUTPUTS = ({"name": "logits", "dtype": "float32", "shape": (1000,), "meaning": "logits"},)
 LABELS = tuple(CLASS_NAMES.read_text(encoding="utf-8").splitlines())
 IMAGE = {
     "mode": "RGB",

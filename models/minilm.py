@@ -43,7 +43,7 @@ INPUTS = (
     {"name": "input_ids", "dtype": "int64", "shape": (None,)},
     {"name": "attention_mask", "dtype": "int64", "shape": (None,)},
 )
-OUTPUTS = ({"name": "embedding", "dtype": "float32", "shape": (WIDTH,)},)
+OUTPUTS = ({"name": "embedding", "dtype": "float32", "shape": (WIDTH,), "meaning": "embedding"},)
 LABELS: tuple[str, ...] = ()
 TEXT = {"tokenizer": FOLDER / "tokenizer.json", "max_length": MAX_LENGTH}
 FILES = ("bert.py", TEXTS.name)

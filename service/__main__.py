@@ -100,6 +100,7 @@ def init(
     image: Annotated[str | None, typer.Option(help="Takes pictures of WIDTHxHEIGHT (grey: WIDTHxHEIGHTxL).")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Takes texts, by this tokenizer.json.")] = None,
     shape: Annotated[list[str] | None, typer.Option("--input", help="Takes NAME=3,224 or NAME:int64=?.")] = None,
+    meaning: Annotated[list[str] | None, typer.Option(help="Gives NAME=logits, NAME=probabilities ...")] = None,
 ) -> None:
     """Look at a model and write a commented config with variants worth trying on this machine."""
     from service.init.data_argument import data_seen
@@ -108,8 +109,8 @@ def init(
 
     if output.exists():
         raise StartupError(f"{output} exists and is not replaced; remove it, or write another file with --output")
+    hints = Hints(weights, weights_key, task, labels, image, tokenizer, tuple(shape or ()), tuple(meaning or ()))
     with err.status(f"looking at {escape(model)} ..."):
-        hints = Hints(weights, weights_key, task, labels, image, tokenizer, tuple(shape or ()))
         look, rungs = write_config(model, output, hints, data)
     err.print(f"{look.name}: {escape(look.inputs)} -> {escape(look.outputs)}", highlight=False, soft_wrap=True)
     if (seen := data_seen(data)) is not None:

@@ -31,9 +31,19 @@ class Compared(NamedTuple):
 def compared(one: Array, other: Array) -> Compared:
     """Two arrays of the same shape with everything taken out that is infinite or NaN."""
     ours, theirs = np.asarray(one, np.float64), np.asarray(other, np.float64)
-    finite = np.isfinite(ours) & np.isfinite(theirs)
-    alike = finite | (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
-    return Compared(np.where(finite, ours, 0.0), np.where(finite, theirs, 0.0), ~alike)
+    finite = both_finite(ours, theirs)
+    return Compared(np.where(finite, ours, 0.0), np.where(finite, theirs, 0.0), differ_in_kind(ours, theirs))
+
+
+def both_finite(one: Array, other: Array) -> NDArray[np.bool_]:
+    """Where both are numbers that can be compared by their difference."""
+    return np.asarray(np.isfinite(one) & np.isfinite(other))
+
+
+def differ_in_kind(one: Array, other: Array) -> NDArray[np.bool_]:
+    """Where something is infinite or NaN in one of the two and not the same in the other; NaN is the same as NaN."""
+    same = (one == other) | (np.isnan(one) & np.isnan(other))
+    return np.asarray(~(both_finite(one, other) | same))
 
 
 def largest_difference(one: Array, other: Array) -> float:

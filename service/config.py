@@ -26,7 +26,7 @@ class GateConfig(Section):
     """When a variant answers too differently from its base to be served."""
 
     max_drop: float | None = Field(None, ge=0, le=1, description="largest allowed loss of score, 0.005 = half a point")
-    min_agreement: float | None = Field(None, ge=0, le=1, description="least share of answers equal to the base's")
+    min_agreement: float | None = Field(None, ge=0, le=1, description="least agreement of every output with the base's")
     on_fail: Literal["abort", "exclude"] = Field("abort", description="refuse to start, or serve without the variant")
 
 

@@ -23,6 +23,15 @@ Array: TypeAlias = NDArray[Any]
 Arrays: TypeAlias = tuple[Array, ...]
 Json: TypeAlias = Any
 Split = Literal["train", "calibration", "gate", "test"]
+Meaning = Literal["logits", "probabilities", "log_probabilities", "independent_probabilities", "embedding", "values"]
+"""What the numbers of an output are, which decides how they are answered, compared and trained.
+
+`logits` become the probabilities of classes by a softmax; `probabilities` are that already, `log_probabilities` their
+logarithms; `independent_probabilities` are one of each class by itself (a sigmoid's), any number of which may be true.
+`embedding` is a direction, compared by angles; `values` are everything else.
+"""
+CLASSES: frozenset[Meaning] = frozenset({"logits", "probabilities", "log_probabilities", "independent_probabilities"})
+"""Meanings of an output with one number per class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +39,8 @@ class Field:
     """One named tensor. `shape` is that of a single row (no batch axis); `None` marks a dynamic axis.
 
     `pad` fills the dynamic axes when rows of different length share a batch. `values` are the least and the greatest
-    that an element may have, where the model cannot run with others (token ids); `None`: any of its dtype.
+    that an element may have, where the model cannot run with others (token ids); `None`: any of its dtype. `meaning`
+    is that of an output; of an input it says nothing.
     """
 
     name: str
@@ -38,19 +48,22 @@ class Field:
     shape: tuple[int | None, ...]
     pad: float = 0.0
     values: tuple[int, int] | None = None
+    meaning: Meaning = "values"
 
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
     """What a model takes (`fields`), what it gives (`outputs`) and, for classifiers, the names of its classes.
 
-    `max_length` bounds the dynamic axes of what it takes: longer requests are refused.
+    `max_length` bounds the dynamic axes of what it takes: longer requests are refused. `labelled` is the position of
+    the output whose classes the labels name; without labels it says nothing.
     """
 
     fields: tuple[Field, ...]
     outputs: tuple[Field, ...]
     labels: tuple[str, ...] = ()
     max_length: int = 512
+    labelled: int = 0
 
     @property
     def row_bytes(self) -> int:

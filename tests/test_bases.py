@@ -47,7 +47,7 @@ def test_digits_keeps_the_contract() -> None:
     base: Base = open_base(Origin.shipped("digits"))
     assert base.name == "digits"
     assert base.spec.fields == (Field("image", "float32", (1, 32, 32)),)
-    assert base.spec.outputs == (Field("logits", "float32", (10,)),)
+    assert base.spec.outputs == (Field("logits", "float32", (10,), meaning="logits"),)
     assert base.spec.labels == tuple("0123456789")
     data = base.data("gate", 5)
     batch = next(data.batches(3))

@@ -26,4 +26,4 @@ def test_synthetic_data_is_told_by_build_serve_and_every_answer(tmp_path: Path) 
     assert "float: passes its gate (synthetic data)" in lines
     assert any(line.startswith("ready in ") and line.endswith("(synthetic data)") for line in lines)
     assert reply.headers["x-caveats"] == "synthetic data"
-    assert [answer["embedding"] for answer in reply.json()["predictions"]] == [[0.25] * 4] * 3
+    assert [answer["outputs"] for answer in reply.json()["predictions"]] == [{"y": [0.25] * 4}] * 3

@@ -43,10 +43,10 @@ class ModelList:
 
 
 def gives_embeddings(fleet: Fleet) -> bool:
-    """Whether the base takes texts, and answers each with a single list of numbers that are no class logits."""
+    """Whether the base takes texts, and answers each with an embedding and nothing else."""
     spec = fleet.base.spec
-    single = not spec.labels and len(spec.outputs) == 1 and len(spec.outputs[0].shape) == 1
-    return single and isinstance(fleet.base.codec, TextCodec)
+    meanings = [item.meaning for item in spec.outputs]
+    return not spec.labels and meanings == ["embedding"] and isinstance(fleet.base.codec, TextCodec)
 
 
 def served_models(fleet: Fleet) -> list[str]:

@@ -6,15 +6,15 @@ preprocessing, input shapes) has a key here, and errors ask for it by that key. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from service.api.codecs.image_formats import FORMAT_NAMES, FormatName
 from service.api.codecs.picture_files import Orientation
-from service.contracts import Json
+from service.contracts import Json, Meaning
 from service.section import Name, Section
 
 Resize = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -98,6 +98,21 @@ class KeyedWeights(Section):
         return self
 
 
+def _known_meanings(value: Any) -> Any:
+    """Checked before the two forms are told apart, so that an error speaks of what was written."""
+    meanings = value.values() if isinstance(value, Mapping) else value
+    if not isinstance(meanings, Iterable) or isinstance(meanings, str):
+        raise ValueError("write a mapping from the name of an output to its meaning, or a list of meanings")
+    known = get_args(Meaning)
+    if wrong := [meaning for meaning in meanings if meaning not in known]:
+        raise ValueError(f"{wrong[0]!r} is no meaning of an output; there are {', '.join(known)}")
+    return value
+
+
+Meanings = Annotated[Mapping[str, Meaning] | tuple[Meaning, ...], BeforeValidator(_known_meanings)]
+"""Of outputs: by their names, or in their order."""
+
+
 class ShippedBase(KeyedWeights):
     """A base that comes with the service."""
 
@@ -119,6 +134,9 @@ class BroughtBase(Section):
     text: TextInput | None = Field(None, description="for a model of token ids with a mask")
     inputs: Mapping[str, TensorInput] | None = Field(
         None, description="for any other model, in the order it takes them"
+    )
+    outputs: Meanings | None = Field(
+        None, description="what the outputs mean, by name or in their order; by default what the model shows"
     )
 
     @model_validator(mode="after")

@@ -12,11 +12,12 @@ import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from service.bases.declaration import ImageInput, TextInput
-from service.contracts import Field, InputSpec
+from service.contracts import Field, InputSpec, Meaning
 from service.disk import may_write
 from service.errors import ArtifactCorrupt, ConfigError
 from service.sealed import seal, unseal
@@ -25,10 +26,13 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """Raise when descriptions of the same model come out differently."""
+Evidence = Literal["declared", "operator", "numbers", "name", "labels", "form", "none"]
+"""From what the meaning of an output is known: the config, its last operator, what it looked like on random rows, its
+name, that it has as many numbers as there are labels, the kind of base it belongs to; or nothing is known."""
 
 
 class Tensor(BaseModel):
-    """A `contracts.Field` as JSON."""
+    """A `contracts.Field` as JSON. An output may have no name before `bases.meanings.settled` gave it one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,10 +40,12 @@ class Tensor(BaseModel):
     dtype: str
     shape: tuple[int | None, ...]
     pad: float = 0.0
+    meaning: Meaning = "values"
+    evidence: Evidence = "none"
 
     def field(self) -> Field:
         """As the contracts know it."""
-        return Field(self.name, self.dtype, self.shape, self.pad)
+        return Field(self.name, self.dtype, self.shape, self.pad, meaning=self.meaning)
 
 
 class Description(BaseModel):
@@ -52,6 +58,8 @@ class Description(BaseModel):
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     labels: tuple[str, ...] = ()
+    labelled: int = 0
+    """Position of the output whose classes the labels name."""
     image: ImageInput | None = None
     text: TextInput | None = None
     """Of the two, the one that says how a request becomes the inputs; neither: arrays as they are."""
@@ -67,6 +75,7 @@ class Description(BaseModel):
             tuple(item.field() for item in self.outputs),
             self.labels,
             self.max_length,
+            self.labelled,
         )
 
 

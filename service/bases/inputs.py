@@ -7,6 +7,7 @@ from pathlib import Path
 
 from service.bases.declaration import BroughtBase, ImageFiles, ImageInput, TextInput
 from service.bases.description import Description, Tensor
+from service.bases.meanings import settled
 from service.errors import ConfigError
 
 MASKED_TEXT = (
@@ -43,22 +44,19 @@ def declared_inputs(declared: BroughtBase) -> tuple[Tensor, ...] | None:
 def described(
     declared: BroughtBase, folder: Path, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
 ) -> Description:
-    """The description of a model whose preprocessing the config declares.
+    """The description of a model whose preprocessing the config declares; `outputs` as they were found.
 
     Raises:
-        ConfigError: the labels cannot be read, or there are not as many as the model has classes.
+        ConfigError: the labels cannot be read, or do not fit the outputs, or what is declared of these does not.
     """
     labels = read_labels(declared, folder)
-    if labels and outputs[0].shape != (len(labels),):
-        raise ConfigError(
-            f"base.labels: {len(labels)} labels for a model whose output '{outputs[0].name}' has shape "
-            f"{list(outputs[0].shape)} per row"
-        )
+    given = settled(outputs, labels, declared.outputs, "values" if declared.text is None else "embedding")
     return Description(
         name=declared.name or name,
         inputs=tuple(inputs),
-        outputs=tuple(outputs),
+        outputs=given.tensors,
         labels=labels,
+        labelled=given.labelled,
         image=declared.image if isinstance(declared.image, ImageInput) else None,
         text=None if declared.text is None else resolved_text(declared.text, folder),
         max_length=512 if declared.text is None else declared.text.max_length,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from service.bases.description import Tensor
 from service.contracts import Array, Arrays, Codec, Data, InputSpec, Model, Split, TorchModel
 from service.errors import StartupError
 
@@ -43,6 +44,8 @@ class LoadedBase:
     load: Callable[[], Model]
     rows: Rows
     scored_by: Score
+    outputs: tuple[Tensor, ...]
+    """As in the spec, with the evidence for what they mean."""
 
     @property
     def unit(self) -> int:

@@ -27,7 +27,7 @@ from service.bases.declaration import (
 )
 from service.bases.description import Description, remembered
 from service.bases.loaded import LoadedBase, Rows, Score
-from service.bases.scores import accuracy, pair_correlation
+from service.bases.scores import score_of
 from service.bases.shipped import ModuleRows, ModuleSource, borrowed, shipped_module
 from service.bases.sources.exported_program import ExportedSource
 from service.bases.sources.onnx_file import OnnxSource
@@ -106,7 +106,14 @@ def open_base(origin: Origin) -> LoadedBase:
     codec = codec_of(description, spec)
     rows, score = _rows_and_score(origin, source, description, codec)
     # The tokenizer and the formats decide answers through the rows alone, whose digest knows them by content.
-    told = description.model_dump_json(exclude={"name": True, "text": {"tokenizer"}, "image": {"formats"}})
+    told = description.model_dump_json(
+        exclude={
+            "name": True,
+            "text": {"tokenizer"},
+            "image": {"formats"},
+            "outputs": {"__all__": {"evidence"}},
+        }
+    )
     digest = hashlib.sha256(f"{fingerprint} {told} {rows.digest}".encode()).hexdigest()
     if origin.digest not in {None, digest}:
         raise ConfigError("base, data: their files have changed since the build began; start it again")
@@ -127,6 +134,7 @@ def open_base(origin: Origin) -> LoadedBase:
         load=load,
         rows=rows,
         scored_by=score,
+        outputs=description.outputs,
     )
 
 
@@ -168,14 +176,13 @@ def codec_of(description: Description, spec: InputSpec) -> Codec:
 
 
 def _rows_and_score(origin: Origin, source: Source, description: Description, codec: Codec) -> tuple[Rows, Score]:
-    score = accuracy if description.labels else pair_correlation
-    if isinstance(source, ModuleSource):
-        score = source.module.score
-        if origin.data is None:
-            return ModuleRows(source.module), score
+    own = source.module if isinstance(source, ModuleSource) else None
+    if own is not None and origin.data is None:
+        return ModuleRows(own), own.score
     if origin.data is None:
         raise ConfigError(
             "data: this base comes without rows, and the report, the gate and calibration need some; add `data:` with "
             "images, arrays or texts like those it will be asked about (synthetic: 64 for a first look at speed)"
         )
-    return open_rows(origin.data, description, codec, origin.folder), score
+    rows = open_rows(origin.data, description, codec, origin.folder)
+    return rows, score_of(description.spec(), rows.unit) if own is None else own.score

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from service.bases.description import Tensor
+from service.bases.meanings import guessed
 from service.comparison import largest_difference, largest_finite
 from service.contracts import Array, Arrays, InputSpec
 from service.errors import ConfigError
@@ -94,4 +95,4 @@ def _output(name: str, together: Array, alone: Sequence[Array], longer: Array, t
             "requests cannot share one; was it exported in training mode, or does it work across the first axis?"
         )
     shape = tuple(a if a == b else None for a, b in zip(together.shape[1:], longer.shape[1:], strict=True))
-    return Tensor(name=name, dtype=str(together.dtype), shape=shape)
+    return guessed(Tensor(name=name, dtype=str(together.dtype), shape=shape), (together, longer))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
 from service.bases.declaration import ImageFiles, ImageInput, ShippedBase, TextInput, TimmBase
 from service.bases.description import Description, Tensor
 from service.bases.inputs import image_input
+from service.bases.meanings import settled
 from service.contracts import Array, ArrayData, Arrays, Data, InputSpec, Json, Split, TorchModel
 from service.errors import ConfigError
 
@@ -124,11 +125,13 @@ class ModuleSource:
         image, text = (getattr(self.module, name, None) for name in ("IMAGE", "TEXT"))
         if image is None and self.files is not None:
             raise ConfigError(f"base.image: the base '{self.name}' takes no images")
+        given = settled([Tensor.model_validate(item) for item in self.module.OUTPUTS], self.module.LABELS)
         return Description(
             name=self.name,
             inputs=tuple(Tensor.model_validate(item) for item in self.module.INPUTS),
-            outputs=tuple(Tensor.model_validate(item) for item in self.module.OUTPUTS),
+            outputs=given.tensors,
             labels=self.module.LABELS,
+            labelled=given.labelled,
             image=None if image is None else image_input(self.files, lambda: ImageInput.model_validate(image)),
             text=None if text is None else TextInput.model_validate(text),
             max_length=512 if text is None else text["max_length"],

@@ -1,15 +1,17 @@
-"""What a torch module gives back, found out by running it: names, dtypes and shapes of its outputs.
+"""What a torch module gives back, found out by running it: dtypes, shapes and meanings of its outputs.
 
 Two runs with different numbers of rows and different lengths tell which axes are fixed. A module whose first axis does
-not follow the rows cannot be batched and is refused here, before anybody waits for a build.
+not follow the rows cannot be batched and is refused here, before anybody waits for a build. What autograd remembers of
+a third run tells the last operator of every output, whatever the module is written in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from service.bases.description import Tensor
+from service.bases.meanings import Operator, guessed, proven
 from service.contracts import Field, InputSpec
 from service.errors import ConfigError
 
@@ -19,15 +21,26 @@ if TYPE_CHECKING:
 RUNS = ((2, 16), (3, 24))
 """Rows and length of dynamic axes."""
 DECLARE = "Its inputs are declared by base.image, base.text or base.inputs"
+OPERATORS: Final[Mapping[str, Operator]] = {
+    "SoftmaxBackward": "softmax",
+    "LogSoftmaxBackward": "log_softmax",
+    "SigmoidBackward": "sigmoid",
+}
+"""By the name of autograd's node, without the number at its end."""
+UNCHANGING = frozenset(
+    f"{name}Backward"
+    for name in (
+        *("Alias", "Clone", "Expand", "Permute", "ReshapeAlias", "Squeeze"),
+        *("T", "ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View"),
+    )
+)
+"""Nodes that hand the numbers on, in another shape or precision."""
 
 
-def traced_outputs(
-    module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str], remedy: str = DECLARE
-) -> tuple[Tensor, ...]:
-    """The outputs of a module that takes `inputs`, by the names it gives them itself.
+def traced_outputs(module: nn.Module, inputs: Sequence[Tensor], remedy: str = DECLARE) -> tuple[Tensor, ...]:
+    """The outputs of a module that takes `inputs`, by the names that it gives them itself, else without.
 
-    Of outputs without a name, `names` are used as far as they go, then `output_1` ... `remedy` is told where it does
-    not run.
+    `remedy` is told where it does not run.
 
     Raises:
         ConfigError: it does not run on these inputs, gives no tensors, or mixes up the rows.
@@ -39,17 +52,18 @@ def traced_outputs(
             f"base: the model returns {len(small)} tensors for {RUNS[0][0]} rows and {len(large)} for {RUNS[1][0]}: it "
             "must return as many for any number of rows, each with a first axis that counts them"
         )
-    told = [own or (names[index] if index < len(names) else f"output_{index}") for index, (own, _) in enumerate(small)]
+    operators = last_operators(module, fields, len(small))
     found: list[Tensor] = []
-    for index, ((_, one), (_, two)) in enumerate(zip(small, large, strict=True)):
-        name = _unlike(told[index], [item.name for item in (*inputs, *found)])
+    for index, ((own, one), (_, two)) in enumerate(zip(small, large, strict=True)):
+        name = _unlike(own, [item.name for item in (*inputs, *found)]) if own else ""
         if one.shape[:1] != (RUNS[0][0],) or two.shape[:1] != (RUNS[1][0],):
             raise ConfigError(
                 f"base: output {index} of the model has shape {list(one.shape)} for {RUNS[0][0]} rows: its first axis "
                 "must count the rows, or requests cannot share a batch"
             )
         shape = tuple(a if a == b else None for a, b in zip(one.shape[1:], two.shape[1:], strict=True))
-        found.append(Tensor(name=name, dtype=str(one.dtype).removeprefix("torch."), shape=shape))
+        tensor = Tensor(name=name, dtype=str(one.dtype).removeprefix("torch."), shape=shape)
+        found.append(proven(guessed(tensor, (one.numpy(), two.numpy())), operators[index]))
     return tuple(found)
 
 
@@ -57,6 +71,43 @@ def _unlike(name: str, others: Sequence[str]) -> str:
     """With a number, if inputs or outputs are called so already."""
     numbered = (name if number == 0 else f"{name}_{number}" for number in range(len(others) + 1))
     return next(free for free in numbered if free not in others)
+
+
+def last_operators(module: nn.Module, fields: Sequence[Field], outputs: int) -> list[Operator | None]:
+    """The operator by which every output ends, where it is one that tells what the output means.
+
+    Autograd remembers nothing unless some weight asks for a gradient, or without weights an input. A module that does
+    not run with gradients tells nothing.
+    """
+    import torch
+
+    from service.bases.modules.tensor_outputs import named_tensors
+
+    weights = {item: item.requires_grad for item in module.parameters() if item.is_floating_point()}
+    rows, length = RUNS[0]
+    batch = [torch.from_numpy(array) for array in InputSpec(tuple(fields), ()).example(rows, length)]
+    asked: list[torch.Tensor] = [*weights] or [item for item in batch if item.is_floating_point()]
+    try:
+        for item in asked:
+            item.requires_grad_()
+        with torch.enable_grad():
+            given = named_tensors(module(*batch))
+    except Exception:  # whatever the user's module raises where the runs before did not
+        return [None] * outputs
+    finally:
+        for weight, before in weights.items():
+            weight.requires_grad_(before)
+    return [_operator(item.grad_fn) for _, item in given]
+
+
+def _operator(node: Any) -> Operator | None:
+    """The operator of a node of autograd's graph, or of the one whose numbers it hands on."""
+    while node is not None:
+        name = type(node).__name__.rstrip("0123456789")
+        if name not in UNCHANGING:
+            return OPERATORS.get(name)
+        node = node.next_functions[0][0]
+    return None
 
 
 def _run(module: nn.Module, fields: tuple[Field, ...], sizes: tuple[int, int], remedy: str) -> list[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from service.comparison import largest_difference, largest_finite
+from service.comparison import both_finite, differ_in_kind
 from service.contracts import Array, Arrays, Backend, Field, InputSpec
 from service.serving.assembly import join
 
@@ -23,7 +23,7 @@ COMPANY = 32
 
 
 def batch_dependence(backend: Backend, spec: InputSpec, rows: Arrays) -> float:
-    """The largest change of the first output by company, relative to the largest finite output alone; at least 0.
+    """The largest change of an output by company, relative to its largest finite value alone; at least 0.
 
     The first `GOLDEN` of the given rows run alone, then together, then in front of a batch of `COMPANY` rows (given
     rows are repeated to fill it). Along dynamic axes the rows are cut to different lengths, from half to whole, so that
@@ -33,23 +33,30 @@ def batch_dependence(backend: Backend, spec: InputSpec, rows: Arrays) -> float:
     samples = [_sample(rows, spec, index) for index in range(len(rows[0]))]
     alone = [_answers(backend, spec, [sample])[0] for sample in samples[:golden]]
     crowd = [samples[index % len(samples)] for index in range(COMPANY)]
-    largest = max(map(largest_finite, alone))
-    change = 0.0
-    for company in (samples[:golden], crowd):
-        together = _answers(backend, spec, company)
-        change = max(change, *(_change(ours, theirs) for ours, theirs in zip(alone, together, strict=False)))
-    return change / max(largest, float(np.finfo(np.float32).tiny))
+    companies = [_answers(backend, spec, company)[:golden] for company in (samples[:golden], crowd)]
+    by_output = zip(*alone, strict=True), *(zip(*together, strict=True) for together in companies)
+    return max(_relative_change(*rows) for rows in zip(*by_output, strict=True))
 
 
-def _answers(backend: Backend, spec: InputSpec, samples: Sequence[Arrays]) -> list[Array]:
-    """The first output of every sample of one batch."""
-    first, *_ = backend.run(join(samples, spec, len(samples)))
-    return list(np.array(first, np.float64))
+def _answers(backend: Backend, spec: InputSpec, samples: Sequence[Arrays]) -> list[Arrays]:
+    """All outputs of every sample of one batch."""
+    outputs = [np.array(output, np.float64) for output in backend.run(join(samples, spec, len(samples)))]
+    return list(zip(*outputs, strict=True))
 
 
-def _change(alone: Array, together: Array) -> float:
+def _relative_change(alone: Arrays, *companies: Arrays) -> float:
+    """Of one output of the golden rows, alone and in each company."""
+    largest = max(float(np.abs(answer[np.isfinite(answer)]).max(initial=0)) for answer in alone)
+    scale = max(largest, float(np.finfo(np.float32).tiny))
+    return max(_change(*pair, scale) for together in companies for pair in zip(alone, together, strict=True))
+
+
+def _change(alone: Array, together: Array, scale: float) -> float:
+    """Relative to the scale; at least 1 where a number is infinite or NaN in one of the two only."""
     shared = together[tuple(slice(0, size) for size in alone.shape)]
-    return largest_difference(shared, alone)
+    finite = both_finite(alone, shared)
+    change = float(np.abs(shared[finite] - alone[finite]).max(initial=0)) / scale
+    return max(change, 1.0) if differ_in_kind(alone, shared).any() else change
 
 
 def _sample(rows: Arrays, spec: InputSpec, index: int) -> Arrays:

@@ -11,7 +11,33 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from service.contracts import Json
+from service.contracts import Json, Meaning
+
+
+class OutputFidelity(BaseModel):
+    """How near one output is to that of the base. What its meaning does not ask for is `None`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    meaning: Meaning
+    agreement: float
+    """0..1. Of classes: share of rows with the same best class (of independent ones, also the same classes at 0.5 or
+    above); of embeddings: the mean cosine, 0 at least; of values: 1 - `error`, 0 at least."""
+    kl: float | None = None
+    """Mean KL divergence (nats) of its probabilities of classes from the base's."""
+    cosine: float | None = None
+    """Mean cosine similarity of embeddings to those of the base."""
+    rank_agreement: float | None = None
+    """Whether embeddings are near to each other in the same order as in the base: Spearman's correlation between the
+    cosine similarities of all pairs of rows here and there. `None` also with fewer than three rows."""
+    error: float | None = None
+    """Of values: root mean square error over the standard deviation of the base's, in the worst channel; of whole
+    numbers: share of those that differ."""
+    channel: int | None = None
+    """The worst channel of values, from 0."""
+    not_finite: int
+    """Numbers that are infinite or NaN here or in the base, and not the same in both."""
 
 
 class Fidelity(BaseModel):
@@ -22,21 +48,15 @@ class Fidelity(BaseModel):
     samples: int
     """Rows of the gate split behind score and fidelity."""
     score: float | None
-    """The base's own score (accuracy ...), higher is better; `None` where the data has no labels."""
+    """The base's own score (accuracy, R squared ...), higher is better; `None` where the data has no labels."""
     score_low: float | None
     score_high: float | None
     """95 % confidence interval of the score."""
-    agreement: float | None
-    """Share of rows with the same top-1 class as the base; `None` for outputs that are not classes."""
-    kl: float | None
-    """Mean KL divergence (nats) of the variant's class distribution from the base's; `None` as above."""
-    cosine: float
-    """Mean cosine similarity of the first output to that of the base."""
-    rank_agreement: float | None
-    """Whether rows are near to each other in the same order as in the base: Spearman's correlation between the cosine
-    similarities of all pairs of rows here and there. `None` for classes, or with fewer than three rows."""
+    agreement: float
+    """That of the output that is farthest from the base's, 0..1."""
+    outputs: tuple[OutputFidelity, ...]
     batch_dependence: float
-    """Largest change of the first output by the rows that share its batch, relative to the largest output; 0: none."""
+    """Largest change of an output by the rows that share its batch, relative to its largest value; 0: none."""
     disk_bytes: int
     parameters: int
     macs: int

@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from service.bases.opening import reopen_base
 from service.compression.artifacts import ArtifactStore
 from service.compression.batch_dependence import batch_dependence
 from service.compression.load import load_model
-from service.contracts import Arrays, Backend, Base, Data
+from service.contracts import Array, Arrays, Backend, Base, Data
 from service.serving.device import Device
 
 ROWS = 32
@@ -40,9 +41,22 @@ def main(cache: str, key: str, origin: str, threads: str, answers: str) -> None:
 
 
 def outputs_on(backend: Backend, data: Data, size: int = 8) -> Arrays:
-    """Run a whole data split; the outputs of all batches joined."""
+    """Run a whole data split; the outputs of all batches joined. What varies in length is filled up with NaN, or 0."""
     batches = [backend.run(batch.inputs) for batch in data.batches(size)]
-    return tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))
+    return tuple(_joined(parts) for parts in zip(*batches, strict=True))
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    shape = tuple(max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True))
+    if all(part.shape[1:] == shape for part in parts):
+        return np.concatenate(parts)
+    blank = np.nan if parts[0].dtype.kind == "f" else 0
+    joined = np.full((sum(map(len, parts)), *shape), blank, parts[0].dtype)
+    start = 0
+    for part in parts:
+        joined[(slice(start, start + len(part)), *(slice(0, size) for size in part.shape[1:]))] = part
+        start += len(part)
+    return joined
 
 
 def _measure(store: ArtifactStore, base: Base, key: str, threads: int, answers: Path) -> dict[str, object]:

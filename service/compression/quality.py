@@ -1,7 +1,7 @@
 """Does a compressed model still answer right, and what does it cost? Score, fidelity to the base, and the gate.
 
-Score needs labels and belongs to the base (accuracy, Spearman ...). Fidelity needs none: it compares the variant's
-answers on the gate split with those of the uncompressed base, row by row.
+Score needs labels and belongs to the base (accuracy, Spearman, R squared ...). Fidelity needs none: it compares every
+output of the variant on the gate split with that of the uncompressed base, row by row.
 """
 
 from __future__ import annotations
@@ -16,19 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from service.bases.scores import spearman
-from service.comparison import UNLIKE, compared, row_cosines
 from service.compression.artifacts import ArtifactStore
-from service.compression.manifest import Fidelity, Measurement, Quality, Recipe, SideBySide
+from service.compression.fidelity import fidelity
+from service.compression.manifest import Fidelity, Measurement, OutputFidelity, Quality, Recipe, SideBySide
 from service.config import GateConfig
 from service.contracts import Array, Arrays, Base, Json
 from service.errors import PassFailed
 from service.machine import cpu_name
 
 RESAMPLES = 1000
-SMALLEST_LOG = float(np.log(np.finfo(np.float64).tiny))
-RANKED_ROWS = 256
-"""Rows of which all pairs are compared: 32,640 of them."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,9 @@ def measure(
     path.unlink()
     size = {"disk_bytes": _disk_bytes(store, recipe), "parameters": recipe.parameters, "macs": recipe.macs}
     right = scored(base, answers)
-    near = fidelity(answers.outputs, (reference or answers).outputs, classes=bool(base.spec.labels))
-    found = Fidelity.model_validate(known | size | right | near)
+    near = fidelity(answers.outputs, (reference or answers).outputs, base.spec.outputs)
+    worst = min(output.agreement for output in near)
+    found = Fidelity.model_validate(known | size | right | {"outputs": near, "agreement": worst})
     return Measurement(fidelity=found, cpu=cpu_name(), threads=threads), answers
 
 
@@ -106,38 +103,6 @@ def wilson(share: float, samples: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, float((centre - spread) / scale)), min(1.0, float((centre + spread) / scale))
 
 
-def fidelity(outputs: Arrays, reference: Arrays, *, classes: bool) -> dict[str, float | None]:
-    """How near the answers are to the base's: top-1 agreement and mean KL (nats) for classes, order of the
-    similarities for anything else, mean cosine for all. Values that are equally infinite are left out; a row in which
-    an infinity or NaN stands against something else has a cosine of 0.
-    """
-    ours, theirs = (np.asarray(arrays[0], np.float64).reshape(len(arrays[0]), -1) for arrays in (outputs, reference))
-    cosine = float(np.mean(row_cosines(ours, theirs)))
-    if not classes:
-        finite = compared(ours, theirs)
-        ranks = rank_agreement(finite.one, finite.other)
-        return {"agreement": None, "kl": None, "cosine": cosine, "rank_agreement": ranks}
-    ours_log, theirs_log = _log_softmax(ours), _log_softmax(theirs)
-    kl = float(np.mean(np.sum(np.exp(theirs_log) * (theirs_log - ours_log), axis=1)))
-    broken = np.isnan(ours).any(1) != np.isnan(theirs).any(1)
-    agreement = float(np.mean((ours.argmax(1) == theirs.argmax(1)) & ~broken))
-    return {"agreement": agreement, "kl": max(0.0, kl), "cosine": cosine, "rank_agreement": None}
-
-
-def rank_agreement(ours: Array, theirs: Array) -> float | None:
-    """Spearman's correlation, -1..1, between the cosines of all pairs of rows [rows, D] and those of the other's rows.
-
-    Search and clustering use embeddings by the order of their similarities alone, which a mean cosine near 1 does not
-    promise to keep. `None` with fewer than three rows, which have no order.
-    """
-    ours, theirs = ours[:RANKED_ROWS], theirs[:RANKED_ROWS]
-    if len(ours) < 3:
-        return None
-    if np.array_equal(ours, theirs):
-        return 1.0  # also where all rows are alike, for which no correlation is defined
-    return min(1.0, spearman(_pair_cosines(ours), _pair_cosines(theirs)))
-
-
 def gate_reason(gate: GateConfig, quality: Quality, base: Quality) -> str | None:
     """Why a variant fails its gate, or `None`. A limit that cannot be checked for lack of labels is a reason."""
     reasons = []
@@ -150,10 +115,20 @@ def gate_reason(gate: GateConfig, quality: Quality, base: Quality) -> str | None
                 f"gate.max_drop allows {gate.max_drop}"
             )
     if gate.min_agreement is not None:
-        name, value = ("cosine", quality.cosine) if quality.agreement is None else ("agreement", quality.agreement)
-        if value < gate.min_agreement - 1e-9:
-            reasons.append(f"{name} with the base is {value:.4f}; gate.min_agreement asks for {gate.min_agreement}")
+        far = [output for output in quality.outputs if output.agreement < gate.min_agreement - 1e-9]
+        reasons += [f"{_distance(output)}; gate.min_agreement asks for {gate.min_agreement}" for output in far]
     return "; ".join(reasons) or None
+
+
+def _distance(output: OutputFidelity) -> str:
+    """How far an output is from the base's, in words."""
+    broken = f" ({output.not_finite} numbers are infinite or NaN and should not be)" if output.not_finite else ""
+    agreement = f"output '{output.name}'{broken} has an agreement of {output.agreement:.4f}"
+    if output.cosine is not None:
+        return f"{agreement}, its mean cosine with the base's"
+    if output.error is None:
+        return f"{agreement}, the share of rows with the base's answer"
+    return f"{agreement}: it is off by {100 * output.error:.1f} % of the base's spread (channel {output.channel})"
 
 
 def _bootstrap(base: Base, answers: Answers) -> tuple[float, float]:
@@ -167,19 +142,6 @@ def _bootstrap(base: Base, answers: Answers) -> tuple[float, float]:
     scores = [base.score(tuple(array[row] for array in answers.outputs), answers.labels[row]) for row in rows]
     low, high = np.nanpercentile(scores, [2.5, 97.5])
     return float(low), float(high)
-
-
-def _pair_cosines(rows: Array) -> Array:
-    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    return np.asarray((unit @ unit.T)[np.triu_indices(len(rows), k=1)])
-
-
-def _log_softmax(logits: Array) -> Array:
-    """Logarithms of the probabilities, none below that of the smallest float: a class ruled out by -inf has one too."""
-    finite = np.nan_to_num(logits, nan=UNLIKE, posinf=UNLIKE, neginf=-UNLIKE)
-    shifted = finite - finite.max(axis=1, keepdims=True)
-    logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return np.asarray(np.maximum(logs, SMALLEST_LOG))
 
 
 def _disk_bytes(store: ArtifactStore, recipe: Recipe) -> int:

@@ -15,7 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 from service.compression.manifest import VariantReport
-from service.compression.report_page.columns import FOOTPRINT, Column, answers, speed, waterfall
+from service.compression.report_page.columns import (
+    FOOTPRINT,
+    Column,
+    OutputMeasure,
+    answers,
+    by_output,
+    speed,
+    waterfall,
+)
 from service.compression.report_page.headline import hardware, headline
 from service.compression.report_page.summary import Measured, Summary, Variant, summarise
 
@@ -40,6 +48,8 @@ def print_table(
     console.print(_verdict(summary))
     console.print(_variants_table(summary))
     console.print(_numbers_table("Answers", answers(summary.measured), summary))
+    if by_output(summary.measured):
+        console.print(_outputs_table(summary))
     console.print(_numbers_table(f"Cost: speed{summary.mark}", speed(summary.batches), summary))
     console.print(_numbers_table(f"Cost: size and building{summary.mark}", FOOTPRINT, summary))
     for variant in summary.variants:
@@ -96,6 +106,17 @@ def _numbers_table(title: str, columns: Sequence[Column], summary: Summary) -> T
     return table
 
 
+def _outputs_table(summary: Summary) -> Table:
+    """A row for every output of every variant."""
+    measures = by_output(summary.measured)
+    table = _table("Answers, output by output", ("variant", "output", "meaning"), measures)
+    for variant in summary.variants:
+        for output in variant.measured.quality.outputs:
+            cells = [measure.cell(output) for measure in measures]
+            table.add_row(_name(variant, summary), Text(output.name), Text(output.meaning), *cells)
+    return table
+
+
 def _waterfall_table(variant: Variant, summary: Summary) -> Table:
     columns = waterfall(summary.measured, summary.batches)
     table = _table(f"{variant.name}, pass by pass{summary.mark}", ("after",), columns)
@@ -112,7 +133,7 @@ def _cells(columns: Iterable[Column], measured: Measured) -> list[str]:
     return [column.cell(measured) for column in columns]
 
 
-def _table(title: str, words: Iterable[str], columns: Iterable[Column]) -> Table:
+def _table(title: str, words: Iterable[str], columns: Iterable[Column | OutputMeasure]) -> Table:
     """An empty table: columns of words may wrap, columns of numbers may not."""
     table = Table(
         title=Text(title, style="bold"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False

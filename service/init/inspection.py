@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from service.bases.description import Tensor
 from service.bases.loaded import LoadedBase
 from service.contracts import InputSpec, OnnxModel, TorchModel
 
@@ -30,13 +31,15 @@ class Look:
     multiplies: bool
     """Whether there are linear layers, or matrix products in a graph."""
     caveats: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    """Its outputs, with the evidence for what they mean."""
 
     @property
     def outputs(self) -> str:
         """What it gives, in words."""
         if self.spec.labels:
             return f"{len(self.spec.labels)} classes"
-        return ", ".join(f"{item.name} {_sizes(item.shape)}" for item in self.spec.outputs)
+        return ", ".join(f"{item.name} {_sizes(item.shape)} ({item.meaning})" for item in self.spec.outputs)
 
     @property
     def inputs(self) -> str:
@@ -49,7 +52,7 @@ def inspect(base: LoadedBase, form: str) -> Look:
     model = base.model()
     seen = _seen_in_graph(model) if isinstance(model, OnnxModel) else _seen_in_module(model, form)
     shape, parameters, norms, convolves, multiplies = seen
-    return Look(base.name, base.spec, shape, parameters, norms, convolves, multiplies, base.caveats)
+    return Look(base.name, base.spec, shape, parameters, norms, convolves, multiplies, base.caveats, base.outputs)
 
 
 def _seen_in_module(model: TorchModel, form: str) -> tuple[Shape, int, bool, bool, bool]:

@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from service.bases.shipped import SHIPPED
-from service.contracts import Json
+from service.contracts import Json, Meaning
 from service.errors import ConfigError
 
 FORMS = (
@@ -33,6 +34,8 @@ class Hints:
     tokenizer: Path | None = None
     shapes: tuple[str, ...] = ()
     """`NAME=3,224,224`, `?` for an axis of any size; one per input."""
+    meanings: tuple[str, ...] = ()
+    """`NAME=MEANING`, per output of which it cannot be seen."""
 
 
 def base_section(model: str, hints: Hints, folder: Path) -> dict[str, Json]:
@@ -53,6 +56,8 @@ def base_section(model: str, hints: Hints, folder: Path) -> dict[str, Json]:
         section["text"] = {"tokenizer": _near(hints.tokenizer, folder)}
     if hints.shapes:
         section["inputs"] = dict(_input(text) for text in hints.shapes)
+    if hints.meanings:
+        section["outputs"] = dict(_output(text) for text in hints.meanings)
     return section
 
 
@@ -98,3 +103,10 @@ def _input(text: str) -> tuple[str, Mapping[str, Json]]:
         raise ConfigError(f"--input {text}: give NAME=SIZES or NAME:DTYPE=SIZES, such as x=3,224 or ids:int64=?")
     shape = [None if size == "?" else int(size) for size in found[3].split(",")]
     return found[1], {"dtype": found[2] or "float32", "shape": shape}
+
+
+def _output(text: str) -> tuple[str, str]:
+    name, _, meaning = text.rpartition("=")
+    if not name or meaning not in get_args(Meaning):
+        raise ConfigError(f"--meaning {text}: give NAME=MEANING, one of {', '.join(get_args(Meaning))}")
+    return name, meaning

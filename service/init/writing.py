@@ -9,11 +9,12 @@ import jinja2
 import yaml
 from pydantic import ValidationError
 
+from service.bases.description import Evidence
 from service.bases.loaded import LoadedBase
 from service.bases.opening import Origin, open_base
 from service.bases.shipped import SHIPPED
 from service.config import read_config
-from service.contracts import Json
+from service.contracts import CLASSES, InputSpec, Json, Meaning
 from service.errors import ConfigError
 from service.init.data_argument import SYNTHETIC, data_section
 from service.init.inspection import Look, inspect
@@ -22,7 +23,17 @@ from service.init.model_argument import Hints, base_section
 from service.machine import isa_flags
 
 TEMPLATE = Path(__file__).parent / "config.yaml.j2"
-CLASSES_AGREE, COSINE = 0.98, 0.99
+AGREEMENT: Mapping[Meaning, float] = dict.fromkeys(CLASSES, 0.98) | {"embedding": 0.99, "values": 0.95}
+"""What a first gate asks of an output by its meaning; of several, the least."""
+WHY: Mapping[Evidence, str] = {
+    "declared": "as you say",
+    "operator": "its last operator is one for that",
+    "numbers": "a guess: on random rows its numbers look like that; check it",
+    "name": "a guess by its name; check it",
+    "labels": "it has as many numbers per row as there are labels, and nothing says that they are probabilities",
+    "form": "what such a model gives",
+    "none": "nothing says otherwise; if they are classes or an embedding, say so",
+}
 
 
 def write_config(model: str, path: Path, hints: Hints, data: Path | None) -> tuple[Look, tuple[Rung, ...]]:
@@ -38,6 +49,8 @@ def write_config(model: str, path: Path, hints: Hints, data: Path | None) -> tup
     rows = None if own else data_section(data, opened.spec, folder)
     if data is not None:
         opened = _open(base, rows, folder)
+    if "shipped" not in base:
+        base["outputs"] = {item.name: item.meaning for item in opened.outputs}
     look = inspect(opened, next(iter(base)))
     labelled = next(opened.data("gate", 2 * opened.unit).batches(8)).labels is not None
     rungs = ladder(look, isa_flags(), trainable=rows != SYNTHETIC)
@@ -69,26 +82,37 @@ def _rendered(path: Path, look: Look, rungs: tuple[Rung, ...], sections: Section
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )
-    classes = bool(look.spec.labels)
     return template.render(
         look=look,
         file=path.name,
         parameters=_short(look.parameters),
         sections=[(name, _block(section)) for name, section in sections.items() if section is not None],
-        remarks=_remarks(sections),
+        remarks=_remarks(sections, look),
         labelled=labelled,
-        agreement=CLASSES_AGREE if classes else COSINE,
-        meaning="least share of answers equal to the base's" if classes else "least mean cosine to the base's outputs",
+        agreement=min(AGREEMENT[item.meaning] for item in look.spec.outputs),
+        meaning=_measured_by(look.spec),
         rungs=[(rung, [_flow(step) for step in rung.passes]) for rung in rungs],
     )
 
 
-def _remarks(sections: Sections) -> dict[str, list[str]]:
+def _measured_by(spec: InputSpec) -> str:
+    """What the agreement of this model's outputs is."""
+    words = {
+        **dict.fromkeys(CLASSES, "the share of answers equal to the base's"),
+        "embedding": "the mean cosine to the base's embeddings",
+        "values": "1 - the error of the worst channel, relative to its spread",
+    }
+    return "least of every output: " + ", or ".join(dict.fromkeys(words[item.meaning] for item in spec.outputs))
+
+
+def _remarks(sections: Sections, look: Look) -> dict[str, list[str]]:
     """Per section, what to check or to replace before a result is believed."""
     base, data = (sections[name] or {} for name in ("base", "data"))
     found: dict[str, list[str]] = {"base": [], "data": []}
     if "image" in base:
         found["base"].append("Check mean, std, fit and resize: they must be those of the training.")
+    if "outputs" in base:
+        found["base"] += [f"Output {item.name}: {item.meaning}, {WHY[item.evidence]}." for item in look.tensors]
     if base.get("weights") == "random":
         found["base"].append("Random weights: good for speed work only. Give a file, or `hub`.")
     if data == SYNTHETIC:

@@ -82,14 +82,16 @@ def _info(variant: VariantMetrics) -> Samples:
 
 
 def _quality(variant: VariantMetrics) -> Samples:
-    return [({"measure": name}, value) for name, value in _measures(variant.facts.quality)]
+    quality = variant.facts.quality
+    outputs = [("", quality), *((str(output["name"]), output) for output in quality.get("outputs", ()))]
+    return [({"measure": measure, "output": name}, value) for name, own in outputs for measure, value in _measures(own)]
 
 
 def _measures(values: Mapping[str, Json], prefix: str = "") -> Iterator[tuple[str, float]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _measures(value, f"{prefix}{name}_")
-        elif value is not None and math.isfinite(value):
+        elif isinstance(value, int | float) and name != "channel" and math.isfinite(value):
             yield f"{prefix}{name}", value
 
 
@@ -107,7 +109,7 @@ REQUESTS = (
 
 FACTS = (
     Family("leanserve_variant_info", "gauge", "1; the labels describe the variant.", _info),
-    Family("leanserve_variant_quality", "gauge", "The quality report, by measure.", _quality),
+    Family("leanserve_variant_quality", "gauge", "The quality report, by measure and output.", _quality),
     Family("leanserve_build_seconds", "gauge", "Seconds that each build pass took.", _build_seconds),
 )
 """For every variant, whatever its state."""

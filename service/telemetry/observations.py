@@ -62,7 +62,8 @@ class VariantFacts:
     """What is known about a variant before its first request.
 
     `quality` is the manifest's quality report as plain values: `None` is left out, nested numbers get joined names
-    (`latency_ms: {8: ..}` becomes the measure `latency_ms_8`). `build_seconds` has one entry per pass, in order.
+    (`latency_ms: {8: ..}` becomes the measure `latency_ms_8`), and `outputs` is a list with the measures of each.
+    `build_seconds` has one entry per pass, in order.
     """
 
     passes: Sequence[str] = ()

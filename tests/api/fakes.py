@@ -16,7 +16,7 @@ from service.api.app import create_app
 from service.api.codecs.answers import Answers
 from service.api.codecs.image import ImageCodec
 from service.api.connection import connections_to
-from service.compression.manifest import Manifest, Quality, VariantReport
+from service.compression.manifest import Manifest, OutputFidelity, Quality, VariantReport
 from service.config import ServiceConfig
 from service.contracts import Array, Arrays, Codec, Data, Field, InputSpec, Model, Split
 from service.serving.device import Device
@@ -24,7 +24,7 @@ from service.serving.dispatch import SHORT_S
 from service.serving.fleet import Fleet
 
 LABELS = ("zero", "one", "two", "three")
-SPEC = InputSpec((Field("image", "float32", (1, 2, 2)),), (Field("logits", "float32", (4,)),), LABELS)
+SPEC = InputSpec((Field("image", "float32", (1, 2, 2)),), (Field("logits", "float32", (4,), meaning="logits"),), LABELS)
 
 
 class PixelBase:
@@ -86,9 +86,7 @@ def report(name: str, reason: str | None = None) -> VariantReport:
         score_low=0.7,
         score_high=1.0,
         agreement=1.0,
-        kl=0.0,
-        cosine=1.0,
-        rank_agreement=None,
+        outputs=(OutputFidelity(name="logits", meaning="logits", agreement=1.0, kl=0.0, not_finite=0),),
         batch_dependence=0.0,
         disk_bytes=10,
         parameters=1,

@@ -25,7 +25,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "one", "two", "three
 CLS, SEP, A, B = 2, 3, 4, 5
 FATAL = WORDS.index("five")
 FIELDS = (Field("input_ids", "int64", (None,)), Field("attention_mask", "int64", (None,)))
-SPEC = InputSpec(FIELDS, (Field("embedding", "float32", (4,)),))
+SPEC = InputSpec(FIELDS, (Field("embedding", "float32", (4,), meaning="embedding"),))
 MAX_LENGTH = 64
 
 

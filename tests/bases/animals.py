@@ -22,7 +22,7 @@ IMAGE: dict[str, Any] = {"size": (6, 4), "mean": (0.5, 0.5, 0.5), "std": (0.2, 0
 ANIMALS = Description(
     name="animals",
     inputs=(Tensor(name="image", dtype="float32", shape=(3, 4, 6)),),
-    outputs=(Tensor(name="logits", dtype="float32", shape=(3,)),),
+    outputs=(Tensor(name="logits", dtype="float32", shape=(3,), meaning="logits"),),
     labels=("cat", "dog, Canis familiaris", "polar bear"),
     image=ImageInput(**IMAGE),
 )
@@ -30,7 +30,7 @@ NAMELESS = ANIMALS.model_copy(update={"labels": ()})
 PAIRS = Description(
     name="pairs",
     inputs=(Tensor(name="left", dtype="float32", shape=(2,)), Tensor(name="right", dtype="int64", shape=(None,))),
-    outputs=(Tensor(name="logits", dtype="float32", shape=(2,)),),
+    outputs=(Tensor(name="logits", dtype="float32", shape=(2,), meaning="logits"),),
     labels=("no", "yes"),
 )
 

@@ -11,6 +11,7 @@ import pytest
 from animals import NAMELESS, PAIRS, codec, everything, picture, rows
 from PIL import Image
 
+from service.bases.description import Tensor
 from service.errors import ConfigError
 
 
@@ -71,18 +72,84 @@ def test_arrays_that_do_not_fit_are_refused_at_once(case: str, tmp_path: Path) -
 
 def test_labels_that_the_model_does_not_know(tmp_path: Path) -> None:
     images = IMAGES + np.arange(9, dtype=np.float32)[:, None, None, None]
-    number, name, share = np.full(9, 3), np.array(["catt"] * 9), np.zeros(9)
+    number, name, share = np.full(9, 3), np.array(["catt"] * 9), np.full(9, 0.5)
     np.savez(tmp_path / "a.npz", image=images, number=number, name=name, share=share)
     reasons = {
-        "number": "row 0 has class 3",
+        "number": "row 0: 3 is no label .* numbers from 0 to 2",
         "name": "'catt' is no label .*mean 'cat'",
-        "share": "float64 .9.; labels are",
+        "share": "row 0: 0.5 is no label .* a whole number or a name",
     }
     for array, reason in reasons.items():
         with pytest.raises(ConfigError, match=rf"data.labels: the array '{array}' .*{reason}"):
             rows({"arrays": "a.npz", "labels": array}, tmp_path).split("gate", None)
-    with pytest.raises(ConfigError, match=r"data.labels: .* name them in base.labels"):
+    with pytest.raises(ConfigError, match=r"data.labels: .* neither classes with names \(base.labels\)"):
         rows({"arrays": "a.npz", "labels": "number"}, tmp_path, NAMELESS)
+
+
+def test_class_numbers_may_be_floats_truth_values_or_a_column(tmp_path: Path) -> None:
+    left, right = np.arange(40, dtype=np.float32).reshape(20, 2), np.zeros((20, 5), np.int64)
+    parity = np.arange(20) % 2
+    arrays = {
+        "floats": parity.astype(float),
+        "truth": parity == 1,
+        "column": parity[:, None],
+        "bytes": parity.astype("S"),
+    }
+    np.savez(tmp_path / "a.npz", left=left, right=right, **arrays)
+    for name in arrays:
+        found = rows({"arrays": "a.npz", "labels": name}, tmp_path, PAIRS)
+        for batch in found.split("gate", None).batches(4):
+            assert batch.labels is not None
+            np.testing.assert_array_equal(batch.labels, batch.inputs[0][:, 0] / 2 % 2, err_msg=name)
+            assert batch.labels.dtype == np.int64
+
+
+def test_files_of_different_splits_are_read_alike(tmp_path: Path) -> None:
+    stars = PAIRS.model_copy(update={"labels": ("1", "2")})
+    for split, numbers in (("gate", [1, 1, 1]), ("train", [0, 1, 0])):
+        left = np.random.default_rng(len(split)).standard_normal((3, 2)).astype(np.float32)
+        np.savez(tmp_path / f"{split}.npz", left=left, right=np.zeros((3, 5), np.int64), y=numbers)
+    found = rows({"arrays": {"gate": "gate.npz", "train": "train.npz"}, "labels": "y"}, tmp_path, stars)
+    labels = next(found.split("gate", None).batches(9)).labels
+    assert labels is not None
+    assert labels.tolist() == [1, 1, 1], "numbers from 0, as those of train; alone they would be the name of the first"
+
+
+PRICES = PAIRS.model_copy(
+    update={
+        "labels": (),
+        "outputs": (
+            Tensor(name="price", dtype="float32", shape=(1,)),
+            Tensor(name="boxes", dtype="float32", shape=(4,)),
+            Tensor(name="other", dtype="float32", shape=(4,)),
+        ),
+    }
+)
+
+
+def test_labels_of_a_regression_are_numbers_to_be_hit(tmp_path: Path) -> None:
+    left, right = np.arange(40, dtype=np.float32).reshape(20, 2), np.zeros((20, 5), np.int64)
+    y = left[:, 0] * 1.5
+    np.savez(
+        tmp_path / "a.npz", left=left, right=right, y=y, whole=y.astype(int), box=np.zeros((20, 4)), name=y.astype(str)
+    )
+    for name in ("y", "whole"):
+        found = rows({"arrays": "a.npz", "labels": name}, tmp_path, PRICES)
+        batch = next(found.split("gate", None).batches(4))
+        assert batch.labels is not None
+        np.testing.assert_array_equal(batch.labels, batch.inputs[0][:, 0] * 1.5)
+        assert batch.labels.dtype == np.float64
+    with pytest.raises(
+        ConfigError, match=r"'box' of .* \[4\] per row fit several outputs of 'price' \[1\] \(values\), "
+    ):
+        rows({"arrays": "a.npz", "labels": "box"}, tmp_path, PRICES)
+    with pytest.raises(
+        ConfigError, match=r"'name' of .* is <U\d+ \[20\]; labels are numbers \(classes need base.labels"
+    ):
+        rows({"arrays": "a.npz", "labels": "name"}, tmp_path, PRICES)
+    np.savez(tmp_path / "a.npz", left=left, right=right, y=np.where(y == 3, np.nan, y))
+    with pytest.raises(ConfigError, match=r"the array 'y' of .*: row 1: the label is no finite number"):
+        rows({"arrays": "a.npz", "labels": "y"}, tmp_path, PRICES).split("gate", None)
 
 
 def test_files_that_are_no_npz(tmp_path: Path) -> None:

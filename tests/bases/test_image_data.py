@@ -93,11 +93,33 @@ def test_a_flat_folder_has_classes_only_by_prefix(tmp_path: Path) -> None:
     assert labels is not None
     assert set(labels.tolist()) <= {0, 1, 2}
     save(tmp_path, "0003_x.jpg", 50)
-    with pytest.raises(ConfigError, match=r"data.label: row 12 has class 3, the model has 0 to 2"):
+    with pytest.raises(ConfigError, match=r"data.label: .*0003_x.jpg: '0003' is no label .* numbers from 0 to 2"):
         rows({"images": ".", "label": "prefix"}, tmp_path)
     save(tmp_path, "cat.jpg", 51)
     with pytest.raises(ConfigError, match=r"cat.jpg begins with no class number"):
         rows({"images": ".", "label": "prefix"}, tmp_path)
+
+
+def test_folders_and_prefixes_that_are_numbers(tmp_path: Path) -> None:
+    names = ("zero", "one", "two")
+    for number in range(24):
+        save(tmp_path, f"photos/{number % 3}/{number}.png", number)
+        save(tmp_path, f"flat/{number % 3 + 1:02d}_{number}.png", number)
+    for declared, labels in (
+        ({"images": "photos"}, names),
+        ({"images": "photos"}, ("1", "2", "3")),
+        ({"images": "photos"}, ("0", "1", "2")),
+        ({"images": "flat", "label": "prefix"}, ("1", "2", "3")),
+    ):
+        found = rows(declared, tmp_path, ANIMALS.model_copy(update={"labels": labels}))
+        inputs, classes = everything(found.split("gate", None))
+        assert classes is not None
+        known = {}
+        for path in (tmp_path / "photos").glob("*/*"):
+            known[codec().decode("image/png", path.read_bytes()).inputs[0].tobytes()] = int(path.stem) % 3
+        assert [known[row.tobytes()] for row in inputs] == classes.tolist()
+    with pytest.raises(ConfigError, match=r"/03_\d+.png: '03' is no label .* count from 1: subtract 1.*'01' -> 'one'"):
+        rows({"images": "flat", "label": "prefix"}, tmp_path, ANIMALS.model_copy(update={"labels": names}))
 
 
 def test_folders_that_are_no_classes(photos: Path) -> None:

@@ -103,9 +103,9 @@ def test_another_process_opens_the_same_base(folder: Path) -> None:
 
 def test_labels_make_it_a_classifier_and_must_be_as_many_as_its_classes(folder: Path) -> None:
     base = open_base(origin(folder, "linear", **VECTOR, labels=["a", "b", "c", "d"]))
-    assert base.spec.outputs[0] == Field("logits", "float32", (4,))
+    assert base.spec.outputs[0] == Field("logits", "float32", (4,), meaning="logits")
     assert base.score((np.eye(4, dtype=np.float32),), np.array([0, 1, 2, 0])) == 0.75
-    with pytest.raises(ConfigError, match=r"base\.labels: 2 labels for a model whose output 'logits' has shape \[4\]"):
+    with pytest.raises(ConfigError, match=r"base\.labels: 2 labels, and no output has 2 numbers per row: .* \[4\]"):
         open_base(origin(folder, "linear", **VECTOR, labels=["a", "b"]))
     (folder / "labels.txt").write_text("a\nb\na\nc\n")
     with pytest.raises(ConfigError, match=r"base\.labels: 'a' stands twice"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from service.errors import ConfigError
 
 SPEC = InputSpec(
     (Field("input_ids", "int64", (None,)), Field("attention_mask", "int64", (None,))),
-    (Field("embedding", "float32", (4,)),),
+    (Field("embedding", "float32", (4,), meaning="embedding"),),
 )
 
 
@@ -30,7 +31,8 @@ def codec(tmp_path: Path) -> TextCodec:
 
 
 def opened(codec: TextCodec, folder: Path, labels: tuple[str, ...] = (), **declared: Any) -> TextRows:
-    return open_texts(TextData.model_validate(declared), labels, codec, folder)
+    spec = replace(SPEC, labels=labels) if labels else SPEC
+    return open_texts(TextData.model_validate(declared), spec, codec, folder)
 
 
 def pairs(path: Path, first: int, count: int) -> Path:
@@ -132,6 +134,25 @@ def test_classes_by_name_or_by_number(tmp_path: Path, codec: TextCodec) -> None:
         opened(codec, tmp_path, ("bad", "good"), texts={"gate": "numbered.csv"}, label=1).split("gate", None)
 
 
+def test_truth_values_are_classes_and_numbers_the_targets_of_a_regression(tmp_path: Path, codec: TextCodec) -> None:
+    lines = [
+        f'{{"text": "the {word}", "good": {("false", "true")[n % 2]}, "stars": {n / 2}}}'
+        for n, word in enumerate(WORDS)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    classes = opened(codec, tmp_path, ("bad", "good"), texts="a.jsonl", text="text", label="good")
+    stars = replace(SPEC, outputs=(Field("stars", "float32", (1,)),))
+    declared = TextData.model_validate({"texts": "a.jsonl", "text": "text", "label": "stars"})
+    for rows, column in ((classes, "good"), (open_texts(declared, stars, codec, tmp_path), "stars")):
+        for batch in rows.split("gate", None).batches(4):
+            number = batch.inputs[0][:, 2] - 4
+            assert batch.labels is not None
+            np.testing.assert_array_equal(batch.labels, number % 2 if column == "good" else number / 2)
+    named = TextData.model_validate({"texts": {"gate": "a.jsonl"}, "text": "text", "label": "text"})
+    with pytest.raises(ConfigError, match=r"a.jsonl:1: column text: 'the .*' is no finite number; of a model without"):
+        open_texts(named, stars, codec, tmp_path).split("gate", None)
+
+
 def test_splits_with_files_of_their_own(tmp_path: Path, codec: TextCodec) -> None:
     pairs(tmp_path / "train.csv", 0, 30)
     pairs(tmp_path / "dev.csv", 100, 9)
@@ -174,8 +195,8 @@ def test_what_does_not_suit_the_model_is_refused_at_once(tmp_path: Path, codec: 
         opened(codec, tmp_path, texts={"gate": "a.xls"})
     with pytest.raises(ConfigError, match=r"data.pair: the model classifies single texts"):
         opened(codec, tmp_path, ("bad", "good"), texts="a.csv", pair=1)
-    with pytest.raises(ConfigError, match=r"data.label: the rows have classes"):
+    with pytest.raises(ConfigError, match=r"data.label: the rows have labels, .* neither classes with names"):
         opened(codec, tmp_path, texts="a.csv", label=1)
     (tmp_path / "p.csv").write_text("x,y,3\nx,z,high\n")
-    with pytest.raises(ConfigError, match=r"p.csv:2: column 2: the similarity of a pair is a number, not 'high'"):
+    with pytest.raises(ConfigError, match=r"p.csv:2: column 2: 'high' is no finite number"):
         opened(codec, tmp_path, texts={"gate": "p.csv"}, pair=1, label=2).split("gate", None)

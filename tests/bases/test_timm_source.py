@@ -112,8 +112,20 @@ def test_the_classifier_in_the_file_decides_the_classes(tmp_path: Path) -> None:
     rows = base.spec.example(2)[0]
     np.testing.assert_array_equal(run(base.build(), rows), run(module, rows))
     assert opened(tmp_path, labels=("a", "b", "c"), name="abc").spec.labels == ("a", "b", "c")
-    with pytest.raises(ConfigError, match=r"base.labels: 2 labels for a model whose output 'logits' has shape \[3\]"):
+    with pytest.raises(ConfigError, match=r"base.labels: 2 labels, and no output has 2 numbers per row"):
         opened(tmp_path, labels=("a", "b"))
+
+
+def test_a_single_number_is_no_class_and_several_need_not_be_any(tmp_path: Path) -> None:
+    module = save(tmp_path / "a.safetensors", num_classes=1)
+    base = opened(tmp_path)
+    assert (base.spec.labels, base.spec.outputs[0].name, base.spec.outputs[0].meaning) == ((), "output", "values")
+    rows = base.spec.example(2)[0]
+    np.testing.assert_array_equal(run(base.build(), rows), run(module, rows))
+    save(tmp_path / "a.safetensors", num_classes=3)
+    regression = opened(tmp_path, outputs={"angles": "values"})
+    assert (regression.spec.labels, regression.spec.outputs[0].name) == ((), "angles")
+    assert run(regression.build(), rows).shape == (2, 3)
 
 
 def test_weights_without_a_classifier_give_features(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from service.api.codecs.text import TextCodec
 from service.backends.choose import open_backend
 from service.bases.loaded import LoadedBase
 from service.bases.opening import Origin, open_base
+from service.compression.fidelity import fidelity
 from service.compression.passes.base import Pass
 from service.compression.passes.quantize.quantize_dynamic import QuantizeDynamic
 from service.compression.passes.runtime.onnxruntime import OnnxRuntime
-from service.compression.quality import fidelity
 from service.compression.tools.macs import count_macs
-from service.contracts import Array, BuildContext, Model, TorchModel
+from service.contracts import Array, BuildContext, Field, Model, TorchModel
 
 
 @pytest.fixture(scope="module", params=["embedding", "classification"])
@@ -58,9 +58,9 @@ def test_exported_it_answers_the_same_at_any_length(base: LoadedBase, exported: 
 
 def test_in_int8_it_answers_nearly_the_same(base: LoadedBase, exported: Model, tmp_path: Path) -> None:
     model = applied(QuantizeDynamic(), exported, base, tmp_path)
-    near = fidelity((answers(model, base),), (answers(base.model(), base),), classes=bool(base.spec.labels))
-    assert near["cosine"] is not None
-    assert 0.99 < near["cosine"] < 1 - 1e-9, "close, and not the float model"
+    direction = (Field("answers", "float32", base.spec.outputs[0].shape, meaning="embedding"),)
+    [near] = fidelity((answers(model, base),), (answers(base.model(), base),), direction)
+    assert 0.99 < near.agreement < 1 - 1e-9, "close, and not the float model"
 
 
 def test_padding_and_company_change_nothing(base: LoadedBase) -> None:

@@ -84,7 +84,7 @@ def test_a_classifier_gives_the_logits_of_the_library(checkpoints: Path) -> None
     tokens_are = (0, max(base.codec.token_ids))
     bounds = [(item.name, item.values) for item in base.spec.fields]
     assert bounds == [("input_ids", tokens_are), ("attention_mask", (0, 1))]
-    assert base.spec.outputs == (Field("logits", "float32", (3,)),)
+    assert base.spec.outputs == (Field("logits", "float32", (3,), meaning="logits"),)
     expected = of_library("BertForSequenceClassification", checkpoints / "classifier", tokens(base)).logits.numpy()
     np.testing.assert_allclose(answers(base), expected, atol=1e-6)
     assert np.ptp(expected, axis=0).min() > 1e-3
@@ -98,7 +98,7 @@ def test_a_classifier_gives_the_logits_of_the_library(checkpoints: Path) -> None
 def test_an_encoder_gives_the_mean_of_its_tokens_at_length_one(checkpoints: Path) -> None:
     base = opened(checkpoints / "encoder")
     assert (base.name, base.spec.labels, base.unit) == ("encoder", (), 1)
-    assert base.spec.outputs == (Field("embedding", "float32", (32,)),)
+    assert base.spec.outputs == (Field("embedding", "float32", (32,), meaning="embedding"),)
     inputs = tokens(base)
     hidden = of_library("BertModel", checkpoints / "encoder", inputs).last_hidden_state.numpy()
     weights = inputs[1][:, :, None]

@@ -30,7 +30,7 @@ CENSUS = -1005.0
 COUNTED = ("Ticket", "Caller", "Exchange", "RequestResponseCycle", "Connection", "Task")
 WIDTH = 8
 LABELS = tuple("abcdefgh")
-SPEC = InputSpec((Field("x", "float32", (1, 2, 4)),), (Field("y", "float32", (WIDTH,)),), LABELS)
+SPEC = InputSpec((Field("x", "float32", (1, 2, 4)),), (Field("y", "float32", (WIDTH,), meaning="logits"),), LABELS)
 
 
 class RuleBackend:

@@ -5,24 +5,45 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from service.compression.manifest import Manifest, Quality, VariantReport
+from service.compression.manifest import Manifest, OutputFidelity, Quality, VariantReport
 
 HOSTILE = "<script>alert(1)</script>[red]&\"'$x^2$"
 UNLABELLED = {"score": None, "score_low": None, "score_high": None}
-NO_CLASSES = UNLABELLED | {"agreement": None, "kl": None, "rank_agreement": 0.9942}
+
+
+def classes(agreement: float, name: str = "logits") -> OutputFidelity:
+    """An output of classes of this agreement."""
+    return OutputFidelity(name=name, meaning="logits", agreement=agreement, kl=0.0123, not_finite=0)
+
+
+def values(error: float, name: str = "boxes") -> OutputFidelity:
+    """An output of values of which channel 2 is that far off."""
+    agreement = max(0.0, 1 - error)
+    return OutputFidelity(name=name, meaning="values", agreement=agreement, error=error, channel=2, not_finite=0)
+
+
+def embedding(cosine: float) -> OutputFidelity:
+    """An output of embeddings of this cosine."""
+    return OutputFidelity(
+        name="embedding", meaning="embedding", agreement=cosine, cosine=cosine, rank_agreement=0.9942, not_finite=0
+    )
+
+
+NO_CLASSES = UNLABELLED | {"agreement": 0.9987, "outputs": (embedding(0.9987),)}
 
 
 def artifact(kind: str | None = None, gain: float = 1.0, score: float | None = 0.99, **more: Any) -> Manifest:
-    """An artifact of a base that runs 100 rows/s at 99 %; `more` goes to its quality or to its manifest."""
+    """An artifact of a base that runs 100 rows/s at 99 %; `more` goes to its quality or to its manifest.
+
+    Its agreement is that of the worst of its `outputs`.
+    """
     quality: dict[str, Any] = {
         "samples": 450,
         "score": score,
         "score_low": None if score is None else score - 0.01,
         "score_high": None if score is None else score + 0.006,
         "agreement": 0.9945,
-        "kl": 0.0123,
-        "cosine": 0.9987,
-        "rank_agreement": None,
+        "outputs": (classes(0.9945),),
         "batch_dependence": 1.2e-6,
         "disk_bytes": 4_800_000,
         "parameters": 1_190_000,
@@ -50,6 +71,7 @@ def artifact(kind: str | None = None, gain: float = 1.0, score: float | None = 0
         "threads": 2,
     }
     quality |= {name: value for name, value in more.items() if name in quality}
+    quality["agreement"] = min(output.agreement for output in quality["outputs"])
     manifest |= {name: value for name, value in more.items() if name in manifest and name not in quality}
     return Manifest(**manifest, quality=Quality(**quality))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from service.compression.artifacts import ArtifactStore, checksums
-from service.compression.manifest import Fidelity, Measurement, Recipe, SideBySide
+from service.compression.manifest import Fidelity, Measurement, OutputFidelity, Recipe, SideBySide
 from service.errors import ArtifactCorrupt, PassFailed, StartupError
 from service.machine import cpu_name
 
@@ -46,10 +46,8 @@ def measurement() -> Measurement:
         score=None,
         score_low=None,
         score_high=None,
-        agreement=None,
-        kl=None,
-        cosine=1.0,
-        rank_agreement=None,
+        agreement=1.0,
+        outputs=(OutputFidelity(name="y", meaning="values", agreement=1.0, error=0.0, channel=0, not_finite=0),),
         batch_dependence=0.0,
         disk_bytes=1,
         parameters=1,

@@ -22,13 +22,14 @@ class Rule:
     device = "cpu"
     row_buckets: tuple[int, ...] = ()
 
-    def __init__(self, answer: Callable[..., Array]) -> None:
+    def __init__(self, answer: Callable[..., Array | Arrays]) -> None:
         self.answer = answer
         self.shapes: list[tuple[int, ...]] = []
 
     def run(self, batch: Arrays) -> Arrays:
         self.shapes.append(batch[0].shape)
-        return (self.answer(*batch),)
+        answer = self.answer(*batch)
+        return answer if isinstance(answer, tuple) else (answer,)
 
     def close(self) -> None: ...
 
@@ -83,6 +84,21 @@ def test_answers_at_padded_positions_are_left_out() -> None:
     backend = Rule(lambda ids, _: ids.astype(np.float32))
     per_token = InputSpec(TOKENS.fields, (Field("y", "float32", (None,)),))
     assert batch_dependence(backend, per_token, (np.ones((8, 10), np.int64),) * 2) == 0.0
+
+
+def test_every_output_counts_relative_to_its_own_largest_value() -> None:
+    spec = InputSpec(ROW.fields, (*ROW.outputs, Field("z", "float32", (3,)), Field("n", "int64", ())))
+    second = Rule(lambda x: (x * 1000, x + (len(x) >= COMPANY) * 0.5, np.arange(len(x)) * 0))
+    rows = (np.tile(np.array([0, 1, -4], np.float32), (8, 1)),)
+    assert batch_dependence(second, spec, rows) == pytest.approx(0.5 / 4)
+
+
+def test_what_is_not_finite_depends_where_it_changes() -> None:
+    masked = Rule(lambda x: np.where(x > 0, x, -np.inf))
+    rows = (np.tile(np.array([0, 1, -4], np.float32), (8, 1)),)
+    assert batch_dependence(masked, ROW, rows) == 0.0
+    lost = Rule(lambda x: x * (np.nan if len(x) >= COMPANY else 1))
+    assert batch_dependence(lost, ROW, rows) == 1.0
 
 
 def test_outputs_of_zero_are_no_division_by_zero() -> None:

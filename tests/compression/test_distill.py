@@ -11,11 +11,13 @@ from pydantic import ValidationError
 from tiny_base import IMAGES, TinyBase, TinyNet, context_of, lively, tiny_base
 from torch import nn
 
+from service.compression.fidelity import fidelity
+from service.compression.manifest import OutputFidelity
 from service.compression.passes.distill.distill import Distill
 from service.contracts import Field, InputSpec, TorchModel
 from service.errors import PassFailed
 
-EMBEDDINGS = replace(IMAGES, outputs=(Field("embedding", "float32", (2,)),), labels=())
+EMBEDDINGS = replace(IMAGES, outputs=(Field("embedding", "float32", (2,), meaning="embedding"),), labels=())
 
 
 def quick(**options: object) -> Distill:
@@ -44,7 +46,7 @@ def test_the_student_comes_nearer_to_the_teacher(tmp_path: Path, measure: str) -
     assert isinstance(applied.model, TorchModel)
     assert distance(base, applied.model.module, measure) < 0.5 * distance(base, model.module, measure)
     assert applied.facts["last_loss"] < applied.facts["first_loss"]
-    assert applied.decisions == {"loss": measure, "precision": "float32"}
+    assert applied.decisions == {"loss": {"logits": measure}, "precision": "float32"}
 
 
 def test_the_given_model_is_left_as_it_was_and_the_result_loads_into_its_structure(tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_a_base_without_classes_is_distilled_by_cosine(tmp_path: Path) -> None:
     model = student(EMBEDDINGS)
     applied = quick().apply(model, context_of(base, tmp_path))
     assert isinstance(applied.model, TorchModel)
-    assert applied.decisions["loss"] == "cosine"
+    assert applied.decisions["loss"] == {"embedding": "cosine"}
     assert distance(base, applied.model.module, "cosine") < 0.3 < distance(base, model.module, "cosine")
 
 
@@ -113,6 +115,76 @@ class TwoHeads(nn.Module):
 
     def forward(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.first(values), self.second(values)
+
+
+class Regressor(nn.Module):
+    """A hidden layer, and columns of very different width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(4, width), nn.Linear(width, 2)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        columns: torch.Tensor = self.head(self.hidden(values).tanh()) * torch.tensor([300.0, 1.0])
+        return columns
+
+
+class TwoTasks(nn.Module):
+    """Probabilities of classes, a regression and the number of the class."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.classes, self.columns = nn.Linear(4, 3), Regressor(width)
+
+    def forward(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        chances = self.classes(values).softmax(1)
+        return self.columns(values), chances, chances.argmax(1)
+
+
+COLUMNS = Field("columns", "float32", (2,))
+CHANCES = Field("chances", "float32", (3,), meaning="probabilities")
+ROWS = np.random.default_rng(0).standard_normal((128, 4)).astype(np.float32)
+
+
+def distances(base: TinyBase, model: TorchModel) -> list[OutputFidelity]:
+    with torch.no_grad():
+        ours, theirs = (module(torch.from_numpy(ROWS)) for module in (model.module, base.build()))
+    outputs = [found if isinstance(found, tuple) else (found,) for found in (ours, theirs)]
+    answers = [tuple(item.numpy() for item in found) for found in outputs]
+    return list(fidelity(answers[0], answers[1], base.spec.outputs))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_auto_lowers_the_error_of_a_regressor_in_its_narrow_column_too(tmp_path: Path) -> None:
+    spec = InputSpec((Field("values", "float32", (4,)),), (COLUMNS,))
+    base = TinyBase(lively(Regressor(8), seed=1), (ROWS,), None, spec)
+    model = TorchModel(lively(Regressor(6), seed=2), spec)
+    applied = quick(epochs=60).apply(model, context_of(base, tmp_path))
+    assert isinstance(applied.model, TorchModel)
+    assert applied.decisions["loss"] == {"columns": "mse"}
+    [before], [after] = distances(base, model), distances(base, applied.model)
+    assert (after.error or 0) < 0.5 * (before.error or 0)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_auto_trains_every_output_by_its_meaning(tmp_path: Path) -> None:
+    outputs = (COLUMNS, CHANCES, Field("number", "int64", ()))
+    spec = InputSpec((Field("values", "float32", (4,)),), outputs, ("a", "b", "c"), labelled=1)
+    base = TinyBase(lively(TwoTasks(8), seed=1), (ROWS,), np.arange(128) % 3, spec)
+    model = TorchModel(lively(TwoTasks(6), seed=2), spec)
+    applied = quick(epochs=60, alpha=0.01).apply(model, context_of(base, tmp_path))
+    assert isinstance(applied.model, TorchModel)
+    assert applied.decisions["loss"] == {"columns": "mse", "chances": "kl"}, "whole numbers have no gradient"
+    before, after = distances(base, model), distances(base, applied.model)
+    assert (after[0].error or 0) < 0.5 * (before[0].error or 0)
+    assert (after[1].kl or 0) < 0.5 * (before[1].kl or 0)
+
+
+def test_whole_numbers_alone_cannot_be_trained(tmp_path: Path) -> None:
+    spec = InputSpec((Field("values", "float32", (4,)),), (Field("number", "int64", ()),))
+    base = TinyBase(TwoTasks(2), (ROWS,), None, spec)
+    with pytest.raises(PassFailed, match="distill trains on outputs of floats, and the base gives whole numbers only"):
+        quick().apply(TorchModel(TwoTasks(2), spec), context_of(base, tmp_path))
 
 
 def test_every_output_is_matched(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from torch import nn
 
 from service.compression.passes.base import Applied
 from service.compression.passes.prune.prune_channels import PruneChannels
+from service.compression.tools.importance import importance_of
 from service.compression.tools.targets import Targets
-from service.contracts import Field, InputSpec, TorchModel
+from service.contracts import ArrayData, Field, InputSpec, TorchModel
 from service.errors import PassFailed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,6 +78,26 @@ def test_the_weakest_channels_go(tmp_path: Path) -> None:
     strong = [index for index in range(64) if index % 4]
     assert torch.equal(module.get_parameter("first.weight"), base.teacher.get_parameter("first.weight")[strong])
     assert torch.equal(module.get_parameter("second.weight"), base.teacher.get_parameter("second.weight")[:, strong])
+
+
+def test_taylor_ranks_by_the_output_that_the_labels_name() -> None:
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.classes = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.first(x), self.classes(x).softmax(1)
+
+    outputs = (Field("first", "float32", (3,)), Field("chances", "float32", (3,), meaning="probabilities"))
+    spec = InputSpec((Field("x", "float32", (4,)),), outputs, ("a", "b", "c"), labelled=1)
+    model = TorchModel(lively(Behind(), seed=1), spec)
+    rows, labels = torch.randn(9, 4), torch.arange(9) % 3
+    importance_of("taylor", model, ArrayData((rows.numpy(),), labels.numpy()))
+    weight = model.module.get_parameter("classes.weight")
+    loss = nn.functional.cross_entropy(model.module.get_submodule("classes")(rows), labels, reduction="sum")
+    torch.testing.assert_close(weight.grad, torch.autograd.grad(loss, weight)[0])
+    assert model.module.get_parameter("first.weight").grad is None
 
 
 @pytest.mark.parametrize("importance", ["l1", "l2", "taylor", "bn_scale"])

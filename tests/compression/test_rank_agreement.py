@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from report_samples import NO_CLASSES, UNLABELLED, a_few, changed
+from report_samples import NO_CLASSES, UNLABELLED, a_few, changed, classes, values
 
-from service.compression.quality import RANKED_ROWS, fidelity, rank_agreement
+from service.compression.fidelity import RANKED_ROWS, fidelity, rank_agreement
 from service.compression.report_page.columns import answers, waterfall
 from service.compression.report_page.summary import summarise
-from service.contracts import Array
+from service.contracts import Array, Field
+
+EMBEDDING = (Field("embedding", "float64", (8,), meaning="embedding"),)
 
 
 def rows(count: int, seed: int = 0) -> Array:
@@ -37,11 +41,11 @@ def test_it_is_the_correlation_of_the_ranks_of_all_pairs() -> None:
 
 def test_it_sees_what_the_mean_cosine_does_not() -> None:
     common = 30 * np.ones(8)
-    near = fidelity((common + rows(40, seed=1),), (common + rows(40),), classes=False)
-    assert near["cosine"] is not None
-    assert near["rank_agreement"] is not None
-    assert near["cosine"] > 0.998
-    assert near["rank_agreement"] < 0.2
+    [near] = fidelity((common + rows(40, seed=1),), (common + rows(40),), EMBEDDING)
+    assert near.cosine is not None
+    assert near.rank_agreement is not None
+    assert near.cosine > 0.998
+    assert near.rank_agreement < 0.2
 
 
 def test_of_many_rows_the_first_are_compared() -> None:
@@ -52,11 +56,13 @@ def test_of_many_rows_the_first_are_compared() -> None:
 
 
 def test_where_there_is_no_order() -> None:
-    assert fidelity((rows(9),), (rows(9),), classes=True)["rank_agreement"] is None
     assert rank_agreement(rows(2), rows(2, seed=1)) is None
     alike = np.ones((5, 8))
     assert rank_agreement(alike, alike) == 1.0
     assert rank_agreement(alike, rows(5)) == 0.0
+
+
+BOTH = {"outputs": (classes(0.9), values(0.3)), "agreement": 0.7}
 
 
 @pytest.mark.parametrize(
@@ -64,20 +70,20 @@ def test_where_there_is_no_order() -> None:
     [
         (
             {},
-            ["score % [95 % CI]", "drop, pts", "agreement", "KL, nats", "cosine", "mates"],
+            ["score % [95 % CI]", "drop, pts", "agreement", "KL, nats", "mates"],
             ["score % [95 % CI]", "agreement"],
         ),
-        (UNLABELLED, ["agreement", "KL, nats", "cosine", "mates"], ["agreement", "cosine"]),
-        (NO_CLASSES, ["cosine", "ranks", "mates"], ["cosine", "ranks"]),
+        (UNLABELLED, ["agreement", "KL, nats", "mates"], ["agreement", "ms at 8"]),
+        (NO_CLASSES, ["agreement", "ranks", "mates"], ["agreement", "ranks"]),
         (
-            {"agreement": None, "kl": None, "rank_agreement": 0.99},
-            ["score % [95 % CI]", "drop, pts", "cosine", "ranks", "mates"],
-            ["score % [95 % CI]", "cosine"],
+            BOTH,
+            ["score % [95 % CI]", "drop, pts", "agreement", "KL, nats", "error", "mates"],
+            ["score % [95 % CI]", "agreement"],
         ),
     ],
 )
 def test_the_report_has_columns_for_what_was_measured(
-    quality: dict[str, float | None], titles: list[str], steps: list[str]
+    quality: dict[str, Any], titles: list[str], steps: list[str]
 ) -> None:
     summary = summarise(changed(a_few(), quality))
     assert [column.title for column in answers(summary.measured)] == titles

@@ -7,10 +7,10 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from report_samples import HOSTILE, NO_CLASSES, a_few, artifact, changed, variant
+from report_samples import HOSTILE, NO_CLASSES, a_few, artifact, changed, classes, embedding, values, variant
 from rich.console import Console
 
-from service.compression.manifest import VariantReport
+from service.compression.manifest import Manifest, VariantReport
 from service.compression.report import print_table, write_html
 from service.compression.report_page.columns import amount, duration, milliseconds, ratio
 from service.compression.report_page.headline import headline
@@ -65,21 +65,49 @@ def test_keeps_the_base_where_no_variant_earns_the_title(reports: list[VariantRe
 
 
 def test_without_labels_the_same_answers_count() -> None:
-    close = artifact("a", gain=2, score=None, agreement=0.996)
-    far = artifact("b", gain=3, score=None, agreement=0.99)
-    base = artifact(score=None, agreement=1.0)
+    close = artifact("a", gain=2, score=None, outputs=(classes(0.996),))
+    far = artifact("b", gain=3, score=None, outputs=(classes(0.99),))
+    base = artifact(score=None, outputs=(classes(1.0),))
     words = headline(summarise([variant("close", close, base=base), variant("far", far, base=base)]))
     assert words.name == "close"
     assert "99.60 % agreement with the base" in words.claim
 
 
 def test_without_classes_the_same_direction_counts() -> None:
-    base = artifact(score=None, agreement=None, kl=None, cosine=1.0)
-    close = artifact("a", gain=2, score=None, agreement=None, kl=None, cosine=0.991)
-    far = artifact("b", gain=3, score=None, agreement=None, kl=None, cosine=0.989)
+    base = artifact(score=None, outputs=(embedding(1.0),))
+    close = artifact("a", gain=2, score=None, outputs=(embedding(0.991),))
+    far = artifact("b", gain=3, score=None, outputs=(embedding(0.989),))
     words = headline(summarise([variant("far", far, base=base), variant("close", close, base=base)]))
     assert words.name == "close"
-    assert "0.9910 cosine similarity" in words.claim
+    assert "99.10 % agreement with the base" in words.claim
+    assert "mean cosine similarity of at least 0.99" in words.rule
+
+
+def test_the_worst_output_decides_and_all_are_told() -> None:
+    def made(kind: str | None, gain: float, error: float) -> Manifest:
+        return artifact(kind, gain, None, outputs=(classes(1 - error / 100), values(error)))
+
+    base = made(None, 1, 0)
+    reports = [variant("v2", made("cast", 2, 0.03), base=base), variant("v3", made("cast", 3, 0.7), base=base)]
+    words = headline(summarise(reports))
+    assert words.name == "v2"
+    assert "97.00 % agreement with the base" in words.claim
+    assert "at least 95 %" in words.rule
+    text = printed(reports, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"^ *v3 +boxes +values +30.00 % +– +70.00 %", text, flags=re.MULTILINE)
+    assert re.search(r"^ *v3 +logits +logits +99.30 % +0.0123 +–", text, flags=re.MULTILINE)
+    assert "output by output" not in printed(a_few(), 100)
+
+
+def test_a_score_says_nothing_of_the_outputs_without_labels() -> None:
+    near = artifact("cast", gain=2, outputs=(classes(0.99), values(0.04)))
+    far = artifact("cast", gain=3, outputs=(classes(0.99), values(0.06)))
+    base = artifact(outputs=(classes(1.0), values(0.0)))
+    words = headline(summarise([variant("near", near, base=base), variant("far", far, base=base)]))
+    assert words.name == "near"
+    assert "at most 0.5 points below" in words.rule
+    assert "its worst output agrees with that of the base to at least 95 %" in words.rule
 
 
 def test_the_base_is_put_beside_variants_that_all_have_passes() -> None:
@@ -106,7 +134,7 @@ def test_the_tables_show_every_number_uncut(width: int) -> None:
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
     for cell in (
-        *("98.70 [97.70, 99.30]", "0.30", "99.45 %", "0.0123", "0.9987"),
+        *("98.70 [97.70, 99.30]", "0.30", "99.45 %", "0.0123"),
         *("1.20 MB", "1.19 M", "148 M", "64.0 MB", "7.5 s"),
         *("2.00", "16.0", "64.0", "500", "5.00×"),
         *("Test CPU 3000, 2 threads, avx2 avx512_vnni", "torch 2.13.0"),
@@ -133,7 +161,7 @@ def test_markup_in_a_name_is_printed_as_it_is() -> None:
 
 def test_unmeasured_columns_are_left_out() -> None:
     text = printed(changed(a_few(), NO_CLASSES), 100)
-    assert "cosine" in text
+    assert "ranks" in text
     assert "score %" not in text
     assert "–" not in text
 

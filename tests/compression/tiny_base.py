@@ -23,7 +23,9 @@ from service.contracts import (
     TorchModel,
 )
 
-IMAGES = InputSpec((Field("image", "float32", (1, 8, 8)),), (Field("logits", "float32", (2,)),), ("left", "right"))
+IMAGES = InputSpec(
+    (Field("image", "float32", (1, 8, 8)),), (Field("logits", "float32", (2,), meaning="logits"),), ("left", "right")
+)
 
 
 class TinyNet(nn.Module):

@@ -32,6 +32,9 @@ def depthwise():
     blocks = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)) for _ in range(4)]
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
 
+def chances():
+    return nn.Sequential(nn.Linear(6, 3), nn.Softmax(dim=1))
+
 def dense():
     return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3))
 """
@@ -106,6 +109,23 @@ def test_data_is_looked_at_before_it_is_written_down(folder: Path) -> None:
     assert not (folder / "d.yaml").exists()
 
 
+def test_what_the_outputs_mean_is_written_with_the_evidence(folder: Path) -> None:
+    (folder / "labels.txt").write_text("a\nb\nc\n")
+    path = folder / "a.yaml"
+    row = Hints(shapes=("x=6",), labels=folder / "labels.txt")
+    assert written(path, "init_model:chances", row).gate.min_agreement == 0.98
+    assert yaml.safe_load(path.read_text())["base"]["outputs"] == {"probabilities": "probabilities"}
+    assert "# Output probabilities: probabilities, its last operator is one for that." in path.read_text()
+    path = folder / "b.yaml"
+    config = written(path, "init_model:dense", Hints(shapes=("x=6",)))
+    assert config.gate.min_agreement == 0.95
+    assert yaml.safe_load(path.read_text())["base"]["outputs"] == {"output": "values"}
+    assert "1 - the error of the worst channel" in path.read_text()
+    told = written(folder / "c.yaml", "init_model:dense", Hints(shapes=("x=6",), meanings=("vector=embedding",)))
+    assert told.gate.min_agreement == 0.99
+    assert yaml.safe_load((folder / "c.yaml").read_text())["base"]["outputs"] == {"vector": "embedding"}
+
+
 @pytest.mark.parametrize(
     ("argument", "section"),
     [
@@ -148,6 +168,7 @@ def test_a_hint_that_the_model_has_no_use_for_is_named(tmp_path: Path) -> None:
         ("none.onnx", Hints(), "no file none.onnx"),
         ("a:b", Hints(image="224"), "--image 224: give WIDTHxHEIGHT"),
         ("a:b", Hints(shapes=("x",)), "--input x: give NAME=SIZES"),
+        ("a:b", Hints(meanings=("y=classes",)), "--meaning y=classes: give NAME=MEANING, one of logits, probabilities"),
     ],
 )
 def test_what_names_nothing_is_refused(tmp_path: Path, argument: str, hints: Hints, message: str) -> None:

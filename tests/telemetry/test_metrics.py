@@ -24,7 +24,15 @@ FACTS_OF_INT8 = VariantFacts(
     backend="onnxruntime",
     device="cpu",
     lanes=2,
-    quality={"score": 0.99, "agreement": 1.0, "kl": None, "cosine": math.nan, "latency_ms": {1: 2.5, 8: 9.0}},
+    quality={
+        "score": 0.99,
+        "agreement": 0.3,
+        "outputs": [
+            {"name": "logits", "meaning": "logits", "agreement": 1.0, "kl": None, "cosine": math.nan},
+            {"name": "boxes", "meaning": "values", "agreement": 0.3, "error": 0.7, "channel": 2},
+        ],
+        "latency_ms": {1: 2.5, 8: 9.0},
+    },
     build_seconds=(0.5, 12.0),
 )
 
@@ -98,8 +106,17 @@ def test_facts_of_serving_and_excluded_variants() -> None:
     reason = 'agreement 0.8 < 0.9, "gate"'
     assert value(found, "leanserve_variant_info", version="tiny", state="excluded", reason=reason) == 1
     assert value(found, "leanserve_build_seconds", **{"pass": "quantize_static", "position": "2"}) == 12
-    measures = {s.labels["measure"]: s.value for s in found if s.name == "leanserve_variant_quality"}
-    assert measures == {"score": 0.99, "agreement": 1.0, "latency_ms_1": 2.5, "latency_ms_8": 9.0}
+    quality = [sample for sample in found if sample.name == "leanserve_variant_quality"]
+    measures = {(sample.labels["output"], sample.labels["measure"]): sample.value for sample in quality}
+    assert measures == {
+        ("", "score"): 0.99,
+        ("", "agreement"): 0.3,
+        ("", "latency_ms_1"): 2.5,
+        ("", "latency_ms_8"): 9.0,
+        ("logits", "agreement"): 1.0,
+        ("boxes", "agreement"): 0.3,
+        ("boxes", "error"): 0.7,
+    }
     assert not [s for s in found if s.name == "nv_inference_count" and s.labels["version"] == "tiny"]
 
 

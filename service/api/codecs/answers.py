@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
-from service.contracts import Array, Arrays, InputSpec, Json
+from service.contracts import Array, Arrays, InputSpec, Json, Meaning
 from service.errors import BackendFailed, ConfigError
 
 MANY_LABELS, BEST = 20, 5
@@ -15,47 +17,82 @@ MANY_LABELS, BEST = 20, 5
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Encodes outputs by what the spec says they are.
+    """Encodes outputs by what the spec says they mean.
 
-    With labels, the first output is the logits of these classes. Without labels, a single output of one axis is an
-    embedding; anything else is told by the names of the outputs.
+    With labels, the output that they name tells the best of them and the probabilities. Without labels, an embedding
+    that is the only output is told as one; anything else by the names of the outputs.
     """
 
     spec: InputSpec
 
     def __post_init__(self) -> None:
-        if len(set(self.spec.labels)) < len(self.spec.labels):
+        spec = self.spec
+        if len(set(spec.labels)) < len(spec.labels):
             raise ConfigError("the labels must differ from each other: they are the keys of the scores")
+        if spec.labels and spec.outputs and spec.outputs[spec.labelled].meaning not in PROBABILITIES:
+            raise ConfigError(f"the labels name the output '{spec.outputs[spec.labelled].name}', which is no classes")
 
     def encode(self, outputs: Arrays) -> list[dict[str, Json]]:
         """One answer per row.
 
         Raises:
-            BackendFailed: the values are not finite (JSON has no NaN), or the logits are not one per label. A logit of
-                -inf is a class that is ruled out: its probability is 0.
+            BackendFailed: the values are not finite (JSON has no NaN), or there is not one per label. A logit of -inf
+                is a class that is ruled out: its probability is 0.
         """
         if self.spec.labels:
-            return _classes(outputs[0], self.spec.labels)
+            named = self.spec.outputs[self.spec.labelled]
+            return _classes(_shares(outputs[self.spec.labelled], named.meaning, self.spec.labels), self.spec.labels)
         for item, array in zip(self.spec.outputs, outputs, strict=True):
             _require_finite(array, f"output '{item.name}'")
-        if len(outputs) == 1 and outputs[0].ndim == 2:
+        if len(outputs) == 1 and self.spec.outputs[0].meaning == "embedding":
             return [{"embedding": row} for row in outputs[0].tolist()]
         names = [item.name for item in self.spec.outputs]
         rows = zip(*(array.tolist() for array in outputs), strict=True)
         return [{"outputs": dict(zip(names, row, strict=True))} for row in rows]
 
 
-def _classes(logits: Array, labels: tuple[str, ...]) -> list[dict[str, Json]]:
-    """Logits [rows, labels] -> per row the best label and the probabilities, best first."""
-    logits = logits.astype(np.float64)
-    if logits.ndim != 2 or logits.shape[1] != len(labels):
-        raise BackendFailed(f"the model gave {logits.shape} logits for {len(labels)} labels")
-    largest = logits.max(axis=1, keepdims=True)
-    _require_finite(largest, "logits")
-    shares = np.exp(logits - largest)
+def softmax(logits: Array) -> Array:
+    """Logits [rows, classes] -> probabilities; a class at -inf has none."""
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
     shares /= shares.sum(axis=1, keepdims=True)
+    return np.asarray(shares)
+
+
+def _as_they_are(probabilities: Array) -> Array:
+    return probabilities
+
+
+PROBABILITIES: Final[Mapping[Meaning, Callable[[Array], Array]]] = {
+    "logits": softmax,
+    "probabilities": _as_they_are,
+    "log_probabilities": np.exp,
+    "independent_probabilities": _as_they_are,
+}
+"""The way to probabilities from every meaning that has classes."""
+LOGARITHMIC: Final = frozenset({"logits", "log_probabilities"})
+"""Meanings in which -inf is a probability of 0."""
+
+
+def _shares(array: Array, meaning: Meaning, labels: tuple[str, ...]) -> Array:
+    """The probabilities of all labels [rows, labels], in double precision."""
+    if array.ndim != 2 or array.shape[1] != len(labels):
+        raise BackendFailed(f"the model gave {array.shape} {meaning} for {len(labels)} labels")
+    array = array.astype(np.float64)
+    if not np.isfinite(array).all():
+        _require_finite(_ruled_out_at_zero(array) if meaning in LOGARITHMIC else array, meaning)
+    return PROBABILITIES[meaning](array)
+
+
+def _ruled_out_at_zero(array: Array) -> Array:
+    """With 0 for the classes at -inf, which the model rules out, except in a row that rules out all of them."""
+    ruled_out = np.isneginf(array)
+    return np.where(ruled_out & ~ruled_out.all(axis=1, keepdims=True), 0.0, array)
+
+
+def _classes(shares: Array, labels: tuple[str, ...]) -> list[dict[str, Json]]:
+    """Probabilities [rows, labels] -> per row the best label and the probabilities, best first."""
     told = BEST if len(labels) > MANY_LABELS else len(labels)
-    best = (-logits).argsort(axis=1, kind="stable")[:, :told]
+    best = (-shares).argsort(axis=1, kind="stable")[:, :told]
     scores = np.take_along_axis(shares, best, axis=1)
     return [_answer(labels, *row) for row in zip(best.tolist(), scores.tolist(), strict=True)]
 

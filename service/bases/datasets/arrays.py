@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,8 @@ from PIL import Image
 from service.api.codecs.image import ImageCodec
 from service.bases.checkpoints import file_digest
 from service.bases.data_declaration import ArrayFileData
-from service.bases.datasets.class_labels import checked_numbers, class_numbers, require_labels
+from service.bases.datasets.class_labels import Column
+from service.bases.datasets.labels import LabelFiles, require_target, understanding
 from service.bases.datasets.splits import Rows
 from service.bases.datasets.tables import PreparedData, TableRows
 from service.contracts import Array, Arrays, Codec, Field, InputSpec
@@ -45,16 +46,27 @@ def open_arrays(declared: ArrayFileData, spec: InputSpec, codec: Codec, folder: 
         ConfigError: a file is missing or damaged, lacks an array, or an array does not fit the model.
     """
     if isinstance(declared.arrays, Path):
-        table = _opened(folder / declared.arrays, "data.arrays", declared, spec, codec)
+        path = folder / declared.arrays
+        table = _opened(path, "data.arrays", declared, _labels([path], declared, spec), spec, codec)
         return TableRows("data.arrays", table, declared.splits, declared.seed)
+    paths = {split: folder / path for split, path in declared.arrays.items()}
+    labels = _labels(paths.values(), declared, spec)
     tables = {
-        split: _opened(folder / path, f"data.arrays.{split}", declared, spec, codec)
-        for split, path in declared.arrays.items()
+        split: _opened(path, f"data.arrays.{split}", declared, labels, spec, codec) for split, path in paths.items()
     }
     return TableRows("data.arrays", tables, declared.splits, declared.seed)
 
 
-def _opened(path: Path, key: str, declared: ArrayFileData, spec: InputSpec, codec: Codec) -> ArrayTable:
+def _labels(paths: Iterable[Path], declared: ArrayFileData, spec: InputSpec) -> LabelFiles | None:
+    if declared.labels is None:
+        return None
+    understood = understanding(spec, "data.labels")
+    return LabelFiles({path: partial(_column, path, declared.labels) for path in paths}, understood)
+
+
+def _opened(
+    path: Path, key: str, declared: ArrayFileData, labels: LabelFiles | None, spec: InputSpec, codec: Codec
+) -> ArrayTable:
     found = headers(path, key)
     names = _array_names(declared, spec)
     for asked, name in (*(("data.inputs", name) for name in names), ("data.labels", declared.labels)):
@@ -65,12 +77,22 @@ def _opened(path: Path, key: str, declared: ArrayFileData, spec: InputSpec, code
     if len(set(lengths.values())) > 1:
         raise ConfigError(f"{key}: the arrays of {path} differ in length: {lengths}")
     if declared.labels is not None:
-        require_labels(spec.labels, "data.labels")
-    if isinstance(codec, ImageCodec) and _are_pixels(found[names[0]]):
-        return ArrayTable(path, names, declared.labels, spec, codec)
-    for name, field in zip(names, spec.fields, strict=True):
-        _require_fit(found[name], field, f"data.inputs: the array '{name}' of {path}")
-    return ArrayTable(path, names, declared.labels, spec, None)
+        _require_labels(found[declared.labels], spec, f"data.labels: the array '{declared.labels}' of {path}")
+    pixels = codec if isinstance(codec, ImageCodec) and _are_pixels(found[names[0]]) else None
+    if pixels is None:
+        for name, field in zip(names, spec.fields, strict=True):
+            _require_fit(found[name], field, f"data.inputs: the array '{name}' of {path}")
+    return ArrayTable(path, names, declared.labels, labels, spec, pixels)
+
+
+def _require_labels(header: Header, spec: InputSpec, what: str) -> None:
+    """Check that the labels are a class per row, or numbers that an output should be."""
+    if not spec.labels and header.dtype.kind in "iuf":
+        require_target(spec, header.shape[1:], what)
+        return
+    if not spec.labels or header.shape[1:] not in {(), (1,)} or header.dtype.kind not in "biufUS":
+        wanted = "class numbers or names, one per row" if spec.labels else "numbers (classes need base.labels)"
+        raise ConfigError(f"{what} is {header}; labels are {wanted}")
 
 
 def headers(path: Path, key: str) -> dict[str, Header]:
@@ -139,14 +161,16 @@ class ArrayTable:
     path: Path
     inputs: tuple[str, ...]
     """Names of the arrays, in the order of the model's inputs."""
-    labels: str | None
+    label: str | None
+    """Name of the array of labels."""
+    labels: LabelFiles | None
     spec: InputSpec
     pixels: ImageCodec | None
     """What prepares the rows if they are pictures of uint8; `None`: they are inputs already."""
 
     @cached_property
     def digest(self) -> str:
-        named = " ".join((*self.inputs, self.labels or ""))
+        named = " ".join((*self.inputs, self.label or ""))
         return hashlib.sha256(f"{file_digest(self.path)} {named}".encode()).hexdigest()
 
     @cached_property
@@ -159,7 +183,7 @@ class ArrayTable:
         return tuple(f"row {row}" for row in range(len(self._arrays[0])))
 
     def data(self, rows: Rows) -> PreparedData:
-        return PreparedData(rows, self._prepare, self._classes)
+        return PreparedData(rows, self._prepare, None if self.labels is None else self.labels.of(self.path))
 
     def _prepare(self, rows: Rows) -> Arrays:
         if self.pixels is not None:
@@ -172,18 +196,11 @@ class ArrayTable:
     def _arrays(self) -> Arrays:
         return tuple(_load(self.path, name) for name in self.inputs)
 
-    @cached_property
-    def _classes(self) -> Array | None:
-        if self.labels is None:
-            return None
-        found, key = _load(self.path, self.labels), f"data.labels: the array '{self.labels}' of {self.path}"
-        if found.ndim == 1 and found.dtype.kind in "iu":
-            return checked_numbers(found, self.spec.labels, key)
-        if found.ndim == 1 and found.dtype.kind in "US":
-            return class_numbers([str(name) for name in found.astype(str)], self.spec.labels, key)
-        raise ConfigError(
-            f"{key} is {Header(found.shape, found.dtype)}; labels are class numbers or names, one per row"
-        )
+
+def _column(path: Path, name: str) -> Column:
+    found = _load(path, name)
+    found = found.astype(str) if found.dtype.kind == "S" else found
+    return Column(found, lambda row: f"data.labels: the array '{name}' of {path}: row {row}")
 
 
 def _plain(picture: Array) -> Array:

@@ -21,12 +21,12 @@ import numpy as np
 from service.api.codecs.image_formats import endings
 from service.bases.checkpoints import file_digest
 from service.bases.data_declaration import ImageData
-from service.bases.datasets.class_labels import checked_numbers, class_numbers, require_labels
+from service.bases.datasets.class_labels import Column, class_numbers, require_labels
 from service.bases.datasets.image_folder import ImageFolder, by_ending, image_folder, some
 from service.bases.datasets.splits import Rows
 from service.bases.datasets.tables import PreparedData, TableRows
 from service.bases.declaration import ImageFiles
-from service.contracts import Array, Arrays, Codec, Split
+from service.contracts import Array, Arrays, Codec
 from service.errors import BadInput, BodyTooLarge, ConfigError
 
 Label = Literal["auto", "folder", "prefix", "none"]
@@ -45,22 +45,23 @@ def open_images(
         ConfigError: a folder is missing or without images, one of a class has none that is read, files are no images
             although they are named so, or a class is not one of `labels`.
     """
-
-    def table(path: Path, key: str) -> ImageTable:
-        found = image_folder(folder / path, files.formats, key)
-        _require_images(found, endings(files.formats), key)
-        classes = _classes(found.root, found.files, declared.label, labels)
-        if classes is not None and declared.label != "prefix":
-            _require_full_classes(found, labels, endings(files.formats), key)
+    if isinstance(declared.images, Path):
+        paths = {"data.images": folder / declared.images}
+    else:
+        paths = {f"data.images.{split}": folder / path for split, path in declared.images.items()}
+    read = endings(files.formats)
+    folders = {key: image_folder(path, files.formats, key) for key, path in paths.items()}
+    for key, found in folders.items():
+        _require_images(found, read, key)
+    classes = _classes(list(folders.values()), declared.label, labels)
+    for key, found in folders.items():
+        if found.root in classes and declared.label != "prefix":
+            _require_full_classes(found, labels, read, key)
         if found.skipped:
             _log.info("%s: %s", key, found.seen())
-        return ImageTable(found.root, found.files, classes, codec)
-
-    if isinstance(declared.images, Path):
-        tables: ImageTable | dict[Split, ImageTable] = table(declared.images, "data.images")
-    else:
-        tables = {split: table(path, f"data.images.{split}") for split, path in declared.images.items()}
-    return TableRows("data.images", tables, declared.splits, declared.seed)
+    tables = [ImageTable(found.root, found.files, classes.get(found.root), codec) for found in folders.values()]
+    cut = tables[0] if isinstance(declared.images, Path) else dict(zip(declared.images, tables, strict=True))
+    return TableRows("data.images", cut, declared.splits, declared.seed)
 
 
 def _require_images(found: ImageFolder, read: str, key: str) -> None:
@@ -89,7 +90,7 @@ def _require_full_classes(found: ImageFolder, labels: tuple[str, ...], read: str
 
 def _is_class(name: str, labels: tuple[str, ...]) -> bool:
     try:
-        class_numbers([name], labels, name)
+        class_numbers([Column(np.array([name]), lambda _: name)], labels)
     except ConfigError:
         return False
     return True
@@ -100,29 +101,36 @@ def _unusable(reasons: Mapping[Path, str], key: str) -> ConfigError:
     return ConfigError(f"{key}: image files cannot be used: {listed}. Repair or remove them")
 
 
-def _classes(folder: Path, files: tuple[Path, ...], label: Label, labels: tuple[str, ...]) -> Array | None:
-    """Class number of every file, or `None` without classes."""
+def _classes(folders: Sequence[ImageFolder], label: Label, labels: tuple[str, ...]) -> dict[Path, Array]:
+    """By folder, the class numbers of its files if they have classes; those of all folders are read in the same way."""
+    named = ((found.root, _column(found.root, found.files, label, labels)) for found in folders)
+    columns = {root: column for root, column in named if column is not None}
+    return dict(zip(columns, class_numbers(list(columns.values()), labels), strict=True))
+
+
+def _column(folder: Path, files: tuple[Path, ...], label: Label, labels: tuple[str, ...]) -> Column | None:
+    """What names the class of every file, or `None` without classes."""
     nested = any(path.parent != folder for path in files)
     if label == "none" or (label == "auto" and not (nested and labels)):
         return None
     require_labels(labels, "data.label")
     if label == "prefix":
-        numbers = [_number(path) for path in files]
-        return checked_numbers(np.array(numbers, dtype=np.int64), labels, "data.label")
+        numbers = np.array([_number(path) for path in files])
+        return Column(numbers, lambda row: f"data.label: the number at the beginning of {files[row]}")
     loose = [path for path in files if path.parent == folder]
     if loose:
         raise ConfigError(
             f"data.label: {loose[0]} lies in no folder of a class; move it, or set data.label to prefix or none"
         )
-    names = [path.parent.name for path in files]
-    return class_numbers(names, labels, f"data.label: folders in {folder} are taken for classes (`none` ignores them)")
+    names = np.array([path.parent.name for path in files])
+    return Column(names, lambda _: f"data.label: folders in {folder} are taken for classes (`none` ignores them)")
 
 
-def _number(path: Path) -> int:
+def _number(path: Path) -> str:
     found = re.match(r"[0-9]+", path.name)
     if found is None:
         raise ConfigError(f"data.label: the name of {path} begins with no class number, which label prefix asks for")
-    return int(found.group())
+    return found.group()
 
 
 @dataclass(frozen=True)

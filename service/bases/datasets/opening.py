@@ -33,5 +33,5 @@ def open_rows(data: AnyData, description: Description, codec: Codec, folder: Pat
             raise ConfigError("data.images: the model takes no pictures; if it does, say how with base.image")
         return open_images(data, description.labels, description.image, codec, folder)
     if isinstance(data, TextData):
-        return open_texts(data, description.labels, codec, folder)
+        return open_texts(data, description.spec(), codec, folder)
     raise ConfigError(f"data.{data.kind}")

@@ -105,6 +105,8 @@ def _value(row: Json, column: Column, where: str) -> str:
         has = f"{len(row)} columns" if isinstance(row, list) else ", ".join(row) if isinstance(row, dict) else "a value"
         kind = "number" if isinstance(column, int) else "name"
         raise ConfigError(f"{where}: no column of the {kind} {column}; the line has {has}") from None
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
+    if isinstance(value, bool):
+        return json.dumps(value)  # a label may be one
+    if isinstance(value, str | int | float):
         return str(value)
     raise ConfigError(f"{where}: column {column} holds {json.dumps(value)[:40]}, no text and no number")

@@ -7,9 +7,8 @@ embeddings. Only the split that is asked for is tokenized, and batches are padde
 from __future__ import annotations
 
 import hashlib
-import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,45 +18,62 @@ import numpy as np
 from service.api.codecs.text import TextCodec
 from service.bases.checkpoints import file_digest
 from service.bases.data_declaration import TextData
-from service.bases.datasets.class_labels import class_numbers, require_labels
+from service.bases.datasets.class_labels import Column
+from service.bases.datasets.labels import LabelFiles, require_target, targets, understanding
 from service.bases.datasets.splits import Rows as Numbers
 from service.bases.datasets.tables import TableRows
 from service.bases.datasets.text_files import FORMATS, Line, read_lines
-from service.contracts import Array, Batch, Codec, Data, Split
+from service.contracts import Array, Batch, Codec, Data, InputSpec, Split
 from service.errors import BadInput, ConfigError
 
 
-def open_texts(declared: TextData, labels: Sequence[str], codec: Codec, folder: Path) -> TextRows:
-    """The texts that the config declares; `labels` are the class names of the model, none for embeddings.
+def open_texts(declared: TextData, spec: InputSpec, codec: Codec, folder: Path) -> TextRows:
+    """The texts that the config declares, for a model of these outputs and labels.
 
     Raises:
         ConfigError: a file is missing or of an unknown format, or the columns do not suit the model.
     """
     if not isinstance(codec, TextCodec):
         raise ConfigError("data.texts: the model takes no texts; if it does, name its tokenizer in base.text")
-    if labels and declared.pair is not None:
-        raise ConfigError("data.pair: the model classifies single texts; pairs are for models of embeddings")
-    if declared.label is not None and declared.pair is None:
-        require_labels(labels, "data.label")
+    _require_labels(declared, spec)
     # Requests are bounded; a training set need not be.
     codec = replace(codec, max_characters=sys.maxsize, max_total=sys.maxsize, max_rows=sys.maxsize)
     unit = 1 if declared.pair is None else 2
     if isinstance(declared.texts, Path):
-        table = _opened(declared, folder / declared.texts, "data.texts", labels, codec)
+        [table] = _tables({"data.texts": folder / declared.texts}, declared, spec, codec)
         return TextRows(TableRows("data.texts", table, declared.splits, declared.seed), unit)
-    tables = {
-        split: _opened(declared, folder / path, f"data.texts.{split}", labels, codec)
-        for split, path in declared.texts.items()
-    }
+    paths = {f"data.texts.{split}": folder / path for split, path in declared.texts.items()}
+    tables = dict(zip(declared.texts, _tables(paths, declared, spec, codec), strict=True))
     return TextRows(TableRows("data.texts", tables, declared.splits, declared.seed), unit)
 
 
-def _opened(declared: TextData, path: Path, key: str, labels: Sequence[str], codec: TextCodec) -> TextTable:
-    if path.suffix not in FORMATS:
-        raise ConfigError(f"{key}: {path} is none of {', '.join(FORMATS)}")
-    if not path.is_file():
-        raise ConfigError(f"{key}: there is no file {path}")
-    return TextTable(path, declared, tuple(labels), codec)
+def _require_labels(declared: TextData, spec: InputSpec) -> None:
+    if declared.pair is not None:
+        if spec.labels:
+            raise ConfigError("data.pair: the model classifies single texts; pairs are for models of embeddings")
+        if declared.label is not None and not any(item.meaning == "embedding" for item in spec.outputs):
+            raise ConfigError(
+                "data.label: the similarity of a pair is compared with that of embeddings, and the model gives none; "
+                "base.outputs says what its outputs mean"
+            )
+    elif declared.label is not None and not spec.labels:
+        understanding(spec, "data.label")
+        require_target(spec, (), "data.label")
+
+
+def _tables(paths: Mapping[str, Path], declared: TextData, spec: InputSpec, codec: TextCodec) -> list[TextTable]:
+    """A table per file, by the key that names it; the labels of all of them are read in the same way."""
+    for key, path in paths.items():
+        if path.suffix not in FORMATS:
+            raise ConfigError(f"{key}: {path} is none of {', '.join(FORMATS)}")
+        if not path.is_file():
+            raise ConfigError(f"{key}: there is no file {path}")
+    files = [TextFile(path, declared) for path in paths.values()]
+    labels = None
+    if declared.label is not None:
+        understood = targets if declared.pair is not None else understanding(spec, "data.label")
+        labels = LabelFiles({file.path: file.column for file in files}, understood)
+    return [TextTable(file, labels, codec) for file in files]
 
 
 @dataclass(frozen=True)
@@ -76,73 +92,64 @@ class TextRows:
 
 
 @dataclass(frozen=True)
-class TextTable:
-    """A `tables.Table` over the lines of a file."""
+class TextFile:
+    """The lines of a file; it is read when one is asked for."""
 
     path: Path
     declared: TextData
-    labels: tuple[str, ...]
-    codec: TextCodec
-
-    @cached_property
-    def digest(self) -> str:
-        columns = self.declared.model_dump_json(include={"text", "pair", "label"})
-        tokens = f"{file_digest(self.codec.tokenizer)} {self.codec.max_length}"
-        return hashlib.sha256(f"{file_digest(self.path)} {columns} {tokens}".encode()).hexdigest()
-
-    @cached_property
-    def digests(self) -> tuple[bytes, ...]:
-        return tuple(hashlib.sha256("\0".join(texts).encode()).digest() for texts in self._texts)
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        return tuple(f"line {line.number}" for line in self._lines)
-
-    def data(self, rows: Numbers) -> TokenData:
-        texts = [text for row in rows for text in self._texts[row]]
-        labels = None if self._labels is None else self._labels[rows]
-        unit = len(self._text_columns)
-        try:
-            tokens = self.codec.tokens(texts) if texts else []
-        except BadInput as error:
-            raise ConfigError(f"data.texts: {self.path}: {error}") from error
-        return TokenData(tokens, None if labels is None else np.repeat(labels, unit), unit, self.codec)
 
     @property
-    def _text_columns(self) -> tuple[str | int, ...]:
+    def columns(self) -> tuple[str | int, ...]:
+        """Those of the texts."""
         declared = self.declared
         return (declared.text,) if declared.pair is None else (declared.text, declared.pair)
 
     @cached_property
-    def _lines(self) -> list[Line]:
+    def lines(self) -> list[Line]:
         label = () if self.declared.label is None else (self.declared.label,)
-        return read_lines(self.path, (*self._text_columns, *label))
+        return read_lines(self.path, (*self.columns, *label))
 
     @cached_property
-    def _texts(self) -> list[tuple[str, ...]]:
-        return [line.values[: len(self._text_columns)] for line in self._lines]
+    def texts(self) -> list[tuple[str, ...]]:
+        return [line.values[: len(self.columns)] for line in self.lines]
+
+    def column(self) -> Column:
+        """The labels."""
+        values = np.array([line.values[-1] for line in self.lines], dtype=str)
+        return Column(values, lambda row: f"{self.path}:{self.lines[row].number}: column {self.declared.label}")
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A `tables.Table` over the lines of a file; labels are class numbers int64 or numbers float64, one per line."""
+
+    file: TextFile
+    labels: LabelFiles | None
+    codec: TextCodec
 
     @cached_property
-    def _labels(self) -> Array | None:
-        """Class numbers int64, or similarities float64, one per line."""
-        if self.declared.label is None:
-            return None
-        said = [(line.values[-1], f"{self.path}:{line.number}: column {self.declared.label}") for line in self._lines]
-        if self.declared.pair is not None:
-            return np.array([_similarity(value, where) for value, where in said], dtype=np.float64)
-        first = dict(reversed(said))
-        numbers = {value: class_numbers([value], self.labels, where)[0] for value, where in first.items()}
-        return np.array([numbers[value] for value, _ in said], dtype=np.int64)
+    def digest(self) -> str:
+        columns = self.file.declared.model_dump_json(include={"text", "pair", "label"})
+        tokens = f"{file_digest(self.codec.tokenizer)} {self.codec.max_length}"
+        return hashlib.sha256(f"{file_digest(self.file.path)} {columns} {tokens}".encode()).hexdigest()
 
+    @cached_property
+    def digests(self) -> tuple[bytes, ...]:
+        return tuple(hashlib.sha256("\0".join(texts).encode()).digest() for texts in self.file.texts)
 
-def _similarity(value: str, where: str) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ConfigError(f"{where}: the similarity of a pair is a number, not '{value}'")
-    return number
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"line {line.number}" for line in self.file.lines)
+
+    def data(self, rows: Numbers) -> TokenData:
+        texts = [text for row in rows for text in self.file.texts[row]]
+        labels = None if self.labels is None else self.labels.of(self.file.path)[rows]
+        unit = len(self.file.columns)
+        try:
+            tokens = self.codec.tokens(texts) if texts else []
+        except BadInput as error:
+            raise ConfigError(f"data.texts: {self.file.path}: {error}") from error
+        return TokenData(tokens, None if labels is None else np.repeat(labels, unit), unit, self.codec)
 
 
 @dataclass(frozen=True)

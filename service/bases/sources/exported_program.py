@@ -18,9 +18,11 @@ from service.bases.checkpoints import file_digest
 from service.bases.declaration import TorchExportBase
 from service.bases.description import Description, Tensor
 from service.bases.inputs import declared_inputs, described
+from service.bases.meanings import proven
 from service.bases.naming import served_name
 from service.bases.probing import Run, probe
 from service.bases.sources.exported_archive import safe_copy
+from service.bases.tracing import last_operators
 from service.contracts import Array, Arrays, InputSpec, TorchModel
 from service.errors import ConfigError
 
@@ -47,11 +49,16 @@ class ExportedSource:
     def describe(self) -> Description:
         program = self._program()
         inputs = self._settled(_inputs(program, self._path))
-        names = _output_names(program, self.declared)
+        module, names = _module(program), _output_names(program)
         try:
-            outputs = probe(_runner(_module(program)), inputs, names)
+            outputs = probe(_runner(module), inputs, names)
         except ConfigError as error:
             raise ConfigError(f"base.torch_export: {self._path} cannot be served: {error}") from error
+        operators = last_operators(module, [item.field() for item in inputs], len(outputs))
+        outputs = tuple(
+            proven(output.model_copy(update={"name": ""}), operator)
+            for output, operator in zip(outputs, operators, strict=True)
+        )
         return described(self.declared, self.folder, served_name(self._path), inputs, outputs)
 
     def model(self, spec: InputSpec) -> TorchModel:
@@ -134,10 +141,9 @@ def _input(name: str, value: Any, program: ExportedProgram, path: Path) -> Tenso
     return Tensor(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=shape)
 
 
-def _output_names(program: ExportedProgram, declared: TorchExportBase) -> tuple[str, ...]:
-    first = "logits" if declared.labels else "embedding" if declared.text else "output"
-    count = len(program.graph_signature.user_outputs)
-    return (first, *(f"output_{index}" for index in range(1, count)))
+def _output_names(program: ExportedProgram) -> tuple[str, ...]:
+    """What errors call the outputs before their meaning names them."""
+    return tuple(f"output {index}" for index in range(len(program.graph_signature.user_outputs)))
 
 
 def _refuse_other_dtypes(program: ExportedProgram, path: Path) -> None:

@@ -20,7 +20,9 @@ from service.bases.checkpoints import file_digest
 from service.bases.declaration import OnnxBase
 from service.bases.description import Description, Tensor
 from service.bases.inputs import described
+from service.bases.meanings import proven
 from service.bases.naming import served_name
+from service.bases.sources.onnx_endings import last_operators
 from service.bases.sources.onnx_preparation import Prepared, prepared
 from service.bases.sources.onnx_reading import files_of, modern, nodes_of, read_onnx
 from service.bases.sources.onnx_trial import Trial, tried
@@ -97,9 +99,11 @@ class OnnxSource:
             scaled_by_batch=any(node.op_type.startswith(SCALED_BY_BATCH) for node in nodes_of(ready.model.graph)),
         )
         try:
-            return ready.inputs, tried(trial)
+            outputs = tried(trial)
         except ConfigError as error:
             raise ConfigError(f"base.onnx: {self._path} cannot be served: {error}") from error
+        operators = last_operators(ready.model.graph)
+        return ready.inputs, tuple(proven(*pair) for pair in zip(outputs, operators, strict=True))
 
 
 def _version(library: str) -> str:

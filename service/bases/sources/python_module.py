@@ -66,9 +66,8 @@ class PythonSource:
         from service.bases.modules.held_state import unlike
 
         inputs = declared_inputs(self.declared) or self._declared_beside_factory()
-        names = ("logits",) if self.declared.labels else ("embedding",) if self.declared.text else ("output",)
         module, caveats = self._module()
-        outputs = traced_outputs(self._checked(module), inputs, names)
+        outputs = traced_outputs(self._checked(module), inputs)
         drawn = unlike(self._first[0].inside, self._held(self._module(SEED + 1)[0]).inside)
         description = described(self.declared, self.folder, self._names()[0].rpartition(".")[2], inputs, outputs)
         if drawn:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,7 @@ from service.bases.inputs import described, image_input, image_tensor
 from service.bases.sources.hub import hub_file, is_repository
 from service.bases.sources.torchvision_import import make_torchvision_importable
 from service.bases.tracing import traced_outputs
-from service.contracts import Field, InputSpec, TorchModel
+from service.contracts import CLASSES, Field, InputSpec, TorchModel
 from service.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,16 +58,16 @@ class TimmSource:
         inputs = (image_tensor(image),)
         classes = self._classes(config)
         module, caveats = self._module(classes, inputs[0].field())
-        outputs = traced_outputs(module, inputs, ("logits" if classes else "embedding",))
-        labels = self.declared.labels or class_names(classes)
+        outputs = traced_outputs(module, inputs)
+        if not classes:
+            outputs = (outputs[0].model_copy(update={"meaning": "embedding", "evidence": "form"}), *outputs[1:])
+        labels = self.declared.labels or self._class_names(classes)
         declared = self.declared.model_copy(update={"image": image, "labels": labels})
         description = described(declared, self.folder, self.declared.timm.partition(".")[0], inputs, outputs)
         return description.model_copy(update={"caveats": caveats})
 
     def model(self, spec: InputSpec) -> TorchModel:
-        output = spec.outputs[0]
-        classes = output.shape[0] if output.name == "logits" else 0
-        module, _ = self._module(classes or 0, spec.fields[0])
+        module, _ = self._module(self._classes(_pretrained_config(self.declared.timm)), spec.fields[0])
         return TorchModel(module, spec)
 
     def _module(self, classes: int, picture: Field) -> tuple[nn.Module, tuple[str, ...]]:
@@ -101,6 +102,12 @@ class TimmSource:
             if f".{name}".endswith(f".{first}.weight")
         ]
         return len(found[0]) if found else 0
+
+    def _class_names(self, classes: int) -> tuple[str, ...] | None:
+        """timm's, unless the config says that the numbers are no classes; a single one is none either."""
+        outputs = self.declared.outputs or ()
+        first = next(iter(outputs.values() if isinstance(outputs, Mapping) else outputs), "logits")
+        return class_names(classes) if classes > 1 and first in CLASSES else None
 
     def _file(self) -> Path | None:
         """The file with the weights; `None` for random ones."""

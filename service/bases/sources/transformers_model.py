@@ -22,6 +22,7 @@ from service.bases.checkpoints import file_digest
 from service.bases.declaration import ImageInput, TextInput, TransformersBase
 from service.bases.description import Description, Tensor
 from service.bases.inputs import MASKED_TEXT, image_input, image_tensor, read_labels, resolved_text
+from service.bases.meanings import settled
 from service.bases.sources.hub import hub_folder, is_repository
 from service.bases.sources.transformers_folder import Task, TransformersFolder
 from service.bases.sources.transformers_loading import padding_of, plain_module
@@ -102,12 +103,15 @@ class TransformersSource:
     def _described(self, module: nn.Module, inputs: Sequence[Tensor], **how: Any) -> Description:
         """With the outputs found by running the module."""
         embeds = self._task() == "embedding"
-        outputs = traced_outputs(module, inputs, ("embedding" if embeds else "logits",), OTHERWISE)
+        outputs = traced_outputs(module, inputs, OTHERWISE)
+        labels = () if embeds else self._labels(outputs[0])
+        given = settled(outputs, labels, self.declared.outputs, "embedding")
         return Description(
             name=self.declared.name or _served_name(self.declared.transformers),
             inputs=tuple(inputs),
-            outputs=outputs,
-            labels=() if embeds else self._labels(outputs[0]),
+            outputs=given.tensors,
+            labels=labels,
+            labelled=given.labelled,
             max_length=how["text"].max_length if "text" in how else 512,
             **how,
         )

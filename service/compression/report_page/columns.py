@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from service.compression.manifest import OutputFidelity
 from service.compression.report_page.summary import Measured
 
 ABSENT = "–"
@@ -59,11 +60,16 @@ def drop(measured: Measured) -> str:
     return ABSENT if measured.drop is None else f"{measured.drop + 0.0:.2f}".replace("-0.00", "0.00").replace("-", "−")
 
 
-def _divergence(measured: Measured) -> str:
-    kl = measured.quality.kl
+def divergence(kl: float | None) -> str:
+    """Nats with four decimals; a dash where it was not measured."""
     if kl is None:
         return ABSENT
     return "<0.0001" if 0 < kl < 0.0001 else f"{kl:.4f}"
+
+
+def four_decimals(value: float | None) -> str:
+    """A number around 1; a dash where it was not measured."""
+    return ABSENT if value is None else f"{value:.4f}"
 
 
 def milliseconds(value: float | None) -> str:
@@ -88,20 +94,71 @@ def _latency(rows: int) -> Column:
     )
 
 
-SCORE = Column("score % [95 % CI]", "the base's own score on the gate split, with its 95 % confidence interval", score)
+SCORE = Column(
+    "score % [95 % CI]",
+    "accuracy, or what else the base is scored by, on the gate split, with its 95 % confidence interval",
+    score,
+)
 DROP = Column("drop, pts", "points of score lost against the base; minus means better than the base", drop)
-AGREEMENT = Column(
-    "agreement", "share of rows with the same top class as the base", lambda item: share(item.quality.agreement)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputMeasure:
+    """One number of every output: its title and meaning, how it is read and shown, and the worst of several."""
+
+    title: str
+    meaning: str
+    read: Callable[[OutputFidelity], float | None]
+    show: Callable[[float | None], str]
+    worst: Callable[[Iterable[float]], float]
+
+    def cell(self, output: OutputFidelity) -> str:
+        """That of one output."""
+        return self.show(self.read(output))
+
+    def column(self) -> Column:
+        """That of the worst output of a variant."""
+        return Column(self.title, self.meaning, self._worst_cell)
+
+    def _worst_cell(self, measured: Measured) -> str:
+        known = [value for output in measured.quality.outputs if (value := self.read(output)) is not None]
+        return self.show(self.worst(known) if known else None)
+
+
+BY_OUTPUT = (
+    OutputMeasure(
+        "agreement",
+        "of classes the share of rows with the base's top class, of embeddings the mean cosine, of values 1 - error",
+        lambda output: output.agreement,
+        share,
+        min,
+    ),
+    OutputMeasure(
+        "KL, nats",
+        "mean divergence of the class probabilities from the base's",
+        lambda output: output.kl,
+        divergence,
+        max,
+    ),
+    OutputMeasure(
+        "ranks",
+        "Spearman correlation of the similarities between rows with those in the base: 1 keeps every order of "
+        "neighbours",
+        lambda output: output.rank_agreement,
+        four_decimals,
+        min,
+    ),
+    OutputMeasure(
+        "error",
+        "of values, root mean square error of the worst channel over its standard deviation in the base; of whole "
+        "numbers, the share that differs",
+        lambda output: output.error,
+        share,
+        max,
+    ),
 )
-KL = Column("KL, nats", "mean divergence of the class probabilities from the base's", _divergence)
-COSINE = Column(
-    "cosine", "mean cosine similarity of the outputs to the base's", lambda item: f"{item.quality.cosine:.4f}"
-)
-RANKS = Column(
-    "ranks",
-    "Spearman correlation of the similarities between rows with those in the base: 1 keeps every order of neighbours",
-    lambda item: ABSENT if item.quality.rank_agreement is None else f"{item.quality.rank_agreement:.4f}",
-)
+"""How near an output is to the base's. A variant is as near as its worst output."""
+AGREEMENT, KL, RANKS, ERROR = (measure.column() for measure in BY_OUTPUT)
 DEPENDENCE = Column(
     "mates",
     "largest change of an output by the rows that share its batch, relative to the largest output",
@@ -129,12 +186,20 @@ BUILD = Column(
     lambda item: duration(item.seconds),
 )
 
-ANSWERS = (SCORE, DROP, AGREEMENT, KL, COSINE, RANKS, DEPENDENCE)
+ANSWERS = (SCORE, DROP, AGREEMENT, KL, RANKS, ERROR, DEPENDENCE)
 
 
 def answers(measured: Sequence[Measured]) -> tuple[Column, ...]:
     """Whether variants still answer right; what was measured of none of them (no labels, no classes) has no column."""
     return tuple(column for column in ANSWERS if any(column.cell(item) != ABSENT for item in measured))
+
+
+def by_output(measured: Sequence[Measured]) -> tuple[OutputMeasure, ...]:
+    """What tells the outputs of variants apart; none where there is a single output, of which `answers` tells all."""
+    outputs = [output for item in measured for output in item.quality.outputs]
+    if all(len(item.quality.outputs) == 1 for item in measured):
+        return ()
+    return tuple(measure for measure in BY_OUTPUT if any(measure.read(output) is not None for output in outputs))
 
 
 def speed(batches: Sequence[int]) -> tuple[Column, ...]:
@@ -148,6 +213,6 @@ FOOTPRINT = (SIZE, PARAMETERS, MACS, MEMORY, BUILD)
 
 def waterfall(measured: Sequence[Measured], batches: Sequence[int]) -> tuple[Column, ...]:
     """What each pass brought; latency at 8 rows, or at the batch size next to it."""
-    quality = [column for column in answers(measured) if column in {SCORE, AGREEMENT, COSINE, RANKS}][:2]
+    quality = [column for column in answers(measured) if column in {SCORE, AGREEMENT, RANKS, ERROR}][:2]
     nearest = sorted(batches, key=lambda rows: (abs(rows - 8), rows))[:1]
     return (*quality, *map(_latency, nearest), GAIN, SIZE, BUILD)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from service.compression.report_page.columns import amount, milliseconds, ratio
-from service.compression.report_page.summary import Summary, Variant, Yardstick
+from service.compression.report_page.summary import Measure, Summary, Variant, Yardstick
 
-NOUNS = {"score": "score", "agreement": "agreement with the base", "cosine": "cosine similarity to the base"}
+RULES: Mapping[Measure, str] = {
+    "score": "its score on the gate split is at most 0.5 points below that of the base",
+    "score of one": "its score on the gate split is at most 0.5 points below that of the base, and its worst output "
+    "agrees with that of the base to at least 95 %",
+    "classes": "its top answer is that of the base in at least 99.5 % of the rows (there are no labels to score)",
+    "embeddings": "its embeddings have a mean cosine similarity of at least 0.99 to those of the base (there are no "
+    "labels to score)",
+    "outputs": "its worst output agrees with that of the base to at least 95 %, which for values is an error of 5 % of "
+    "their spread (there are no labels to score)",
+}
+"""When answers are right; the numbers are those of `summary.TOLERANCES`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +59,21 @@ def tiles(summary: Summary) -> tuple[tuple[str, str, str], ...]:
         ),
         ("on disk", amount(item.quality.disk_bytes, "B"), amount(item.base.disk_bytes, "B")),
         (
-            NOUNS[yardstick.measure],
-            value_text(yardstick, yardstick.value(item.quality)),
-            value_text(yardstick, yardstick.value(item.base)),
+            noun(yardstick),
+            share_text(yardstick.value(item.quality)),
+            share_text(yardstick.value(item.base)),
         ),
     )
 
 
-def value_text(yardstick: Yardstick, value: float | None) -> str:
-    """The number by which answers are judged, with its unit; a dash where it was not measured."""
-    if value is None:
-        return "–"
-    return f"{value:.4f}" if yardstick.measure == "cosine" else f"{value:.2f} %"
+def noun(yardstick: Yardstick) -> str:
+    """What the number is called by which answers are judged."""
+    return "score" if yardstick.scored else "agreement with the base"
+
+
+def share_text(value: float | None) -> str:
+    """A number in per cent; a dash where it was not measured."""
+    return "–" if value is None else f"{value:.2f} %"
 
 
 def hardware(summary: Summary) -> tuple[str, ...]:
@@ -86,9 +100,9 @@ def _claim(summary: Summary, best: Variant) -> str:
 
 def _price(yardstick: Yardstick, best: Variant) -> str:
     drop = best.measured.drop
-    value = value_text(yardstick, yardstick.value(best.measured.quality))
-    if yardstick.measure != "score" or drop is None:
-        return f"at {value} {NOUNS[yardstick.measure]}"
+    value = share_text(yardstick.value(best.measured.quality))
+    if not yardstick.scored or drop is None:
+        return f"at {value} {noun(yardstick)}"
     if abs(drop) < 0.005:
         return f"at the same score of {value}"
     return f"for {abs(drop):.2f} points of score {'lost' if drop > 0 else 'won'} ({value})"
@@ -107,14 +121,8 @@ def _why_none(summary: Summary) -> str:
 
 
 def _rule(yardstick: Yardstick) -> str:
-    bound = {
-        "score": "its score on the gate split is at most 0.5 points below that of the base",
-        "agreement": "its top answer is that of the base in at least 99.5 % of the rows (there are no labels to score)",
-        "cosine": "its outputs have a mean cosine similarity of at least 0.99 to those of the base "
-        "(there are neither labels nor classes to score)",
-    }[yardstick.measure]
     return (
-        f"A variant answers right if it passed its own gate and {bound}. "
+        f"A variant answers right if it passed its own gate and {RULES[yardstick.measure]}. "
         "The cheapest of these is the one with the most rows per second."
     )
 

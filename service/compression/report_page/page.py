@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from service.compression.manifest import Manifest
-from service.compression.report_page.columns import FOOTPRINT, Column, answers, speed
+from service.compression.report_page.columns import FOOTPRINT, Column, answers, by_output, speed
 from service.compression.report_page.columns import waterfall as waterfall_columns
 from service.compression.report_page.headline import hardware, headline, tiles
 from service.compression.report_page.summary import Summary
@@ -40,6 +40,7 @@ def render(summary: Summary, title: str) -> str:
         hardware=hardware(summary),
         samples=summary.reference.quality.samples,
         tables=_tables(summary),
+        output_measures=by_output(summary.measured),
         steps=waterfall_columns(summary.measured, summary.batches),
         tradeoff=Markup(plots.tradeoff(summary)),
         sizes=Markup(plots.sizes(summary)),

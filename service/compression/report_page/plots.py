@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from service.compression.report_page.columns import amount, milliseconds, ratio
-from service.compression.report_page.headline import NOUNS, value_text
+from service.compression.report_page.headline import noun, share_text
 from service.compression.report_page.summary import Step, Summary, Variant, Yardstick
 from service.compression.report_page.svg import ACCENT, BAD, GOOD, INK, LINE, MUTED, SURFACE, bare, inline, new_figure
 
@@ -29,14 +29,14 @@ def tradeoff(summary: Summary) -> str:
         axes.axhline(floor, color=GOOD, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     _latency_scale(axes, summary, rows)
     axes.set_xlabel(f"median ms for {rows} row{'s' if rows > 1 else ''} (left is faster)")
-    axes.set_ylabel(f"{NOUNS[summary.yardstick.measure]} {summary.yardstick.unit}".rstrip())
+    axes.set_ylabel(f"{noun(summary.yardstick)} %")
     axes.margins(x=0.09, y=0.12)
     facts = "; ".join(
-        f"{variant.name} {value_text(summary.yardstick, summary.yardstick.value(variant.measured.quality))} "
+        f"{variant.name} {share_text(summary.yardstick.value(variant.measured.quality))} "
         f"at {milliseconds(variant.measured.quality.latency_ms.get(rows))} ms"
         for variant in summary.variants
     )
-    return inline(figure, "tradeoff", f"{NOUNS[summary.yardstick.measure]} against latency: {facts}")
+    return inline(figure, "tradeoff", f"{noun(summary.yardstick)} against latency: {facts}")
 
 
 def sizes(summary: Summary) -> str:
@@ -78,10 +78,10 @@ def waterfall(variant: Variant, yardstick: Yardstick) -> str:
     _answer_line(right, variant.steps, yardstick)
     _rows(left, [step.measured.label for step in variant.steps])
     left.set_xlabel("throughput over the base")
-    right.set_xlabel(f"{'cosine' if yardstick.measure == 'cosine' else yardstick.measure} {yardstick.unit}".rstrip())
+    right.set_xlabel("score %" if yardstick.scored else "agreement %")
     facts = "; ".join(
         f"after {step.measured.label} {ratio(step.measured.gain)} the throughput at "
-        f"{value_text(yardstick, yardstick.value(step.measured.quality))}"
+        f"{share_text(yardstick.value(step.measured.quality))}"
         for step in variant.steps
     )
     return inline(figure, f"waterfall-{variant.number}", f"{variant.name} pass by pass: {facts}")

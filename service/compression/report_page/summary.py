@@ -6,15 +6,24 @@ answers right are computed here, once, from the manifests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 from service.compression.manifest import Manifest, Quality, VariantReport
+from service.contracts import CLASSES
 
-Measure = Literal["score", "agreement", "cosine"]
+Measure = Literal["score", "score of one", "classes", "embeddings", "outputs"]
 State = Literal["serving", "excluded", "reference"]
+TOLERANCES: Mapping[Measure, float] = {
+    "score": 0.5,
+    "score of one": 0.5,
+    "classes": 0.5,
+    "embeddings": 1.0,
+    "outputs": 5.0,
+}
+"""Points. A cosine of 0.99 is an error of some 14 %, so that 5 % of values are no less strict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,40 +81,43 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Yardstick:
-    """The number by which answers are called right, and by how much (a share of 1) it may fall short."""
+    """What calls answers right: the score, else the agreement of the worst output with the base's; both in per cent."""
 
     measure: Measure
-    tolerance: float
+    """`score`; `score of one`, where labels say nothing of other outputs, which must agree as those of `outputs`; else
+    what all outputs are whose agreement counts; `outputs`: values, or of several kinds."""
 
     @property
-    def unit(self) -> Literal["%", ""]:
-        """Scores and agreement are shown in per cent, a cosine as it is."""
-        return "" if self.measure == "cosine" else "%"
+    def scored(self) -> bool:
+        """Whether the number is the score."""
+        return self.measure in {"score", "score of one"}
 
     @property
-    def scale(self) -> float:
-        """Factor from the measured number to the shown one."""
-        return 1.0 if self.measure == "cosine" else 100.0
+    def tolerance(self) -> float:
+        """Points by which a variant may fall short."""
+        return TOLERANCES[self.measure]
 
     def value(self, quality: Quality) -> float | None:
-        """The measured number, as it is shown."""
-        value: float | None = getattr(quality, self.measure)
-        return None if value is None else self.scale * value
+        """The measured number."""
+        value = quality.score if self.scored else quality.agreement
+        return None if value is None else 100 * value
 
     def interval(self, quality: Quality) -> tuple[float, float] | None:
-        """The 95 % confidence interval as it is shown; only scores have one."""
-        if self.measure != "score" or quality.score_low is None or quality.score_high is None:
+        """The 95 % confidence interval; only scores have one."""
+        if not self.scored or quality.score_low is None or quality.score_high is None:
             return None
-        return self.scale * quality.score_low, self.scale * quality.score_high
+        return 100 * quality.score_low, 100 * quality.score_high
 
     def floor(self, base: Quality) -> float | None:
-        """The least value, as it is shown, that counts as a right answer. A base agrees with itself by definition."""
-        value = self.value(base) if self.measure == "score" else self.scale
-        return None if value is None else value - self.scale * self.tolerance
+        """The least value that counts as a right answer. A base agrees with itself by definition."""
+        value = self.value(base) if self.scored else 100.0
+        return None if value is None else value - self.tolerance
 
     def accepts(self, measured: Measured) -> bool:
         """Whether the variant still answers right; rounding of the stored numbers is forgiven."""
         value, floor = self.value(measured.quality), self.floor(measured.base)
+        if self.measure == "score of one" and 100 * measured.quality.agreement < 100 - TOLERANCES["outputs"] - 1e-9:
+            return False
         return value is not None and floor is not None and value >= floor - 1e-9
 
 
@@ -199,7 +211,8 @@ def _yardstick(reports: Sequence[VariantReport]) -> Yardstick:
     """Labels decide where there are any, the same answers as the base's otherwise."""
     qualities = [manifest.quality for report in reports for manifest in report.chain]
     if all(quality.score is not None for quality in qualities):
-        return Yardstick("score", 0.005)
-    if all(quality.agreement is not None for quality in qualities):
-        return Yardstick("agreement", 0.005)
-    return Yardstick("cosine", 0.01)
+        return Yardstick("score" if all(len(quality.outputs) == 1 for quality in qualities) else "score of one")
+    meanings = {output.meaning for quality in qualities for output in quality.outputs}
+    if meanings <= CLASSES:
+        return Yardstick("classes")
+    return Yardstick("embeddings" if meanings == {"embedding"} else "outputs")

@@ -11,10 +11,10 @@ from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from service.compression.tools.objectives import cross_entropy
 from service.contracts import Data, TorchModel
 from service.errors import PassFailed
 
@@ -47,9 +47,11 @@ def importance_of(criterion: Criterion, model: TorchModel, data: Data | None) ->
 def _gradients(model: TorchModel, data: Data | None) -> None:
     """Sum the gradients of the cross entropy over `data` in the model's parameters."""
     model.module.zero_grad()
+    spec = model.spec
     for batch in data.batches(GRADIENT_ROWS) if data else ():
         if batch.labels is None or not np.issubdtype(batch.labels.dtype, np.integer):
             raise PassFailed("importance: taylor needs training data with class labels; take l1, l2 or bn_scale")
-        logits = tree_leaves(model.module(*(torch.tensor(array) for array in batch.inputs)))[0]
-        loss = F.cross_entropy(logits, torch.tensor(batch.labels).long(), reduction="sum")
+        outputs = tree_leaves(model.module(*(torch.tensor(array) for array in batch.inputs)))
+        meaning = spec.outputs[spec.labelled].meaning
+        loss = cross_entropy(outputs[spec.labelled], torch.tensor(batch.labels), meaning) * len(batch.labels)
         torch.autograd.backward(loss)

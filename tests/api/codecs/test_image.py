@@ -30,7 +30,7 @@ from service.errors import (
 
 
 def of(labels: tuple[str, ...]) -> Answers:
-    return Answers(InputSpec((), (Field("logits", "float32", (len(labels),)),), labels))
+    return Answers(InputSpec((), (Field("logits", "float32", (len(labels),), meaning="logits"),), labels))
 
 
 CODEC = open_base(Origin.shipped("digits")).codec

@@ -22,7 +22,7 @@ from service.api.codecs.picture_files import Picture, PictureFile
 from service.contracts import Array, Field, InputSpec
 from service.errors import BadInput, BodyTooLarge, UnsupportedMediaType
 
-ANSWERS = Answers(InputSpec((), (Field("logits", "float32", (2,)),), ("a", "b")))
+ANSWERS = Answers(InputSpec((), (Field("logits", "float32", (2,), meaning="logits"),), ("a", "b")))
 SIZE = (24, 16)
 NORMAL: dict[str, Any] = {"size": SIZE, "resize": "nearest", "answers": ANSWERS}
 CODEC = ImageCodec(mode="RGB", mean=(0,) * 3, std=(1,) * 3, **NORMAL)

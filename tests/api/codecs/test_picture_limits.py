@@ -18,7 +18,7 @@ from service.contracts import Field, InputSpec
 from service.errors import BadInput, BodyTooLarge
 
 LABELS = ("a", "b")
-ANSWERS = Answers(InputSpec((), (Field("logits", "float32", (2,)),), LABELS))
+ANSWERS = Answers(InputSpec((), (Field("logits", "float32", (2,), meaning="logits"),), LABELS))
 LIMIT = 1_000_000
 STRETCHED = ImageCodec(mode="L", size=(32, 32), mean=(0,), std=(1,), answers=ANSWERS, max_pixels=LIMIT)
 CROPPED = ImageCodec(mode="L", size=(32, 32), mean=(0,), std=(1,), answers=ANSWERS, max_pixels=LIMIT, fit="crop")

@@ -13,7 +13,7 @@ from service.api.codecs.answers import Answers
 from service.api.codecs.image import ImageCodec
 from service.contracts import Array, Field, InputSpec
 
-ANSWERS = Answers(InputSpec((), (Field("logits", "float32", (2,)),), ("a", "b")))
+ANSWERS = Answers(InputSpec((), (Field("logits", "float32", (2,), meaning="logits"),), ("a", "b")))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = [(300, 200), (200, 300), (97, 131), (224, 224), (225, 500), (1, 60), (511, 64)]
 

@@ -19,7 +19,7 @@ from service.contracts import Field, InputSpec
 from service.errors import BadInput, BodyTooLarge, ConfigError, UnsupportedMediaType
 
 FIELDS = (Field("attention_mask", "int32", (None,)), Field("input_ids", "int64", (None,), pad=9))
-SPEC = InputSpec(FIELDS, (Field("embedding", "float32", (3,)),))
+SPEC = InputSpec(FIELDS, (Field("embedding", "float32", (3,), meaning="embedding"),))
 PLAIN, JSON = "text/plain", "application/json"
 CLS, SEP, A, B, UNK = 2, 3, 4, 5, 1
 

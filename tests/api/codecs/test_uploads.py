@@ -18,7 +18,7 @@ from service.api.codecs.image import ImageCodec
 from service.contracts import Decoded, Field, InputSpec
 from service.errors import BadInput, BodyTooLarge, UnsupportedMediaType
 
-ANSWERS = Answers(InputSpec((), (Field("logits", "float32", (2,)),), ("a", "b")))
+ANSWERS = Answers(InputSpec((), (Field("logits", "float32", (2,), meaning="logits"),), ("a", "b")))
 CODEC = ImageCodec(mode="RGB", size=(4, 4), mean=(0,) * 3, std=(1,) * 3, answers=ANSWERS)
 JSON = "application/json"
 

@@ -7,13 +7,14 @@ costs minutes of training. Sparsity patterns made by earlier passes are kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
 from service.compression.passes.base import Applied, Need, Pass, Tag
 from service.compression.tools.training import TrainingOptions, train
-from service.contracts import BuildContext, InputSpec, Model, TorchModel
+from service.contracts import Base, BuildContext, InputSpec, Model, TorchModel
 from service.errors import PassFailed
 from service.machine import isa_flags
 
@@ -21,12 +22,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from service.compression.tools.objectives import Measure, Output
     from service.compression.tools.training import Loss
 
-Measure = Literal["kl", "mse", "cosine"]
-
-RULED_OUT = -1e4
-"""A logarithm whose exponential is 0."""
+SPREAD_ROWS = 256
+"""Rows of the train split on which the teacher shows how much its outputs vary."""
 
 
 class Distill(TrainingOptions, Pass):
@@ -34,8 +34,8 @@ class Distill(TrainingOptions, Pass):
 
     kind: Literal["distill"] = "distill"
     loss: Literal["auto", "kl", "mse", "cosine"] = "auto"
-    """`kl` compares class probabilities, `cosine` directions of embeddings, `mse` values relative to the teacher's
-    variance. `auto`: `kl` where the base has classes, else `cosine`."""
+    """`kl` compares class probabilities, `cosine` directions of embeddings, `mse` values, each channel relative to its
+    spread in the teacher. `auto`: what suits the meaning of each output. The losses of all outputs add up."""
     temperature: PositiveFloat = 4.0
     """Softens both distributions in `kl`: the larger, the more the small probabilities count."""
     alpha: float = Field(default=0.0, ge=0, le=1)
@@ -52,62 +52,83 @@ class Distill(TrainingOptions, Pass):
         if not isinstance(model, TorchModel):
             raise PassFailed("distill trains torch modules; put it before the pass that exports the model")
         self._check(model.spec)
-        student = copy.deepcopy(model.module)
-        outcome = train(student, self._loss(student, context.base.build().eval(), model.spec), self, context)
-        decisions = {"loss": self._measure(model.spec), "precision": self.resolved_precision(isa_flags())}
+        student, teacher = copy.deepcopy(model.module), context.base.build().eval()
+        measures = self._measures(model.spec)
+        outputs = self._outputs(teacher, model.spec, context.base)
+        outcome = train(student, self._loss(student, teacher, model.spec, outputs), self, context)
+        named = {model.spec.outputs[index].name: measure for index, measure in measures.items()}
+        decisions = {"loss": named, "precision": self.resolved_precision(isa_flags())}
         facts = {"first_loss": outcome.first_loss, "last_loss": outcome.last_loss}
         return Applied(TorchModel(student, model.spec), decisions, facts)
 
-    def _measure(self, spec: InputSpec) -> Measure:
-        if self.loss == "auto":
-            return "kl" if spec.labels else "cosine"
-        return self.loss
+    def _measures(self, spec: InputSpec) -> dict[int, Measure]:
+        """By position, how each output is compared; whole numbers have no gradient and are left out."""
+        from service.compression.tools.objectives import BY_MEANING
+
+        floats = ((index, item) for index, item in enumerate(spec.outputs) if item.dtype.startswith("float"))
+        return {index: BY_MEANING[item.meaning] if self.loss == "auto" else self.loss for index, item in floats}
+
+    def _outputs(self, teacher: nn.Module, spec: InputSpec, base: Base) -> list[Output]:
+        """All outputs of the teacher, with the scales of their channels."""
+        import torch
+
+        from service.compression.tools.objectives import Output
+
+        scales = _scales(teacher, spec, base) if "mse" in self._measures(spec).values() else {}
+        return [
+            Output(item.meaning, scales.get(index, torch.ones(1)), self.temperature)
+            for index, item in enumerate(spec.outputs)
+        ]
 
     def _check(self, spec: InputSpec) -> None:
+        if not self._measures(spec):
+            raise PassFailed("distill trains on outputs of floats, and the base gives whole numbers only")
         if self.alpha and not spec.labels:
             raise PassFailed(f"distill.alpha is {self.alpha}, but the base has no classes; set it to 0")
         if self.augment != "none" and not any(len(item.shape) == 3 for item in spec.fields):
             names = ", ".join(f"{item.name} {list(item.shape)}" for item in spec.fields)
             raise PassFailed(f"distill.augment is '{self.augment}', but no input is an image (C, H, W): {names}")
 
-    def _loss(self, student: nn.Module, teacher: nn.Module, spec: InputSpec) -> Loss:
+    def _loss(self, student: nn.Module, teacher: nn.Module, spec: InputSpec, outputs: Sequence[Output]) -> Loss:
         import torch
-        import torch.nn.functional as F
 
-        measure = self._measure(spec)
+        from service.compression.tools.objectives import MEASURES, cross_entropy
+
+        measures = self._measures(spec)
 
         def loss(inputs: tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> torch.Tensor:
             with torch.no_grad():
-                wanted = _outputs(teacher(*inputs))
-            given = _outputs(student(*inputs))
-            pairs = zip(given, wanted, strict=True)
-            distance = torch.stack([_distance(measure, a, b, self.temperature) for a, b in pairs]).mean()
+                wanted = _floats(teacher(*inputs))
+            given = _floats(student(*inputs))
+            distances = [MEASURES[measure](given[i], wanted[i], outputs[i]) for i, measure in measures.items()]
+            distance = torch.stack(distances).sum()
             if not self.alpha:
                 return distance
             if labels is None:
                 raise PassFailed(f"distill.alpha is {self.alpha}, but the train split has no labels; set it to 0")
-            return self.alpha * F.cross_entropy(given[0], labels.long()) + (1 - self.alpha) * distance
+            hard = cross_entropy(given[spec.labelled], labels, outputs[spec.labelled].meaning)
+            return self.alpha * hard + (1 - self.alpha) * distance
 
         return loss
 
 
-def _outputs(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def _floats(outputs: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Outputs in float32: softmax and norms of bfloat16 lose what distillation is about."""
-    return tuple(item.float() for item in (outputs if isinstance(outputs, tuple) else (outputs,)))
+    return tuple(item.float() for item in (outputs if isinstance(outputs, tuple | list) else (outputs,)))
 
 
-def _distance(measure: Measure, given: torch.Tensor, wanted: torch.Tensor, temperature: float) -> torch.Tensor:
-    import torch.nn.functional as F
+def _scales(teacher: nn.Module, spec: InputSpec, base: Base) -> dict[int, torch.Tensor]:
+    """By position of the output, what an error of each channel is relative to, shaped to be divided by."""
+    import torch
 
-    if measure == "kl":
-        log_given, log_wanted = (F.log_softmax(item / temperature, dim=-1) for item in (given, wanted))
-        # A class that the teacher rules out (a logit of -inf) adds p log p = 0, which floats call NaN.
-        out = log_wanted.isneginf()
-        log_given, log_wanted = log_given.masked_fill(out, 0.0), log_wanted.masked_fill(out, RULED_OUT)
-        # Gradients shrink with the temperature's square; undo that, as in section 2.1 of the paper.
-        return F.kl_div(log_given, log_wanted, reduction="batchmean", log_target=True) * temperature**2
-    alike = wanted.isinf() & (given == wanted)
-    given, wanted = given.masked_fill(alike, 0.0), wanted.masked_fill(alike, 0.0)
-    if measure == "cosine":
-        return (1 - F.cosine_similarity(given, wanted, dim=-1)).mean()
-    return F.mse_loss(given, wanted) / wanted.var().clamp_min(1e-12)
+    from service.compression.tools.spread import channel_axis, channel_scales
+
+    batches = base.data("train", SPREAD_ROWS).batches(32)
+    with torch.no_grad():
+        answers = [_floats(teacher(*map(torch.from_numpy, batch.inputs))) for batch in batches]
+    found = {}
+    for index, parts in enumerate(zip(*answers, strict=True)):
+        axis = channel_axis(spec.outputs[index].shape)
+        scales = torch.from_numpy(channel_scales([part.numpy() for part in parts], axis)).float()
+        found[index] = scales.reshape([-1 if place == axis else 1 for place in range(parts[0].ndim)])
+    return found
