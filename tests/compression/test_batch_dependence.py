@@ -112,4 +112,4 @@ def test_infinities_count_only_where_company_changes_them() -> None:
     rows = (np.tile(np.array([0, 1, -4], np.float32), (8, 1)),)
     assert batch_dependence(Rule(masked), ROW, rows) == pytest.approx(0.5 / 4)
     overflowing = Rule(lambda x: x + (np.inf if len(x) >= COMPANY else 0))
-    assert 1e30 < batch_dependence(overflowing, ROW, rows) < np.inf
+    assert 1 <= batch_dependence(overflowing, ROW, rows) < np.inf

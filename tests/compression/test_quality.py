@@ -20,6 +20,7 @@ from service.compression.measure import outputs_on
 from service.compression.quality import Answers, gate_reason, measure, scored
 from service.config import GateConfig
 from service.contracts import ArrayData, Arrays
+from service.errors import ArtifactCorrupt
 
 FIRST, SECOND = (np.random.default_rng(seed).standard_normal((4, 3)).astype(np.float32) for seed in (1, 2))
 
@@ -127,7 +128,8 @@ def test_a_measurement_of_an_older_version_is_made_again(tmp_path: Path) -> None
     known = artifact().quality.model_dump(exclude={"outputs", "latency_ms", "throughput"})
     store.attach("a" * 64, Older(fidelity=known | {"kl": None, "cosine": 1.0}))  # type: ignore[arg-type]
     assert (store.folder("a" * 64) / "quality.json").exists()
-    assert store.measurement("a" * 64) is None
+    with pytest.raises(ArtifactCorrupt, match="another version"):  # by which the builder measures again
+        store.measurement("a" * 64)
 
 
 def test_outputs_of_batches_of_different_lengths_are_filled_up() -> None:
