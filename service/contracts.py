@@ -23,6 +23,8 @@ Array: TypeAlias = NDArray[Any]
 Arrays: TypeAlias = tuple[Array, ...]
 Json: TypeAlias = Any
 Split = Literal["train", "calibration", "gate", "test"]
+RowsTogether = Literal["any", "one_length", "one"]
+"""Which rows may share a batch: any, only those of equal length (nothing is padded), or none (one row per batch)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,19 @@ class Field:
 class InputSpec:
     """What a model takes (`fields`), what it gives (`outputs`) and, for classifiers, the names of its classes.
 
-    `max_length` bounds the dynamic axes of what it takes: longer requests are refused.
+    `max_length` bounds the dynamic axes of what it takes: longer requests are refused. `rows` says which rows it keeps
+    apart when they share a batch.
     """
 
     fields: tuple[Field, ...]
     outputs: tuple[Field, ...]
     labels: tuple[str, ...] = ()
     max_length: int = 512
+    rows: RowsTogether = "any"
+
+    def most_rows(self, wanted: int) -> int:
+        """The rows that a batch of `wanted` rows may have at most: a single one where no other may share its batch."""
+        return 1 if self.rows == "one" else wanted
 
     @property
     def row_bytes(self) -> int:
@@ -221,10 +229,14 @@ class Codec(Protocol):
 
 
 class Decoded(NamedTuple):
-    """A decoded request: the batch, and whether the client sent a list of samples or a single one."""
+    """A decoded request: the batch, and whether the client sent a list of samples or a single one.
+
+    `lengths` are those that the rows had before shorter ones were padded; empty where they cannot differ.
+    """
 
     inputs: Arrays
     many: bool
+    lengths: tuple[int, ...] = ()
 
 
 class Progress(Protocol):

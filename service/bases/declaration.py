@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from service.api.codecs.image_formats import FORMAT_NAMES, FormatName
 from service.api.codecs.picture_files import Orientation
-from service.contracts import Json
+from service.contracts import Json, RowsTogether
 from service.section import Name, Section
 
 Resize = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -104,6 +104,9 @@ class BroughtBase(Section):
     text: TextInput | None = Field(None, description="for a model of token ids with a mask")
     inputs: Mapping[str, TensorInput] | None = Field(
         None, description="for any other model, in the order it takes them"
+    )
+    rows: RowsTogether = Field(
+        "any", description="which share a batch: any (the model must keep them apart), of one_length, or one at a time"
     )
 
     @model_validator(mode="after")

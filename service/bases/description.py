@@ -13,9 +13,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service.bases.declaration import ImageInput, TextInput
-from service.contracts import Field, InputSpec
+from service.contracts import Field, InputSpec, RowsTogether
 
-FORMAT = 1
+FORMAT = 2
 """Raise when descriptions of the same model come out differently."""
 
 
@@ -49,6 +49,8 @@ class Description(BaseModel):
     """Of the two, the one that says how a request becomes the inputs; neither: arrays as they are."""
     max_length: int = 512
     """Longest dynamic axis that is served."""
+    rows: RowsTogether = "any"
+    """Which rows may share a batch."""
     caveats: tuple[str, ...] = ()
     """What everyone who sees a result must know, such as `untrained`."""
 
@@ -59,6 +61,7 @@ class Description(BaseModel):
             tuple(item.field() for item in self.outputs),
             self.labels,
             self.max_length,
+            rows=self.rows,
         )
 
 

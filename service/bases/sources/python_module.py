@@ -47,7 +47,7 @@ class PythonSource:
     def describe(self) -> Description:
         inputs = declared_inputs(self.declared) or self._declared_beside_factory()
         names = ("logits",) if self.declared.labels else ("embedding",) if self.declared.text else ("output",)
-        outputs = traced_outputs(self._module(), inputs, names)
+        outputs = traced_outputs(self._module(), inputs, names, self.declared.rows)
         return described(self.declared, self.folder, self._names()[0].rpartition(".")[2], inputs, outputs)
 
     def model(self, spec: InputSpec) -> TorchModel:

@@ -57,7 +57,7 @@ class TimmSource:
         inputs = (image_tensor(image),)
         classes = self._classes(config)
         module = self._module(classes, inputs[0].field())
-        outputs = traced_outputs(module, inputs, ("logits" if classes else "embedding",))
+        outputs = traced_outputs(module, inputs, ("logits" if classes else "embedding",), self.declared.rows)
         labels = self.declared.labels or class_names(classes)
         declared = self.declared.model_copy(update={"image": image, "labels": labels})
         description = described(declared, self.folder, self.declared.timm.partition(".")[0], inputs, outputs)

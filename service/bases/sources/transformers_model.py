@@ -98,13 +98,14 @@ class TransformersSource:
     def _described(self, module: nn.Module, inputs: Sequence[Tensor], **how: Any) -> Description:
         """With the outputs found by running the module."""
         embeds = self._task() == "embedding"
-        outputs = traced_outputs(module, inputs, ("embedding" if embeds else "logits",))
+        outputs = traced_outputs(module, inputs, ("embedding" if embeds else "logits",), self.declared.rows)
         return Description(
             name=self.declared.name or _served_name(self.declared.transformers),
             inputs=tuple(inputs),
             outputs=outputs,
             labels=() if embeds else self._labels(outputs[0]),
             max_length=how["text"].max_length if "text" in how else 512,
+            rows=self.declared.rows,
             **how,
         )
 
