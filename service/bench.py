@@ -34,7 +34,7 @@ def run_bench(fleet: Fleet, sizes: Sequence[int], seconds: float) -> Latencies:
                 1 / sum(1 / s for s in of_lanes)
                 for of_lanes in zip(*(lane[name][rows] for lane in by_lane), strict=True)
             ]
-            for rows in sizes
+            for rows in (len(batch[0]) for batch in batches)
         }
         for name in fleet.variants
     }

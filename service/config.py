@@ -21,12 +21,22 @@ from service.errors import ConfigError
 from service.section import Name, Section
 from service.yaml_source import read_yaml
 
+MAX_BATCH_DEPENDENCE = 0.02
+"""Change of an answer by the rows that share its batch, relative to the largest output, that is still taken for
+rounding: other kernels for other batch sizes add in another order, and 8 bits round what comes of it to their steps."""
+
 
 class GateConfig(Section):
     """When a variant answers too differently from its base to be served."""
 
     max_drop: float | None = Field(None, ge=0, le=1, description="largest allowed loss of score, 0.005 = half a point")
     min_agreement: float | None = Field(None, ge=0, le=1, description="least agreement of every output with the base's")
+    max_batch_dependence: float | None = Field(
+        MAX_BATCH_DEPENDENCE,
+        ge=0,
+        description="largest allowed change of an answer by the rows that share its batch, relative to the largest "
+        "output; null: any",
+    )
     on_fail: Literal["abort", "exclude"] = Field("abort", description="refuse to start, or serve without the variant")
 
 

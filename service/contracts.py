@@ -32,6 +32,8 @@ logarithms; `independent_probabilities` are one of each class by itself (a sigmo
 """
 CLASSES: frozenset[Meaning] = frozenset({"logits", "probabilities", "log_probabilities", "independent_probabilities"})
 """Meanings of an output with one number per class."""
+RowsTogether = Literal["any", "one_length", "one"]
+"""Which rows may share a batch: any, only those of equal length (nothing is padded), or none (one row per batch)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,8 @@ class InputSpec:
     """What a model takes (`fields`), what it gives (`outputs`) and, for classifiers, the names of its classes.
 
     `max_length` bounds the dynamic axes of what it takes: longer requests are refused. `labelled` is the position of
-    the output whose classes the labels name; without labels it says nothing.
+    the output whose classes the labels name; without labels it says nothing. `rows` says which rows it keeps apart when
+    they share a batch.
     """
 
     fields: tuple[Field, ...]
@@ -64,6 +67,11 @@ class InputSpec:
     labels: tuple[str, ...] = ()
     max_length: int = 512
     labelled: int = 0
+    rows: RowsTogether = "any"
+
+    def most_rows(self, wanted: int) -> int:
+        """The rows that a batch of `wanted` rows may have at most: a single one where no other may share its batch."""
+        return 1 if self.rows == "one" else wanted
 
     @property
     def row_bytes(self) -> int:
@@ -234,10 +242,14 @@ class Codec(Protocol):
 
 
 class Decoded(NamedTuple):
-    """A decoded request: the batch, and whether the client sent a list of samples or a single one."""
+    """A decoded request: the batch, and whether the client sent a list of samples or a single one.
+
+    `lengths` are those that the rows had before shorter ones were padded; empty where they cannot differ.
+    """
 
     inputs: Arrays
     many: bool
+    lengths: tuple[int, ...] = ()
 
 
 class Progress(Protocol):

@@ -104,6 +104,7 @@ class Workplace:
         """Load and warm every variant that passed its gate, on every lane of the device."""
         from service.backends.choose import open_backend
         from service.compression.load import load_model
+        from service.config import MAX_BATCH_DEPENDENCE
         from service.serving.device import Device
         from service.serving.fleet import Fleet
 
@@ -120,7 +121,10 @@ class Workplace:
             return read(key)(threads)
 
         for variant, steps in self.plan.chains:
-            if fleet.reports[variant.name].state == "serving":
+            report = fleet.reports[variant.name]
+            if report.state == "serving":
                 key = steps[-1].key
-                fleet.open(variant.name, partial(load, key), self.config.batch_of(variant), partial(read, key))
+                trusts_rows = report.quality.batch_dependence <= MAX_BATCH_DEPENDENCE
+                batch = self.config.batch_of(variant)
+                fleet.open(variant.name, partial(load, key), batch, partial(read, key), trusts_rows=trusts_rows)
         return fleet

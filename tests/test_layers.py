@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("service.config", 5),
     ("service.backends", 6),
     ("service.serving.batcher", 6),
-    ("service.serving.assembly", 6),
+    ("service.serving.assembly", 1),
     ("service.serving.costs", 6),
     ("service.serving.device", 6),
     ("service.compression", 7),

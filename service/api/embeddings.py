@@ -1,17 +1,14 @@
 """`POST /v1/embeddings` for clients of OpenAI's API, from request to reply.
 
 `model` names the base (the traffic split chooses, as everywhere), a variant, or both as `base:variant`. The texts of a
-request are cut into groups of similar length that queue apart: a batch is as long as its longest text, so that one long
-text among thirty short ones would cost as much as thirty-one long ones.
+request are cut into groups of similar length that queue apart (`by_length.py`).
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable, Sequence
-
 import numpy as np
 
+from service.api.by_length import joined, length_groups, predict_groups
 from service.api.codecs.openai import EmbeddingRequest, Tokens, encode_reply, parse_request, token_rows
 from service.api.codecs.tensors import clip
 from service.api.codecs.text import TextCodec
@@ -28,8 +25,6 @@ SMALL = 2 * 2**10
 """Bytes of a body that is tokenized on the event loop: half a millisecond, where a thread costs 50 microseconds."""
 SMALL_REPLY = 32 * 2**10
 """Numbers that are written as JSON on the event loop."""
-SHORTEST = 16
-"""Tokens of the first group; that of each further group is twice as long."""
 
 
 def embeddings_route(fleet: Fleet) -> Route:
@@ -114,38 +109,12 @@ async def predict_by_length(variant: Variant, codec: TextCodec, tokens: Tokens, 
         BadInput: more rows than may wait at all.
         ServiceError: of the first group that failed; the others are taken back.
     """
-    groups = length_groups(list(map(len, tokens)))
-    if len(groups) == 1:
-        return await variant.predict(codec.arrays(tokens), gone)
-    variant.batcher.limits.check(len(tokens))
-    samples = [codec.arrays([tokens[row] for row in group]) for group in groups]
-    tasks = [asyncio.ensure_future(variant.predict(sample, gone)) for sample in samples]
-    try:
-        parts = await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        raise
-    return _in_order(parts, groups)
-
-
-def length_groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Row numbers by length: up to `SHORTEST` tokens, up to twice as many, and so on; only groups that have rows."""
-    groups: dict[int, list[int]] = {}
-    for row, length in enumerate(lengths):
-        groups.setdefault(max(SHORTEST, 1 << (length - 1).bit_length()), []).append(row)
-    return [groups[longest] for longest in sorted(groups)]
-
-
-def _in_order(parts: Sequence[Prediction], groups: Iterable[Sequence[int]]) -> Prediction:
+    groups = length_groups(list(map(len, tokens)), codec.answers.spec.rows)
+    parts = await predict_groups(variant, [codec.arrays([tokens[row] for row in group]) for group in groups], gone)
+    if len(parts) == 1:
+        return parts[0]
     rows = np.concatenate([np.asarray(group) for group in groups])
-    joined: Array = np.concatenate([part.outputs[0] for part in parts])
-    outputs = np.empty_like(joined)
-    outputs[rows] = joined
-    return Prediction(
-        (outputs,),
-        parts[0].variant,
-        max(part.queue_s for part in parts),
-        sum(part.infer_s for part in parts),
-        max(part.batch_size for part in parts),
-    )
+    found: Array = np.concatenate([part.outputs[0] for part in parts])
+    outputs = np.empty_like(found)
+    outputs[rows] = found
+    return joined(parts, (outputs,))

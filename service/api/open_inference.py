@@ -133,7 +133,7 @@ class OpenInference:
             self.fleet.base.spec,
             self.name,
             _platform(asked),
-            min(batches[variant.name].max_rows for variant in asked),
+            self.fleet.base.spec.most_rows(min(batches[variant.name].max_rows for variant in asked)),
             knees,
             round(min(batches[variant.name].max_delay_ms for variant in asked) * 1000),
         )

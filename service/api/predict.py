@@ -12,12 +12,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, TypeVarTuple
 
+from service.api.by_length import cut_to_length, in_order, joined, length_groups, predict_groups
 from service.api.content_encoding import encoding_of_body, inflate
 from service.api.wire import Caller, Reply, gone_check, json_reply, read_body
-from service.contracts import Decoded, Json
+from service.contracts import Base, Decoded, Json
 from service.serving.execution import Prediction
 from service.serving.fleet import Fleet
-from service.serving.variant import Variant
+from service.serving.variant import Gone, Variant
 
 DECODERS = ThreadPoolExecutor(2, thread_name_prefix="decode")
 """Threads start with the first picture, not with the import."""
@@ -74,13 +75,26 @@ async def predict(fleet: Fleet, caller: Caller) -> Reply:
     decoded: Decoded = await decode_for(variant, DEFAULT_PRIORITY, fleet.base.codec.decode, content_type, body)
     variant = fleet.confirm(variant, *asked)
     caller.variant = variant.name
-    prediction = await variant.predict(decoded.inputs, gone_check(caller.receive))
-    answers = fleet.base.codec.encode(prediction.outputs)
+    prediction, answers = await _answered(variant, fleet.base, decoded, gone_check(caller.receive))
     how: dict[str, Json] = {"variant": prediction.variant, **how_it_ran(prediction)}
     return json_reply(
         {"predictions": answers, **how} if decoded.many else {**answers[0], **how},
         [(b"x-variant", variant.name.encode())],
     )
+
+
+async def _answered(
+    variant: Variant, base: Base, decoded: Decoded, gone: Gone
+) -> tuple[Prediction, list[dict[str, Json]]]:
+    """The prediction and one answer per row. Rows of different length run apart where they must."""
+    spec = base.spec
+    if spec.rows == "any" or len(set(decoded.lengths)) < 2:
+        prediction = await variant.predict(decoded.inputs, gone)
+        return prediction, base.codec.encode(prediction.outputs)
+    groups = length_groups(decoded.lengths, spec.rows)
+    parts = await predict_groups(variant, [cut_to_length(decoded, spec, group) for group in groups], gone)
+    answers = in_order([base.codec.encode(part.outputs) for part in parts], groups)
+    return joined(parts, ()), answers
 
 
 def how_it_ran(prediction: Prediction) -> dict[str, float]:

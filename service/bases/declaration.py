@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from service.api.codecs.image_formats import FORMAT_NAMES, FormatName
 from service.api.codecs.picture_files import Orientation
-from service.contracts import Json, Meaning
+from service.contracts import Json, Meaning, RowsTogether
 from service.section import Name, Section
 
 Resize = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -137,6 +137,9 @@ class BroughtBase(Section):
     )
     outputs: Meanings | None = Field(
         None, description="what the outputs mean, by name or in their order; by default what the model shows"
+    )
+    rows: RowsTogether = Field(
+        "any", description="which share a batch: any (the model must keep them apart), of one_length, or one at a time"
     )
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from service.bases.declaration import ImageInput, TextInput
-from service.contracts import Field, InputSpec, Meaning
+from service.contracts import Field, InputSpec, Meaning, RowsTogether
 from service.disk import may_write
 from service.errors import ArtifactCorrupt, ConfigError
 from service.sealed import seal, unseal
@@ -65,6 +65,8 @@ class Description(BaseModel):
     """Of the two, the one that says how a request becomes the inputs; neither: arrays as they are."""
     max_length: int = 512
     """Longest dynamic axis that is served."""
+    rows: RowsTogether = "any"
+    """Which rows may share a batch."""
     caveats: tuple[str, ...] = ()
     """What everyone who sees a result must know, such as `untrained`."""
 
@@ -76,6 +78,7 @@ class Description(BaseModel):
             self.labels,
             self.max_length,
             self.labelled,
+            self.rows,
         )
 
 

@@ -60,6 +60,7 @@ def described(
         image=declared.image if isinstance(declared.image, ImageInput) else None,
         text=None if declared.text is None else resolved_text(declared.text, folder),
         max_length=512 if declared.text is None else declared.text.max_length,
+        rows=declared.rows,
     )
 
 

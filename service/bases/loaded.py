@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from service.api.codecs.text import TextCodec
 from service.bases.description import Tensor
-from service.contracts import Array, Arrays, Codec, Data, InputSpec, Model, Split, TorchModel
+from service.contracts import Array, Arrays, Batch, Codec, Data, InputSpec, Model, Split, TorchModel
 from service.errors import StartupError
 
 if TYPE_CHECKING:
@@ -29,6 +30,19 @@ class Rows(Protocol):
 
     def split(self, split: Split, n: int | None) -> Data:
         """At most the first `n` rows of a split, a multiple of `unit`; all of them for `None`."""
+
+
+@dataclass(frozen=True)
+class RowByRow:
+    """`contracts.Data` whose batches have one row, whatever is asked for: none is padded, none has company."""
+
+    data: Data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def batches(self, size: int, shuffle_seed: int | None = None) -> Iterator[Batch]:
+        return self.data.batches(min(size, 1), shuffle_seed)
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,10 @@ class LoadedBase:
         return model.module
 
     def data(self, split: Split, n: int | None = None) -> Data:
-        return self.rows.split(split, n)
+        found = self.rows.split(split, n)
+        # Texts are padded to the longest of their batch; arrays are as long as they are.
+        alone = self.spec.rows == "one" or (self.spec.rows == "one_length" and isinstance(self.codec, TextCodec))
+        return RowByRow(found) if alone else found
 
     def score(self, outputs: Arrays, labels: Array) -> float:
         return self.scored_by(outputs, labels)

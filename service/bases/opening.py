@@ -34,7 +34,7 @@ from service.bases.sources.onnx_file import OnnxSource
 from service.bases.sources.python_module import PythonSource
 from service.bases.sources.timm_model import TimmSource
 from service.bases.sources.transformers_model import TransformersSource
-from service.contracts import Codec, InputSpec, Model
+from service.contracts import Codec, InputSpec, Model, RowsTogether
 from service.errors import ConfigError
 from service.section import Section
 
@@ -64,6 +64,11 @@ SOURCES: Final[Mapping[type[BroughtBase], Callable[[Any, Path], Source]]] = {
     TorchExportBase: ExportedSource,
 }
 """What reads models of each form, from what is declared and the folder to which its paths are relative."""
+BATCHED: Final[Mapping[RowsTogether, str]] = {
+    "one_length": "only rows of equal length share a batch",
+    "one": "every row has a batch to itself",
+}
+"""What to know of a speed that was measured so."""
 
 
 class Origin(Section):
@@ -130,7 +135,7 @@ def open_base(origin: Origin) -> LoadedBase:
         codec=codec,
         origin=origin.model_copy(update={"fingerprint": fingerprint, "digest": digest}).model_dump_json(),
         digest=digest,
-        caveats=description.caveats + (("synthetic data",) if origin.data and origin.data.kind == "synthetic" else ()),
+        caveats=_caveats(origin, description),
         load=load,
         rows=rows,
         scored_by=score,
@@ -145,6 +150,13 @@ def _description_key(origin: Origin, fingerprint: str) -> str:
     if isinstance(labels, Path):
         total.update(file_digest(origin.folder / labels).encode())
     return total.hexdigest()
+
+
+def _caveats(origin: Origin, description: Description) -> tuple[str, ...]:
+    """What the model itself told, which rows share no batch, and whether the rows are real."""
+    apart = (BATCHED[description.rows],) if description.rows in BATCHED else ()
+    synthetic = ("synthetic data",) if origin.data and origin.data.kind == "synthetic" else ()
+    return description.caveats + apart + synthetic
 
 
 def _bounded(spec: InputSpec, codec: Codec) -> InputSpec:

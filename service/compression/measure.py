@@ -61,19 +61,34 @@ def _joined(parts: Sequence[Array]) -> Array:
 
 def _measure(store: ArtifactStore, base: Base, key: str, threads: int, answers: Path) -> dict[str, object]:
     gate = base.data("gate")
-    first = next(gate.batches(ROWS)).inputs  # reading and decoding files is not the artifact's memory
+    first = _first_rows(gate)  # reading and decoding files is not the artifact's memory
     _import_runtimes(store, key)
     before = _resident_bytes()
     _reset_peak()
     backend = open_backend(load_model(store, base, key), threads)
     try:
-        backend.run(first)
+        backend.run(tuple(array[: base.spec.most_rows(ROWS)] for array in first))
         peak = max(0, _peak_bytes() - before)
         np.savez(answers, *outputs_on(backend, gate))
         dependence = batch_dependence(backend, base.spec, first)
     finally:
         backend.close()
     return {"peak_memory_bytes": peak, "samples": len(gate), "batch_dependence": dependence}
+
+
+def _first_rows(data: Data) -> Arrays:
+    """Up to `ROWS` rows; where they come one by one, each as long as it is, cut to the shortest."""
+    found: list[Arrays] = []
+    for batch in data.batches(ROWS):
+        found.append(batch.inputs)
+        if sum(len(inputs[0]) for inputs in found) >= ROWS:
+            break
+    return tuple(_stacked(arrays) for arrays in zip(*found, strict=True))
+
+
+def _stacked(arrays: Sequence[Array]) -> Array:
+    least = np.min([array.shape[1:] for array in arrays], axis=0)
+    return np.concatenate([array[(slice(None), *map(slice, least))] for array in arrays])
 
 
 def _import_runtimes(store: ArtifactStore, key: str) -> None:

@@ -117,6 +117,12 @@ def gate_reason(gate: GateConfig, quality: Quality, base: Quality) -> str | None
     if gate.min_agreement is not None:
         far = [output for output in quality.outputs if output.agreement < gate.min_agreement - 1e-9]
         reasons += [f"{_distance(output)}; gate.min_agreement asks for {gate.min_agreement}" for output in far]
+    if gate.max_batch_dependence is not None and quality.batch_dependence > gate.max_batch_dependence:
+        reasons.append(
+            f"an answer changes by {quality.batch_dependence:.3g} of the largest output with the rows that share its "
+            f"batch; gate.max_batch_dependence allows {gate.max_batch_dependence} (base.rows: one gives every row a "
+            "batch to itself)"
+        )
     return "; ".join(reasons) or None
 
 

@@ -32,8 +32,9 @@ Latencies = dict[str, dict[int, list[float]]]
 
 
 def examples(spec: InputSpec, sizes: Iterable[int]) -> list[Arrays]:
-    """The batches that are timed, one of each number of rows; dynamic axes have a typical length."""
-    return [spec.example(rows, min(TYPICAL, spec.max_length)) for rows in sizes]
+    """The batches that are timed, one of each number of rows that one may have; dynamic axes have a typical length."""
+    allowed = dict.fromkeys(map(spec.most_rows, sizes))
+    return [spec.example(rows, min(TYPICAL, spec.max_length)) for rows in allowed]
 
 
 def interleaved(

@@ -89,8 +89,8 @@ def _linear(look: Look, fast: str) -> tuple[Rung, ...]:
     return (
         Rung("float", (), "the baseline: torch, float32, as brought"),
         Rung("onnx", (*fold, RUNTIME), "the same answers, 1.2-2x torch"),
-        Rung("int8", (*fold, DYNAMIC, RUNTIME), f"{fast}1.6-1.9x the variant onnx, no calibration needed"),
-        Rung("int8-static", (*fold, STATIC, RUNTIME), "fixed ranges: answers do not depend on batch mates"),
+        Rung("int8", (*fold, DYNAMIC, RUNTIME), f"{fast}1.5-1.8x the variant onnx, no calibration needed"),
+        Rung("int8-static", (*fold, STATIC, RUNTIME), "ranges fixed by calibration data, not found while running"),
         Rung("bf16", (*fold, BFLOAT), "1.3-2.5x torch, most at larger batches; nearly the same answers"),
         Rung(
             "lowrank",

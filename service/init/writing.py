@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import jinja2
@@ -43,17 +44,17 @@ def write_config(model: str, path: Path, hints: Hints, data: Path | None) -> tup
         ConfigError: the model cannot be opened, or does not fit the data; the text names what to add.
     """
     folder = path.resolve().parent
-    base = base_section(model, hints, folder)
-    own = data is None and has_own_rows(base)
-    opened = _open(base, None if own else SYNTHETIC, folder)
+    section = base_section(model, hints, folder)
+    own = data is None and has_own_rows(section)
+    base, opened = _open_apart(section, None if own else SYNTHETIC, folder)
     rows = None if own else data_section(data, opened.spec, folder)
     if data is not None:
         opened = _open(base, rows, folder)
     if "shipped" not in base:
-        base["outputs"] = {item.name: item.meaning for item in opened.outputs}
+        base = {**base, "outputs": {item.name: item.meaning for item in opened.outputs}}
     look = inspect(opened, next(iter(base)))
     labelled = next(opened.data("gate", 2 * opened.unit).batches(8)).labels is not None
-    rungs = ladder(look, isa_flags(), trainable=rows != SYNTHETIC)
+    rungs = ladder(look, isa_flags(), trainable=rows != SYNTHETIC and look.spec.rows == "any")
     text = _rendered(path, look, rungs, {"base": base, "data": rows}, labelled=labelled)
     path.write_text(text, encoding="utf-8")
     read_config(path)
@@ -73,6 +74,26 @@ def _open(base: Mapping[str, Json], data: Mapping[str, Json] | None, folder: Pat
         told = zip(places, error.errors(), strict=True)
         raise ConfigError("; ".join(f"{place}: {item['msg']}" for place, item in told)) from error
     return open_base(origin)
+
+
+def _open_apart(
+    base: Mapping[str, Json], data: Mapping[str, Json] | None, folder: Path
+) -> tuple[Mapping[str, Json], LoadedBase]:
+    """The base, and its section with `rows` as far apart as the model needs them.
+
+    Raises:
+        ConfigError: it cannot be opened, however its rows share batches.
+    """
+    try:
+        return base, _open(base, data, folder)
+    except ConfigError as error:
+        if "base.rows" not in str(error):
+            raise
+        for rows in ("one_length", "one"):
+            with suppress(ConfigError):
+                apart = {**base, "rows": rows}
+                return apart, _open(apart, data, folder)
+        raise
 
 
 Sections = Mapping[str, Mapping[str, Json] | None]
@@ -113,6 +134,10 @@ def _remarks(sections: Sections, look: Look) -> dict[str, list[str]]:
         found["base"].append("Check mean, std, fit and resize: they must be those of the training.")
     if "outputs" in base:
         found["base"] += [f"Output {item.name}: {item.meaning}, {WHY[item.evidence]}." for item in look.tensors]
+    if "rows" in base:
+        found["base"].append(
+            "The model lets rows of a batch change each other, so `rows` keeps them apart; see the docs."
+        )
     if base.get("weights") == "random":
         found["base"].append("Random weights: good for speed work only. Give a file, or `hub`.")
     if data == SYNTHETIC:

@@ -6,7 +6,8 @@ the batch is formed. No torch, no HTTP; the clock is an argument, so that a tabl
 
 The most urgent priority level goes first, within a level the oldest request. Nothing but its deadline keeps a less
 urgent one from being overtaken again and again: no request waits longer than that. Rows of very different length do not
-share a batch, for all would be padded to the longest: a batch holds one length bucket, that of the foremost ticket.
+share a batch, for all would be padded to the longest: a batch holds one length bucket, that of the foremost ticket. Nor
+do tickets of different company (`company.py`), which are few or as many as there are lengths.
 
 Offers come from the event loop, `take` from the lanes; one lock, held for microseconds, keeps them apart. Somebody is
 always on the way to `take` while anything waits, and never more than one (the *claim*).
@@ -18,7 +19,7 @@ import math
 import threading
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -38,10 +39,10 @@ class Ticket(Generic[Reply]):
     """One request (or one part of a split request) waiting in a queue. Times are seconds of the caller's clock.
 
     `length` is the longest dynamic axis of its rows, 0 if there is none; the queue finds its length `bucket`. `level`
-    is its priority from 1, the most urgent, to the `levels` of the queue.
+    is its priority from 1, the most urgent, to the `levels` of the queue. Only those of equal `company` share a batch.
     """
 
-    __slots__ = ("bucket", "deadline", "enqueued_at", "gone", "length", "level", "reply", "rows", "sample")
+    __slots__ = ("bucket", "company", "deadline", "enqueued_at", "gone", "length", "level", "reply", "rows", "sample")
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class Ticket(Generic[Reply]):
         self.gone = gone
         self.level = level
         self.length = length
+        self.company: Hashable = ()
         self.bucket = 0
         self.enqueued_at = 0.0
 
@@ -176,9 +178,9 @@ class Batcher(Generic[Reply]):
 
         Or at most `portion(bucket, rows)`, of so many waiting rows of that length bucket, where that is less.
 
-        The foremost ticket always goes, and only those of its length bucket with it: others are passed over, but none
-        of the same bucket for a later one that would still fit. A single larger ticket goes alone. If `more` are
-        waiting the caller has to see to it that they are taken; if not, the next offer will be told to.
+        The foremost ticket always goes, and only those of its length bucket and company with it: others are passed
+        over, but none of the same for a later one that would still fit. A single larger ticket goes alone. If `more`
+        are waiting the caller has to see to it that they are taken; if not, the next offer will be told to.
         """
         formed: Formed[Reply] = Formed([], [], [])
         with self._lock:
@@ -201,7 +203,7 @@ class Batcher(Generic[Reply]):
             bucket = self._foremost()
             most = self.limits.rows_per_batch(bucket)
             for ticket in (ticket for queues in self._queues for ticket in queues[bucket]):
-                if ticket.gone() or ticket.deadline <= now:
+                if ticket.gone() or ticket.deadline <= now or (batch and ticket.company != batch[0].company):
                     continue
                 if batch and rows + ticket.rows > most:
                     return batch
@@ -235,13 +237,18 @@ class Batcher(Generic[Reply]):
         rows = 0
         for queues in self._queues:
             queue = queues[bucket]
+            passed: list[Ticket[Reply]] = []
             while queue:
                 ticket = queue[0]
                 if ticket.gone():
                     formed.left.append(ticket)
                 elif ticket.deadline <= now:
                     formed.expired.append(ticket)
+                elif formed.batch and ticket.company != formed.batch[0].company:
+                    passed.append(queue.popleft())
+                    continue
                 elif formed.batch and rows + ticket.rows > most:
+                    queue.extendleft(reversed(passed))
                     return
                 else:
                     formed.batch.append(ticket)
@@ -250,6 +257,7 @@ class Batcher(Generic[Reply]):
                 self._forget(ticket)
                 if not formed.batch:
                     return  # the foremost may be in another bucket now
+            queue.extendleft(reversed(passed))
 
     def _forget(self, ticket: Ticket[Reply]) -> None:
         self._rows[ticket.level - 1][ticket.bucket] -= ticket.rows

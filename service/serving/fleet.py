@@ -20,6 +20,7 @@ from service.config import BatchConfig, ServiceConfig
 from service.contracts import Base
 from service.errors import BadInput, NotFound, NotReady, ServiceError, StartupError
 from service.serving.batcher import Batcher, QueueLimits
+from service.serving.company import company_by
 from service.serving.costs import Costs
 from service.serving.device import Device
 from service.serving.execution import Reply
@@ -64,21 +65,25 @@ class Fleet:
         self._swaps: set[asyncio.Task[None]] = set()
         self._listeners: list[Callable[[], None]] = []
 
-    def open(self, name: str, load: Open, batch: BatchConfig, read: Read | None = None) -> None:
+    def open(
+        self, name: str, load: Open, batch: BatchConfig, read: Read | None = None, *, trusts_rows: bool = True
+    ) -> None:
         """Load a variant for every lane (`load` is called there) and warm it in every shape that it will meet.
 
         `read` is the first part of `load`, for loading it again while others serve; without it there is none apart.
+        `trusts_rows`: whether it was measured to keep the rows of a batch apart, whatever their values.
 
         Raises:
             StartupError: it cannot be loaded or run; nothing half-warm is ever served.
         """
         try:
             variants = len(self.config.variants)
-            running = warm_up(self.device, load, self.base.spec, batch.max_rows, variants)
+            spec = self.base.spec
+            running = warm_up(self.device, load, spec, spec.most_rows(batch.max_rows), variants)
         except Exception as error:
             raise StartupError(f"variant '{name}' cannot be loaded and warmed up: {error}") from error
         batcher: Batcher[Reply] = Batcher(_limits(batch, running.costs))
-        self._opened[name] = Variant(name, self.base.spec, running, batcher)
+        self._opened[name] = Variant(name, spec, running, batcher, company_by(spec, trusts_rows=trusts_rows))
         self._reads[name] = read or (lambda: load)
         self._split = weigh(self.config.traffic.weights, self._opened)
         self._enter(name, "serving")

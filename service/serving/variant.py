@@ -15,6 +15,7 @@ from service.contracts import Arrays, Backend, InputSpec
 from service.errors import BadInput, ClientGone, DeadlineUnreachable, QueueFull, QueueTimeout
 from service.serving.assembly import cut, dynamic_axes, longest, rejoin
 from service.serving.batcher import Batcher, Formed, Ticket
+from service.serving.company import Company
 from service.serving.dispatch import Dispatch
 from service.serving.execution import Batch, Execution, Prediction, Reply, Running
 from service.serving.sweep import Sweep
@@ -32,13 +33,17 @@ Gone = Callable[[], bool]
 class Variant:
     """One warm variant on its device. Create it with its measured costs, `bind` it to the loop, then `predict`."""
 
-    def __init__(self, name: str, spec: InputSpec, running: Running, batcher: Batcher[Reply]) -> None:
+    def __init__(
+        self, name: str, spec: InputSpec, running: Running, batcher: Batcher[Reply], company: Company | None = None
+    ) -> None:
+        """`company` tells which requests may share a batch: those of which it says the same; `None`: any may."""
         self.name = name
         self.costs = running.costs
         self.batcher = batcher
         self.metrics: VariantMetrics
         self.neighbours: Sequence[Variant] = ()
         self._spec = spec
+        self._company = company
         self._axes = dynamic_axes(spec.fields)
         self._device = running.device
         self.running = running
@@ -189,7 +194,10 @@ class Variant:
         def left() -> bool:  # a cancelled caller is as gone as a closed connection
             return reply.cancelled() or gone()
 
-        return Ticket(sample, reply, deadline=deadline, gone=left, level=level, length=length)
+        ticket = Ticket(sample, reply, deadline=deadline, gone=left, level=level, length=length)
+        if self._company is not None:
+            ticket.company = self._company(sample)
+        return ticket
 
     def _enqueue(self, tickets: list[Ticket[Reply]], now: float) -> None:
         try:

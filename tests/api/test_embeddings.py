@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from text_fleet import CLS, MAX_LENGTH, SEP, WORDS, A, B, embedded, live_texts
 
 from service.api import embeddings
-from service.api.embeddings import length_groups
+from service.api.by_length import length_groups
 from service.config import EmbeddingsConfig
 from service.contracts import Arrays
 from service.errors import ConfigError

@@ -22,7 +22,7 @@ from service.bases.sources.exported_archive import safe_copy
 from service.compression.tools.lowering import export_onnx, open_session
 from service.compression.tools.macs import count_macs, count_parameters
 from service.config import read_config
-from service.contracts import Field, InputSpec, TorchModel
+from service.contracts import Field, TorchModel
 from service.errors import ConfigError
 
 ROWS = {0: Dim.AUTO}
@@ -60,7 +60,7 @@ def file(net: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(path: Path, **declared: Any) -> LoadedBase:
-    base = {"torch_export": path.name, **declared}
+    base = {"torch_export": path.name, "rows": "one_length", **declared}  # the net takes means over its open axis
     return open_base(Origin.model_validate({"base": base, "data": {"synthetic": 8}, "folder": path.parent}))
 
 
@@ -73,7 +73,8 @@ def torch_model(base: LoadedBase) -> TorchModel:
 def test_the_program_tells_what_it_takes_and_answers_as_its_source_did(file: Path, net: nn.Module) -> None:
     base = opened(file)
     assert base.name == "net"
-    assert base.spec == InputSpec((Field("x", "float32", (1, 8, None)),), (Field("output", "float32", (3,)),))
+    assert base.spec.fields == (Field("x", "float32", (1, 8, None)),)
+    assert base.spec.outputs == (Field("output", "float32", (3,)),)
     module = torch_model(base).module
     for rows, width in ((1, 8), (3, 12), (40, 8)):
         x = torch.randn(rows, 1, 8, width)
@@ -118,6 +119,18 @@ class Keyword(nn.Module):
 def exported(path: Path, module: nn.Module, *inputs: torch.Tensor, shapes: Any, **keywords: torch.Tensor) -> Path:
     save(export(module, inputs, keywords, dynamic_shapes=shapes), path)
     return path
+
+
+def test_a_program_for_a_single_row_is_served_row_by_row(tmp_path: Path) -> None:
+    layer, row = nn.Linear(4, 3).eval(), torch.randn(1, 4)
+    path = exported(tmp_path / "one.pt2", layer, row, shapes=None)
+    base = opened(path, rows="one")
+    assert base.spec.outputs == (Field("output", "float32", (3,)),)
+    onnx_file = export_onnx(torch_model(base), tmp_path / "one.onnx")
+    (given,) = open_session(onnx_file.path).run(None, {base.spec.fields[0].name: row.numpy()})
+    np.testing.assert_allclose(np.asarray(given), layer(row).detach().numpy(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"A program for a single row is served by base\.rows: one"):
+        opened(path)
 
 
 def test_programs_that_cannot_be_served(tmp_path: Path) -> None:

@@ -81,9 +81,10 @@ def test_what_cannot_be_made_dynamic_is_refused_with_the_way_to_export_it(tmp_pa
     text = "agraph (float[1, 4] x) => (float[1, 8] y) { y = Concat <axis = 1> (x, extra) }"
     path = write(tmp_path / "fixed.onnx", graph(text, {"extra": random(1, 4)}))
     with pytest.raises(
-        ConfigError, match=r"number of rows \(1\) written into it .* dynamic_axes=\{'x': \{0: 'rows'\}\}"
+        ConfigError, match=r"base\.rows: one.*rows \(1\) written into it .* dynamic_axes=\{'x': \{0: 'rows'\}\}"
     ):
         opened(path)
+    assert served(opened(path, rows="one"), random(1, 4)).shape == (1, 8)
 
 
 def test_weights_listed_among_the_inputs_are_no_inputs(tmp_path: Path) -> None:
@@ -187,7 +188,7 @@ def test_functions_inside_the_file_are_no_foreign_operators(tmp_path: Path) -> N
     np.testing.assert_array_equal(served(base, np.ones((3, 2), np.float32)), np.full((3, 2), 2, np.float32))
 
 
-def test_one_scale_per_batch_is_no_reason_to_refuse(tmp_path: Path) -> None:
+def test_one_scale_per_batch_is_refused_where_a_stranger_can_make_it_huge(tmp_path: Path) -> None:
     text = """agraph (float[N, 4] x) => (float[N, 3] y) {
         whole, scale, zero = DynamicQuantizeLinear (x)
         product = MatMulInteger (whole, weight, zero)
@@ -195,7 +196,12 @@ def test_one_scale_per_batch_is_no_reason_to_refuse(tmp_path: Path) -> None:
         y = Mul (values, scale)
     }"""
     weight = np.arange(12, dtype=np.int8).reshape(4, 3)
-    assert opened(write(tmp_path / "m.onnx", graph(text, {"weight": weight}))).spec.outputs[0].shape == (3,)
+    path = write(tmp_path / "m.onnx", graph(text, {"weight": weight}))
+    with pytest.raises(
+        ConfigError, match=r"depends on the other rows of its batch.*say base\.rows: one, and every row"
+    ):
+        opened(path)
+    assert opened(path, rows="one").spec.outputs[0].shape == (3,)
 
 
 def test_a_picture_must_fit_the_only_input(tmp_path: Path) -> None:
@@ -215,10 +221,10 @@ def test_a_picture_must_fit_the_only_input(tmp_path: Path) -> None:
 def test_the_config_may_fix_what_the_graph_leaves_open(tmp_path: Path) -> None:
     text = CNN.format(batch="N", reshape=0).replace("8, 8", "h, w")
     path = write(tmp_path / "m.onnx", graph(text, CNN_WEIGHTS))
-    assert opened(path).spec.fields[0].shape == (1, None, None)
+    assert opened(path, rows="one_length").spec.fields[0].shape == (1, None, None)
     assert opened(path, image=IMAGE).spec.fields[0].shape == (1, 8, 8)
     declared = {"img": {"shape": [1, 8, None]}}
-    assert opened(path, inputs=declared).spec.fields[0].shape == (1, 8, None)
+    assert opened(path, rows="one_length", inputs=declared).spec.fields[0].shape == (1, 8, None)
 
 
 @pytest.mark.parametrize(

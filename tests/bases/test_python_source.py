@@ -49,6 +49,15 @@ def total():
 def picture():
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 5, 2))
 
+def mixing():
+    return nn.Sequential(nn.Linear(3, 4), nn.Softmax(dim=0))
+
+def dropout():
+    class Dropout(nn.Module):
+        def forward(self, x):
+            return nn.functional.dropout(x)
+    return Dropout()
+
 def broken():
     raise RuntimeError("no such luck")
 
@@ -110,6 +119,26 @@ def test_labels_make_it_a_classifier_and_must_be_as_many_as_its_classes(folder: 
     (folder / "labels.txt").write_text("a\nb\na\nc\n")
     with pytest.raises(ConfigError, match=r"base\.labels: 'a' stands twice"):
         open_base(origin(folder, "linear", **VECTOR, labels="labels.txt"))
+
+
+def test_rows_that_share_no_batch_come_one_by_one_and_it_is_told(folder: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"cannot be served: the answer to a row depends on the other rows.*base\.rows: one"
+    ):
+        open_base(origin(folder, "mixing", **VECTOR))
+    base = open_base(origin(folder, "mixing", **VECTOR, rows="one"))
+    assert [len(batch.inputs[0]) for batch in base.data("gate").batches(8)] == [1] * ROWS["synthetic"]
+    assert base.caveats == ("every row has a batch to itself", "synthetic data")
+    assert (base.spec.rows, base.spec.most_rows(32), open_base(origin(folder, "two")).spec.most_rows(32)) == (
+        "one",
+        1,
+        32,
+    )
+
+
+def test_dropout_that_is_left_on_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="the same row gets another answer the second time"):
+        open_base(origin(folder, "dropout", **VECTOR))
 
 
 def test_a_picture_model_takes_pictures(folder: Path) -> None:

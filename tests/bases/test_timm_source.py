@@ -48,6 +48,13 @@ def save(path: Path, seed: int = 1, **options: Any) -> torch.nn.Module:
     return module
 
 
+def test_a_model_that_is_left_in_training_mode_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "a.safetensors")
+    monkeypatch.setattr(torch.nn.Module, "eval", lambda self: self)
+    with pytest.raises(ConfigError, match=r"depends on the other rows of its batch|another answer the second time"):
+        opened(tmp_path)
+
+
 def opened(folder: Path, weights: str = "a.safetensors", **more: Any) -> Base:
     base = TimmBase.model_validate({"timm": NAME, "weights": weights} | more)
     return open_base(Origin(base=base, data=SYNTHETIC, folder=folder, cache=folder / "cache"))

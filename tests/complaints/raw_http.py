@@ -6,12 +6,15 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from service.contracts import Array
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 HOST = "127.0.0.1"
+JSON_LENGTH = "inference-header-content-length"
 
 
 class Reply(NamedTuple):
@@ -22,12 +25,16 @@ class Reply(NamedTuple):
     body: bytes
 
     def json(self) -> Any:
-        """The parsed body."""
-        return json.loads(self.body)
+        """The parsed body; of a binary reply, its head."""
+        return json.loads(self.body[: int(self.headers.get(JSON_LENGTH, len(self.body)))])
 
     def outputs(self) -> list[float]:
         """The numbers of the first output of an infer reply."""
         return [float(number) for number in self.json()["outputs"][0]["data"]]
+
+    def binary(self) -> Array:
+        """The float32 numbers of a binary infer reply."""
+        return np.frombuffer(self.body[int(self.headers[JSON_LENGTH]) :], np.float32)
 
     def how(self, name: str) -> float:
         """`queue_ms`, `inference_ms` or `batch_rows` of an infer reply."""
@@ -44,6 +51,15 @@ def infer_request(variant: str, rows: Array, *headers: str) -> bytes:
     """An infer request for these rows [n, 1, 2, 4] to that variant."""
     tensor = {"name": "x", "shape": list(rows.shape), "datatype": "FP32", "data": rows.ravel().tolist()}
     return post(f"/v2/models/rules/versions/{variant}/infer", json.dumps({"inputs": [tensor]}).encode(), *headers)
+
+
+def binary_request(variant: str, rows: Array, reply: Literal["binary", "json"] = "binary") -> bytes:
+    """The same with the rows as bytes, which may be NaN."""
+    size = {"binary_data_size": rows.nbytes}
+    tensor = {"name": "x", "shape": list(rows.shape), "datatype": "FP32", "parameters": size}
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": reply == "binary"}}).encode()
+    path = f"/v2/models/rules/versions/{variant}/infer"
+    return post(path, head + rows.tobytes(), f"{JSON_LENGTH}: {len(head)}")
 
 
 async def read_reply(reader: asyncio.StreamReader) -> Reply:

@@ -1,7 +1,8 @@
 """`python rule_fleet.py FOLDER PORT CONFIG`: a real server process, with drain and all, over scripted variants.
 
 The kind of a variant is its name up to a digit: `rule` obeys its rows, `slow` takes 10 ms more per batch, `onnx` is a
-float network in onnxruntime, `large` one of four times the size. CONFIG is a service config as JSON. FOLDER holds the
+float network in onnxruntime, `large` one of four times the size. `dynamic` and `tensor` are the float network in 8
+bits, quantized while running by one scale per row and per tensor. CONFIG is a service config as JSON. FOLDER holds the
 gate file and the networks.
 """
 
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
@@ -24,12 +26,13 @@ from service.api.codecs.image import ImageCodec
 from service.api.server import listen, serve_fleet
 from service.backends.onnx_runtime import OnnxRuntimeBackend
 from service.config import ServiceConfig
-from service.contracts import Backend, OnnxModel
+from service.contracts import Backend, BuildContext, OnnxModel
 from service.serving.device import Device
 from service.serving.dispatch import SHORT_S
 from service.serving.fleet import Fleet
 
 HIDDEN = {"onnx": 1024, "large": 2048}
+SCALES = {"dynamic": "row", "tensor": "tensor"}
 LANE_BATCH_S, SLOW_BATCH_S = 2 * SHORT_S, 0.01
 """Both are more than what the event loop would run itself."""
 
@@ -62,10 +65,22 @@ def write_network(path: Path, hidden: int) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
 
 
+def quantize(float_network: Path, path: Path, scale: str) -> None:
+    """Write what the pass makes of a network."""
+    from service.compression.passes.quantize.quantize_dynamic import QuantizeDynamic
+
+    with TemporaryDirectory() as scratch:
+        context = BuildContext(RuleBase(), 0, 1, Path(scratch), lambda *_: None)  # type: ignore[arg-type]
+        pass_ = QuantizeDynamic.model_validate({"scale": scale})
+        made = pass_.apply(OnnxModel(float_network, SPEC), context).model
+        assert isinstance(made, OnnxModel)
+        path.write_bytes(made.path.read_bytes())
+
+
 def loader(name: str, folder: Path) -> Callable[[int], Backend]:
     """How to load the variant of that name on the device thread."""
     kind = name.rstrip("0123456789")
-    if kind in HIDDEN:
+    if kind in HIDDEN | SCALES:
         return lambda threads: OnnxRuntimeBackend(OnnxModel(folder / f"{kind}.onnx", SPEC), threads)
     return lambda threads: RuleBackend(folder, {"rule": LANE_BATCH_S, "slow": SLOW_BATCH_S}[kind])
 
@@ -74,10 +89,13 @@ def main(folder: Path, port: int, config: ServiceConfig) -> None:
     claimed = listen("127.0.0.1", port)
     for kind, hidden in HIDDEN.items():
         write_network(folder / f"{kind}.onnx", hidden)
+    for kind in {item.name.rstrip("0123456789") for item in config.variants} & SCALES.keys():
+        quantize(folder / "onnx.onnx", folder / f"{kind}.onnx", SCALES[kind])
     reports = [report(item.name) for item in config.variants]
     fleet = Fleet(RuleBase(), config, reports, Device("cpu", 2))  # type: ignore[arg-type]
     for item in config.variants:
-        fleet.open(item.name, loader(item.name, folder), config.batch_of(item))
+        trusted = not item.name.startswith("tensor")
+        fleet.open(item.name, loader(item.name, folder), config.batch_of(item), trusts_rows=trusted)
     serve_fleet(fleet, claimed)
 
 

@@ -6,18 +6,22 @@ import asyncio
 from collections.abc import Iterator
 from io import BytesIO
 
+import numpy as np
 import pytest
 from PIL import Image
-from raw_http import Reply, ask, infer_request, post
+from raw_http import Reply, ask, binary_request, infer_request, post
 from rule_service import RuleService, serving, until
 from rules import EXIT, GARBAGE, LABELS, RAISE, row
+
+from service.contracts import Array
 
 GOOD, ROUNDS = 12, 20
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RuleService]:
-    with serving(tmp_path_factory.mktemp("poison"), "rule") as running:
+    folder = tmp_path_factory.mktemp("poison")
+    with serving(folder, "rule", "dynamic", "tensor", traffic={"weights": {"rule": 1}}) as running:
         yield running
 
 
@@ -80,6 +84,49 @@ def test_a_malformed_picture_fails_alone(service: RuleService) -> None:
         *replies, failed = asyncio.run(among_good_ones(service, cut(picture(turn)), good, place=turn % 13, queued=GOOD))
         assert [reply.json()["label"] for reply in replies] == [LABELS[number % 8] for number in range(GOOD)]
         assert (failed.status, failed.json()["code"]) == (400, "bad_input")
+
+
+def honest(number: int) -> Array:
+    return np.random.default_rng(number).standard_normal((1, 1, 2, 4)).astype(np.float32)
+
+
+def whole(value: float) -> Array:
+    return np.full((1, 1, 2, 4), value, np.float32)
+
+
+def answers_alone(service: RuleService, variant: str) -> list[Array]:
+    async def asked() -> list[Array]:
+        return [(await ask(service.port, binary_request(variant, honest(number)))).binary() for number in range(GOOD)]
+
+    return asyncio.run(asked())
+
+
+@pytest.mark.parametrize(
+    "poison",
+    [whole(1000), whole(1e30), row(np.nan, 1, 2), row(1, np.inf), row(-np.inf)],
+    ids=["a thousand", "near the largest float", "NaN", "infinity", "minus infinity"],
+)
+def test_numbers_of_a_stranger_change_no_answer(service: RuleService, poison: Array) -> None:
+    alone = answers_alone(service, "dynamic")
+    good = [binary_request("dynamic", honest(number)) for number in range(GOOD)]
+    turns = among_good_ones(service, binary_request("dynamic", poison), good, place=5, queued=GOOD + 1)
+    *replies, strange = asyncio.run(turns)
+    assert max(reply.how("batch_rows") for reply in replies) > 1, "they did share a batch"
+    for reply, right in zip(replies, alone, strict=True):
+        np.testing.assert_allclose(reply.binary(), right, rtol=0, atol=1e-6 * np.abs(right).max())
+    assert strange.status == 200
+    assert np.isfinite(strange.binary()).all() == np.isfinite(poison).all()
+    as_json = asyncio.run(ask(service.port, binary_request("dynamic", poison, "json")))
+    assert as_json.status == (200 if np.isfinite(poison).all() else 400), "JSON has no NaN"
+
+
+@pytest.mark.parametrize("poison", [row(np.nan, 1, 2), row(1, np.inf), row(-np.inf)], ids=["NaN", "infinity", "minus"])
+def test_what_is_no_number_runs_alone_where_rows_share_a_scale(service: RuleService, poison: Array) -> None:
+    good = [binary_request("tensor", honest(number)) for number in range(GOOD)]
+    turns = among_good_ones(service, binary_request("tensor", poison), good, place=5, queued=GOOD + 1)
+    *replies, strange = asyncio.run(turns)
+    assert all(np.isfinite(reply.binary()).all() for reply in replies)
+    assert (strange.status, strange.how("batch_rows")) == (200, 1)
 
 
 @pytest.mark.parametrize("order", [RAISE, EXIT, GARBAGE])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,23 @@ def test_any_number_of_rows_is_answered_as_by_the_module(net: TorchModel, export
         expected = net.module(torch.from_numpy(batch[0])).numpy()
     (got,) = answers(exported, batch)
     assert np.allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+
+
+class OnlyOne(nn.Module):
+    """Takes a single row."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        assert len(values) == 1
+        return values.cumsum(1) * values.sum()
+
+
+def test_a_model_of_which_rows_share_no_batch_is_exported_for_one_row(tmp_path: Path) -> None:
+    spec = replace(SMALL, rows="one")
+    exported = export_onnx(TorchModel(OnlyOne().eval(), spec), tmp_path / "model.onnx")
+    (sums,) = answers(exported, (np.array([[1, 2, 3, 4]], np.float32),))
+    assert sums.tolist() == [[10, 30, 60, 100]]
+    with pytest.raises(PassFailed):
+        export_onnx(TorchModel(OnlyOne().eval(), SMALL), tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 1), (5, 23)])

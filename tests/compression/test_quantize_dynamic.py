@@ -11,6 +11,8 @@ from tiny_base import TinyBase, context_of, lively, tiny_base
 from tiny_encoder import tiny_encoder_base
 from torch import nn
 
+from service.backends.onnx_runtime import OnnxRuntimeBackend
+from service.compression.batch_dependence import batch_dependence
 from service.compression.passes.quantize.quantize_dynamic import QuantizeDynamic
 from service.compression.tools.lowering import export_onnx, feeds, open_session
 from service.contracts import Array, Field, InputSpec, OnnxModel, TorchModel
@@ -59,7 +61,8 @@ def cosine(left: Array, right: Array) -> float:
 
 
 def int8_products(model: OnnxModel) -> list[str]:
-    return [node.name for node in onnx.load(model.path).graph.node if node.op_type == "MatMulInteger"]
+    products = {"MatMulInteger", "MatMulIntegerToFloat"}
+    return [node.name for node in onnx.load(model.path).graph.node if node.op_type in products]
 
 
 def int8_weights(model: OnnxModel) -> list[Array]:
@@ -68,15 +71,17 @@ def int8_weights(model: OnnxModel) -> list[Array]:
     return [array for array in arrays if array.dtype == np.int8 and array.ndim == 2]
 
 
-def test_linear_layers_become_a_quarter_and_answer_the_same(mlp: OnnxModel, tmp_path: Path) -> None:
-    int8 = quantize(mlp, tmp_path)
+@pytest.mark.parametrize("scale", ["row", "tensor"])
+def test_linear_layers_become_a_quarter_and_answer_the_same(mlp: OnnxModel, tmp_path: Path, scale: str) -> None:
+    int8 = quantize(mlp, tmp_path, scale=scale)
     assert cosine(answers(int8, *MLP.inputs), answers(mlp, *MLP.inputs)) > 0.99
     assert len(int8_products(int8)) == 2
     assert int8.path.stat().st_size < 0.4 * mlp.path.stat().st_size
 
 
-def test_a_transformer_keeps_its_attention_float(encoder: OnnxModel, tmp_path: Path) -> None:
-    int8 = quantize(encoder, tmp_path)
+@pytest.mark.parametrize("scale", ["row", "tensor"])
+def test_a_transformer_keeps_its_attention_float(encoder: OnnxModel, tmp_path: Path, scale: str) -> None:
+    int8 = quantize(encoder, tmp_path, scale=scale)
     assert cosine(answers(int8, *ENCODER.inputs), answers(encoder, *ENCODER.inputs)) > 0.99
     assert len(int8_products(int8)) == 7
     assert sum(node.op_type == "MatMul" for node in onnx.load(int8.path).graph.node) == 2, "scores and their sum"
@@ -101,9 +106,12 @@ def test_keep_float_keeps_by_name(encoder: OnnxModel, tmp_path: Path) -> None:
         quantize(encoder, tmp_path, keep_float=("middle",))
 
 
+@pytest.mark.parametrize("scale", ["row", "tensor"])
 @pytest.mark.parametrize(("reduce_range", "largest"), [("on", 64), ("off", 127)])
-def test_reduced_weights_use_seven_bits(mlp: OnnxModel, tmp_path: Path, reduce_range: str, largest: int) -> None:
-    weights = int8_weights(quantize(mlp, tmp_path, reduce_range=reduce_range))
+def test_reduced_weights_use_seven_bits(
+    mlp: OnnxModel, tmp_path: Path, reduce_range: str, largest: int, scale: str
+) -> None:
+    weights = int8_weights(quantize(mlp, tmp_path, reduce_range=reduce_range, scale=scale))
     assert [int(np.abs(array.astype(int)).max()) for array in weights] == [largest, largest]
 
 
@@ -111,10 +119,13 @@ def test_weights_have_a_scale_per_channel_or_one(mlp: OnnxModel, tmp_path: Path)
     def scales(**options: object) -> set[tuple[int, ...]]:
         graph = onnx.load(quantize(mlp, tmp_path, **options).path).graph
         named = ((item.name, tuple(item.dims)) for item in graph.initializer)
-        return {dims for name, dims in named if "weight" in name and name.endswith("_scale")}
+        return {dims for name, dims in named if name.endswith("_steps") or ("weight" in name and "_scale" in name)}
 
-    assert scales() == {(256,), (10,)}
-    assert scales(weights="per_tensor") <= {(), (1,)}
+    for scale in ("row", "tensor"):
+        assert scales(scale=scale) == {(256,), (10,)}
+        assert scales(scale=scale, weights="per_tensor") <= {(), (1,)}
+        per_tensor = quantize(mlp, tmp_path, scale=scale, weights="per_tensor")
+        assert cosine(answers(per_tensor, *MLP.inputs), answers(mlp, *MLP.inputs)) > 0.99
 
 
 def test_the_same_input_gives_the_same_bytes_and_keeps_its_own(mlp: OnnxModel, tmp_path: Path) -> None:
@@ -122,6 +133,97 @@ def test_the_same_input_gives_the_same_bytes_and_keeps_its_own(mlp: OnnxModel, t
     first = quantize(mlp, tmp_path).path.read_bytes()
     assert quantize(mlp, tmp_path).path.read_bytes() == first
     assert mlp.path.read_bytes() == before
+
+
+POISON = {
+    "a thousand": np.float32(1000),
+    "near the largest float": np.float32(1e30),
+    "NaN": np.float32(np.nan),
+    "infinity": np.float32(np.inf),
+    "minus infinity": np.float32(-np.inf),
+}
+
+
+@pytest.mark.parametrize("poison", POISON.values(), ids=POISON.keys())
+@pytest.mark.parametrize("place", [slice(None), slice(3, 4)], ids=["a whole row", "one number"])
+def test_a_stranger_changes_no_answer(mlp: OnnxModel, tmp_path: Path, poison: np.float32, place: slice) -> None:
+    int8 = quantize(mlp, tmp_path)
+    (rows,) = MLP.inputs
+    alone = np.concatenate([answers(int8, rows[index : index + 1]) for index in range(6)])
+    poisoned = rows[:8].copy()
+    poisoned[6, place] = poison
+    together = answers(int8, poisoned)
+    np.testing.assert_allclose(together[:6], alone, rtol=0, atol=1e-6 * np.abs(alone).max())
+    assert np.isnan(together[6]).all() == (not np.isfinite(poison)), "as in float, what is no number gives none"
+
+
+def test_with_one_scale_per_tensor_a_stranger_changes_every_answer(mlp: OnnxModel, tmp_path: Path) -> None:
+    int8 = quantize(mlp, tmp_path, scale="tensor")
+    (rows,) = MLP.inputs
+    alone = answers(int8, rows[:1])
+    poisoned = rows[:2].copy()
+    poisoned[1] = 1000
+    assert np.abs(answers(int8, poisoned)[0] - alone).max() > 0.1 * np.abs(alone).max()
+
+
+def test_padding_and_company_change_no_embedding(encoder: OnnxModel, tmp_path: Path) -> None:
+    backend = OnnxRuntimeBackend(quantize(encoder, tmp_path), 1)
+    assert batch_dependence(backend, ENCODER.spec, ENCODER.inputs) < 1e-6
+
+
+def test_rows_of_zeros_and_of_tiny_numbers_are_answered_like_any_other(mlp: OnnxModel, tmp_path: Path) -> None:
+    int8 = quantize(mlp, tmp_path)
+    rows = np.zeros((3, 64), np.float32)
+    rows[1], rows[2] = 1e-40, 1e-20
+    right = answers(mlp, rows)
+    np.testing.assert_allclose(answers(int8, rows), right, rtol=0, atol=0.02 * np.abs(right).max())
+
+
+GRAPHS = {
+    "more axes": ((5, 4), "agraph (float[N, 5, 4] x) => (float[N, 5, 3] y) { y = MatMul (x, w) }"),
+    "an open length": ((None, 4), "agraph (float[N, L, 4] x) => (float[N, L, 3] y) { y = MatMul (x, w) }"),
+    "one input of two layers": (
+        (4,),
+        "agraph (float[N, 4] x) => (float[N, 3] y) { a = MatMul (x, w) b = MatMul (x, v) y = Add (a, b) }",
+    ),
+    "a bias of one row": ((4,), "agraph (float[N, 4] x) => (float[N, 3] y) { y = Gemm (x, w, c) }"),
+}
+
+
+@pytest.mark.parametrize("opset", [13, 20])
+@pytest.mark.parametrize(("shape", "text"), GRAPHS.values(), ids=GRAPHS.keys())
+def test_graphs_of_others_are_quantized_by_row(
+    tmp_path: Path, shape: tuple[int | None, ...], text: str, opset: int
+) -> None:
+    model = graph_of(tmp_path, text, opset, shape)
+    (rows,) = model.spec.example(6, length=7)
+    int8 = quantize(model, tmp_path)
+    found, right = answers(int8, rows), answers(model, rows)
+    assert found.shape == right.shape
+    assert cosine(found, right) > 0.999
+    quantizations = [node for node in onnx.load(int8.path).graph.node if node.op_type == "QuantizeLinear"]
+    assert len(quantizations) == 1, "what two layers read is quantized once"
+
+
+@pytest.mark.parametrize("scale", ["row", "tensor"])
+def test_a_gemm_that_does_more_than_multiply_stays_float(tmp_path: Path, scale: str) -> None:
+    text = "agraph (float[N, 4] x) => (float[N, 3] y) { h = Gemm <alpha = 0.5> (x, w) y = MatMul (h, u) }"
+    model = graph_of(tmp_path, text, 17, (4,))
+    applied = QuantizeDynamic.model_validate({"scale": scale}).apply(model, context_of(MLP, tmp_path))
+    assert applied.facts == {"int8_nodes": 1, "float_layers": 1}
+
+
+def graph_of(folder: Path, text: str, opset: int, shape: tuple[int | None, ...]) -> OnnxModel:
+    """A graph in ONNX's text form over the input `x`, with random constants w, v, u and c where it reads them."""
+    random = np.random.default_rng(0)
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : {opset}]>{text}')
+    read = {name for node in model.graph.node for name in node.input}
+    for name, size in {"w": (4, 3), "v": (4, 3), "u": (3, 3), "c": (1, 3)}.items():
+        if name in read:
+            weights = random.standard_normal(size).astype(np.float32)
+            model.graph.initializer.append(onnx.numpy_helper.from_array(weights, name))
+    onnx.save(model, folder / "model.onnx")
+    return OnnxModel(folder / "model.onnx", InputSpec((Field("x", "float32", shape),), ()))
 
 
 def test_a_torch_model_is_exported(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,15 @@ def test_freezing_is_measured_both_ways_and_decided(tmp_path: Path) -> None:
     assert applied.decisions == {"freezing": faster}
     assert applied.facts["speedup"] > 0
     assert applied.facts["compile_s"] > 0
+
+
+def test_where_rows_share_no_batch_only_single_rows_are_compiled(tmp_path: Path) -> None:
+    alone = TorchModel(model().module, replace(SPEC, rows="one"))
+    compiled = TorchCompile(buckets=(1, 8)).equip(alone, {"freezing": "off"})
+    assert isinstance(compiled, TorchModel)
+    assert TorchBackend(compiled, 1).row_buckets == (1,)
+    with pytest.raises(PassFailed, match="buckets have no 1"):
+        TorchCompile(buckets=(8,)).apply(alone, context_of(tiny_base(), tmp_path))
 
 
 def test_a_fixed_choice_is_not_measured_against_the_other(tmp_path: Path) -> None:

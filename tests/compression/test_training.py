@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from service.compression.tools.augmentation import AUGMENTATIONS
 from service.compression.tools.training import FAST_BF16, TrainingOptions, train
+from service.contracts import RowsTogether
 from service.errors import PassFailed
 
 if TYPE_CHECKING:
@@ -45,6 +47,15 @@ def test_training_lowers_the_loss_and_ends_in_eval_mode(tmp_path: Path, optimise
     assert outcome.last_loss < 0.7 * outcome.first_loss
     assert outcome.resumed_from == 0
     assert not module.training
+
+
+@pytest.mark.parametrize("rows", ["one", "one_length"])
+def test_what_must_not_share_a_batch_is_not_trained_in_batches(tmp_path: Path, rows: RowsTogether) -> None:
+    base = tiny_base()
+    apart = replace(base, spec=replace(base.spec, rows=rows))
+    module = lively(TinyNet(), seed=7)
+    with pytest.raises(PassFailed, match=rf"training runs batches of any rows, and base\.rows: {rows} says"):
+        train(module, cross_entropy(module), FAST, context_of(apart, tmp_path))
 
 
 def test_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:

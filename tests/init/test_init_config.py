@@ -37,6 +37,19 @@ def chances():
 
 def dense():
     return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3))
+
+class Last(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(8, 3)
+    def forward(self, x):
+        return self.head(self.layer(x)[0][:, -1])
+
+def recurrent():
+    return Last(nn.LSTM(6, 8, batch_first=True))
+
+def mixing():
+    return nn.Sequential(nn.Linear(6, 3), nn.Softmax(0))
 """
 EVERYTHING = frozenset({"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"})
 PICTURES = Hints(image="16x16")
@@ -79,6 +92,15 @@ def test_what_the_model_is_made_of_decides(folder: Path) -> None:
     dense = kinds(written(folder / "c.yaml", "init_model:dense", Hints(shapes=("x=6",))))
     assert dense["int8"] == ["quantize_dynamic", "onnxruntime"]
     assert min(map(len, (convolutional, depthwise, dense))) >= 5
+
+
+def test_rows_that_change_each_other_are_kept_apart_and_the_file_says_so(folder: Path) -> None:
+    lengths = written(folder / "a.yaml", "init_model:recurrent", Hints(shapes=("x=?,6",)))
+    alone = written(folder / "b.yaml", "init_model:mixing", Hints(shapes=("x=6",)))
+    assert [getattr(config.base, "rows", "") for config in (lengths, alone)] == ["one_length", "one"]
+    assert "lets rows of a batch change each other" in (folder / "a.yaml").read_text()
+    with pytest.raises(ConfigError, match="does not run on x"):
+        write_config("init_model:mixing", folder / "c.yaml", Hints(shapes=("x=5",)), None)
 
 
 def test_a_machine_without_instructions_is_not_offered_what_would_be_emulated(folder: Path) -> None:

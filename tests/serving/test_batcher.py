@@ -289,3 +289,58 @@ def test_a_delay_ends_when_the_rows_of_one_bucket_fill_a_batch() -> None:
     assert batcher.due(10.1) == pytest.approx(0.4)
     batcher.offer([Ticket(row, "x", length=31)], 10.1)
     assert batcher.due(10.1) == 0.0
+
+
+COMPANIES: dict[str, tuple[list[tuple[str, int, int]], list[str]]] = {
+    "only tickets of the same company share a batch": (
+        [("a", 1, 1), ("b", 2, 1), ("c", 1, 1), ("d", 2, 1)],
+        ["ac", "bd"],
+    ),
+    "who is passed over keeps his place": (
+        [("a", 1, 1), ("b", 2, 1), ("c", 3, 1), ("d", 1, 1), ("e", 2, 1), ("f", 3, 1)],
+        ["ad", "be", "cf"],
+    ),
+    "none of the same company is passed over for a later one that would fit": (
+        [("a", 1, 3), ("b", 2, 1), ("c", 1, 2), ("d", 1, 1)],
+        ["a", "b", "cd"],
+    ),
+    "companies of one": ([("a", 1, 1), ("b", 2, 1), ("c", 3, 1)], ["a", "b", "c"]),
+    "a batch that is full leaves the others as they were": (
+        [("a", 1, 4), ("b", 2, 1), ("c", 1, 1), ("d", 2, 1)],
+        ["a", "bd", "c"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("arrivals", "batches"), COMPANIES.values(), ids=COMPANIES.keys())
+def test_a_batch_holds_one_company(arrivals: list[tuple[str, int, int]], batches: list[str]) -> None:
+    batcher: Batcher[str] = Batcher(QueueLimits(max_rows=4, queue_rows=100))
+    for name, company, rows in arrivals:
+        item = ticket(name, rows)
+        item.company = company
+        batcher.offer([item], 0.0)
+    formed = [batcher.take(1.0) for _ in batches]
+    assert ["".join(names(item.batch)) for item in formed] == batches
+    assert [item.more for item in formed] == [True] * (len(batches) - 1) + [False]
+    assert (batcher.waiting_rows, batcher.waiting_requests()) == (0, 0)
+
+
+def test_what_is_joined_ahead_is_of_one_company_too() -> None:
+    batcher: Batcher[str] = Batcher(QueueLimits(max_rows=2, queue_rows=100))
+    for name, company in (("a", 1), ("b", 2), ("c", 1), ("d", 2)):
+        item = ticket(name)
+        item.company = company
+        batcher.offer([item], 0.0)
+    assert names(batcher.next_full(1.0)) == ["a", "c"] == names(batcher.take(1.0).batch)
+    assert names(batcher.next_full(1.0)) == ["b", "d"] == names(batcher.take(1.0).batch)
+
+
+def test_who_left_or_came_too_late_is_found_among_those_passed_over() -> None:
+    batcher: Batcher[str] = Batcher(QueueLimits(max_rows=4, queue_rows=100))
+    arrivals = [ticket("a"), ticket("b"), ticket("late", deadline=0.5), ticket("left", gone=True), ticket("c")]
+    for item, company in zip(arrivals, (1, 2, 2, 2, 1), strict=True):
+        item.company = company
+        batcher.offer([item], 0.0)
+    formed = batcher.take(1.0)
+    assert (names(formed.batch), names(formed.expired), names(formed.left)) == (["a", "c"], ["late"], ["left"])
+    assert names(batcher.take(1.0).batch) == ["b"]

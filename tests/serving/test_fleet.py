@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +16,7 @@ from service.contracts import Arrays, Backend, Field, InputSpec
 from service.serving.costs import CostTable
 from service.serving.device import Device
 from service.serving.fleet import Fleet
+from service.serving.reload import LoadingThreads, open_again
 from service.serving.warmup import GRID_SECONDS_PER_LENGTH, LEAST_ROUNDS, ROUNDS, compare_again, measure_grid, warm_up
 
 SPEC = InputSpec((Field("x", "float32", (2,)),), (Field("y", "float32", (2,)),))
@@ -36,6 +39,17 @@ class CompiledBackend:
         return batch
 
     def close(self) -> None: ...
+
+
+class AnyRowsBackend(CompiledBackend):
+    """Runs any number of rows, and remembers them."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+
+    def run(self, batch: Arrays) -> Arrays:
+        self.shapes.add(len(batch[0]))
+        return batch
 
 
 @pytest.fixture
@@ -61,6 +75,21 @@ def test_a_shape_above_the_limit_is_filled_no_further_than_the_limit(fleet: Flee
     fleet.open("a", lambda threads: CompiledBackend((16,)), BatchConfig(max_rows=4))
     assert fleet.variants["a"].costs.tables[0].buckets == (16,)
     assert fleet.variants["a"].batcher.limits.max_rows == 4
+
+
+def test_a_base_whose_rows_share_no_batch_is_never_run_on_two_rows() -> None:
+    config = ServiceConfig.model_validate({"base": "fake", "variants": [{"name": "a"}]})
+    spec, backend, threads = replace(SPEC, rows="one"), AnyRowsBackend(), LoadingThreads()
+    fleet = Fleet(SimpleNamespace(name="fake", spec=spec, caveats=()), config, [], Device("cpu", 2, 2))
+    try:
+        fleet.open("a", lambda threads: backend, BatchConfig(max_rows=32))
+        variant = fleet.variants["a"]
+        assert variant.batcher.limits.max_rows == 1
+        asyncio.run(open_again(threads, variant.running, lambda: lambda threads: backend, spec))
+    finally:
+        threads.close()
+        fleet.close()
+    assert backend.shapes == {1}
 
 
 class TextBackend:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from service.errors import (
     DeadlineUnreachable,
 )
 from service.serving.batcher import Batcher, QueueLimits
+from service.serving.company import company_by
 from service.serving.costs import Costs, CostTable
 from service.serving.device import Device
 from service.serving.execution import Reply, Running
@@ -54,12 +56,13 @@ def tokens(length: int, rows: int = 1) -> Arrays:
     return (np.full((rows, length), length, np.int64),)
 
 
-def play_tokens(scenario: Callable[[Variant, Tagger], Awaitable[None]]) -> Variant:
+def play_tokens(scenario: Callable[[Variant, Tagger], Awaitable[None]], spec: InputSpec = TOKENS) -> Variant:
     """Length buckets to 16 of four rows, to 32 of two, to 64 of one; a batch costs as many s."""
     backend, device = Tagger(), Device("test", 1)
     costs = Costs([CostTable({rows: float(length)}) for length, rows in ((16, 4), (32, 2), (64, 1))], (16, 32, 64))
     limits = QueueLimits(4, 100, timeout_s=1000, lengths=(16, 32, 64), rows_at=(4, 2, 1))
-    variant = Variant("v", TOKENS, Running(device, (backend,), costs), Batcher[Reply](limits))
+    company = company_by(spec, trusts_rows=True)
+    variant = Variant("v", spec, Running(device, (backend,), costs), Batcher[Reply](limits), company)
 
     act(variant, device, lambda: scenario(variant, backend), backend.gate)
     return variant
@@ -84,6 +87,23 @@ def test_lengths_share_a_batch_within_their_bucket_and_get_answers_of_their_own_
     variant = play_tokens(scenario)
     assert variant.metrics.padding_tokens == (12 - 5) + (12 - 3) + (20 - 17)
     assert variant.metrics.padding_rows == 0
+
+
+def test_rows_of_one_length_never_meet_a_longer_one() -> None:
+    async def scenario(variant: Variant, backend: Tagger) -> None:
+        first = asyncio.create_task(variant.predict(tokens(1), stay))
+        await asyncio.to_thread(backend.started.wait, 5)
+        lengths = [5, 12, 5, 20, 12, 5]
+        tasks = [asyncio.create_task(variant.predict(tokens(length), stay)) for length in lengths]
+        await asyncio.sleep(0)
+        backend.gate.set()
+        predictions = await asyncio.gather(*tasks)
+        await first
+        assert backend.shapes == [(1, 1), (3, 5), (2, 12), (1, 20)]
+        assert [prediction.outputs[1].tolist() for prediction in predictions] == [[length] for length in lengths]
+
+    variant = play_tokens(scenario, replace(TOKENS, rows="one_length"))
+    assert variant.metrics.padding_tokens == 0
 
 
 def test_a_large_request_is_cut_by_the_knee_of_its_length() -> None:

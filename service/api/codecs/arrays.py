@@ -200,7 +200,7 @@ def _joined(fields: Sequence[Field], inputs: Sequence[Input]) -> Decoded:
     for name, lengths in known[1:]:
         if lengths != known[0][1]:
             raise BadInput(f"inputs: {known[0][0]!r} and {name!r} differ in length; in each row both must be as long")
-    return Decoded(tuple(item.batch for item in inputs), first.many)
+    return Decoded(tuple(item.batch for item in inputs), first.many, known[0][1] if known else ())
 
 
 def _told(given: Input) -> str:
@@ -233,7 +233,11 @@ def _converted(item: Field, batch: Array, where: str) -> Array:
     with np.errstate(over="ignore"):  # what overflows to infinity is refused below
         array = np.ascontiguousarray(batch, wanted)
     if wanted.kind == "f" and not np.isfinite(array).all():
-        raise BadInput(f"{where}: every number must be finite and in the range of {wanted}")
+        place = [int(axis) for axis in np.argwhere(~np.isfinite(array))[0]]
+        raise BadInput(
+            f"{where}: input {item.name!r} holds {batch[tuple(place)]} at {place}; every number must be finite and in "
+            f"the range of {wanted}"
+        )
     return array
 
 

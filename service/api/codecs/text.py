@@ -91,7 +91,8 @@ class TextCodec:
                 f"tokenizer go through V2 tensors ({', '.join(item.name for item in self.fields)})"
             )
         texts = checked_texts(inputs, "inputs")
-        return Decoded(self.arrays(self.tokens(texts)), many=isinstance(inputs, list))
+        tokens = self.tokens(texts)
+        return Decoded(self.arrays(tokens), isinstance(inputs, list), tuple(map(len, tokens)))
 
     def encode(self, outputs: Arrays) -> list[dict[str, Json]]:
         """One answer per row, see `service.api.codecs.answers`."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,10 +19,10 @@ from service.bases.description import Description, Tensor
 from service.bases.inputs import declared_inputs, described
 from service.bases.meanings import proven
 from service.bases.naming import served_name
-from service.bases.probing import Run, probe
+from service.bases.probing import probe
 from service.bases.sources.exported_archive import safe_copy
-from service.bases.tracing import last_operators
-from service.contracts import Array, Arrays, InputSpec, TorchModel
+from service.bases.tracing import last_operators, runner
+from service.contracts import InputSpec, RowsTogether, TorchModel
 from service.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,13 +47,14 @@ class ExportedSource:
 
     def describe(self) -> Description:
         program = self._program()
-        inputs = self._settled(_inputs(program, self._path))
+        inputs = self._settled(_inputs(program, self._path, self.declared.rows))
         module, names = _module(program), _output_names(program)
         try:
-            outputs = probe(_runner(module), inputs, names)
+            outputs = probe(runner(module), inputs, names, self.declared.rows)
         except ConfigError as error:
             raise ConfigError(f"base.torch_export: {self._path} cannot be served: {error}") from error
-        operators = last_operators(module, [item.field() for item in inputs], len(outputs))
+        spec = InputSpec(tuple(item.field() for item in inputs), (), rows=self.declared.rows)
+        operators = last_operators(module, spec, len(outputs))
         outputs = tuple(
             proven(output.model_copy(update={"name": ""}), operator)
             for output, operator in zip(outputs, operators, strict=True)
@@ -107,7 +107,7 @@ def _fits(found: Tensor, wished: Tensor) -> bool:
     return same and all(has in {None, asked} for has, asked in zip(found.shape, wished.shape, strict=True))
 
 
-def _inputs(program: ExportedProgram, path: Path) -> tuple[Tensor, ...]:
+def _inputs(program: ExportedProgram, path: Path, together: RowsTogether) -> tuple[Tensor, ...]:
     """Name, dtype and shape of one row per input, in the order in which the program takes them."""
     import torch
 
@@ -120,15 +120,20 @@ def _inputs(program: ExportedProgram, path: Path) -> tuple[Tensor, ...]:
             f"base.torch_export: {path} must take tensors only, by position, without lists, dicts and keywords around "
             f"them; it takes {', '.join(map(str, names)) or 'nothing'}. Wrap the model in a module whose forward does"
         )
-    return tuple(_input(str(name), values[str(name)], program, path) for name in names)
+    if together != "one":
+        for name in names:
+            _require_rows(str(name), values[str(name)], program, path)
+    return tuple(_input(str(name), values[str(name)]) for name in names)
 
 
-def _input(name: str, value: Any, program: ExportedProgram, path: Path) -> Tensor:
+def _require_rows(name: str, value: Any, program: ExportedProgram, path: Path) -> None:
+    """See that the first axis takes any number of rows."""
     rows = value.shape[0] if value.ndim else None
     if rows is None or isinstance(rows, int):
         raise ConfigError(
             f"base.torch_export: {path} takes '{name}' of shape {list(value.shape)}: its first axis must be dynamic, "
-            f"because it counts the rows of a batch; {HOW_TO_EXPORT}"
+            f"because it counts the rows of a batch; {HOW_TO_EXPORT}. A program for a single row is served by "
+            "base.rows: one"
         )
     allowed = program.range_constraints.get(rows.node.expr)
     # torch counts from 2 where it means from 1: 0 and 1 are special to its exporter.
@@ -137,6 +142,9 @@ def _input(name: str, value: Any, program: ExportedProgram, path: Path) -> Tenso
             f"base.torch_export: {path} takes {allowed.lower} to {allowed.upper} rows; batches have 1 to "
             f"{LARGEST_BATCH} and more. Without these limits: {HOW_TO_EXPORT}"
         )
+
+
+def _input(name: str, value: Any) -> Tensor:
     shape = tuple(size if isinstance(size, int) else None for size in value.shape[1:])
     return Tensor(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=shape)
 
@@ -166,15 +174,3 @@ def _module(program: ExportedProgram) -> nn.Module:
         part.training = False
     vars(module).update(train=stay, eval=stay)
     return module
-
-
-def _runner(module: nn.Module) -> Run:
-    import torch
-
-    def run(batch: Arrays) -> Sequence[Array]:
-        with torch.inference_mode():
-            outputs = module(*(torch.from_numpy(array) for array in batch))
-        tensors = outputs if isinstance(outputs, tuple | list) else (outputs,)
-        return [item.numpy() if isinstance(item, torch.Tensor) else item for item in tensors]
-
-    return run

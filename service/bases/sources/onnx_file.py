@@ -97,6 +97,7 @@ class OnnxSource:
             outputs=ready.outputs,
             fixed_rows=ready.fixed_rows,
             scaled_by_batch=any(node.op_type.startswith(SCALED_BY_BATCH) for node in nodes_of(ready.model.graph)),
+            rows=self.declared.rows,
         )
         try:
             outputs = tried(trial)

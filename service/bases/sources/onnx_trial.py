@@ -18,14 +18,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service.bases.description import Tensor
 from service.bases.probing import TOLERANCE, Answer, Run, differs, probe
-from service.contracts import Array, Arrays, InputSpec
+from service.contracts import Array, Arrays, InputSpec, RowsTogether
 from service.errors import ConfigError
 
 if TYPE_CHECKING:
     import onnxruntime
 
 LOOSE_TOLERANCE = 0.1
-"""Where activations are quantized while running, one scale serves all rows of a batch and moves their answers."""
+"""Where activations are quantized while running, one scale serves all rows of a batch and moves their answers. What
+rows of token ids do to each other that way is left to `gate.max_batch_dependence`, which looks at the user's own."""
 
 
 class Trial(BaseModel):
@@ -41,6 +42,8 @@ class Trial(BaseModel):
     """Rows that the original insists on; `None`: any number."""
     scaled_by_batch: bool
     """Whether it quantizes activations while running."""
+    rows: RowsTogether
+    """Which rows may share a batch."""
 
 
 class Verdict(BaseModel):
@@ -85,7 +88,7 @@ def _outputs(trial: Trial) -> tuple[Tensor, ...]:
     tolerance = LOOSE_TOLERANCE if trial.scaled_by_batch else TOLERANCE
     original, candidate = (_runner(_session(path), trial) for path in (trial.original, trial.candidate))
     try:
-        outputs = probe(candidate, trial.inputs, trial.outputs, tolerance)
+        outputs = probe(candidate, trial.inputs, trial.outputs, trial.rows, tolerance)
         _compare(original, candidate, trial, tolerance)
     except ConfigError as error:
         raise ConfigError(f"{error}{_remedy(trial)}") from error

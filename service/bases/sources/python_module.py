@@ -67,7 +67,7 @@ class PythonSource:
 
         inputs = declared_inputs(self.declared) or self._declared_beside_factory()
         module, caveats = self._module()
-        outputs = traced_outputs(self._checked(module), inputs)
+        outputs = traced_outputs(self._checked(module), inputs, self.declared.rows)
         drawn = unlike(self._first[0].inside, self._held(self._module(SEED + 1)[0]).inside)
         description = described(self.declared, self.folder, self._names()[0].rpartition(".")[2], inputs, outputs)
         if drawn:

@@ -58,7 +58,7 @@ class TimmSource:
         inputs = (image_tensor(image),)
         classes = self._classes(config)
         module, caveats = self._module(classes, inputs[0].field())
-        outputs = traced_outputs(module, inputs)
+        outputs = traced_outputs(module, inputs, self.declared.rows)
         if not classes:
             outputs = (outputs[0].model_copy(update={"meaning": "embedding", "evidence": "form"}), *outputs[1:])
         labels = self.declared.labels or self._class_names(classes)

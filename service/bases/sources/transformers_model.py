@@ -103,7 +103,7 @@ class TransformersSource:
     def _described(self, module: nn.Module, inputs: Sequence[Tensor], **how: Any) -> Description:
         """With the outputs found by running the module."""
         embeds = self._task() == "embedding"
-        outputs = traced_outputs(module, inputs, OTHERWISE)
+        outputs = traced_outputs(module, inputs, self.declared.rows, OTHERWISE)
         labels = () if embeds else self._labels(outputs[0])
         given = settled(outputs, labels, self.declared.outputs, "embedding")
         return Description(
@@ -113,6 +113,7 @@ class TransformersSource:
             labels=labels,
             labelled=given.labelled,
             max_length=how["text"].max_length if "text" in how else 512,
+            rows=self.declared.rows,
             **how,
         )
 

@@ -84,11 +84,13 @@ def refit_batch_norm(model: TorchModel, changed: Collection[str], data: Data) ->
     Returns how many were re-estimated. The weights of the norms stay as they are.
 
     Raises:
-        PassFailed: there are batch norms to re-estimate and fewer than two rows to do it with.
+        PassFailed: there are batch norms to re-estimate, and fewer than two rows to do it with, or to run at once.
     """
     norms = _norms_after(model, changed)
     if not norms:
         return 0
+    if model.spec.rows == "one":
+        raise PassFailed("batch norms are re-estimated on batches of many rows, and base.rows: one forbids these")
     if len(data) < 2:
         raise PassFailed(f"samples: batch norm needs at least 2 calibration rows to be re-estimated, got {len(data)}")
     momenta = [norm.momentum for norm in norms]

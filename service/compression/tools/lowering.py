@@ -2,7 +2,7 @@
 
 Exporters specialise silently: a batch axis traced with one row stays one row, and a wrong graph still runs. So the
 example has two rows, every axis that the spec leaves open is exported as dynamic, and the file is compared with the
-module at one row and at three before anyone uses it.
+module at one row and at three before anyone uses it. A base whose rows share no batch is exported for one row.
 
 The exporter names nodes by counters and stores source paths and stack traces of the exporting machine. Here a node is
 called after the layer it came from (`blocks.0.conv1/Conv`), which is what globs in options match, and the traces are
@@ -26,7 +26,7 @@ import torch
 
 from service.comparison import largest_difference, largest_finite
 from service.compression.tools.recurrent_shapes import recurrent_shapes
-from service.contracts import Arrays, Field, InputSpec, Model, OnnxModel, TorchModel
+from service.contracts import Arrays, Field, InputSpec, Model, OnnxModel, RowsTogether, TorchModel
 from service.errors import PassFailed
 
 OPSET = 20
@@ -88,7 +88,7 @@ def open_session(model: Path | onnx.ModelProto, threads: int = 1) -> onnxruntime
 
 def _exported(model: TorchModel) -> onnx.ModelProto:
     spec = model.spec
-    example = tuple(torch.from_numpy(array) for array in spec.example(EXAMPLE_ROWS))
+    example = tuple(torch.from_numpy(array) for array in spec.example(spec.most_rows(EXAMPLE_ROWS)))
     with _quiet(), recurrent_shapes(), torch.no_grad():
         try:
             program = torch.onnx.export(
@@ -99,7 +99,7 @@ def _exported(model: TorchModel) -> onnx.ModelProto:
                 opset_version=OPSET,
                 input_names=[PREFIX + item.name for item in spec.fields],
                 output_names=[PREFIX + item.name for item in spec.outputs],
-                dynamic_shapes=tuple(_dynamic_axes(item) for item in spec.fields),
+                dynamic_shapes=tuple(_dynamic_axes(item, spec.rows) for item in spec.fields),
             )
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
             raise PassFailed(f"the model cannot be exported to ONNX: {_reason(error)}{_remedy(model)}") from error
@@ -124,10 +124,10 @@ def _remedy(model: TorchModel) -> str:
     return ""
 
 
-def _dynamic_axes(item: Field) -> dict[int, str]:
+def _dynamic_axes(item: Field, rows: RowsTogether) -> dict[int, str]:
     """Names of the axes that may vary; axes found to be always equal end up with one name."""
     open_axes = {axis: f"{item.name}_{axis}" for axis, size in enumerate(item.shape, start=1) if size is None}
-    return {0: "rows", **open_axes}
+    return open_axes if rows == "one" else {0: "rows", **open_axes}
 
 
 @contextmanager
@@ -203,7 +203,8 @@ def _scope(node: onnx.NodeProto) -> str:
 
 def _check(model: TorchModel, exported: OnnxModel) -> None:
     session = open_session(exported.path)
-    for rows, length in CHECKS:
+    for most, length in CHECKS:
+        rows = model.spec.most_rows(most)
         batch = model.spec.example(rows, length)
         expected = _torch_outputs(model.module, batch)
         try:

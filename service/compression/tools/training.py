@@ -77,10 +77,16 @@ def train(module: nn.Module, loss: Loss, options: TrainingOptions, context: Buil
     `context.scratch` goes on behind the last finished epoch and gives the same weights as an undisturbed run.
 
     Raises:
-        PassFailed: the train split is empty, the augmentation does not fit the inputs, or the loss is not finite.
+        PassFailed: the train split is empty, the augmentation does not fit the inputs, or the loss is not finite; or
+            the base says that rows share no batch, where a step needs many.
     """
     import torch
 
+    if context.base.spec.rows != "any":
+        raise PassFailed(
+            f"training runs batches of any rows, and base.rows: {context.base.spec.rows} says that they share none; "
+            "drop the pass"
+        )
     data = context.base.data("train")
     if len(data) == 0:
         raise PassFailed(f"base '{context.base.name}' has no rows in its train split; training needs some")

@@ -140,7 +140,7 @@ def test_raw_bytes_are_rows_of_a_fixed_shape() -> None:
     for body in (b"", b"123", rows.tobytes()[:-1]):
         with pytest.raises(BadInput, match=r"not a whole number of rows of 8 \(float32 of shape \[2\], little-endian"):
             codec(POINT).decode(OCTETS, body)
-    with pytest.raises(BadInput, match="finite"):
+    with pytest.raises(BadInput, match=r"the body: input 'point' holds nan at \[0, 1\]; every number must be finite"):
         codec(POINT).decode(OCTETS, np.array([1, np.nan], "<f4").tobytes())
     with pytest.raises(BadInput, match="byte 0 or 1"):
         codec(Field("on", "bool", (2,))).decode(OCTETS, b"\x01\x02")

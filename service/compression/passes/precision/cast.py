@@ -60,7 +60,8 @@ class Cast(Pass):
             raise PassFailed("cast changes torch modules; put it before the pass that exports the model")
         kept = self._kept(model.module)
         module = self.restructure(copy.deepcopy(model.module), {"keep": kept})
-        example = tuple(torch.from_numpy(array) for array in model.spec.example(ROWS, seed=context.seed))
+        rows = model.spec.most_rows(ROWS)
+        example = tuple(torch.from_numpy(array) for array in model.spec.example(rows, seed=context.seed))
         with inference(context.threads):
             self._check(module(*example), model.module(*example))
             seconds = seconds_per_call({"before": lambda: model.module(*example), "after": lambda: module(*example)})

@@ -1,9 +1,13 @@
 """Linear layers in 8-bit integers, with activation ranges measured anew in every batch: no calibration data needed.
 
 Weights are int8 (symmetric, per output channel), activations uint8 with a scale found at run time (Zafrir et al. 2019,
-"Q8BERT"). That suits transformers, whose activations vary from input to input, and divides the weights by four. It
-costs a pass over each activation, which a matrix product outweighs and a convolution does not: onnxruntime's dynamic
-convolution is slower than float32, so convolutional nets are refused.
+"Q8BERT"), one per vector that is multiplied: per row, in a transformer per token (Dettmers et al. 2022, "LLM.int8()").
+That suits transformers, whose activations vary from input to input, and divides the weights by four. It costs passes
+over each activation, which a matrix product outweighs and a convolution does not: onnxruntime's dynamic convolution is
+slower than float32, so convolutional nets are refused.
+
+One scale per tensor, as in onnxruntime's own kernel, costs less. But a tensor holds the rows of a whole batch, and one
+stranger's large value then wipes out the answers of all others.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from service.compression.tools.onnx_graph import Graph
 
 Operator = Literal["MatMul", "Gemm", "Conv"]
+Scale = Literal["row", "tensor"]
 
 SLOW_CONV = "a dynamically quantized convolution is slower than a float32 one; use quantize_static"
 
@@ -33,6 +38,8 @@ class QuantizeDynamic(Pass):
     """Operator types to quantize. `nn.Linear` is Gemm on [rows, features], MatMul on more axes. Conv is refused."""
     weights: Literal["per_channel", "per_tensor"] = "per_channel"
     """One scale per output feature, or one per layer: smaller tables, lower accuracy."""
+    scale: Scale = "row"
+    """One scale of activations per vector, or one per tensor: a little faster, and rows of a batch share it."""
     reduce_range: Literal["auto", "on", "off"] = "auto"
     """Whether weights use 7 of their 8 bits. `auto`: only on CPUs whose sums of 8-bit products overflow (no VNNI)."""
     keep_float: tuple[str, ...] = ()
@@ -59,11 +66,13 @@ class QuantizeDynamic(Pass):
 
         from service.compression.tools.int8_graph import dynamically_quantized, weight_bits
         from service.compression.tools.onnx_graph import fused_graph
+        from service.compression.tools.row_scales import is_plain, quantized_by_row
 
         graph = fused_graph(model, context.scratch)
         _refuse_convolutional(graph)
         kept = graph.matching(self.keep_float)
-        chosen = [node for node in graph.layers if node.op_type in self.ops and node.name not in kept]
+        able = [node for node in graph.layers if node.op_type in self.ops and is_plain(node)]
+        chosen = [node for node in able if node.name not in kept]
         names = {node.name for node in chosen}
         left = [node.name for node in graph.layers if node.name not in names]
         if not chosen:
@@ -73,7 +82,8 @@ class QuantizeDynamic(Pass):
             )
         bits = weight_bits(self.reduce_range, isa_flags())
         path = context.scratch / "int8.onnx"
-        onnx.save(dynamically_quantized(graph, chosen, self.weights, bits), path)
+        write = quantized_by_row if self.scale == "row" else dynamically_quantized
+        onnx.save(write(graph, chosen, self.weights, bits), path)
         return Applied(
             OnnxModel(path, model.spec),
             {"float_layers": left, "weight_bits": bits},

@@ -47,7 +47,8 @@ class ChannelsLast(Pass):
             lack = "takes no images (C, H, W)" if not images else "has no 2-D convolutions"
             raise PassFailed(f"channels_last: the model {lack}; drop the pass")
         module = self.restructure(copy.deepcopy(model.module), {})
-        first = tuple(torch.from_numpy(array) for array in model.spec.example(ROWS, seed=context.seed))
+        rows = model.spec.most_rows(ROWS)
+        first = tuple(torch.from_numpy(array) for array in model.spec.example(rows, seed=context.seed))
         last = tuple(item.contiguous(memory_format=torch.channels_last) if item.ndim == 4 else item for item in first)
         with inference(context.threads):
             seconds = seconds_per_call({"before": lambda: model.module(*first), "after": lambda: module(*last)})

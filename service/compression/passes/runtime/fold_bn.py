@@ -41,7 +41,8 @@ class FoldBn(Pass):
         if not isinstance(model, TorchModel):
             raise PassFailed("fold_bn folds torch modules; put it before the pass that exports the model")
         module = copy.deepcopy(model.module).eval()
-        example = tuple(torch.from_numpy(array) for array in model.spec.example(2, seed=context.seed))
+        rows = model.spec.most_rows(2)
+        example = tuple(torch.from_numpy(array) for array in model.spec.example(rows, seed=context.seed))
         pairs = _pairs(module, example)
         if not pairs:
             raise PassFailed("fold_bn: no batch norm follows a convolution or linear layer; drop the pass")

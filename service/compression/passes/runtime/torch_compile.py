@@ -58,7 +58,8 @@ class TorchCompile(Pass):
         if not isinstance(model, TorchModel):
             raise PassFailed("torch_compile compiles torch modules; an ONNX graph has its own runtime: drop the pass")
         self._check(model)
-        rows = self.buckets[len(self.buckets) // 2] if self.buckets else ROWS
+        buckets = self._row_counts(model)
+        rows = model.spec.most_rows(buckets[len(buckets) // 2] if buckets else ROWS)
         example = tuple(torch.from_numpy(array) for array in model.spec.example(rows, seed=context.seed))
         choices: tuple[Freezing, ...] = ("on", "off") if self.freezing == "auto" else (self.freezing,)
         compiled: dict[str, CompiledModule] = {}
@@ -89,13 +90,19 @@ class TorchCompile(Pass):
         from service.compression.tools.compilation import CompiledModule
 
         options = {**list_mode_options(self.mode), "freezing": freezing == "on"}
-        return CompiledModule(model.module, model.spec, self.buckets, options)
+        return CompiledModule(model.module, model.spec, self._row_counts(model), options)
+
+    def _row_counts(self, model: TorchModel) -> tuple[int, ...]:
+        """The buckets that batches of this model can have."""
+        return tuple(rows for rows in self.buckets if rows == model.spec.most_rows(rows))
 
     def _check(self, model: TorchModel) -> None:
         if self.mode == "reduce-overhead" and all(weight.device.type == "cpu" for weight in model.module.parameters()):
             raise PassFailed(
                 "torch_compile.mode 'reduce-overhead' records CUDA graphs and does nothing on a CPU; use 'default'"
             )
+        if self.buckets and not self._row_counts(model):
+            raise PassFailed("torch_compile.buckets have no 1, and base.rows: one gives every row a batch to itself")
         free = [item.name for item in model.spec.fields if None in item.shape]
         if self.buckets and free:
             raise PassFailed(
