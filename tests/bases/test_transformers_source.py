@@ -221,19 +221,6 @@ def test_texts_that_must_not_be_padded_come_one_by_one(checkpoints: Path, rows: 
     assert apart.digest != padded.digest, "it answers another function of a request"
 
 
-def test_a_model_without_a_padding_token_takes_one_text_at_a_time(tmp_path: Path) -> None:
-    make_torchvision_importable()
-    from transformers import GPT2Config, GPT2ForSequenceClassification
-
-    torch.manual_seed(0)
-    shape = {"vocab_size": SHAPE["vocab_size"], "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
-    GPT2ForSequenceClassification(GPT2Config(**shape, num_labels=3)).save_pretrained(tmp_path / "gpt")
-    write_tokenizer(tmp_path / "gpt")
-    with pytest.raises(ConfigError, match=r"no padding token.*does run on a single row.*base\.rows: one"):
-        opened(tmp_path / "gpt")
-    assert opened(tmp_path / "gpt", rows="one").spec.rows == "one"
-
-
 def test_a_default_prompt_is_told(encoder: Path) -> None:
     said = {"prompts": {"query": "query: ", "document": ""}, "default_prompt_name": "query"}
     (encoder / "config_sentence_transformers.json").write_text(json.dumps(said))
