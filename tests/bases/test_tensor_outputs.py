@@ -70,6 +70,13 @@ FORMS = {
 def net(form):
     torch.manual_seed(0)
     return Net(form)
+
+class Single(nn.Module):
+    def forward(self, x):
+        return {"out": x.view(1, 4) * 2}
+
+def single():
+    return Single()
 """
 NAMES = {
     "list": ("output", "output_1"),
@@ -167,7 +174,7 @@ def test_a_student_learns_from_all_tensors(folder: Path) -> None:
         ),
         ("nothing", "returns nothing; it must return tensors"),
         ("empty", "returns a list without tensors"),
-        ("a list of rows", rr"output 0 of the model has shape \[2, 3\] for 3 rows: its first axis must count the rows"),
+        ("a list of rows", r"output 0 of the model has shape \[2, 3\] for 3 rows: its first axis must count the rows"),
         ("loss", r"output 0 of the model has shape \[\] for 2 rows: its first axis must count the rows"),
     ],
 )
@@ -180,6 +187,13 @@ def test_classes_are_those_of_the_first_tensor(folder: Path) -> None:
     base = opened(folder, "dict", labels=["a", "b", "c"])
     assert [item.name for item in base.spec.outputs] == ["scores", "boxes"]
     assert base.spec.labels == ("a", "b", "c")
+
+
+def test_a_model_of_single_rows_may_return_containers(folder: Path) -> None:
+    declared = {"python": "bring_outputs:single", "inputs": {"x": {"shape": [4]}}, "rows": "one"}
+    base = open_base(Origin.model_validate({"base": declared, "data": {"synthetic": 8}, "folder": folder}))
+    row = base.spec.example(1)
+    np.testing.assert_array_equal(answers(base.model(), row)[0], row[0] * 2)
 
 
 def test_outputs_are_not_called_like_inputs(folder: Path) -> None:

@@ -27,6 +27,7 @@ import numpy as np
 from service.bases.checkpoints import file_digest, load_weights
 from service.bases.declaration import PythonBase
 from service.bases.description import Description, Tensor
+from service.bases.fitting import some
 from service.bases.inputs import declared_inputs, described
 from service.bases.sources.python_imports import Imports, spec_of
 from service.bases.sources.torchvision_import import make_torchvision_importable
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from service.bases.modules.held_state import Held
 
 SEED = 0
-SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ class PythonSource:
         drawn = unlike(self._first[0].inside, self._held(self._module(SEED + 1)[0]).inside)
         description = described(self.declared, self.folder, self._names()[0].rpartition(".")[2], inputs, outputs)
         if drawn:
-            caveats += (f"weights drawn at random ({_some(drawn)})",)
+            caveats += (f"weights drawn at random ({some(drawn)})",)
         return description.model_copy(update={"caveats": caveats})
 
     def model(self, spec: InputSpec) -> TorchModel:
-        """The model.
+        """The model; whatever its module returns, it gives tensors.
 
         Raises:
             ConfigError: it is not the one of the fingerprint.
@@ -85,7 +85,8 @@ class PythonSource:
         from service.bases.modules.tensor_outputs import give_tensors
 
         module = self._checked(self._module()[0])
-        return TorchModel(give_tensors(module, *map(torch.from_numpy, spec.example(2))), spec)
+        example = map(torch.from_numpy, spec.example(spec.most_rows(2)))
+        return TorchModel(give_tensors(module, *example), spec)
 
     def _module(self, seed: int = SEED) -> tuple[nn.Module, tuple[str, ...]]:
         """A fresh module with its weights, in eval mode; and what everyone must know of these."""
@@ -125,7 +126,7 @@ class PythonSource:
         if different := unlike(self._first[0].inside, held.inside):
             raise ConfigError(
                 f"base.python: {self.declared.python} makes another model every time, or its files have changed "
-                f"meanwhile: {_some(different)} differ; seed every generator of its own, and keep out of the module "
+                f"meanwhile: {some(different)} differ; seed every generator of its own, and keep out of the module "
                 "what changes by itself"
             )
         return module
@@ -220,8 +221,3 @@ def _seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(of_python)
             np.random.set_state(of_numpy)
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
