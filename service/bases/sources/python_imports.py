@@ -63,7 +63,7 @@ class Imports:
         """The user's own files, by the name of the module."""
         return self._found[0]
 
-    @property
+    @cached_property
     def libraries(self) -> dict[str, str]:
         """Installed libraries that these files import, with their versions; torch always."""
         return {name: _version(name) for name in sorted({*self._found[1], "torch"})}
