@@ -37,6 +37,6 @@ def test_what_to_know_of_a_base_is_told_by_build_serve_and_every_answer(tmp_path
     assert f"float: passes its gate ({CAVEATS})" in lines
     assert any(line.startswith("ready in ") and line.endswith(f"({CAVEATS})") for line in lines)
     assert reply.headers["x-caveats"] == CAVEATS
-    answers = [answer["embedding"] for answer in reply.json()["predictions"]]
+    answers = [answer["outputs"]["y"] for answer in reply.json()["predictions"]]
     assert answers == [[0, 1, 4, 9], [25, 25, 25, 25], [1, 1, 4, 4]]
     assert reply.json()["batch_rows"] == 1
