@@ -28,6 +28,7 @@ class Workplace:
         from service.compression.build import plan, shortfall
         from service.config import read_config
         from service.machine import thread_budget
+        from service.yaml_source import read_yaml
 
         self.config: ServiceConfig = read_config(path)
         root = cache or self.config.cache
@@ -48,8 +49,9 @@ class Workplace:
         self.spare = self.threads < budget
         """Whether the lanes leave a core of those that may be used."""
         if self.config.lanes != "auto" and self.config.lanes > self.threads:
+            where = read_yaml(path).place(["lanes"])
             raise ConfigError(
-                f"{path}: lanes is {self.config.lanes}, but there are only {self.threads} threads to share"
+                f"{where}: lanes is {self.config.lanes}, but there are only {self.threads} threads to share"
             )
         if make_cache:
             self.missing = shortfall(self.store, self.plan, self.threads)
