@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from service import __version__
+from service.child import command
 from service.errors import StartupError
 from service.workplace import Workplace
 
@@ -207,8 +208,7 @@ def _build_here(work: Workplace) -> None:
 
 def _build_in_child(config: Path, cache: Path) -> None:
     """Build in a process of its own, so that compression can neither stall the server nor leak into it."""
-    command = [sys.executable, "-m", "service", "build", "--config", str(config), "--cache", str(cache)]
-    child = subprocess.Popen(command)
+    child = subprocess.Popen(command("service", "build", "--config", str(config), "--cache", str(cache)))
     try:
         status = child.wait()
     except BaseException:

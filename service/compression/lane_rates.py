@@ -3,7 +3,7 @@
 `lanes: auto` decides by these numbers, so they are taken as the lanes would work: in one fresh process, every lane with
 its own instance of the model, all lanes at once, and the two ways in turns, so that a slow minute hits both alike. One
 artifact at a time, so that memory holds no more than one model for every lane and one. Started by `quality.py` as
-``python -m service.compression.lane_rates``; prints one JSON line.
+a child; prints one JSON line.
 """
 
 from __future__ import annotations

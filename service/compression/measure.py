@@ -1,8 +1,7 @@
 """Run one artifact in a fresh process: what it answers on the gate split, alone and in company, and its memory.
 
 A process of its own, because the builder's heap and thread pools would colour the memory; and on a device thread,
-because that is where the server runs models. Started by `quality.py` as ``python -m service.compression.measure``;
-prints one JSON line.
+because that is where the server runs models. Started by `quality.py` as a child; prints one JSON line.
 """
 
 from __future__ import annotations

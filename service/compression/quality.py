@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from service import child
 from service.compression.artifacts import ArtifactStore
 from service.compression.fidelity import fidelity
 from service.compression.manifest import Fidelity, Measurement, OutputFidelity, Quality, Recipe, SideBySide
@@ -68,10 +68,10 @@ def race(store: ArtifactStore, base: Base, keys: Sequence[str], served: Sequence
 
 
 def _in_fresh_process(module: str, *arguments: str) -> Json:
-    command = [sys.executable, "-m", f"service.compression.{module}", *arguments]
+    command = child.command(f"service.compression.{module}", *arguments)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        reason = done.stderr.strip().splitlines()[-1:] or [f"it {child.how_it_ended(done.returncode)}"]
         raise PassFailed(f"what was built does not run: {reason[0]}\n{done.stderr}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 

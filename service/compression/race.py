@@ -1,8 +1,7 @@
 """Time artifacts side by side: machines drift, and only ratios taken in one interleaved run can be trusted.
 
 All artifacts are loaded into one fresh process and take turns on one device thread, a little in each round, so that a
-slow minute hits all of them alike. Started by `quality.py` as ``python -m service.compression.race``; prints one JSON
-line.
+slow minute hits all of them alike. Started by `quality.py` as a child; prints one JSON line.
 """
 
 from __future__ import annotations

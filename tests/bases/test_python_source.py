@@ -229,6 +229,31 @@ def test_what_is_wrong_is_said_with_its_key(folder: Path, factory: str, keys: di
         open_base(origin(folder, factory, **keys))
 
 
+def test_what_is_beside_the_config_takes_nobodys_place(folder: Path) -> None:
+    for name in ("queue", "torch", "models"):
+        (folder / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
+    (folder / "bring_model.py").write_text("import queue\nqueue.SimpleQueue()\n" + SOURCE)
+    assert open_base(origin(folder, "linear", **VECTOR)).name == "bring_model"
+    assert sys.path[-1] == str(folder)
+
+
+@pytest.mark.parametrize("module", ["queue", "models.mine", "service.mine", "numpy"])
+def test_a_factory_in_a_module_that_is_called_like_another_one_is_refused(folder: Path, module: str) -> None:
+    file = folder.joinpath(*module.split(".")).with_suffix(".py")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(SOURCE)
+    with pytest.raises(ConfigError, match=rf"{file} cannot be imported as {module}: .* give yours another name"):
+        open_source(PythonBase(python=f"{module}:linear"), folder).fingerprint()
+
+
+def test_an_import_from_a_folder_that_is_called_like_ours_is_explained(folder: Path) -> None:
+    (folder / "models").mkdir()
+    (folder / "models" / "blocks.py").write_text(BLOCKS)
+    (folder / "bring_model.py").write_text("import models.blocks\n" + SOURCE)
+    with pytest.raises(ConfigError, match=r"No module named 'models\.blocks' \(models is a package of leanserve's"):
+        open_base(origin(folder, "linear", **VECTOR))
+
+
 def test_what_cannot_be_found_out_is_asked_for(folder: Path) -> None:
     (folder / "bring_model.py").write_text(SOURCE.replace("INPUTS", "UNTOLD"))
     with pytest.raises(ConfigError, match=r"declare base\.image .* base\.text .*base\.inputs"):
