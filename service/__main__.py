@@ -78,6 +78,8 @@ def build(config: ConfigOption = SHIPPED, cache: CacheOption = None) -> None:
         _warn_of_other_machines(work)
     for report in work.reports():
         state = f"excluded: {report.reason}" if report.reason else "passes its gate"
+        if report.quality.memory_rows is not None:
+            state += f"; there is memory for batches of at most {report.quality.memory_rows} rows"
         err.print(f"{report.name}: {escape(state + _caveats(work))}", highlight=False, soft_wrap=True)
 
 

@@ -108,7 +108,7 @@ class Workplace:
         from service.compression.load import load_model
         from service.config import MAX_BATCH_DEPENDENCE
         from service.serving.device import Device
-        from service.serving.fleet import Fleet
+        from service.serving.fleet import Fleet, Measured
 
         reports = self.reports()
         device = Device("cpu", self.threads, self.lanes(reports), spare=self.spare)
@@ -126,7 +126,7 @@ class Workplace:
             report = fleet.reports[variant.name]
             if report.state == "serving":
                 key = steps[-1].key
-                trusts_rows = report.quality.batch_dependence <= MAX_BATCH_DEPENDENCE
-                batch = self.config.batch_of(variant)
-                fleet.open(variant.name, partial(load, key), batch, partial(read, key), trusts_rows=trusts_rows)
+                quality, batch = report.quality, self.config.batch_of(variant)
+                measured = Measured(quality.batch_dependence <= MAX_BATCH_DEPENDENCE, quality.memory_rows)
+                fleet.open(variant.name, partial(load, key), batch, partial(read, key), measured)
         return fleet

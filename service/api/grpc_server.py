@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -21,6 +20,7 @@ from grpc import aio
 from service.api.grpc_health import HEALTH, CheckRequest, CheckResponse, Health
 from service.api.grpc_infer import GrpcInferDecoder, encode, form_of
 from service.api.grpc_messages import SERVICE, message
+from service.api.hotpath import confession
 from service.api.open_inference import OpenInference
 from service.api.predict import decode_for, how_it_ran
 from service.api.wire import error_headers
@@ -105,20 +105,20 @@ def _handler(name: str, answer: Answer, asked: Any, told: Any) -> grpc.RpcMethod
         try:
             return await answer(request, context)
         except ServiceError as error:
-            context.set_trailing_metadata(tuple(error_headers(error).items()))
-            code = _STATUS.get(error.status, grpc.StatusCode.INTERNAL)
-            return await context.abort(code, str(error))
-        except Exception:
-            incident = uuid.uuid4().hex[:12]
-            logger.exception("failed on a gRPC call of %s, id %s", name, incident)
-            text = f"the service failed on this request; its log has the details under id {incident}"
-            return await context.abort(grpc.StatusCode.INTERNAL, text)
+            return await _abort(context, error)
+        except Exception as error:
+            return await _abort(context, confession(error, f"a gRPC call of {name}"))
 
     return grpc.unary_unary_rpc_method_handler(
         call,
         request_deserializer=asked.FromString,
         response_serializer=told.SerializeToString,
     )
+
+
+async def _abort(context: Context, error: ServiceError) -> Any:
+    context.set_trailing_metadata(tuple(error_headers(error).items()))
+    return await context.abort(_STATUS.get(error.status, grpc.StatusCode.INTERNAL), str(error))
 
 
 class _Service:

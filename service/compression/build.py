@@ -23,6 +23,7 @@ from service.config import ServiceConfig, VariantConfig
 from service.contracts import Base, BuildContext, Model, OnnxModel, TorchModel
 from service.errors import ArtifactCorrupt, GateFailed, PassFailed, StartupError
 from service.machine import cpu_name, isa_flags
+from service.memory import is_out_of_memory
 
 Measured = TypeVar("Measured", Measurement, SideBySide)
 
@@ -181,7 +182,9 @@ class Builder:
                 assert recipe is not None
             measured = self._intact(lambda: self._store.measurement(step.key))
             if measured is None or (measured.cpu, measured.threads) != (cpu_name(), self._threads):
-                self._measure(recipe)
+                rows = self._measure(recipe).fidelity.memory_rows
+                if rows is not None:
+                    self._progress.say(f"{label}: there is memory for batches of at most {rows} rows")
         return made
 
     def _recipe_of(self, key: str) -> Recipe | None:
@@ -228,7 +231,8 @@ class Builder:
             extra = "the extra 'cpu' (or 'gpu') brings the ONNX libraries: pip install 'leanserve[cpu]'"
             raise PassFailed(f"{error}; {extra}") from error
         except Exception as error:
-            raise PassFailed(f"{type(error).__name__}: {error}") from error
+            what = "memory ran out in the pass" if is_out_of_memory(error) else type(error).__name__
+            raise PassFailed(f"{what}: {error}") from error
 
     def _recipe(self, step: Step, applied: Applied, seconds: float, files: dict[str, str]) -> Recipe:
         parent = self._store.recipe(step.parent) if step.parent else None
@@ -252,12 +256,13 @@ class Builder:
             isa=sorted(isa_flags()),
         )
 
-    def _measure(self, recipe: Recipe) -> None:
+    def _measure(self, recipe: Recipe) -> Measurement:
         reference = None if recipe.parent is None else self._base_answers(recipe)
         measurement, answers = measure(self._store, self._base, recipe, reference, self._threads)
         if recipe.parent is None:
             self._reference = answers
         self._store.attach(recipe.key, measurement)
+        return measurement
 
     def _base_answers(self, recipe: Recipe) -> Answers:
         """The base's outputs on the gate split; run again if the base itself came from the cache."""

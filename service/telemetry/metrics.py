@@ -27,6 +27,7 @@ TRITON_REASONS = {
     "queue_timeout": "REJECTED",
     "client_gone": "CANCELED",
     "backend_failed": "BACKEND",
+    "out_of_memory": "BACKEND",
 }
 """Our outcome -> Triton's failure reason; what is not listed is OTHER."""
 

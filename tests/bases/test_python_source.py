@@ -63,6 +63,14 @@ def broken():
 
 def number():
     return 5
+
+def small(rows):
+    class Small(nn.Module):
+        def forward(self, x):
+            if len(x) > rows:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes.")
+            return x
+    return Small()
 """
 BLOCKS = """
 import torch
@@ -227,6 +235,13 @@ def test_a_module_may_import_torchvision(folder: Path) -> None:
 def test_what_is_wrong_is_said_with_its_key(folder: Path, factory: str, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         open_base(origin(folder, factory, **keys))
+
+
+def test_a_model_that_has_memory_for_a_single_row_is_described_and_for_none_is_refused(folder: Path) -> None:
+    base = open_base(origin(folder, "small", **VECTOR, arguments={"rows": 1}))
+    assert base.spec.outputs == (Field("output", "float32", (3,)),)
+    with pytest.raises(ConfigError, match=r"there is no memory to run the model on x \[1, 3\]: .* can't allocate"):
+        open_base(origin(folder, "small", **VECTOR, arguments={"rows": 0}))
 
 
 def test_what_is_beside_the_config_takes_nobodys_place(folder: Path) -> None:

@@ -29,7 +29,7 @@ from service.config import ServiceConfig
 from service.contracts import Backend, BuildContext, OnnxModel
 from service.serving.device import Device
 from service.serving.dispatch import SHORT_S
-from service.serving.fleet import Fleet
+from service.serving.fleet import Fleet, Measured
 
 HIDDEN = {"onnx": 1024, "large": 2048}
 SCALES = {"dynamic": "row", "tensor": "tensor"}
@@ -95,7 +95,7 @@ def main(folder: Path, port: int, config: ServiceConfig) -> None:
     fleet = Fleet(RuleBase(), config, reports, Device("cpu", 2))  # type: ignore[arg-type]
     for item in config.variants:
         trusted = not item.name.startswith("tensor")
-        fleet.open(item.name, loader(item.name, folder), config.batch_of(item), trusts_rows=trusted)
+        fleet.open(item.name, loader(item.name, folder), config.batch_of(item), measured=Measured(trusted))
     serve_fleet(fleet, claimed)
 
 
