@@ -101,7 +101,7 @@ class OpenInference:
 
     def health(self) -> dict[str, Json]:
         """Both keys in one body, because clients differ in which one they read, whatever they asked."""
-        return {"live": True, "ready": not self.fleet.draining and bool(self.fleet.variants)}
+        return {"live": True, "ready": self.fleet.is_ready()}
 
     def check_ready(self, model: str | None = None, version: str | None = None) -> None:
         """Raise `NotReady` while draining, for a version that does not serve, and while none does."""

@@ -83,7 +83,7 @@ def shortfall(store: ArtifactStore, work: Plan, threads: int) -> str | None:
             for step in steps:
                 if race is None or store.manifest(step.key, race) is None:
                     missing = "not built" if store.recipe(step.key) is None else "not measured on this machine"
-                    return f"{_label(variant, step)} is {missing}"
+                    return f"{variant.name}: {_kind(step)} is {missing}"
     except ArtifactCorrupt as error:
         return str(error)
     return None
@@ -157,7 +157,7 @@ class Builder:
                     model = None
                     continue
                 try:
-                    model = self._advance(step, model, _label(variant, step))
+                    model = self._advance(step, model, variant.name)
                 except PassFailed as error:
                     where = _where(variant, step.step, step.position) if step.step else f"base '{self._base.name}'"
                     raise PassFailed(f"{where}: {error}") from error
@@ -166,14 +166,15 @@ class Builder:
 
     def _compare(self, work: Plan) -> None:
         """Time all artifacts side by side, unless that was done; two builders never time at once."""
-        with self._store.lock("race"), self._progress.artifact("all, side by side"):
+        with self._store.lock("race"), self._progress.artifact(None, "all, side by side"):
             if self._intact(lambda: speeds(self._store, work, self._threads)) is None:
                 measured = race(self._store, self._base, work.keys, work.served, self._threads)
                 self._store.keep_side_by_side(work.keys, measured)
 
-    def _advance(self, step: Step, model: Model | None, label: str) -> Model | None:
+    def _advance(self, step: Step, model: Model | None, variant: str) -> Model | None:
         """Make sure that one artifact exists and is measured; returns its model if it had to be made."""
-        with self._store.lock(step.key), self._progress.artifact(label):
+        kind = _kind(step)
+        with self._store.lock(step.key), self._progress.artifact(variant, kind):
             recipe = self._recipe_of(step.key)
             made: Model | None = None
             if recipe is None:
@@ -184,7 +185,7 @@ class Builder:
             if measured is None or (measured.cpu, measured.threads) != (cpu_name(), self._threads):
                 rows = self._measure(recipe).fidelity.memory_rows
                 if rows is not None:
-                    self._progress.say(f"{label}: there is memory for batches of at most {rows} rows")
+                    self._progress.say(f"{variant}: {kind}: there is memory for batches of at most {rows} rows")
         return made
 
     def _recipe_of(self, key: str) -> Recipe | None:
@@ -283,8 +284,8 @@ def _set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _label(variant: VariantConfig, step: Step) -> str:
-    return f"{variant.name}: {step.step.kind if step.step else 'base'}"
+def _kind(step: Step) -> str:
+    return step.step.kind if step.step else "base"
 
 
 def _where(variant: VariantConfig, pass_: Pass, position: int) -> str:

@@ -65,7 +65,7 @@ class Fleet:
         self.standing = {report.name: Standing(report.state, report.reason or "") for report in reports}
         self.variants: dict[str, Variant] = {}
         """Those that serve now."""
-        self.metrics = Metrics(base.name, caveats=base.caveats)
+        self.metrics = Metrics(base.name, caveats=base.caveats, ready=self.is_ready)
         self.draining = False
         self.sticky_header = config.traffic.sticky_header.lower().encode()
         self.weights: Mapping[str, float] = {}
@@ -143,7 +143,7 @@ class Fleet:
         return variant if variant.name in self.variants else self.choose(name, caller_key)
 
     def on_change(self, listener: Callable[[], None]) -> None:
-        """Have `listener` called on the loop whenever what `check_ready` says may have changed."""
+        """Have `listener` called on the loop whenever what `is_ready` says may have changed."""
         self._listeners.append(listener)
 
     def drain(self) -> None:
@@ -154,6 +154,10 @@ class Fleet:
     def _tell(self) -> None:
         for listener in self._listeners:
             listener()
+
+    def is_ready(self) -> bool:
+        """Whether requests are answered, and will be for a while."""
+        return not self.draining and bool(self.variants)
 
     def check_ready(self) -> None:
         """Raise `NotReady` while draining, and while no variant is loaded."""

@@ -17,13 +17,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
-from fakes import PixelBase, report
+from fakes import Opened, PixelBase, report
 from onnx import TensorProto, helper
 from rules import SPEC, WIDTH, RuleBackend
 
 from service.api.codecs.answers import Answers
 from service.api.codecs.image import ImageCodec
-from service.api.server import listen, serve_fleet
+from service.api.server import Address, listen, serve
 from service.backends.onnx_runtime import OnnxRuntimeBackend
 from service.config import ServiceConfig
 from service.contracts import Backend, BuildContext, OnnxModel
@@ -96,7 +96,7 @@ def main(folder: Path, port: int, config: ServiceConfig) -> None:
     for item in config.variants:
         trusted = not item.name.startswith("tensor")
         fleet.open(item.name, loader(item.name, folder), config.batch_of(item), measured=Measured(trusted))
-    serve_fleet(fleet, claimed)
+    serve(config, Address(claimed), Opened(fleet))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ The factory is found beside the config file or among what is installed; only the
 it. The folder of the config file comes last on the path: a `queue.py`, `torch.py` or `models/` in it must not take the
 place of Python's, torch's or ours.
 
-The factory may read anything, so nothing short of calling it tells which model it makes: the fingerprint is made of what
-the module holds, of the user's code that made it, and of the arguments.
+The factory may read anything, so nothing short of calling it tells which model it makes: the fingerprint is made of
+what the module holds, of the user's code that made it, and of the arguments.
 
 A factory that draws its weights from torch, numpy or random without a seed gets the same ones every time. One that has
 them from elsewhere, and makes another model in every process, is refused: none of its measurements would be true.
@@ -189,7 +189,7 @@ class PythonSource:
             raise ConfigError(f"base.python: importing {name} failed: {reason}") from error
 
     def _find(self) -> None:
-        """Make sure that the factory's module can be imported, and is the one beside the config file if there is one."""
+        """Make sure that the factory's module can be imported, and that it is the one beside the config, if any."""
         name = self._names()[0]
         folder = self.folder.resolve()
         if str(folder) not in sys.path:
