@@ -149,7 +149,8 @@ def test_a_cold_start_is_alive_tells_its_progress_and_serves_what_fits_into_memo
     assert list(variant["quality"]["latency_ms"]) == ["1", "8"]
     rows = [[float(row)] * 4 for row in range(20)]
     answered = start.http.post("/v1/predict", json={"inputs": rows}).json()
-    assert [item["embedding"] for item in answered["predictions"]] == [[2 * value for value in row] for row in rows]
+    answers = [item["outputs"]["output"] for item in answered["predictions"]]
+    assert answers == [[2 * value for value in row] for row in rows]
     assert answered["batch_rows"] <= 8
     page = start.get("/metrics").text
     assert 'measure="memory_rows"' in page
@@ -208,7 +209,7 @@ def test_a_model_without_memory_for_a_single_row_is_refused_by_the_start(folder:
     (folder / "small.py").write_text(MODEL.replace("len(x) > 8", "len(x)"))
     with started(folder) as start:
         assert start.process.wait(60) == 2
-        assert "error: base: there is no memory to run the model on x [1, 4]: RuntimeError: Default" in start.log
+        assert "error: base: there is no memory to run the model on x [2, 4]: RuntimeError: Default" in start.log
         assert "Traceback" not in start.log
 
 

@@ -239,11 +239,13 @@ def test_what_is_wrong_is_said_with_its_key(folder: Path, factory: str, keys: di
 
 def test_a_model_that_has_memory_for_a_single_row_is_served_row_by_row_and_for_none_is_refused(folder: Path) -> None:
     single = {**VECTOR, "arguments": {"rows": 1}}
-    with pytest.raises(ConfigError, match=r"does not run on x \[2, 3\]: .* can't allocate .* does run on a single row\. .*rows: one"):
+    with pytest.raises(
+        ConfigError, match=r"no memory to run the model on x \[2, 3\]: .* does run on a single row\. .*rows: one"
+    ):
         open_base(origin(folder, "small", **single))
     base = open_base(origin(folder, "small", **single, rows="one"))
     assert base.spec.outputs[0].shape == (3,)
-    with pytest.raises(ConfigError, match=r"does not run on x \[2, 3\]: .* can't allocate memory"):
+    with pytest.raises(ConfigError, match=r"there is no memory to run the model on x \[2, 3\]: .* can't allocate"):
         open_base(origin(folder, "small", **VECTOR, arguments={"rows": 0}))
 
 

@@ -167,7 +167,7 @@ def test_a_student_learns_from_all_tensors(folder: Path) -> None:
         ),
         ("nothing", "returns nothing; it must return tensors"),
         ("empty", "returns a list without tensors"),
-        ("a list of rows", rr"output 0 of the model has shape \[2, 3\] for 3 rows: its first axis must count the rows"),
+        ("a list of rows", r"output 0 of the model has shape \[2, 3\] for 3 rows: its first axis must count the rows"),
         ("loss", r"output 0 of the model has shape \[\] for 2 rows: its first axis must count the rows"),
     ],
 )
