@@ -35,7 +35,8 @@ ENV LEANSERVE_CACHE=/var/cache/leanserve
 VOLUME /var/cache/leanserve
 
 EXPOSE 8000
-# A first start builds every variant before it is ready, hence the long start period; urlopen raises on a 503.
+# A first start builds every variant before it is ready, hence the long start period; urlopen raises on a 503. What would
+# kill an unhealthy container (Kubernetes, Swarm) should ask /healthz, which is 200 from the first second.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/readyz', timeout=3)"]
 

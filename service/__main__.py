@@ -7,12 +7,11 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -21,6 +20,10 @@ from rich.markup import escape
 from service import __version__
 from service.errors import StartupError
 from service.workplace import Workplace
+
+if TYPE_CHECKING:
+    from service.contracts import Base
+    from service.serving.fleet import Fleet
 
 SHIPPED = Path("models/digits.yaml")
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The YAML file.", envvar="LEANSERVE_CONFIG")]
@@ -41,43 +44,56 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     grpc_port: Annotated[int | None, typer.Option(help="Also serve gRPC, on this port.", min=1, max=65535)] = None,
 ) -> None:
-    """Build what is missing, gate, load and warm every variant, then answer requests."""
-    from service.api.server import serve_fleet
+    """Listen, build what is missing, gate, load and warm every variant, then answer requests."""
+    from service.api.server import Address, Interrupted, serve
+    from service.config import read_config
+    from service.start import BuildFailed, ServiceStart
 
     started = time.monotonic()
-    work = Workplace(config, cache)
+    settings = read_config(config)
     claimed = _claim(host, port, "--port")
     if grpc_port is not None:
         if importlib.util.find_spec("grpc") is None:
             raise StartupError("--grpc-port needs the extra 'grpc': pip install 'leanserve[grpc]'")
         _claim(host, grpc_port, "--grpc-port").close()  # grpc binds by itself; this only finds out early
-    if work.missing:
-        _build_in_child(config, work.store.root)
-    else:
-        _warn_of_other_machines(work)
-    fleet = work.open_fleet()
+    start = ServiceStart(config, cache, settings, _warn)
 
-    def announce() -> None:
+    def announce(fleet: Fleet) -> None:
         names = ", ".join(fleet.variants)
         lanes = f"{len(fleet.device.lanes)} x {fleet.device.lane_threads} threads"
-        serves = f"http://{host}:{port} serves {fleet.base.name} as {names} on {lanes}{_caveats(work)}"
+        serves = f"http://{host}:{port} serves {fleet.base.name} as {names} on {lanes}{_caveats(fleet.base)}"
         err.print(f"ready in {time.monotonic() - started:.1f} s: {serves}", highlight=False, soft_wrap=True)
 
-    serve_fleet(fleet, claimed, None if grpc_port is None else (host, grpc_port), announce)
+    try:
+        serve(settings, Address(claimed, None if grpc_port is None else (host, grpc_port)), start, announce)
+    except BuildFailed as error:
+        raise typer.Exit(error.status) from None
+    except Interrupted as error:
+        start.close()
+        os._exit(128 + error.number)  # what the start was at cannot be ended otherwise; nothing is left to save
+    finally:
+        start.close()
 
 
 @app.command()
-def build(config: ConfigOption = SHIPPED, cache: CacheOption = None) -> None:
+def build(
+    config: ConfigOption = SHIPPED,
+    cache: CacheOption = None,
+    tell: Annotated[int | None, typer.Option(hidden=True, help="File descriptor for `serve` to hear of it.")] = None,
+) -> None:
     """Build, measure and gate every variant exactly as `serve` does, then stop."""
     work = Workplace(config, cache)
     if work.missing:
-        _build_here(work)
+        _build_here(work, tell)
     else:
         err.print("everything is built already")
-        _warn_of_other_machines(work)
+        if work.elsewhere:
+            _warn(work.elsewhere)
     for report in work.reports():
         state = f"excluded: {report.reason}" if report.reason else "passes its gate"
-        err.print(f"{report.name}: {escape(state + _caveats(work))}", highlight=False, soft_wrap=True)
+        if report.quality.memory_rows is not None:
+            state += f"; there is memory for batches of at most {report.quality.memory_rows} rows"
+        err.print(f"{report.name}: {escape(state + _caveats(work.base))}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -179,13 +195,12 @@ def _require_built(work: Workplace, config: Path) -> None:
         raise StartupError(f"{config}: {work.missing}; run `leanserve build --config {config}` first")
 
 
-def _warn_of_other_machines(work: Workplace) -> None:
-    if work.elsewhere:
-        err.print(f"[yellow]warning:[/] {escape(work.elsewhere)}", highlight=False, soft_wrap=True)
+def _warn(text: str) -> None:
+    err.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
-def _caveats(work: Workplace) -> str:
-    return f" ({', '.join(work.base.caveats)})" if work.base.caveats else ""
+def _caveats(base: Base) -> str:
+    return f" ({', '.join(base.caveats)})" if base.caveats else ""
 
 
 def _claim(host: str, port: int, option: str) -> socket.socket:
@@ -198,25 +213,11 @@ def _claim(host: str, port: int, option: str) -> socket.socket:
         raise StartupError(text) from error
 
 
-def _build_here(work: Workplace) -> None:
-    from service.compression.progress import BuildProgress
+def _build_here(work: Workplace, tell: int | None) -> None:
+    from service.compression.progress import BuildProgress, tell_by
 
-    with BuildProgress(err, len(work.plan.keys) + 1).running() as progress:
+    with BuildProgress(err, len(work.plan.keys) + 1, tell_by(tell)).running() as progress:
         work.build(progress)
-
-
-def _build_in_child(config: Path, cache: Path) -> None:
-    """Build in a process of its own, so that compression can neither stall the server nor leak into it."""
-    command = [sys.executable, "-m", "service", "build", "--config", str(config), "--cache", str(cache)]
-    child = subprocess.Popen(command)
-    try:
-        status = child.wait()
-    except BaseException:
-        child.send_signal(signal.SIGTERM)
-        child.wait()
-        raise
-    if status != 0:
-        raise typer.Exit(status if status > 0 else 1)  # the child has said why
 
 
 def main() -> None:

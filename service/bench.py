@@ -19,13 +19,15 @@ def run_bench(fleet: Fleet, sizes: Sequence[int], seconds: float) -> Latencies:
     """Latencies of every serving variant, about `seconds` for each at each batch size, on all lanes of the device.
 
     They are seconds of the device per batch: a lane's, divided by the number of lanes that run batches side by side.
+    Sizes for which a variant has no memory are left out.
     """
     rounds = max(3, round(seconds / ROUND_S))
     batches = examples(fleet.base.spec, sizes)
+    limits = {name: variant.running.memory_rows or max(sizes) for name, variant in fleet.variants.items()}
     timings = []
     for lane in fleet.device.lanes:
         backends = {name: variant.running.backends[lane.index] for name, variant in fleet.variants.items()}
-        timings.append(interleaved(backends, batches, rounds, ROUND_S))
+        timings.append(interleaved(backends, batches, rounds, ROUND_S, limits))
     for _ in track(range(rounds), "measuring", transient=True):
         by_lane = fleet.device.call_on_each(lambda lane: next(timings[lane.index]))
     return {
@@ -35,6 +37,7 @@ def run_bench(fleet: Fleet, sizes: Sequence[int], seconds: float) -> Latencies:
                 for of_lanes in zip(*(lane[name][rows] for lane in by_lane), strict=True)
             ]
             for rows in (len(batch[0]) for batch in batches)
+            if all(rows in lane[name] for lane in by_lane)
         }
         for name in fleet.variants
     }
@@ -43,15 +46,26 @@ def run_bench(fleet: Fleet, sizes: Sequence[int], seconds: float) -> Latencies:
 def print_bench(latencies: Latencies, console: Console, caveats: Sequence[str] = ()) -> None:
     """One row per variant: rows per second, and the median ratio to the first variant, by batch size."""
     first = next(iter(latencies.values()))
+    sizes = sorted({rows for by_rows in latencies.values() for rows in by_rows})
     title = "rows per second, and gain over the first variant (interleaved)"
     table = Table("variant", title=title, caption=", ".join(caveats) or None, caption_style="yellow")
-    for rows in first:
+    for rows in sizes:
         table.add_column(f"batch {rows}", justify="right")
         table.add_column("gain", justify="right")
     for name, by_rows in latencies.items():
-        cells = []
-        for rows, seconds in by_rows.items():
-            gain = statistics.median(theirs / ours for ours, theirs in zip(seconds, first[rows], strict=True))
-            cells += [f"{rows / statistics.median(seconds):.0f}", f"{gain:.2f}x"]
+        cells: list[str] = []
+        for rows in sizes:
+            cells += _cells(rows, by_rows.get(rows), first.get(rows))
         table.add_row(name, *cells)
     console.print(table)
+
+
+def _cells(rows: int, ours: Sequence[float] | None, theirs: Sequence[float] | None) -> tuple[str, str]:
+    """Rows per second, and the gain; a dash where a variant has no memory for so many rows."""
+    if ours is None:
+        return "–", "–"
+    speed = f"{rows / statistics.median(ours):.0f}"
+    if theirs is None:
+        return speed, "–"
+    gain = statistics.median(first / second for second, first in zip(ours, theirs, strict=True))
+    return speed, f"{gain:.2f}x"

@@ -24,6 +24,8 @@ from service.yaml_source import read_yaml
 MAX_BATCH_DEPENDENCE = 0.02
 """Change of an answer by the rows that share its batch, relative to the largest output, that is still taken for
 rounding: other kernels for other batch sizes add in another order, and 8 bits round what comes of it to their steps."""
+AtLeastOne = Annotated[int, Field(ge=1, strict=True)]
+"""Strict: in YAML `yes` is a truth value, which would pass for 1."""
 
 
 class GateConfig(Section):
@@ -149,8 +151,10 @@ class ServiceConfig(Section):
     data: AnyData | None = Field(None, description="rows for calibration, training and the gate")
     variants: tuple[VariantConfig, ...] = Field(min_length=1)
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every pass that draws random numbers")
-    threads: int | Literal["auto"] = Field("auto", description="CPU threads for inference; auto = quota and affinity")
-    lanes: int | Literal["auto"] = Field("auto", description="batches at a time; auto = measured by the build")
+    threads: AtLeastOne | Literal["auto"] = Field(
+        "auto", description="CPU threads for inference; auto = quota and affinity"
+    )
+    lanes: AtLeastOne | Literal["auto"] = Field("auto", description="batches at a time; auto = measured by the build")
     cache: Path = Field(Path(".leanserve"), description="folder of the artifact store")
     gate: GateConfig = GateConfig()
     batch: BatchConfig = BatchConfig()
@@ -174,10 +178,6 @@ class ServiceConfig(Section):
                 )
         if self.traffic.weights and not any(self.traffic.weights.values()):
             raise ValueError("traffic.weights: at least one weight must be above 0")
-        if self.threads != "auto" and self.threads < 1:
-            raise ValueError("threads must be 'auto' or at least 1")
-        if self.lanes != "auto" and self.lanes < 1:
-            raise ValueError("lanes must be 'auto' or at least 1")
         return self
 
     @model_validator(mode="after")
@@ -224,4 +224,4 @@ def read_config(path: Path) -> ServiceConfig:
     try:
         return ServiceConfig.model_validate(source.value)
     except ValidationError as error:
-        raise ConfigError("\n".join(describe(source, item, ServiceConfig) for item in error.errors())) from error
+        raise ConfigError("\n".join(describe(source, error.errors(), ServiceConfig))) from error

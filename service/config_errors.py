@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, get_args
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple, get_args
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
@@ -14,36 +15,131 @@ from service.bases.declaration import FORMS as BASE_FORMS
 from service.bases.declaration import IMAGE_FORMS
 from service.compression.passes import ALL
 from service.compression.passes.base import Pass
-from service.yaml_source import YamlSource
+from service.yaml_source import Step, YamlSource
+
+TYPES: Final = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "string_type": "a text",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "path_type": "a path",
+}
+"""What pydantic's types are called in a config file."""
 
 
-def describe(source: YamlSource, item: ErrorDetails, root: type[BaseModel]) -> str:
-    """One problem as one line. `root` is the model of the whole file, needed to tell the keys known at a place."""
-    # The tag of a union member is part of pydantic's location, but not of the file.
-    location = tuple(step for step in item["loc"] if step not in KINDS and not _is_form(step))
-    steps = (*location, *_steps_in(item["msg"]))
-    where = ".".join(str(step) for step in location)
-    return f"{source.place(steps)}: {where + ': ' if where else ''}{_text(item, steps, root)}"
+class _Problem(NamedTuple):
+    """One of pydantic's errors, and the steps from the top of the file to what it is about."""
+
+    item: ErrorDetails
+    steps: tuple[Step, ...]
+
+    @property
+    def of_member(self) -> bool:
+        """Whether it is what one member of a union, or a mapping's own key, says of the value at these steps."""
+        return self.item["type"] not in {"missing", "extra_forbidden"} and self.item["loc"][-1:] != self.steps[-1:]
 
 
-def _text(item: ErrorDetails, steps: tuple[str | int, ...], root: type[BaseModel]) -> str:
-    if item["type"] == "extra_forbidden":
-        return f"unknown key '{steps[-1]}'{_near(str(steps[-1]), _keys_at(item['loc'][:-1], root), 'known keys are')}"
+def describe(source: YamlSource, errors: Iterable[ErrorDetails], root: type[BaseModel]) -> list[str]:
+    """One line per problem. `root` is the model of the whole file, needed to tell the keys known at a place."""
+    problems = [_Problem(item, _steps(source.value, item)) for item in errors]
+    together: dict[object, list[_Problem]] = {}
+    for number, problem in enumerate(problems):
+        if not _is_outdone(problem, problems):
+            # What every member of a union says of one value is a single problem.
+            together.setdefault(problem.steps if problem.of_member else number, []).append(problem)
+    return [_line(source, said, root) for said in together.values()]
+
+
+def _is_outdone(problem: _Problem, problems: Iterable[_Problem]) -> bool:
+    """Whether others know better: a member of a union that got further into the value, or the entries of a list."""
+    depth = len(problem.steps)
+    return (problem.of_member or problem.item["type"] == "too_short") and any(
+        len(other.steps) > depth and other.steps[:depth] == problem.steps for other in problems
+    )
+
+
+def _line(source: YamlSource, said: Sequence[_Problem], root: type[BaseModel]) -> str:
+    item, steps = said[0]
+    where = ".".join(str(step) for step in steps)
+    place = source.place((*steps, *_steps_in(item["msg"])))
+    text = _text(item, steps, root) if len(said) == 1 else _alternatives([problem.item for problem in said])
+    return f"{place}: {where + ': ' if where else ''}{text}"
+
+
+def _steps(value: Any, item: ErrorDetails) -> tuple[Step, ...]:
+    """The part of pydantic's location that is in the file, which knows nothing of unions; and the key that is missing.
+
+    Going by the file and not by names: a variant may have the name of a pass.
+    """
+    steps: list[Step] = []
+    for step in item["loc"]:
+        known = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+        if step in known:
+            value = value[step]
+            steps.append(step)
+    return (*steps, item["loc"][-1]) if item["type"] == "missing" else tuple(steps)
+
+
+def _text(item: ErrorDetails, steps: tuple[Step, ...], root: type[BaseModel]) -> str:
+    kind, context = item["type"], item.get("ctx", {})
+    if kind in {"base_form", "data_form"}:
+        return item["msg"]
+    if kind == "model_type":
+        return f"must be a mapping with the keys {', '.join(_keys_at(item['loc'], root))}{_got(item)}"
+    if kind == "too_short":
+        return f"must have at least {context['min_length']} entry"
+    if special := _text_of_key(item, steps, root) or _text_of_pass(item):
+        return special
+    text = f"must be {TYPES[kind]}" if kind in TYPES else item["msg"].removeprefix("Value error, ")
+    return text + _got(item) if steps else text
+
+
+def _text_of_key(item: ErrorDetails, steps: tuple[Step, ...], root: type[BaseModel]) -> str | None:
+    """Of a problem with a key and not with its value."""
     if item["type"] == "missing":
         return f"the key '{steps[-1]}' is missing"
+    if item["type"] == "extra_forbidden":
+        known = _keys_at(item["loc"][:-1], root)
+    elif item["type"] == "literal_error" and item["loc"][-1] == "[key]":
+        known = re.findall(r"'([^']+)'", item["ctx"]["expected"])
+    else:
+        return None
+    return f"unknown key '{steps[-1]}'{_near(str(steps[-1]), known, 'known keys are')}"
+
+
+def _text_of_pass(item: ErrorDetails) -> str | None:
     if item["type"] == "union_tag_invalid":
         wrong = str(item["ctx"]["tag"])
         return f"unknown pass '{wrong}'{_near(wrong, list(KINDS), 'passes are')}"
-    if item["type"] in {"base_form", "data_form"}:
-        return item["msg"]
     if item["type"] in {"union_tag_not_found", "model_attributes_type"}:
         return f"a pass is written {{kind: NAME, option: value}}; passes are {', '.join(KINDS)}"
-    text = item["msg"].removeprefix("Value error, ")
-    given = item["input"]
-    return f"{text} (got {given!r})" if steps and not isinstance(given, (dict, list)) else text
+    return None
 
 
-def _is_form(step: str | int) -> bool:
+def _alternatives(said: Sequence[ErrorDetails]) -> str:
+    """What the value of a union may be."""
+    wanted = dict.fromkeys(map(_wanted, said))
+    return f"must be {' or '.join(wanted)}{_got(said[0])}"
+
+
+def _wanted(item: ErrorDetails) -> str:
+    kind, context = item["type"], item.get("ctx", {})
+    if kind == "literal_error":
+        return str(context["expected"])
+    if kind == "greater_than_equal":
+        return f"at least {context['ge']}"
+    return TYPES.get(kind) or item["msg"].removeprefix("Input should be ")
+
+
+def _got(item: ErrorDetails) -> str:
+    return "" if isinstance(item["input"], (dict, list)) else f" (got {item['input']!r})"
+
+
+def _is_form(step: Step) -> bool:
     """Tags of the forms of `base` and `data` look like `base.timm`."""
     return isinstance(step, str) and step.startswith(("base.", "data."))
 
@@ -53,20 +149,18 @@ def _near(wrong: str, known: list[str], otherwise: str) -> str:
     return f"; did you mean '{near[0]}'?" if near else f"; {otherwise} {', '.join(sorted(known))}"
 
 
-def _steps_in(message: str) -> tuple[str | int, ...]:
-    """Validators of a whole section cannot give a location; their texts name it in a fixed form."""
+def _steps_in(message: str) -> tuple[Step, ...]:
+    """Validators of a whole section cannot give a location; their texts name it in a fixed form or begin with a key."""
     if found := re.match(r"Value error, variants\[(\d+)\]\.passes\[(\d+)\]", message):
         return ("variants", int(found[1]), "passes", int(found[2]))
     if found := re.match(r"Value error, variants\[(\d+)\]", message):
         return ("variants", int(found[1]), "name")
     if found := re.match(r"Value error, traffic\.weights(?: names '([^']+)')?", message):
         return ("traffic", "weights", *found.groups(""))
-    if message.startswith("Value error, threads"):
-        return ("threads",)
-    return ()
+    return tuple(re.findall(r"^Value error, (\w+)", message))
 
 
-def _keys_at(location: tuple[str | int, ...], root: type[BaseModel]) -> list[str]:
+def _keys_at(location: tuple[Step, ...], root: type[BaseModel]) -> list[str]:
     """Keys of the section at a location, found by walking the models' fields."""
     section = root
     for step in location:

@@ -87,6 +87,16 @@ class NotReady(ServiceError):
     code = "not_ready"
 
 
+class OutOfMemory(ServiceError):
+    """Memory ran out on this request, also by itself; it may be there again in a moment."""
+
+    status = 503
+    code = "out_of_memory"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retry_after_s=1.0)
+
+
 class QueueTimeout(ServiceError):
     """The request waited in the queue past its deadline and was never executed."""
 

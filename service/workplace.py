@@ -18,18 +18,23 @@ if TYPE_CHECKING:
     from service.config import ServiceConfig
     from service.contracts import Backend, Base
     from service.serving.fleet import Fleet
+    from service.telemetry.startup import Startup
 
 
 class Workplace:
     """A read config with its base, plan and store: what every command starts from."""
 
-    def __init__(self, path: Path, cache: Path | None, *, make_cache: bool = True) -> None:
+    def __init__(
+        self, path: Path, cache: Path | None, *, make_cache: bool = True, config: ServiceConfig | None = None
+    ) -> None:
+        """`config` is what stands in the file at `path`, if it was read already."""
         from service.bases.opening import Origin, open_base
         from service.compression.build import plan, shortfall
         from service.config import read_config
         from service.machine import thread_budget
+        from service.yaml_source import read_yaml
 
-        self.config: ServiceConfig = read_config(path)
+        self.config: ServiceConfig = config or read_config(path)
         root = cache or self.config.cache
         if make_cache:
             from service.compression.artifacts import ArtifactStore
@@ -48,8 +53,9 @@ class Workplace:
         self.spare = self.threads < budget
         """Whether the lanes leave a core of those that may be used."""
         if self.config.lanes != "auto" and self.config.lanes > self.threads:
+            where = read_yaml(path).place(["lanes"])
             raise ConfigError(
-                f"{path}: lanes is {self.config.lanes}, but there are only {self.threads} threads to share"
+                f"{where}: lanes is {self.config.lanes}, but there are only {self.threads} threads to share"
             )
         if make_cache:
             self.missing = shortfall(self.store, self.plan, self.threads)
@@ -100,15 +106,20 @@ class Workplace:
 
         Builder(self.store, self.config, self.base, self.threads, progress).build(self.plan)
 
-    def open_fleet(self) -> Fleet:
-        """Load and warm every variant that passed its gate, on every lane of the device."""
+    def open_fleet(self, startup: Startup | None = None) -> Fleet:
+        """Load and warm every variant that passed its gate, on every lane of the device; `startup` is told of each."""
         from service.backends.choose import open_backend
         from service.compression.load import load_model
         from service.config import MAX_BATCH_DEPENDENCE
         from service.serving.device import Device
-        from service.serving.fleet import Fleet
+        from service.serving.fleet import Fleet, Measured
+        from service.telemetry.startup import Startup
 
         reports = self.reports()
+        startup = startup or Startup(report.name for report in reports)
+        for report in reports:
+            if report.reason is not None:
+                startup.exclude(report.name, report.reason)
         device = Device("cpu", self.threads, self.lanes(reports), spare=self.spare)
         fleet = Fleet(self.base, self.config, reports, device)
 
@@ -117,14 +128,18 @@ class Workplace:
         def read(key: str) -> Callable[[int], Backend]:
             return partial(open_backend, load_model(self.store, self.base, key), alone=alone)
 
-        def load(key: str, threads: int) -> Backend:
-            return read(key)(threads)
+        def load(name: str, key: str, threads: int) -> Backend:
+            backend = read(key)(threads)
+            startup.enter(name, "warming")
+            return backend
 
         for variant, steps in self.plan.chains:
             report = fleet.reports[variant.name]
             if report.state == "serving":
-                key = steps[-1].key
+                key, name, batch = steps[-1].key, variant.name, self.config.batch_of(variant)
                 trusts_rows = report.quality.batch_dependence <= MAX_BATCH_DEPENDENCE
-                batch = self.config.batch_of(variant)
-                fleet.open(variant.name, partial(load, key), batch, partial(read, key), trusts_rows=trusts_rows)
+                measured = Measured(trusts_rows, report.quality.memory_rows)
+                startup.enter(name, "loading")
+                fleet.open(name, partial(load, name, key), batch, partial(read, key), measured)
+                startup.enter(name, "warm")
         return fleet

@@ -86,7 +86,65 @@ MISTAKES = {
         2,
         "default_priority 3 is beyond priority_levels 2",
     ),
-    "no threads": ("base: digits", "base: digits\nthreads: 0", 2, "threads must be 'auto' or at least 1"),
+    "default priority on a line of its own": (
+        "base: digits",
+        "base: digits\nbatch:\n  priority_levels: 2\n  default_priority: 3",
+        4,
+        "default_priority 3 is beyond priority_levels 2",
+    ),
+    "no threads": ("base: digits", "base: digits\nthreads: 0", 2, "threads: must be at least 1 or 'auto' (got 0)"),
+    "no lanes": ("base: digits", "base: digits\n\nlanes: 0", 3, "lanes: must be at least 1 or 'auto' (got 0)"),
+    "lanes in words": (
+        "base: digits",
+        "base: digits\nlanes: many",
+        2,
+        "lanes: must be a whole number or 'auto' (got 'many')",
+    ),
+    "a truth value for a number": ("base: digits", "base: digits\nlanes: yes", 2, "must be a whole number or 'auto'"),
+    "option that is a number or a word": (
+        "{kind: onnxruntime}",
+        "{kind: onnxruntime, threads: none}",
+        9,
+        "variants.1.passes.2.threads: must be a whole number or 'auto' (got 'none')",
+    ),
+    "labels that are neither a list nor a path": (
+        "base: digits",
+        "base:\n  python: a:b\n  labels: 5",
+        3,
+        "base.labels: must be a list or a path (got 5)",
+    ),
+    "one label that is no text": (
+        "base: digits",
+        "base:\n  python: a:b\n  labels:\n    - 7\n    - x",
+        4,
+        "base.labels.0: must be a text (got 7)",
+    ),
+    "input that is no mapping": (
+        "base: digits",
+        "base:\n  python: a:b\n  inputs:\n    x: 3",
+        4,
+        "base.inputs.x: must be a mapping with the keys dtype, shape (got 3)",
+    ),
+    "misspelt split": (
+        "base: digits",
+        "base: digits\ndata:\n  images:\n    gat: photos",
+        4,
+        "data.images.gat: unknown key 'gat'; did you mean 'gate'?",
+    ),
+    "column that is a list": ("base: digits", "base: digits\ndata: {texts: a.csv, text: [1]}", 2, "must be a text or"),
+    "passes that are no list": (
+        "passes:\n      - {kind: fold_bn}\n      - {kind: quantize_static}\n      - {kind: onnxruntime}",
+        "passes: fold_bn",
+        6,
+        "variants.1.passes: must be a list (got 'fold_bn')",
+    ),
+    "gate in a word": (
+        "{max_drop: 0.01}",
+        "strict",
+        2,
+        "gate: must be a mapping with the keys max_drop, min_agreement",
+    ),
+    "wrong limit of a variant's gate": ("{min_agreement: 0.9,", "{min_agreement: most,", 10, "must be a number"),
 }
 
 
@@ -99,6 +157,14 @@ def test_every_mistake_names_its_line_and_the_remedy(tmp_path: Path, wrong: str,
     assert str(error.value).startswith(f"{path}:{line}:")
     assert text in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_variant_may_be_called_like_a_pass(tmp_path: Path) -> None:
+    text = GOOD.replace("name: int8", "name: distill").replace("{float: 3, int8: 1}", "\n    float: 3\n    distill: -1")
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as error:
+        read_config(path)
+    assert str(error.value).startswith(f"{path}:14: traffic.weights.distill: ")
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("service.yaml_source", 1),
     ("service.section", 0),
     ("service.telemetry.observations", 1),
+    ("service.telemetry.startup", 1),
     ("service.telemetry.metrics", 2),
     ("service.api.codecs", 1),
     ("service.bases.opening", 4),
@@ -44,7 +45,8 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("service.init", 9),
     ("service.api", 9),
     ("service.workplace", 10),
-    ("service.__main__", 11),
+    ("service.start", 11),
+    ("service.__main__", 12),
     ("service", 0),
 )
 ONLY = {

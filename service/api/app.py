@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -25,22 +23,9 @@ from service.errors import ServiceError
 from service.serving.fleet import Fleet
 
 
-def create_app(fleet: Fleet, grpc_at: tuple[str, int] | None = None) -> HotPath:
-    """The whole HTTP service over an opened fleet; also the gRPC one while it runs, at host and port `grpc_at`."""
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        fleet.start(asyncio.get_running_loop())
-        if grpc_at is None:
-            yield
-            return
-        from service.api.grpc_server import start_grpc
-
-        grpc_server = await start_grpc(fleet, *grpc_at)
-        yield
-        await grpc_server.stop(fleet.config.drain.timeout_s)
-
-    app = FastAPI(title="leanserve", version=__version__, lifespan=lifespan)
+def create_app(fleet: Fleet) -> HotPath:
+    """The whole HTTP service over an opened fleet, which is started on the loop that serves."""
+    app = FastAPI(title="leanserve", version=__version__)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -92,6 +77,7 @@ def _variant(fleet: Fleet, name: str) -> Json:
         "backend": variant.backend.name if variant else None,
         "traffic_share": weights[name] / sum(weights.values()) if name in weights else 0.0,
         "batch_rows": variant.batcher.limits.max_rows if variant else None,
+        "memory_rows": variant.running.memory_rows if variant else None,
         "batch_ms": {rows: round(s * 1000, 3) for rows, s in variant.costs.table().items()} if variant else None,
         "quality": report.quality.model_dump(),
         "measured_on": {"cpu": report.chain[-1].cpu, "threads": report.chain[-1].threads},

@@ -28,8 +28,8 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.api.body import LARGE, BodyReader
+from service.api.front import Predictions
 from service.api.heads import Head, KnownHeads
-from service.api.hotpath import HotPath
 from service.api.wire import Caller, Reply, acknowledge, error_reply, send_reply
 from service.errors import BadInput
 
@@ -42,10 +42,10 @@ _BODY = object()
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's connection of one client to a `HotPath`."""
+    """uvicorn's connection of one client to what answers predictions."""
 
     heads: KnownHeads
-    hot: HotPath
+    hot: Predictions
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -236,7 +236,7 @@ class Connection(HttpToolsProtocol):
             super().timeout_keep_alive_handler()
 
 
-def connections_to(hot: HotPath) -> type[Connection]:
+def connections_to(hot: Predictions) -> type[Connection]:
     """The class of all connections to `hot`, as uvicorn wants it; they share what they know of heads."""
     return type("Connection", (Connection,), {"hot": hot, "heads": KnownHeads(hot)})
 

@@ -8,14 +8,12 @@ drain until its timeout.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from service.api.codecs.tensors import clip
 from service.api.grpc_messages import SERVICE, message
-from service.api.open_inference import OpenInference
 from service.errors import NotFound
-from service.serving.fleet import Fleet
 
 HEALTH = "grpc.health.v1.Health"
 SERVICES = ("", SERVICE)
@@ -29,11 +27,11 @@ CheckRequest, CheckResponse = (
 class Health:
     """One method per call of the protocol."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._protocol = OpenInference(fleet)
+    def __init__(self, ready: Callable[[], bool]) -> None:
+        """`ready` is asked; whoever knows that it answers otherwise now calls `changed`."""
+        self._ready = ready
         self._changed = asyncio.Event()
         self._stopped = False
-        fleet.on_change(self._wake)
 
     async def check(self, request: Any, _: Any) -> Any:
         """The status now. Raises `NotFound` for a service that is not one of `SERVICES`."""
@@ -55,11 +53,12 @@ class Health:
     def stop(self) -> None:
         """End what is followed."""
         self._stopped = True
-        self._wake()
+        self.changed()
 
     def _status(self) -> str:
-        return "SERVING" if self._protocol.health()["ready"] else "NOT_SERVING"
+        return "SERVING" if self._ready() else "NOT_SERVING"
 
-    def _wake(self) -> None:
+    def changed(self) -> None:
+        """Have those who watch told, if it is another status. On the loop only."""
         self._changed.set()
         self._changed = asyncio.Event()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
@@ -21,12 +21,15 @@ from grpc import aio
 from service.api.grpc_health import HEALTH, CheckRequest, CheckResponse, Health
 from service.api.grpc_infer import GrpcInferDecoder, encode, form_of
 from service.api.grpc_messages import SERVICE, message
+from service.api.hotpath import confession
 from service.api.open_inference import OpenInference
 from service.api.predict import decode_for, how_it_ran
+from service.api.starting import refused
 from service.api.wire import error_headers
 from service.contracts import Json
 from service.errors import ClientGone, NotReady, ServiceError, StartupError
 from service.serving.fleet import Fleet
+from service.telemetry.startup import Startup
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,19 @@ Answer: TypeAlias = Callable[[Any, Context], Awaitable[Any]]
 
 SMALL_RAW = 2**20
 """Bytes of raw tensors that are decoded on the event loop, as in REST."""
+METHODS = (
+    "ServerLive",
+    "ServerReady",
+    "ModelReady",
+    "ServerMetadata",
+    "ModelMetadata",
+    "ModelConfig",
+    "ModelStatistics",
+    "RepositoryIndex",
+    "RepositoryModelLoad",
+    "RepositoryModelUnload",
+    "ModelInfer",
+)
 _STATUS = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     404: grpc.StatusCode.NOT_FOUND,
@@ -53,7 +69,14 @@ class GrpcServer:
 
     server: aio.Server
     port: int
+    calls: _Calls
     health: Health
+
+    def serve(self, fleet: Fleet) -> None:
+        """From now on the fleet answers, which was started on the loop that runs this."""
+        self.calls.serve(fleet)
+        fleet.on_change(self.health.changed)
+        self.health.changed()
 
     async def stop(self, grace_s: float) -> None:
         """Take no more calls, and let those that are open finish for at most `grace_s` seconds."""
@@ -61,22 +84,23 @@ class GrpcServer:
         await self.server.stop(grace_s)
 
 
-async def start_grpc(fleet: Fleet, host: str, port: int) -> GrpcServer:
-    """Serve the fleet over gRPC, on the running loop, which must be the one the fleet was started on.
+async def start_grpc(host: str, port: int, body_bytes: int, startup: Startup) -> GrpcServer:
+    """Listen for messages of at most so many bytes, on the running loop; alive, but not ready until it has a fleet.
 
     Raises:
         StartupError: the address cannot be had.
     """
     options = (
-        ("grpc.max_receive_message_length", fleet.config.limits.body_bytes),
+        ("grpc.max_receive_message_length", body_bytes),
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),  # else a second server would share the port without a word
     )
     server = aio.server(options=options)
-    health = Health(fleet)
+    calls = _Calls(startup)
+    health = Health(calls.ready)
     methods = {
-        name: _handler(name, answer, message(f"{name}Request"), message(f"{name}Response"))
-        for name, answer in _Service(fleet).answers.items()
+        name: _handler(name, partial(calls.answer, name), message(f"{name}Request"), message(f"{name}Response"))
+        for name in METHODS
     }
     server.add_generic_rpc_handlers(
         (
@@ -90,7 +114,7 @@ async def start_grpc(fleet: Fleet, host: str, port: int) -> GrpcServer:
     except RuntimeError as error:
         raise StartupError(f"cannot listen for gRPC on {address}; choose another port") from error
     await server.start()
-    return GrpcServer(server, claimed, health)
+    return GrpcServer(server, claimed, calls, health)
 
 
 def _health_methods(health: Health) -> dict[str, grpc.RpcMethodHandler]:
@@ -105,14 +129,9 @@ def _handler(name: str, answer: Answer, asked: Any, told: Any) -> grpc.RpcMethod
         try:
             return await answer(request, context)
         except ServiceError as error:
-            context.set_trailing_metadata(tuple(error_headers(error).items()))
-            code = _STATUS.get(error.status, grpc.StatusCode.INTERNAL)
-            return await context.abort(code, str(error))
-        except Exception:
-            incident = uuid.uuid4().hex[:12]
-            logger.exception("failed on a gRPC call of %s, id %s", name, incident)
-            text = f"the service failed on this request; its log has the details under id {incident}"
-            return await context.abort(grpc.StatusCode.INTERNAL, text)
+            return await _abort(context, error)
+        except Exception as error:
+            return await _abort(context, confession(error, f"a gRPC call of {name}"))
 
     return grpc.unary_unary_rpc_method_handler(
         call,
@@ -121,16 +140,46 @@ def _handler(name: str, answer: Answer, asked: Any, told: Any) -> grpc.RpcMethod
     )
 
 
+async def _abort(context: Context, error: ServiceError) -> Any:
+    context.set_trailing_metadata(tuple(error_headers(error).items()))
+    return await context.abort(_STATUS.get(error.status, grpc.StatusCode.INTERNAL), str(error))
+
+
+class _Calls:
+    """What answers every call of the protocol now: nothing but the two of health, until there is a fleet."""
+
+    def __init__(self, startup: Startup) -> None:
+        async def refuse(_request: Any, _context: Context) -> Any:
+            raise refused(startup)
+
+        self._fleet: Fleet | None = None
+        self._health = {
+            "ServerLive": _described("ServerLive", lambda _: {"live": True}),
+            "ServerReady": _described("ServerReady", lambda _: {"ready": self.ready()}),
+        }
+        self._answers: dict[str, Answer] = dict.fromkeys(METHODS, refuse) | self._health
+
+    async def answer(self, name: str, request: Any, context: Context) -> Any:
+        """The reply to a call of that name."""
+        return await self._answers[name](request, context)
+
+    def ready(self) -> bool:
+        """Whether the service is ready: the one place where that is known on this side."""
+        return self._fleet is not None and self._fleet.is_ready()
+
+    def serve(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._answers = _Service(fleet).answers | self._health
+
+
 class _Service:
-    """One method per call of the protocol."""
+    """One method per call of the protocol that is about a model."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._protocol = protocol = OpenInference(fleet)
         self._decoder = GrpcInferDecoder(fleet.base.spec)
         self.answers: dict[str, Answer] = {
-            "ServerLive": _described("ServerLive", lambda _: {"live": True}),
-            "ServerReady": _described("ServerReady", lambda _: {"ready": protocol.health()["ready"]}),
             "ModelReady": _described("ModelReady", self._model_ready),
             "ServerMetadata": _described("ServerMetadata", lambda _: protocol.server_metadata()),
             "ModelMetadata": _described("ModelMetadata", lambda r: protocol.metadata(r.name, r.version)),

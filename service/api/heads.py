@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from service.api.hotpath import HotPath
+from service.api.front import Predictions
 from service.api.wire import Route, Scope
 
 _HEADS = 256
@@ -31,7 +31,7 @@ class Head(NamedTuple):
 class KnownHeads:
     """The heads of recent prediction requests: at most 256 of at most 4 KiB; starts afresh when these are used up."""
 
-    def __init__(self, hot: HotPath) -> None:
+    def __init__(self, hot: Predictions) -> None:
         self._hot = hot
         self._heads: dict[bytes, Head] = {}
         self.get = self._heads.get

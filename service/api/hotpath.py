@@ -18,7 +18,8 @@ from service.api.open_inference_http import no_such_path, open_inference_routes
 from service.api.openai_models import MODELS, ModelList
 from service.api.predict import predict
 from service.api.wire import Caller, Receive, Reply, Route, Scope, Send, send_reply
-from service.errors import ClientGone, MethodNotAllowed, ServiceError
+from service.errors import ClientGone, MethodNotAllowed, OutOfMemory, ServiceError
+from service.memory import is_out_of_memory
 from service.serving.fleet import Fleet
 
 logger = logging.getLogger(__name__)
@@ -83,8 +84,10 @@ class HotPath:
         except ServiceError as error:
             outcome = error.code
             return route.refuse(error)
-        except Exception:
-            return route.refuse(_confession(caller.path))
+        except Exception as error:
+            failure = confession(error, f"a request to {caller.path}")
+            outcome = failure.code
+            return route.refuse(failure)
         finally:
             if route.counts == "prediction":
                 counted = self._fleet.metrics.variants.get(caller.variant or "", self._fleet.metrics.unrouted)
@@ -102,8 +105,11 @@ async def _wrong_method(method: str, right: str, caller: Caller) -> Reply:
     raise MethodNotAllowed(f"{caller.path} takes {right}, not {method}", allow)
 
 
-def _confession(path: str) -> ServiceError:
-    """A bug of ours: the stack goes into the log, the client gets the id to ask for it."""
+def confession(error: Exception, what: str) -> ServiceError:
+    """Memory that ran out, or a bug of ours: the stack goes into the log, the client gets the id to ask for it."""
+    if is_out_of_memory(error):
+        logger.error("memory ran out on %s: %s", what, error)
+        return OutOfMemory("memory ran out on this request; try again later")
     incident = uuid.uuid4().hex[:12]
-    logger.exception("failed on a request to %s, id %s", path, incident)
+    logger.error("failed on %s, id %s", what, incident, exc_info=error)
     return ServiceError(f"the service failed on this request; its log has the details under id {incident}")

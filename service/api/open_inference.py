@@ -101,7 +101,7 @@ class OpenInference:
 
     def health(self) -> dict[str, Json]:
         """Both keys in one body, because clients differ in which one they read, whatever they asked."""
-        return {"live": True, "ready": not self.fleet.draining and bool(self.fleet.variants)}
+        return {"live": True, "ready": self.fleet.is_ready()}
 
     def check_ready(self, model: str | None = None, version: str | None = None) -> None:
         """Raise `NotReady` while draining, for a version that does not serve, and while none does."""
@@ -122,7 +122,8 @@ class OpenInference:
         return model_metadata(self.fleet.base.spec, self.name, list(self.fleet.variants), platform)
 
     def config(self, model: str, version: str | None = None) -> dict[str, Json]:
-        """Batching as configured (`max_batch_size`, priorities) and as measured (the preferred size is the knee).
+        """Batching as configured (`max_batch_size`, unless memory allows less, priorities) and as measured (the
+        preferred size is the knee).
 
         Without a version it holds for all: the smallest maximum, the shortest delay, the fewest levels.
         """
@@ -133,7 +134,9 @@ class OpenInference:
             self.fleet.base.spec,
             self.name,
             _platform(asked),
-            self.fleet.base.spec.most_rows(min(batches[variant.name].max_rows for variant in asked)),
+            self.fleet.base.spec.most_rows(
+                min(variant.running.memory_rows or batches[variant.name].max_rows for variant in asked)
+            ),
             knees,
             round(min(batches[variant.name].max_delay_ms for variant in asked) * 1000),
         )

@@ -42,7 +42,7 @@ _FAILURES = {
     "415": "content type or encoding is not taken",
     "429": "refused at the door; `Retry-After` tells when to come again",
     "500": "the model failed on this request",
-    "503": "draining, or the variant was excluded by its gate or is not loaded",
+    "503": "starting, draining, memory ran out, or the variant was excluded by its gate or is not loaded",
     "504": "waited too long in the queue",
 }
 _SMALL_ROW = 256

@@ -48,7 +48,7 @@ class ImageInput(ImageFiles):
         if min(self.size) < 1:
             raise ValueError("size is [width, height] in pixels, both at least 1")
         if min(self.std) <= 0:
-            raise ValueError("every value of std must be above 0")
+            raise ValueError("std must be above 0 in every channel")
         return self
 
 

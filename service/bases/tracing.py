@@ -17,6 +17,7 @@ from service.bases.meanings import Operator, guessed, proven
 from service.bases.probing import Run, check_rows, or_row_by_row
 from service.contracts import Array, Arrays, InputSpec, RowsTogether
 from service.errors import ConfigError
+from service.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -159,7 +160,10 @@ def _run(module: nn.Module, spec: InputSpec, length: int, remedy: str, rows: int
         with torch.inference_mode():
             outputs = module(*(torch.from_numpy(array) for array in batch))
     except Exception as error:  # whatever the user's module raises
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0].rstrip('.') if str(error) else ''}"
+        if is_out_of_memory(error):
+            remedy = "Give it more memory, or make the model smaller"
+            raise ConfigError(f"base: there is no memory to run the model on {shapes}: {reason}. {remedy}") from error
         raise ConfigError(f"base: the model does not run on {shapes}: {reason}. {remedy}") from error
     try:
         found = named_tensors(outputs)

@@ -106,8 +106,8 @@ class ArtifactStore:
             return None
         if self.writable and (measured.cpu, measured.threads) != (race.cpu, race.threads):
             return None
-        throughput = max(rows / ms * 1000 for rows, ms in latency.items())
-        quality = Quality(**measured.fidelity.model_dump(), latency_ms=latency, throughput=throughput)
+        speed = {"latency_ms": latency, "throughput": race.throughput(key)}
+        quality = Quality.model_validate(measured.fidelity.model_dump() | speed)
         return Manifest(**recipe.model_dump(), quality=quality, cpu=race.cpu, threads=race.threads)
 
     def side_by_side(self, keys: Sequence[str], threads: int) -> SideBySide | None:

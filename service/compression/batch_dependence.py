@@ -30,26 +30,27 @@ PerRow = list[list[Array]]
 """The outputs of every row."""
 
 
-def batch_dependence(backend: Backend, spec: InputSpec, rows: Arrays) -> float:
+def batch_dependence(backend: Backend, spec: InputSpec, rows: Arrays, most: int = COMPANY) -> float:
     """The largest change of an output by company, relative to the largest absolute value of that output alone.
 
-    The first `GOLDEN` of the given rows run alone, then together, then in front of a batch of `COMPANY` rows (given
-    rows are repeated to fill it), then between strangers: huge rows, rows of NaN and infinity; where inputs are
-    integers, other ones. Along dynamic axes the rows are cut to different lengths, from half to whole, so that in
-    company the shorter ones are padded, unless only rows of equal length share a batch; what the model answers at
-    padded positions is left out. 0 where every row has a batch to itself.
+    The first `GOLDEN` of the given rows run alone, then together, then in front of a batch of `most` rows (given rows
+    are repeated to fill it), then between strangers: huge rows, rows of NaN and infinity; where inputs are integers,
+    other ones; no batch has more than `most` rows. Along dynamic axes the rows are cut to different lengths, from half
+    to whole, so that in company the shorter ones are padded, unless only rows of equal length share a batch; what the
+    model answers at padded positions is left out. 0 where every row has a batch to itself.
     """
-    if spec.rows == "one":
+    if spec.most_rows(most) == 1:
         return 0.0
-    golden = min(GOLDEN, len(rows[0]))
+    golden = min(GOLDEN, len(rows[0]), most)
     samples = [_sample(rows, spec, index) for index in range(len(rows[0]))]
     alone = [_answers(backend, spec, [sample])[0] for sample in samples[:golden]]
-    crowd = [samples[index % len(samples)] for index in range(COMPANY)]
+    crowd = [samples[index % len(samples)] for index in range(most)]
     changes = [_change(alone, _answers(backend, spec, company)) for company in (samples[:golden], crowd)]
+    among = max(1, min(golden, most - 2))
     for first, last in _strangers(spec, rows):
         with suppress(Exception):  # what the model refuses fails alone, for a batch that fails is run again in halves
-            answers = _answers(backend, spec, [first, *samples[:golden], last])
-            changes.append(_change(alone, answers[1:-1]))
+            answers = _answers(backend, spec, [first, *samples[:among], last][:most])
+            changes.append(_change(alone[:among], answers[1 : 1 + among]))
     return max(changes)
 
 

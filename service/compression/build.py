@@ -23,6 +23,7 @@ from service.config import ServiceConfig, VariantConfig
 from service.contracts import Base, BuildContext, Model, OnnxModel, TorchModel
 from service.errors import ArtifactCorrupt, GateFailed, PassFailed, StartupError
 from service.machine import cpu_name, isa_flags
+from service.memory import is_out_of_memory
 
 Measured = TypeVar("Measured", Measurement, SideBySide)
 
@@ -82,7 +83,7 @@ def shortfall(store: ArtifactStore, work: Plan, threads: int) -> str | None:
             for step in steps:
                 if race is None or store.manifest(step.key, race) is None:
                     missing = "not built" if store.recipe(step.key) is None else "not measured on this machine"
-                    return f"{_label(variant, step)} is {missing}"
+                    return f"{variant.name}: {_kind(step)} is {missing}"
     except ArtifactCorrupt as error:
         return str(error)
     return None
@@ -156,7 +157,7 @@ class Builder:
                     model = None
                     continue
                 try:
-                    model = self._advance(step, model, _label(variant, step))
+                    model = self._advance(step, model, variant.name)
                 except PassFailed as error:
                     where = _where(variant, step.step, step.position) if step.step else f"base '{self._base.name}'"
                     raise PassFailed(f"{where}: {error}") from error
@@ -165,14 +166,15 @@ class Builder:
 
     def _compare(self, work: Plan) -> None:
         """Time all artifacts side by side, unless that was done; two builders never time at once."""
-        with self._store.lock("race"), self._progress.artifact("all, side by side"):
+        with self._store.lock("race"), self._progress.artifact(None, "all, side by side"):
             if self._intact(lambda: speeds(self._store, work, self._threads)) is None:
                 measured = race(self._store, self._base, work.keys, work.served, self._threads)
                 self._store.keep_side_by_side(work.keys, measured)
 
-    def _advance(self, step: Step, model: Model | None, label: str) -> Model | None:
+    def _advance(self, step: Step, model: Model | None, variant: str) -> Model | None:
         """Make sure that one artifact exists and is measured; returns its model if it had to be made."""
-        with self._store.lock(step.key), self._progress.artifact(label):
+        kind = _kind(step)
+        with self._store.lock(step.key), self._progress.artifact(variant, kind):
             recipe = self._recipe_of(step.key)
             made: Model | None = None
             if recipe is None:
@@ -181,7 +183,9 @@ class Builder:
                 assert recipe is not None
             measured = self._intact(lambda: self._store.measurement(step.key))
             if measured is None or (measured.cpu, measured.threads) != (cpu_name(), self._threads):
-                self._measure(recipe)
+                rows = self._measure(recipe).fidelity.memory_rows
+                if rows is not None:
+                    self._progress.say(f"{variant}: {kind}: there is memory for batches of at most {rows} rows")
         return made
 
     def _recipe_of(self, key: str) -> Recipe | None:
@@ -228,7 +232,8 @@ class Builder:
             extra = "the extra 'cpu' (or 'gpu') brings the ONNX libraries: pip install 'leanserve[cpu]'"
             raise PassFailed(f"{error}; {extra}") from error
         except Exception as error:
-            raise PassFailed(f"{type(error).__name__}: {error}") from error
+            what = "memory ran out in the pass" if is_out_of_memory(error) else type(error).__name__
+            raise PassFailed(f"{what}: {error}") from error
 
     def _recipe(self, step: Step, applied: Applied, seconds: float, files: dict[str, str]) -> Recipe:
         parent = self._store.recipe(step.parent) if step.parent else None
@@ -252,12 +257,13 @@ class Builder:
             isa=sorted(isa_flags()),
         )
 
-    def _measure(self, recipe: Recipe) -> None:
+    def _measure(self, recipe: Recipe) -> Measurement:
         reference = None if recipe.parent is None else self._base_answers(recipe)
         measurement, answers = measure(self._store, self._base, recipe, reference, self._threads)
         if recipe.parent is None:
             self._reference = answers
         self._store.attach(recipe.key, measurement)
+        return measurement
 
     def _base_answers(self, recipe: Recipe) -> Answers:
         """The base's outputs on the gate split; run again if the base itself came from the cache."""
@@ -278,8 +284,8 @@ def _set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _label(variant: VariantConfig, step: Step) -> str:
-    return f"{variant.name}: {step.step.kind if step.step else 'base'}"
+def _kind(step: Step) -> str:
+    return step.step.kind if step.step else "base"
 
 
 def _where(variant: VariantConfig, pass_: Pass, position: int) -> str:

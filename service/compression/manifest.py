@@ -63,6 +63,8 @@ class Fidelity(BaseModel):
     """Multiply-accumulates per row of the structure, whatever their precision."""
     peak_memory_bytes: int
     """Resident memory that loading and running the artifact adds to a process that has imported its backend."""
+    memory_rows: int | None = None
+    """Rows of the largest batch for which there was memory; `None` where there was for the largest that was tried."""
 
 
 class Quality(Fidelity):
@@ -124,11 +126,18 @@ class SideBySide(BaseModel):
     latency_ms: dict[str, dict[int, float]]
     """Artifact key -> rows in the batch -> median milliseconds per batch."""
     lane_rates: dict[str, dict[int, float]]
-    """Key of a variant's last artifact -> lanes (1, and one per thread) -> rows per second; none on a single thread."""
+    """Key of a variant's last artifact -> lanes (1, and one per thread) -> rows per second; none on a single thread.
+    0 where there is no memory for that many lanes."""
+
+    def throughput(self, key: str) -> float:
+        """Rows per second of an artifact at the best of its batch sizes."""
+        return max(rows / ms * 1000 for rows, ms in self.latency_ms[key].items())
 
     def lane_gain(self, keys: Sequence[str]) -> float:
         """Rows per second with a lane per thread over those with one lane: the geometric mean over artifacts."""
         gains = [self.lane_rates[key][self.threads] / self.lane_rates[key][1] for key in keys if self.threads > 1]
+        if 0.0 in gains:
+            return 0.0
         return statistics.geometric_mean(gains) if gains else 1.0
 
     def best_lanes(self, keys: Sequence[str], threads: int, *, self_contained: bool) -> int:

@@ -1,8 +1,7 @@
 """Run one artifact in a fresh process: what it answers on the gate split, alone and in company, and its memory.
 
 A process of its own, because the builder's heap and thread pools would colour the memory; and on a device thread,
-because that is where the server runs models. Started by `quality.py` as ``python -m service.compression.measure``;
-prints one JSON line.
+because that is where the server runs models. Started by `quality.py` as a child; prints one JSON line.
 """
 
 from __future__ import annotations
@@ -13,28 +12,39 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from service.backends.choose import open_backend
 from service.bases.opening import reopen_base
 from service.compression.artifacts import ArtifactStore
-from service.compression.batch_dependence import batch_dependence
+from service.compression.batch_dependence import COMPANY, batch_dependence
 from service.compression.load import load_model
 from service.contracts import Array, Arrays, Backend, Base, Data
+from service.memory import exit_when_out, largest_that_fits, run_in_parts
 from service.serving.device import Device
 
 ROWS = 32
-"""Rows of the batch whose memory is measured."""
+"""Rows of the batch whose memory is measured, where there is memory for it."""
 
 
-def main(cache: str, key: str, origin: str, threads: str, answers: str) -> None:
+class Task(NamedTuple):
+    """What is measured: an artifact of a store, on so many threads, with batches of at most `rows` rows."""
+
+    store: ArtifactStore
+    base: Base
+    key: str
+    threads: int
+    rows: int
+
+
+def main(cache: str, key: str, origin: str, threads: str, rows: str, answers: str) -> None:
     """Measure the artifact `key`: write its outputs on the gate split to `answers` (.npz), print the rest as JSON."""
-    base = reopen_base(origin)
-    device = Device("measure", int(threads))
+    task = Task(ArtifactStore(Path(cache)), reopen_base(origin), key, int(threads), int(rows))
+    device = Device("measure", task.threads)
     try:
-        store = ArtifactStore(Path(cache))
-        [cost] = device.call_on_each(lambda _: _measure(store, base, key, int(threads), Path(answers)))
+        [cost] = device.call_on_each(lambda _: _measure(task, Path(answers)))
     finally:
         device.close()
     sys.stdout.write(json.dumps(cost) + "\n")
@@ -42,7 +52,7 @@ def main(cache: str, key: str, origin: str, threads: str, answers: str) -> None:
 
 def outputs_on(backend: Backend, data: Data, size: int = 8) -> Arrays:
     """Run a whole data split; the outputs of all batches joined. What varies in length is filled up with NaN, or 0."""
-    batches = [backend.run(batch.inputs) for batch in data.batches(size)]
+    batches = [part for batch in data.batches(size) for part in run_in_parts(backend.run, batch.inputs)]
     return tuple(_joined(parts) for parts in zip(*batches, strict=True))
 
 
@@ -59,21 +69,40 @@ def _joined(parts: Sequence[Array]) -> Array:
     return joined
 
 
-def _measure(store: ArtifactStore, base: Base, key: str, threads: int, answers: Path) -> dict[str, object]:
-    gate = base.data("gate")
+def _measure(task: Task, answers: Path) -> dict[str, object]:
+    gate, spec = task.base.data("gate"), task.base.spec
     first = _first_rows(gate)  # reading and decoding files is not the artifact's memory
-    _import_runtimes(store, key)
+    wanted = spec.most_rows(task.rows)
+    batch = _repeated(first, wanted)
+    _import_runtimes(task.store, task.key)
     before = _resident_bytes()
     _reset_peak()
-    backend = open_backend(load_model(store, base, key), threads)
+    backend = open_backend(load_model(task.store, task.base, task.key), task.threads)
     try:
-        backend.run(tuple(array[: base.spec.most_rows(ROWS)] for array in first))
-        peak = max(0, _peak_bytes() - before)
-        np.savez(answers, *outputs_on(backend, gate))
-        dependence = batch_dependence(backend, base.spec, first)
+        loaded = _peak_bytes()
+        rows, peak = largest_that_fits(wanted, lambda rows: _peak_of(backend, tuple(array[:rows] for array in batch)))
+        np.savez(answers, *outputs_on(backend, gate, min(8, rows)))
+        dependence = batch_dependence(backend, spec, first, min(COMPANY, rows))
     finally:
         backend.close()
-    return {"peak_memory_bytes": peak, "samples": len(gate), "batch_dependence": dependence}
+    return {
+        "peak_memory_bytes": max(0, max(loaded, peak) - before),
+        "samples": len(gate),
+        "batch_dependence": dependence,
+        "memory_rows": rows if rows < spec.most_rows(ROWS) else None,
+    }
+
+
+def _repeated(batch: Arrays, rows: int) -> Arrays:
+    """Exactly so many rows, over and over again."""
+    return tuple(array[np.arange(rows) % len(array)] for array in batch)
+
+
+def _peak_of(backend: Backend, batch: Arrays) -> int:
+    """Peak resident bytes of the process while it runs a batch; not those of one before it that was too large."""
+    _reset_peak()
+    backend.run(batch)
+    return _peak_bytes()
 
 
 def _first_rows(data: Data) -> Arrays:
@@ -125,5 +154,6 @@ def _reset_peak() -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with exit_when_out():
+        main(*sys.argv[1:])
     os._exit(0)  # skip the teardown of thread pools: nothing is left to lose

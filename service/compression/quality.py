@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from service import child, memory
 from service.compression.artifacts import ArtifactStore
 from service.compression.fidelity import fidelity
 from service.compression.manifest import Fidelity, Measurement, OutputFidelity, Quality, Recipe, SideBySide
+from service.compression.measure import ROWS
 from service.config import GateConfig
 from service.contracts import Array, Arrays, Base, Json
 from service.errors import PassFailed
@@ -41,10 +43,10 @@ def measure(
     """Measure a published artifact in a fresh process; compare its answers with `reference` (`None`: it is the base).
 
     Raises:
-        PassFailed: the artifact cannot be loaded or run.
+        PassFailed: the artifact cannot be loaded or run, not even on a single row.
     """
     path = store.root / "tmp" / f"{recipe.key}.{os.getpid()}.npz"
-    known = _in_fresh_process("measure", str(store.root), recipe.key, base.origin, str(threads), str(path))
+    known = _measured(str(store.root), recipe.key, base.origin, str(threads), answers=str(path))
     with np.load(path, allow_pickle=False) as stored:
         answers = Answers(tuple(stored[name] for name in stored.files), labels_of(base))
     path.unlink()
@@ -57,22 +59,71 @@ def measure(
 
 
 def race(store: ArtifactStore, base: Base, keys: Sequence[str], served: Sequence[str], threads: int) -> SideBySide:
-    """Time published artifacts side by side in a fresh process; those that are `served` also with a lane per thread.
+    """Time published and measured artifacts side by side in a fresh process, and those that are `served` also with a
+    lane per thread.
 
     Raises:
         PassFailed: they cannot be loaded or run together.
     """
-    latencies = _in_fresh_process("race", str(store.root), base.origin, str(threads), *keys)
-    rates = _in_fresh_process("lane_rates", str(store.root), base.origin, str(threads), *served) if threads > 1 else {}
+    sized = {key: f"{key}:{_largest_batch(store.measurement(key))}" for key in keys}
+    arguments = (str(store.root), base.origin, str(threads))
+    try:
+        latencies = _in_fresh_process("race", *arguments, *sized.values())
+    except _Ended as error:
+        if not error.out_of_memory:
+            raise
+        remedy = "give the build more memory, or list fewer variants"
+        raise PassFailed(f"all variants are timed side by side, and memory ran out: {error.last}; {remedy}") from error
+    timed = SideBySide(cpu=cpu_name(), threads=threads, latency_ms=latencies, lane_rates={})
+    if threads == 1:
+        return timed
+    try:
+        rates = _in_fresh_process("lane_rates", *arguments, *(sized[key] for key in served))
+    except _Ended as error:
+        if not error.out_of_memory:
+            raise
+        rates = {key: {1: timed.throughput(key), threads: 0.0} for key in served}
     return SideBySide(cpu=cpu_name(), threads=threads, latency_ms=latencies, lane_rates=rates)
 
 
+def _largest_batch(measured: Measurement | None) -> int:
+    return (measured and measured.fidelity.memory_rows) or ROWS
+
+
+class _Ended(PassFailed):
+    """A child that ended without a result: its exit status, and what it said last."""
+
+    def __init__(self, status: int, said: str) -> None:
+        self.status = status
+        self.last = said.splitlines()[-1] if said else f"the process {child.how_it_ended(status)}"
+        super().__init__(f"what was built does not run: {self.last}" + (f"\n{said}" if "\n" in said else ""))
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether it said so, or was killed, as the kernel does then."""
+        return self.status in {memory.EXIT_STATUS, -signal.SIGKILL}
+
+
+def _measured(*arguments: str, answers: str) -> Json:
+    """Measure in a child; where that is killed, in another one with half of the rows."""
+    rows = ROWS
+    while True:
+        try:
+            return _in_fresh_process("measure", *arguments, str(rows), answers)
+        except _Ended as error:
+            if not error.out_of_memory:
+                raise
+            if rows == 1 or error.status == memory.EXIT_STATUS:
+                remedy = "give the build more memory, or make the model smaller"
+                raise PassFailed(f"there is no memory even for a single row: {error.last}; {remedy}") from error
+        rows //= 2
+
+
 def _in_fresh_process(module: str, *arguments: str) -> Json:
-    command = [sys.executable, "-m", f"service.compression.{module}", *arguments]
+    command = child.command(f"service.compression.{module}", *arguments)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise PassFailed(f"what was built does not run: {reason[0]}\n{done.stderr}")
+        raise _Ended(done.returncode, done.stderr.strip())
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -16,11 +16,11 @@ from rich.text import Text
 
 from service.compression.manifest import VariantReport
 from service.compression.report_page.columns import (
-    FOOTPRINT,
     Column,
     OutputMeasure,
     answers,
     by_output,
+    footprint,
     speed,
     waterfall,
 )
@@ -51,7 +51,7 @@ def print_table(
     if by_output(summary.measured):
         console.print(_outputs_table(summary))
     console.print(_numbers_table(f"Cost: speed{summary.mark}", speed(summary.batches), summary))
-    console.print(_numbers_table(f"Cost: size and building{summary.mark}", FOOTPRINT, summary))
+    console.print(_numbers_table(f"Cost: size and building{summary.mark}", footprint(summary.measured), summary))
     for variant in summary.variants:
         if variant.passes:
             console.print(_waterfall_table(variant, summary))

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from service.contracts import Arrays, Backend, InputSpec
-from service.errors import BackendFailed, BadInput
-from service.serving.assembly import dynamic_axes, join, split, trim
+from service.errors import BackendFailed, BadInput, OutOfMemory, ServiceError
+from service.memory import forget, is_out_of_memory, run_in_parts
+from service.serving.assembly import dynamic_axes, join, rejoin, split, trim
 from service.serving.batcher import Ticket
 from service.serving.costs import Costs, CostTable
 from service.serving.device import Device, Lane
@@ -81,12 +82,14 @@ class Running:
     """What runs a variant: a device, a warm backend for each of its lanes, and what a batch costs with all at work.
 
     Lanes share a backend that is self-contained. `wide` is there where a batch that is alone is quicker on all threads.
+    `memory_rows` is the largest batch for which there was memory, where there was none for one that was wanted.
     """
 
     device: Device
     backends: tuple[Backend, ...]
     costs: Costs
     wide: Way | None = None
+    memory_rows: int | None = None
 
     def way(self, lane: Lane) -> Way:
         """That of a lane by itself."""
@@ -175,6 +178,8 @@ class Execution:
             _check_rows(outputs, padded)
             replies = self._split(outputs, tickets)
         except BaseException as error:  # a panic in a native library is no Exception, and these clients wait
+            if is_out_of_memory(error):
+                forget(error)
             return self._run_apart(lanes, way, tickets, taken, error)
         finally:
             _set_due(lanes, 0.0)
@@ -194,20 +199,40 @@ class Execution:
     def _run_apart(
         self, lanes: tuple[Lane, ...], way: Way, tickets: list[Ticket[Reply]], taken: float, error: BaseException
     ) -> list[Batch]:
-        """Find the bad request by halving: its batch mates are answered, it alone fails."""
+        """Find the bad request by halving, or what fits into memory: its batch mates are answered, it alone fails."""
         if len(tickets) > 1:
             middle = len(tickets) // 2
             halves = (self._run(lanes, way, half, taken) for half in (tickets[:middle], tickets[middle:]))
             return [batch for half in halves for batch in half]
+        if tickets[0].rows > 1 and is_out_of_memory(error):
+            return [self._run_in_parts(way, tickets[0])]
+        return [Batch(tickets, [self._failure(error)], tickets[0].rows)]
+
+    def _run_in_parts(self, way: Way, ticket: Ticket[Reply]) -> Batch:
+        """A request for which there is no memory as a whole."""
+
+        def run(part: Arrays) -> Arrays:
+            rows = len(part[0])
+            outputs = way.backend.run(join([part], self._spec, way.padded(rows, ticket.bucket)))
+            return tuple(array[:rows] for array in outputs)
+
+        started = time.perf_counter()
+        try:
+            [reply] = self._split(rejoin(run_in_parts(run, ticket.sample)), [ticket])
+        except Exception as error:
+            return Batch([ticket], [self._failure(error)], ticket.rows)
+        return Batch([ticket], [reply], ticket.rows, time.perf_counter() - started)
+
+    def _failure(self, error: BaseException) -> ServiceError:
+        """What the client of a request is told on which the model failed."""
         if isinstance(error, BadInput):
-            # Told anew: the stack of the error holds the tickets, and they would hold the error.
-            return [Batch(tickets, [BadInput(str(error))], tickets[0].rows)]
+            return BadInput(str(error))  # told anew: the stack of the error holds the tickets, and they would hold it
+        if is_out_of_memory(error):
+            logger.error("variant %s: memory ran out on a request: %s", self._name, error)
+            return OutOfMemory(f"variant '{self._name}' ran out of memory on this request; try again later")
         incident = uuid.uuid4().hex[:12]
         logger.error("variant %s failed on a request, id %s", self._name, incident, exc_info=error)
-        failure = BackendFailed(
-            f"the model failed on this request; the server's log has the details under id {incident}"
-        )
-        return [Batch(tickets, [failure], tickets[0].rows)]
+        return BackendFailed(f"the model failed on this request; the server's log has the details under id {incident}")
 
 
 def _rows(tickets: list[Ticket[Reply]]) -> int:

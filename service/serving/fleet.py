@@ -18,12 +18,13 @@ from service.backends.denormals import flush_denormals
 from service.compression.manifest import VariantReport
 from service.config import BatchConfig, ServiceConfig
 from service.contracts import Base
-from service.errors import BadInput, NotFound, NotReady, ServiceError, StartupError
+from service.errors import BadInput, NotFound, NotReady, OutOfMemory, ServiceError, StartupError
+from service.memory import is_out_of_memory
 from service.serving.batcher import Batcher, QueueLimits
 from service.serving.company import company_by
 from service.serving.costs import Costs
 from service.serving.device import Device
-from service.serving.execution import Reply
+from service.serving.execution import Reply, Running
 from service.serving.reload import LoadingThreads, Open, Read, close_all, open_again
 from service.serving.traffic import pick, weigh
 from service.serving.variant import Variant
@@ -41,6 +42,18 @@ class Standing(NamedTuple):
     reason: str = ""
 
 
+class Measured(NamedTuple):
+    """What the build has found out about the batches of a variant."""
+
+    trusts_rows: bool = True
+    """Whether it keeps the rows of a batch apart, whatever their values."""
+    memory_rows: int | None = None
+    """Rows of the largest batch for which there was memory, where that is a limit."""
+
+
+UNLIMITED = Measured()
+
+
 class Fleet:
     """The variants that serve, those that do not and why, and the traffic split among them (`weights`)."""
 
@@ -52,7 +65,7 @@ class Fleet:
         self.standing = {report.name: Standing(report.state, report.reason or "") for report in reports}
         self.variants: dict[str, Variant] = {}
         """Those that serve now."""
-        self.metrics = Metrics(base.name, caveats=base.caveats)
+        self.metrics = Metrics(base.name, caveats=base.caveats, ready=self.is_ready)
         self.draining = False
         self.sticky_header = config.traffic.sticky_header.lower().encode()
         self.weights: Mapping[str, float] = {}
@@ -66,27 +79,38 @@ class Fleet:
         self._listeners: list[Callable[[], None]] = []
 
     def open(
-        self, name: str, load: Open, batch: BatchConfig, read: Read | None = None, *, trusts_rows: bool = True
+        self, name: str, load: Open, batch: BatchConfig, read: Read | None = None, measured: Measured = UNLIMITED
     ) -> None:
         """Load a variant for every lane (`load` is called there) and warm it in every shape that it will meet.
 
-        `read` is the first part of `load`, for loading it again while others serve; without it there is none apart.
-        `trusts_rows`: whether it was measured to keep the rows of a batch apart, whatever their values.
+        A batch has no more rows than there was memory for when it was `measured`, and than there is here, where all
+        else is loaded, too. `read` is the first part of `load`, for loading it again while others serve; without it
+        there is none apart.
 
         Raises:
             StartupError: it cannot be loaded or run; nothing half-warm is ever served.
         """
         try:
-            variants = len(self.config.variants)
             spec = self.base.spec
-            running = warm_up(self.device, load, spec, spec.most_rows(batch.max_rows), variants)
+            running = self._warm_up(name, load, spec.most_rows(batch.max_rows), measured.memory_rows)
         except Exception as error:
-            raise StartupError(f"variant '{name}' cannot be loaded and warmed up: {error}") from error
+            remedy = "; fewer variants, or lanes: 1, take less memory" if is_out_of_memory(error) else ""
+            raise StartupError(f"variant '{name}' cannot be loaded and warmed up: {error}{remedy}") from error
         batcher: Batcher[Reply] = Batcher(_limits(batch, running.costs))
-        self._opened[name] = Variant(name, spec, running, batcher, company_by(spec, trusts_rows=trusts_rows))
+        self._opened[name] = Variant(name, spec, running, batcher, company_by(spec, trusts_rows=measured.trusts_rows))
         self._reads[name] = read or (lambda: load)
         self._split = weigh(self.config.traffic.weights, self._opened)
         self._enter(name, "serving")
+
+    def _warm_up(self, name: str, load: Open, max_rows: int, memory_rows: int | None) -> Running:
+        fitting = min(memory_rows or max_rows, max_rows)
+        running = warm_up(self.device, load, self.base.spec, fitting, len(self.config.variants))
+        if running.memory_rows is None and fitting < max_rows:
+            running = replace(running, memory_rows=fitting)
+        if running.memory_rows is not None:
+            text = "variant '%s': there is memory for batches of at most %d rows; batch.max_rows is %d"
+            logger.warning(text, name, running.memory_rows, max_rows)
+        return running
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Bind all variants to the loop that serves, and declare their metrics. Call it on the loop's thread."""
@@ -119,7 +143,7 @@ class Fleet:
         return variant if variant.name in self.variants else self.choose(name, caller_key)
 
     def on_change(self, listener: Callable[[], None]) -> None:
-        """Have `listener` called on the loop whenever what `check_ready` says may have changed."""
+        """Have `listener` called on the loop whenever what `is_ready` says may have changed."""
         self._listeners.append(listener)
 
     def drain(self) -> None:
@@ -130,6 +154,10 @@ class Fleet:
     def _tell(self) -> None:
         for listener in self._listeners:
             listener()
+
+    def is_ready(self) -> bool:
+        """Whether requests are answered, and will be for a while."""
+        return not self.draining and bool(self.variants)
 
     def check_ready(self) -> None:
         """Raise `NotReady` while draining, and while no variant is loaded."""
@@ -192,6 +220,8 @@ class Fleet:
         except Exception as error:
             logger.exception("variant %s could not be loaded", name)
             self._enter(name, "unloaded", f"it could not be loaded: {error}")
+            if is_out_of_memory(error):
+                raise OutOfMemory(f"there is no memory to load variant '{name}': {error}") from error
             raise ServiceError(f"variant '{name}' could not be loaded: {error}") from error
         self._enter(name, "serving")
 

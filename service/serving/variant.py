@@ -94,7 +94,7 @@ class Variant:
             QueueFull, DeadlineUnreachable: refused at the door; `retry_after_s` is set.
             QueueTimeout: waited longer than `timeout_s` (the queue's own limit by default) and was not executed.
             ClientGone: the client left before its rows were executed.
-            BackendFailed: the backend raised on these rows alone.
+            BackendFailed, OutOfMemory: the backend raised on these rows alone.
         """
         now = time.perf_counter()
         limits = self.batcher.limits

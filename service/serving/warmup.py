@@ -12,15 +12,18 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 from service.backends.denormals import flush_denormals
 from service.contracts import Arrays, Backend, InputSpec
+from service.memory import forget, is_out_of_memory
 from service.serving.assembly import dynamic_axes
 from service.serving.costs import Costs, CostTable, buckets_up_to, length_buckets, rate
 from service.serving.device import Device, Lane
 from service.serving.execution import Running, Way
 from service.serving.huge_pages import anonymous_bytes, gather_since
+
+Result = TypeVar("Result")
 
 WIDE_GAIN = 1.1
 """A backend with all threads is kept if it answers a lone row at least this many times as soon as one of a lane."""
@@ -44,9 +47,12 @@ def warm_up(
 ) -> Running:
     """Load (with that number of threads), run and measure on every lane one of so many `variants`.
 
+    Batches for which memory runs out are left out, and so are all larger ones.
+
     Raises:
-        Exception: whatever loading or running raises.
+        Exception: whatever loading or running raises; of a lack of memory only that for the smallest batch.
     """
+    memory = _Memory()
     lengths = length_buckets(spec.max_length) if dynamic_axes(spec.fields) else ()
     loading = threading.Lock()
     opened: list[Backend] = []
@@ -54,8 +60,9 @@ def warm_up(
     def open_with(threads: int) -> Backend:
         before = anonymous_bytes()
         backend = load(threads)
+        length = min(lengths, default=0)
         for rows in buckets_up_to(max_rows, backend.row_buckets) if backend.row_buckets else (1,):
-            backend.run(spec.example(rows, min(lengths, default=0)))
+            memory.attempt(rows, length, partial(backend.run, spec.example(rows, length)))
         if backend.device == "cpu":
             gather_since(before)
         return backend
@@ -70,27 +77,71 @@ def warm_up(
     backends = tuple(device.call_on_each(open_on))
     rows = _row_buckets(backends[0], max_rows, lengths)
 
-    def measured(one: Callable[[Backend, Arrays], float], rows: int, length: int = 0) -> float:
+    def measured(one: Callable[[Backend, Arrays], float], rows: int, length: int = 0) -> float | None:
         batch = spec.example(rows, length)
-        return statistics.fmean(device.call_on_each(lambda lane: one(backends[lane.index], batch)))
+        run = partial(device.call_on_each, lambda lane: one(backends[lane.index], batch))
+        return memory.attempt(rows, length, lambda: statistics.fmean(run()))
 
     seconds = partial(measured, _seconds)
     shapes: Literal["any", "compiled"] = "compiled" if backends[0].row_buckets else "any"
     if shapes == "compiled" and not lengths:
-        grid = [{count: seconds(count, 0) for count in rows}]
+        grid = [{count: taken for count in rows if (taken := seconds(count, 0)) is not None}]
     else:
         grid = measure_grid(seconds, rows, lengths or (0,))
     if not lengths:
         compare_again(partial(measured, _timed), grid[0], ROUNDS_SECONDS / variants)
     costs = Costs([CostTable(known, max_rows, shapes) for known in grid], lengths)
     wide = _wide(device, open_with, spec, costs) if opened[0].self_contained else None
-    return Running(device, backends, costs, wide)
+    return Running(device, backends, costs, wide, memory.largest(grid, lengths or (0,)))
+
+
+class _Memory:
+    """For how many rows there is memory, which only a run tells."""
+
+    def __init__(self) -> None:
+        self._lacking: dict[int, int] = {}
+        """Length -> rows of the smallest batch for which there was none."""
+
+    def attempt(self, rows: int, length: int, run: Callable[[], Result]) -> Result | None:
+        """What `run` gives for a batch of that shape; `None` where memory runs out, or did for fewer rows.
+
+        Raises:
+            Exception: whatever `run` raises; of a lack of memory only that for a single row.
+        """
+        if rows >= self._lacking.get(length, rows + 1):
+            return None
+        try:
+            return run()
+        except Exception as error:
+            if rows == 1 or not is_out_of_memory(error):
+                raise
+            forget(error)
+            self._lacking[length] = rows
+            return None
+
+    def largest(self, grid: Sequence[Mapping[int, float]], lengths: Sequence[int]) -> int | None:
+        """The rows for which there is memory at any of the lengths; `None` if there was for all that were tried."""
+        known = dict(zip(lengths, grid, strict=True))
+        return min((max(known[length]) for length in self._lacking), default=None)
 
 
 def _wide(device: Device, open_with: Callable[[int], Backend], spec: InputSpec, narrow: Costs) -> Way | None:
-    """A backend with all threads, measured alone at one row and at the most of a batch, if it is quicker."""
+    """A backend with all threads, measured alone at one row and at the most of a batch, if it is quicker.
+
+    One for which there is no memory is done without.
+    """
     if len(device.lanes) == 1:
         return None
+    try:
+        return _if_quicker(device, open_with, spec, narrow)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        forget(error)
+        return None
+
+
+def _if_quicker(device: Device, open_with: Callable[[int], Backend], spec: InputSpec, narrow: Costs) -> Way | None:
     backend = device.call(lambda _: open_with(device.threads))
 
     def seconds(rows: int, length: int) -> float:
@@ -108,9 +159,10 @@ def _wide(device: Device, open_with: Callable[[int], Backend], spec: InputSpec, 
 
 
 def measure_grid(
-    seconds: Callable[[int, int], float], rows: Sequence[int], lengths: Sequence[int]
+    seconds: Callable[[int, int], float | None], rows: Sequence[int], lengths: Sequence[int]
 ) -> list[dict[int, float]]:
-    """For every length, what batches of these rows cost; `seconds(rows, length)` measures one.
+    """For every length, what batches of these rows cost; `seconds(rows, length)` measures one, and is `None` where
+    there is no memory for it.
 
     Small batches come first, and none that does not fit into the time, going by the smaller one. A size that seems to
     bring nothing rules out no larger one: a disturbance of a tenth of a second would make it seem so.
@@ -122,12 +174,15 @@ def measure_grid(
             left = end - time.perf_counter()
             if smaller and (smaller not in known or known[smaller] * count / smaller > left):
                 continue
-            known[count] = seconds(count, length)
+            taken = seconds(count, length)
+            if taken is not None:
+                known[count] = taken
     return grid
 
 
-def compare_again(once: Callable[[int], float], known: dict[int, float], seconds: float) -> None:
-    """Correct for some seconds what is `known` of the batches that may be the knee; `once(rows)` is one run.
+def compare_again(once: Callable[[int], float | None], known: dict[int, float], seconds: float) -> None:
+    """Correct for some seconds what is `known` of the batches that may be the knee; `once(rows)` is one run, and `None`
+    where there is no memory for it any more.
 
     Who they are is asked anew in every round: what was disturbed at first is not out of it for good.
     """
@@ -138,7 +193,11 @@ def compare_again(once: Callable[[int], float], known: dict[int, float], seconds
         if len(near) == 1 or (count >= LEAST_ROUNDS and time.perf_counter() > end):
             return
         for rows in near:
-            taken[rows].append(once(rows))
+            again = once(rows)
+            if again is None:
+                del known[rows]
+                continue
+            taken[rows].append(again)
             known[rows] = _typical(taken[rows])
 
 

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 
 from service.contracts import Json
 from service.telemetry.observations import Histogram, VariantFacts, VariantMetrics, no_queue
+from service.telemetry.startup import Startup
 
 TRITON_REASONS = {
     "queue_full": "REJECTED",
@@ -27,6 +28,7 @@ TRITON_REASONS = {
     "queue_timeout": "REJECTED",
     "client_gone": "CANCELED",
     "backend_failed": "BACKEND",
+    "out_of_memory": "BACKEND",
 }
 """Our outcome -> Triton's failure reason; what is not listed is OTHER."""
 
@@ -192,16 +194,22 @@ def _gauge(name: str, text: str, value: float) -> Metric:
 class Metrics(Collector):
     """The metrics of all variants of one model; made once, by the composition root."""
 
-    def __init__(self, model: str, proc: Path = Path("/proc"), caveats: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: str,
+        proc: Path = Path("/proc"),
+        caveats: Sequence[str] = (),
+        ready: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`ready` is asked at scrape."""
         self.model = model
         self.caveats = caveats
         self.variants: dict[str, VariantMetrics] = {}
         self.unrouted = VariantMetrics("", VariantFacts())
         """Counts the requests that reached no variant: unknown path or variant, malformed input."""
+        self._ready = ready
         self._host = _Host(proc)
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)
-        ProcessCollector(registry=self._registry, proc=str(proc))
+        self._registry = _registry(self, proc)
 
     def add(
         self,
@@ -216,8 +224,7 @@ class Metrics(Collector):
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """The page for Prometheus and its content type; OpenMetrics where the `Accept` header asks for it."""
-        encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        return _page(self._registry, accept)
 
     def collect(self) -> Iterator[Metric]:
         """Build every family from the current numbers."""
@@ -228,6 +235,7 @@ class Metrics(Collector):
         for families, shown in ((REQUESTS, [*variants, self.unrouted]), (FACTS, variants), (TRAFFIC, serving)):
             yield from (self._metric(family, shown) for family in families)
         yield self._base_info()
+        yield from _state(built=1.0, ready=self._ready())
         yield from self._host.collect()
 
     def _base_info(self) -> Metric:
@@ -241,6 +249,39 @@ class Metrics(Collector):
             for labels, value in family.read(variant):
                 _add(metric, {"model": self.model, "version": variant.name} | labels, value)
         return metric
+
+
+class StartMetrics(Collector):
+    """The metrics of a service that is starting, and knows no base yet."""
+
+    def __init__(self, startup: Startup, proc: Path = Path("/proc")) -> None:
+        self._startup = startup
+        self._registry = _registry(self, proc)
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """As `Metrics.render`."""
+        return _page(self._registry, accept)
+
+    def collect(self) -> Iterator[Metric]:
+        """Not ready, and how much of the build is done."""
+        return _state(built=self._startup.built, ready=False)
+
+
+def _state(*, built: float, ready: bool) -> Iterator[Metric]:
+    yield _gauge("leanserve_ready", "1 while requests are answered; 0 while starting and draining.", float(ready))
+    yield _gauge("leanserve_build_progress", "Share (0-1) of the build that is done.", built)
+
+
+def _registry(collector: Collector, proc: Path) -> CollectorRegistry:
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(collector)
+    ProcessCollector(registry=registry, proc=str(proc))
+    return registry
+
+
+def _page(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
+    encode, content_type = choose_encoder(accept)
+    return encode(registry), content_type
 
 
 def _add(metric: Metric, labels: dict[str, str], value: float | Histogram) -> None:

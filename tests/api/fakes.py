@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
 
-from service.api.app import create_app
 from service.api.codecs.answers import Answers
 from service.api.codecs.image import ImageCodec
-from service.api.connection import connections_to
+from service.api.server import Address, Server
 from service.compression.manifest import Manifest, OutputFidelity, Quality, VariantReport
 from service.config import ServiceConfig
 from service.contracts import Array, Arrays, Codec, Data, Field, InputSpec, Model, Split
 from service.serving.device import Device
 from service.serving.dispatch import SHORT_S
 from service.serving.fleet import Fleet
+from service.telemetry.startup import Startup
 
 LABELS = ("zero", "one", "two", "three")
 SPEC = InputSpec((Field("image", "float32", (1, 2, 2)),), (Field("logits", "float32", (4,), meaning="logits"),), LABELS)
@@ -156,6 +157,19 @@ class Live:
         return host, int(port)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """The start of a fleet that is open already."""
+
+    fleet: Fleet
+    startup: Startup = field(default_factory=lambda: Startup(()))
+
+    def run(self) -> Fleet:
+        return self.fleet
+
+    def stop(self) -> None: ...
+
+
 @contextmanager
 def live_server(spec: InputSpec = SPEC, **changes: Any) -> Iterator[Live]:
     """HTTP and gRPC on free ports, served from a thread."""
@@ -170,14 +184,13 @@ def serving(fleet: Fleet, gate: threading.Event) -> Iterator[Live]:
     """A live server over any fleet; the gate is opened and the fleet closed at the end."""
     listening = socket.create_server(("127.0.0.1", 0))
     grpc_port = _free_port()
-    app = create_app(fleet, ("127.0.0.1", grpc_port))
-    config = uvicorn.Config(app, http=connections_to(app), log_level="critical")
-    server = uvicorn.Server(config)
+    server = Server(fleet.config, Address(listening, ("127.0.0.1", grpc_port)), Opened(fleet))
     thread = threading.Thread(target=server.run, args=([listening],))
+    collector = gc.get_threshold()
     thread.start()
     try:
         for _ in range(1000):
-            if server.started:
+            if server.fleet is not None:
                 break
             assert thread.is_alive()
             time.sleep(0.01)
@@ -188,6 +201,8 @@ def serving(fleet: Fleet, gate: threading.Event) -> Iterator[Live]:
         thread.join()
         fleet.close()
         listening.close()
+        gc.unfreeze()  # a server sets the collector for a process of its own
+        gc.set_threshold(*collector)
 
 
 def _free_port() -> int:

@@ -16,6 +16,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.api.app import create_app
+from service.api.codecs.image import ImageCodec
 from service.serving.fleet import Fleet
 
 
@@ -144,6 +145,22 @@ def test_every_failure_is_one_error_text(
         assert body["error"]
         assert text in body["error"]
         assert "secret" not in body["error"]
+
+    run(scenario)
+
+
+def test_memory_that_runs_out_while_decoding_is_a_503_that_says_when_to_come_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def decode(*_: object) -> None:
+        raise MemoryError("Unable to allocate 8.00 GiB for an array")
+
+    async def scenario(http: httpx.AsyncClient, fleet: Fleet) -> None:
+        monkeypatch.setattr(ImageCodec, "decode", decode)
+        reply = await http.post("/v1/predict", content=picture(0), headers=PNG)
+        assert (reply.status_code, reply.json()["code"], reply.headers["retry-after"]) == (503, "out_of_memory", "1")
+        counted = [line for line in (await http.get("/metrics")).text.splitlines() if 'outcome="out_of_memory"' in line]
+        assert sum(float(line.rpartition(" ")[2]) for line in counted if "requests_total" in line) == 1
 
     run(scenario)
 

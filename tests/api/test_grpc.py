@@ -19,13 +19,15 @@ from fakes import POOR, Live, PixelBackend, live_server, open_fleet
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from tritonclient import grpc as triton
 from tritonclient import utils
+from tritonclient.grpc import aio as triton_aio
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from service.api.grpc_infer import GrpcInferDecoder, encode
 from service.api.grpc_messages import POOL, PROTOCOL, SERVICE, message
-from service.api.grpc_server import start_grpc
+from service.api.grpc_server import METHODS, _Service, start_grpc
 from service.contracts import Field, InputSpec
 from service.errors import BadInput, StartupError
+from service.telemetry.startup import BuildNews, Startup
 
 PIXELS = np.arange(8, dtype=np.float32).reshape(2, 1, 2, 2)
 LOGITS = PIXELS.reshape(2, 4) * 10
@@ -215,6 +217,42 @@ def test_a_full_queue_tells_when_to_come_again() -> None:
     assert int(trailing["retry-after"]) >= 1
 
 
+def test_a_service_that_starts_is_alive_and_not_ready_and_the_same_channel_is_answered_afterwards() -> None:
+    gate = threading.Event()
+    gate.set()
+    fleet = open_fleet(gate)
+    startup = Startup(["a"])
+    startup.building(BuildNews("a", "fold_bn", 1, 4))
+
+    async def scenario() -> None:
+        fleet.start(asyncio.get_running_loop())
+        server = await start_grpc("127.0.0.1", 0, 2**20, startup)
+        async with triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
+            assert await client.is_server_live()
+            assert not await client.is_server_ready()
+            for call in (client.get_server_metadata, client.get_model_repository_index):
+                with pytest.raises(
+                    utils.InferenceServerException, match=r"building variant 'a' \(fold_bn\)"
+                ) as refused:
+                    await call()
+                assert refused.value.status() == "StatusCode.UNAVAILABLE"
+            server.serve(fleet)
+            assert await client.is_server_ready()
+            assert (await client.get_server_metadata()).name == "leanserve"
+            fleet.draining = True
+            assert not await client.is_server_ready()
+        await server.stop(0)
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        fleet.close()
+
+
+def test_every_call_of_the_protocol_is_offered(live: Live) -> None:
+    assert {*_Service(live.fleet).answers, "ServerLive", "ServerReady"} == set(METHODS)
+
+
 def test_a_taken_port_is_refused_and_a_stop_lets_open_calls_finish() -> None:
     gate = threading.Event()
     gate.set()
@@ -222,9 +260,11 @@ def test_a_taken_port_is_refused_and_a_stop_lets_open_calls_finish() -> None:
 
     async def scenario() -> None:
         fleet.start(asyncio.get_running_loop())
-        server = await start_grpc(fleet, "127.0.0.1", 0)
+        startup = Startup(["held"])
+        server = await start_grpc("127.0.0.1", 0, 2**20, startup)
+        server.serve(fleet)
         with pytest.raises(StartupError, match=f"127.0.0.1:{server.port}; choose another port"):
-            await start_grpc(fleet, "127.0.0.1", server.port)
+            await start_grpc("127.0.0.1", server.port, 2**20, startup)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             call = channel.unary_unary(f"/{SERVICE}/ModelInfer", Request.SerializeToString)
             gate.clear()

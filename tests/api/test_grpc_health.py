@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from service.api.grpc_messages import SERVICE, message
 from service.api.grpc_server import GrpcServer, start_grpc
 from service.serving.fleet import Fleet
+from service.telemetry.startup import Startup
 
 SERVING, NOT_SERVING, UNKNOWN = "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN"
 
@@ -84,7 +85,8 @@ async def serving() -> AsyncIterator[tuple[Fleet, GrpcServer, Any]]:
     gate.set()
     fleet = open_fleet(gate)
     fleet.start(asyncio.get_running_loop())
-    server = await start_grpc(fleet, "127.0.0.1", 0)
+    server = await start_grpc("127.0.0.1", 0, 2**20, Startup(()))
+    server.serve(fleet)
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             yield fleet, server, health_pb2_grpc.HealthStub(channel)

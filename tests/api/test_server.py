@@ -1,4 +1,4 @@
-"""The server around the app: when it says that it is ready, and that it is no longer."""
+"""The server around the app: when it says that it is ready, and what a signal does before and afterwards."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import grpc
 import pytest
-from fakes import open_fleet
+from fakes import Opened, open_fleet
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from service.api.server import listen, serve_fleet
+from service.api.server import Address, Interrupted, listen, serve
+from service.serving.fleet import Fleet
 
 
 @pytest.fixture(autouse=True)
@@ -27,48 +29,79 @@ def collector() -> Iterator[None]:
     gc.set_threshold(*thresholds)
 
 
-def test_who_is_told_that_it_is_ready_finds_somebody() -> None:
+@pytest.fixture
+def fleet() -> Iterator[Fleet]:
     gate = threading.Event()
     gate.set()
-    fleet = open_fleet(gate)
+    opened = open_fleet(gate)
+    yield opened
+    opened.close()
+
+
+def test_who_is_told_that_it_is_ready_finds_somebody(fleet: Fleet) -> None:
     claimed = listen("127.0.0.1", 0)
     address = claimed.getsockname()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(address, 5)
-    told: list[str] = []
+    told: list[Fleet] = []
 
-    def announce() -> None:
+    def announce(ready: Fleet) -> None:
         socket.create_connection(address, 5).close()
-        told.append("ready")
+        told.append(ready)
         for _ in range(2):  # the second one skips the delay of the drain
             os.kill(os.getpid(), signal.SIGTERM)
 
-    try:
-        serve_fleet(fleet, claimed, None, announce)
-    finally:
-        fleet.close()
-    assert told == ["ready"]
+    serve(fleet.config, Address(claimed), Opened(fleet), announce)
+    assert told == [fleet]
 
 
-def test_a_drain_is_told_to_who_watches_over_grpc_and_not_held_up_by_that() -> None:
+def test_a_start_and_a_drain_are_told_to_who_watches_over_grpc_and_not_held_up_by_that() -> None:
     gate = threading.Event()
     gate.set()
     fleet = open_fleet(gate, drain={"delay_s": 0.3, "timeout_s": 10})
     with socket.create_server(("127.0.0.1", 0)) as free:
         grpc_at = free.getsockname()
     seen: list[str] = []
+    watched = threading.Event()
 
     def watch() -> None:
         with grpc.insecure_channel(f"127.0.0.1:{grpc_at[1]}") as channel:
-            for reply in HealthStub(channel).Watch(HealthCheckRequest(), timeout=20):
+            for reply in HealthStub(channel).Watch(HealthCheckRequest(), timeout=20, wait_for_ready=True):
                 seen.append(HealthCheckResponse.ServingStatus.Name(reply.status))
-                if seen == ["SERVING"]:
+                watched.set()
+                if seen[-1] == "SERVING":
                     os.kill(os.getpid(), signal.SIGTERM)
 
+    class Watched(Opened):
+        def run(self) -> Fleet:
+            assert watched.wait(20)
+            return self.fleet
+
     watcher = threading.Thread(target=watch)
+    watcher.start()
     try:
-        serve_fleet(fleet, listen("127.0.0.1", 0), grpc_at, watcher.start)
+        serve(fleet.config, Address(listen("127.0.0.1", 0), grpc_at), Watched(fleet))
     finally:
         watcher.join(20)
         fleet.close()
-    assert seen == ["SERVING", "NOT_SERVING"]
+    assert seen == ["NOT_SERVING", "SERVING", "NOT_SERVING"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_starting_ends_it_at_once(fleet: Fleet, number: signal.Signals) -> None:
+    stopped = threading.Event()
+
+    class Slow(Opened):
+        def run(self) -> Fleet:
+            os.kill(os.getpid(), number)
+            stopped.wait(20)
+            return self.fleet
+
+        def stop(self) -> None:
+            stopped.set()
+
+    began = time.monotonic()
+    with pytest.raises(Interrupted) as ended:
+        serve(fleet.config, Address(listen("127.0.0.1", 0)), Slow(fleet))
+    assert ended.value.number == number
+    assert time.monotonic() - began < 2

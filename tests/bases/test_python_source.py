@@ -63,6 +63,14 @@ def broken():
 
 def number():
     return 5
+
+def small(rows):
+    class Small(nn.Module):
+        def forward(self, x):
+            if len(x) > rows:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes.")
+            return x
+    return Small()
 """
 BLOCKS = """
 import torch
@@ -227,6 +235,43 @@ def test_a_module_may_import_torchvision(folder: Path) -> None:
 def test_what_is_wrong_is_said_with_its_key(folder: Path, factory: str, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         open_base(origin(folder, factory, **keys))
+
+
+def test_a_model_that_has_memory_for_a_single_row_is_served_row_by_row_and_for_none_is_refused(folder: Path) -> None:
+    single = {**VECTOR, "arguments": {"rows": 1}}
+    with pytest.raises(
+        ConfigError, match=r"no memory to run the model on x \[2, 3\]: .* does run on a single row\. .*rows: one"
+    ):
+        open_base(origin(folder, "small", **single))
+    base = open_base(origin(folder, "small", **single, rows="one"))
+    assert base.spec.outputs[0].shape == (3,)
+    with pytest.raises(ConfigError, match=r"there is no memory to run the model on x \[2, 3\]: .* can't allocate"):
+        open_base(origin(folder, "small", **VECTOR, arguments={"rows": 0}))
+
+
+def test_what_is_beside_the_config_takes_nobodys_place(folder: Path) -> None:
+    for name in ("queue", "torch", "models"):
+        (folder / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
+    (folder / "bring_model.py").write_text("import queue\nqueue.SimpleQueue()\n" + SOURCE)
+    assert open_base(origin(folder, "linear", **VECTOR)).name == "bring_model"
+    assert sys.path[-1] == str(folder)
+
+
+@pytest.mark.parametrize("module", ["queue", "models.mine", "service.mine", "numpy"])
+def test_a_factory_in_a_module_that_is_called_like_another_one_is_refused(folder: Path, module: str) -> None:
+    file = folder.joinpath(*module.split(".")).with_suffix(".py")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(SOURCE)
+    with pytest.raises(ConfigError, match=rf"{file} cannot be imported as {module}: .* give yours another name"):
+        open_source(PythonBase(python=f"{module}:linear"), folder).fingerprint()
+
+
+def test_an_import_from_a_folder_that_is_called_like_ours_is_explained(folder: Path) -> None:
+    (folder / "models").mkdir()
+    (folder / "models" / "blocks.py").write_text(BLOCKS)
+    (folder / "bring_model.py").write_text("import models.blocks\n" + SOURCE)
+    with pytest.raises(ConfigError, match=r"No module named 'models\.blocks' \(models is a package of leanserve's"):
+        open_base(origin(folder, "linear", **VECTOR))
 
 
 def test_what_cannot_be_found_out_is_asked_for(folder: Path) -> None:

@@ -17,19 +17,19 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
-from fakes import PixelBase, report
+from fakes import Opened, PixelBase, report
 from onnx import TensorProto, helper
 from rules import SPEC, WIDTH, RuleBackend
 
 from service.api.codecs.answers import Answers
 from service.api.codecs.image import ImageCodec
-from service.api.server import listen, serve_fleet
+from service.api.server import Address, listen, serve
 from service.backends.onnx_runtime import OnnxRuntimeBackend
 from service.config import ServiceConfig
 from service.contracts import Backend, BuildContext, OnnxModel
 from service.serving.device import Device
 from service.serving.dispatch import SHORT_S
-from service.serving.fleet import Fleet
+from service.serving.fleet import Fleet, Measured
 
 HIDDEN = {"onnx": 1024, "large": 2048}
 SCALES = {"dynamic": "row", "tensor": "tensor"}
@@ -95,8 +95,8 @@ def main(folder: Path, port: int, config: ServiceConfig) -> None:
     fleet = Fleet(RuleBase(), config, reports, Device("cpu", 2))  # type: ignore[arg-type]
     for item in config.variants:
         trusted = not item.name.startswith("tensor")
-        fleet.open(item.name, loader(item.name, folder), config.batch_of(item), trusts_rows=trusted)
-    serve_fleet(fleet, claimed)
+        fleet.open(item.name, loader(item.name, folder), config.batch_of(item), measured=Measured(trusted))
+    serve(config, Address(claimed), Opened(fleet))
 
 
 if __name__ == "__main__":

@@ -215,3 +215,10 @@ def test_the_gate_limits_it_even_where_the_config_says_nothing(
     assert passes or re.search(
         rf"changes by {dependence:.3g} of the largest .* gate\.max_batch_dependence allows", str(reason)
     )
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 8])
+def test_no_batch_is_larger_than_there_is_memory_for(most: int) -> None:
+    backend = Rule(lambda x: x * (1 + (len(x) > 1)))
+    assert batch_dependence(backend, ROW, ROW.example(40), most) == (0.0 if most == 1 else pytest.approx(1.0))
+    assert max((shape[0] for shape in backend.shapes), default=0) == (0 if most == 1 else most)

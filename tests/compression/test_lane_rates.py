@@ -151,12 +151,14 @@ def test_lanes_are_auto_or_at_least_one(lanes: object) -> None:
 
 
 def test_there_are_no_more_lanes_than_threads(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+
     def check(lanes: int) -> Result:
-        path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(config(threads=2, lanes=lanes)))
         return CliRunner().invoke(app, ["check", "--config", str(path)])
 
     assert check(2).exit_code == 0
     refused = check(3).exception
     assert isinstance(refused, ConfigError)
-    assert "lanes is 3, but there are only 2 threads to share" in str(refused)
+    line = 1 + path.read_text().splitlines().index("lanes: 3")
+    assert str(refused) == f"{path}:{line}: lanes is 3, but there are only 2 threads to share"

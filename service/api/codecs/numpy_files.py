@@ -62,7 +62,7 @@ def arrays_in(body: bytes, max_elements: int) -> dict[str, Array]:
                 raise BodyTooLarge(f"the body inflates to {size} bytes, more than {max_elements} elements take")
             # zipfile inflates no more than the sizes that it was told, which were just bound.
             contents = {member.filename: archive.read(member) for member in members}
-    except BodyTooLarge:
+    except (BodyTooLarge, MemoryError):
         raise
     except Exception as error:  # zipfile raises nearly anything on hostile bytes
         raise BadInput(f"the body is not a .npz file: {str(error) or type(error).__name__}") from error

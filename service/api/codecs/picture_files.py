@@ -86,6 +86,8 @@ def decoded(picture: Picture, mode: str, orientation: Orientation) -> Image.Imag
     try:
         image.load()
         return in_mode(upright(image) if orientation == "exif" else image, mode)
+    except MemoryError:  # the size was checked before: it is not the image's fault
+        raise
     except Exception as error:
         raise BadInput(
             f"{picture.where}: the {image.format} image ({image.width} x {image.height}) cannot be decoded: "

@@ -2,7 +2,7 @@
 
 A process of its own because onnxruntime settles how it treats denormals with the first session of a process, which in
 the server must be one that serves; and because a graph that nobody has run before may take the runtime down with it.
-Started by `onnx_file` as ``python -m service.bases.sources.onnx_trial``; prints one JSON line.
+Started by `onnx_file` as a child; prints one JSON line.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from service import child
 from service.bases.description import Tensor
 from service.bases.probing import TOLERANCE, Answer, Run, differs, probe
 from service.contracts import Array, Arrays, InputSpec, RowsTogether
@@ -61,13 +62,13 @@ def tried(trial: Trial) -> tuple[Tensor, ...]:
     Raises:
         ConfigError: it does not run, answers otherwise than the original, or mixes up the rows.
     """
-    command = [sys.executable, "-m", "service.bases.sources.onnx_trial", trial.model_dump_json()]
+    command = child.command("service.bases.sources.onnx_trial", trial.model_dump_json())
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         verdict = Verdict.model_validate_json(done.stdout.strip().rpartition("\n")[2])
     except ValidationError as error:
         said = done.stderr.strip().splitlines()[-1:] or ["nothing"]
-        raise ConfigError(f"onnxruntime ended with status {done.returncode} and said: {said[0]}") from error
+        raise ConfigError(f"onnxruntime {child.how_it_ended(done.returncode)} and said: {said[0]}") from error
     if verdict.error:
         raise ConfigError(verdict.error)
     return verdict.outputs

@@ -1,8 +1,11 @@
 """`base: {python: package.module:factory}`: a torch module of the user's own.
 
 The factory is found beside the config file or among what is installed; only the person who starts the service can name
-it. It may read anything, so nothing short of calling it tells which model it makes: the fingerprint is made of what the
-module holds, of the user's code that made it, and of the arguments.
+it. The folder of the config file comes last on the path: a `queue.py`, `torch.py` or `models/` in it must not take the
+place of Python's, torch's or ours.
+
+The factory may read anything, so nothing short of calling it tells which model it makes: the fingerprint is made of
+what the module holds, of the user's code that made it, and of the arguments.
 
 A factory that draws its weights from torch, numpy or random without a seed gets the same ones every time. One that has
 them from elsewhere, and makes another model in every process, is refused: none of its measurements would be true.
@@ -14,7 +17,7 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from service import child
 from service.bases.checkpoints import file_digest, load_weights
 from service.bases.declaration import PythonBase
 from service.bases.description import Description, Tensor
@@ -182,16 +186,25 @@ class PythonSource:
         except SyntaxError as error:
             raise ConfigError(f"base.python: {error.filename}:{error.lineno}: {error.msg}") from error
         except Exception as error:  # a user's module may raise anything
-            raise ConfigError(f"base.python: importing {name} failed: {type(error).__name__}: {error}") from error
+            reason = f"{type(error).__name__}: {error}{_taken(error)}"
+            raise ConfigError(f"base.python: importing {name} failed: {reason}") from error
 
     def _find(self) -> None:
-        """Make sure that the factory's module can be imported, and from beside the config file first."""
+        """Make sure that the factory's module can be imported, and that it is the one beside the config, if any."""
         name = self._names()[0]
-        folder = str(self.folder.resolve())
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
+        folder = self.folder.resolve()
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
         spec = spec_of(name)
-        if spec is None or spec.origin is None:
+        found = None if spec is None or spec.origin is None else Path(spec.origin)
+        own = _file_of(folder, name.split("."))
+        if own is not None and (found is None or found.resolve() != own.resolve()):
+            owner = name.partition(".")[0]
+            raise ConfigError(
+                f"base.python: {own} cannot be imported as {name}: a module of Python, of leanserve or of an installed "
+                f"package is called {owner}, too; give yours another name"
+            )
+        if found is None:
             raise ConfigError(f"base.python: there is no module {name}, neither in {self.folder} nor installed")
 
     def _names(self) -> tuple[str, str]:
@@ -221,3 +234,16 @@ def _seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(of_python)
             np.random.set_state(of_numpy)
+
+
+def _file_of(folder: Path, parts: Sequence[str]) -> Path | None:
+    path = folder.joinpath(*parts)
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def _taken(error: Exception) -> str:
+    """Why a module beside the config file was not found that has a place in a package called as one of ours."""
+    owner = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or owner not in child.PACKAGES:
+        return ""
+    return f" ({owner} is a package of leanserve's; give yours another name)"

@@ -180,6 +180,11 @@ MEMORY = Column(
     "peak resident memory that loading and running adds to the process",
     lambda item: amount(item.quality.peak_memory_bytes, "B"),
 )
+FITTING = Column(
+    "rows that fit",
+    "rows of the largest batch for which there is memory, where it is less than the largest that was tried",
+    lambda item: ABSENT if item.quality.memory_rows is None else str(item.quality.memory_rows),
+)
 BUILD = Column(
     "build",
     "time to apply the passes, measuring excluded; passes that variants share are built once",
@@ -207,8 +212,10 @@ def speed(batches: Sequence[int]) -> tuple[Column, ...]:
     return (*map(_latency, batches), THROUGHPUT, GAIN)
 
 
-FOOTPRINT = (SIZE, PARAMETERS, MACS, MEMORY, BUILD)
-"""What a variant takes besides time to answer."""
+def footprint(measured: Sequence[Measured]) -> tuple[Column, ...]:
+    """What a variant takes besides time to answer; how many rows fit into memory only where that bounds one."""
+    limit = (FITTING,) if any(FITTING.cell(item) != ABSENT for item in measured) else ()
+    return (SIZE, PARAMETERS, MACS, MEMORY, *limit, BUILD)
 
 
 def waterfall(measured: Sequence[Measured], batches: Sequence[int]) -> tuple[Column, ...]:

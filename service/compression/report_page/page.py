@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from service.compression.manifest import Manifest
-from service.compression.report_page.columns import FOOTPRINT, Column, answers, by_output, speed
+from service.compression.report_page.columns import Column, answers, by_output, footprint, speed
 from service.compression.report_page.columns import waterfall as waterfall_columns
 from service.compression.report_page.headline import hardware, headline, tiles
 from service.compression.report_page.summary import Summary
@@ -58,7 +58,7 @@ def _tables(summary: Summary) -> tuple[tuple[str, tuple[Column, ...]], ...]:
     return (
         ("Does it still answer right?", answers(summary.measured)),
         (f"How fast is it?{summary.mark}", speed(summary.batches)),
-        (f"What else does it take?{summary.mark}", FOOTPRINT),
+        (f"What else does it take?{summary.mark}", footprint(summary.measured)),
     )
 
 

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from service.compression.tools.macs import example
 from service.contracts import Data, Progress, TorchModel
 from service.errors import PassFailed
+from service.memory import largest_that_fits
 
 See: TypeAlias = Callable[[str, Tensor, Tensor], None]
 """Told the name of a layer, its input and its output, once per call."""
@@ -59,20 +60,26 @@ class Moments:
         return self.gram - torch.outer(self.mean, self.mean)
 
 
-def tensors(data: Data, rows: int) -> Iterator[tuple[Tensor, ...]]:
-    """The inputs of `data` in batches of nearly equal size, at most `rows` each."""
+def tensors(model: TorchModel, data: Data, rows: int) -> Iterator[tuple[Tensor, ...]]:
+    """The inputs of `data` in batches of nearly equal size, at most `rows` each and no more than there is memory for.
+
+    That is found out at once, by running the model on the first of them as it is.
+    """
+    first = tuple(torch.tensor(array) for array in next(data.batches(rows)).inputs)
+    with torch.no_grad():
+        rows, _ = largest_that_fits(len(first[0]), lambda rows: model.module(*(tensor[:rows] for tensor in first)))
     size = math.ceil(len(data) / math.ceil(len(data) / rows))
-    for batch in data.batches(size):
-        yield tuple(torch.tensor(array) for array in batch.inputs)
+    return (tuple(torch.tensor(array) for array in batch.inputs) for batch in data.batches(size))
 
 
 def observe(model: TorchModel, layers: Mapping[str, nn.Module], data: Data, see: See, progress: Progress) -> None:
     """Run `data` through the model and let `see` look at every call of the named layers."""
     done = 0
+    batches = tensors(model, data, OBSERVED_ROWS)
     with ExitStack() as stack, torch.no_grad():
         for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(_viewer(name, see)).remove)
-        for inputs in tensors(data, OBSERVED_ROWS):
+        for inputs in batches:
             model.module(*inputs)
             done += len(inputs[0])
             progress(done, len(data), "watching layers")
@@ -93,13 +100,14 @@ def refit_batch_norm(model: TorchModel, changed: Collection[str], data: Data) ->
         raise PassFailed("batch norms are re-estimated on batches of many rows, and base.rows: one forbids these")
     if len(data) < 2:
         raise PassFailed(f"samples: batch norm needs at least 2 calibration rows to be re-estimated, got {len(data)}")
+    batches = tensors(model, data, NORM_ROWS)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over the batches
         norm.train()
     with torch.no_grad():
-        for inputs in tensors(data, NORM_ROWS):
+        for inputs in batches:
             model.module(*inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

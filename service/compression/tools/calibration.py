@@ -15,13 +15,14 @@ import onnx
 
 from service.compression.tools.histograms import Extent, FindRange, Histogram, Range
 from service.compression.tools.lowering import feeds, open_session
-from service.contracts import Array, Data, InputSpec, Progress
+from service.contracts import Array, Arrays, Data, InputSpec, Progress
 from service.errors import PassFailed
+from service.memory import run_in_parts
 
 
 @dataclass(frozen=True)
 class Recording:
-    """The activations `tensors` of a float graph on `data`, `batch` rows at a time; may be replayed."""
+    """The activations `tensors` of a float graph on `data`, `batch` rows at a time or as fit; may be replayed."""
 
     model: onnx.ModelProto
     spec: InputSpec
@@ -31,14 +32,18 @@ class Recording:
     threads: int
 
     def play(self) -> Iterator[tuple[int, Mapping[str, Array]]]:
-        """Yield the rows of each batch and what the tensors were in it."""
+        """Yield the number of rows of each batch and what the tensors were in it."""
         inputs = {item.name for item in self.model.graph.input}
         computed = [name for name in self.tensors if name not in inputs]
         session = open_session(_exposing(self.model, computed), self.threads)
+
+        def values(inputs: Arrays) -> tuple[int, Mapping[str, Array]]:
+            given = feeds(self.spec, inputs)
+            found = given | dict(zip(computed, session.run(computed, given), strict=True))
+            return len(inputs[0]), {name: found[name] for name in self.tensors}
+
         for batch in self.data.batches(self.batch):
-            given = feeds(self.spec, batch.inputs)
-            values = given | dict(zip(computed, session.run(computed, given), strict=True))
-            yield len(batch.inputs[0]), {name: values[name] for name in self.tensors}
+            yield from run_in_parts(values, batch.inputs)
 
 
 def extents_of(recording: Recording, progress: Progress) -> dict[str, Extent]:

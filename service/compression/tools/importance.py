@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from service.compression.tools.objectives import cross_entropy
 from service.contracts import Data, TorchModel
 from service.errors import PassFailed
+from service.memory import largest_that_fits
 
 Importance: TypeAlias = Callable[[Any], Tensor | None]
 """Channel scores [width] of a dependency group, or `None` where the criterion does not apply to it."""
@@ -34,7 +35,7 @@ def importance_of(criterion: Criterion, model: TorchModel, data: Data | None) ->
     from torch_pruning.pruner import importance
 
     if criterion == "taylor":
-        _gradients(model, data)
+        largest_that_fits(GRADIENT_ROWS, lambda rows: _gradients(model, data, rows))
         return importance.GroupTaylorImportance()
     if criterion == "bn_scale":
         if not any(isinstance(child, nn.BatchNorm2d | nn.BatchNorm1d) for child in model.module.modules()):
@@ -44,11 +45,11 @@ def importance_of(criterion: Criterion, model: TorchModel, data: Data | None) ->
     return importance.GroupMagnitudeImportance(p=1 if criterion == "l1" else 2)
 
 
-def _gradients(model: TorchModel, data: Data | None) -> None:
-    """Sum the gradients of the cross entropy over `data` in the model's parameters."""
+def _gradients(model: TorchModel, data: Data | None, rows: int) -> None:
+    """Sum the gradients of the cross entropy over `data` in the model's parameters, so many rows at a time."""
     model.module.zero_grad()
     spec = model.spec
-    for batch in data.batches(GRADIENT_ROWS) if data else ():
+    for batch in data.batches(rows) if data else ():
         if batch.labels is None or not np.issubdtype(batch.labels.dtype, np.integer):
             raise PassFailed("importance: taylor needs training data with class labels; take l1, l2 or bn_scale")
         outputs = tree_leaves(model.module(*(torch.tensor(array) for array in batch.inputs)))

@@ -20,6 +20,7 @@ from service.compression.tools.checkpoint import read_checkpoint, write_checkpoi
 from service.contracts import BuildContext, Data
 from service.errors import PassFailed
 from service.machine import isa_flags
+from service.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -77,8 +78,8 @@ def train(module: nn.Module, loss: Loss, options: TrainingOptions, context: Buil
     `context.scratch` goes on behind the last finished epoch and gives the same weights as an undisturbed run.
 
     Raises:
-        PassFailed: the train split is empty, the augmentation does not fit the inputs, or the loss is not finite; or
-            the base says that rows share no batch, where a step needs many.
+        PassFailed: the train split is empty, the augmentation does not fit the inputs, the loss is not finite, or
+            there is no memory for the batches; or the base says that rows share no batch, where a step needs many.
     """
     import torch
 
@@ -95,6 +96,11 @@ def train(module: nn.Module, loss: Loss, options: TrainingOptions, context: Buil
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             return _Run(module, loss, options, context).to_the_end(data)
+    except Exception as error:
+        if isinstance(error, PassFailed) or not is_out_of_memory(error):
+            raise
+        text = f"memory ran out while training on batches of {options.batch} rows ({error}); lower the option 'batch'"
+        raise PassFailed(text) from error
     finally:
         torch.set_num_threads(threads)
         module.eval()
