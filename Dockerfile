@@ -20,8 +20,8 @@ WORKDIR /src
 ARG TORCH_INDEX_URL=""
 RUN pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "torch>=2.11,<2.14"
 COPY pyproject.toml README.md LICENSE ./
-COPY service/__init__.py service/
-RUN mkdir models && pip install ".[cpu]"
+COPY service/leanserve/__init__.py service/leanserve/
+RUN mkdir -p models/leanserve_models && pip install ".[cpu]"
 COPY service service
 COPY models models
 RUN pip install --no-deps --force-reinstall .
@@ -30,7 +30,7 @@ RUN useradd --create-home --uid 10001 leanserve \
     && install -d -o leanserve -g leanserve /var/cache/leanserve
 USER leanserve
 WORKDIR /app
-COPY models models
+COPY models/*.yaml models/
 ENV LEANSERVE_CACHE=/var/cache/leanserve
 VOLUME /var/cache/leanserve
 

@@ -43,7 +43,7 @@ check: install
 	$(BIN)/mypy
 
 train-digits: install
-	$(BIN)/python -m models.train_digits
+	$(BIN)/python -m leanserve_models.train_digits
 
 clean:
 	rm -rf .venv .leanserve

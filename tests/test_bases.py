@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from service.bases.opening import Origin, codec_of, open_base
-from service.bases.shipped import BaseModule, ModuleSource
-from service.contracts import Base, Field
-from service.errors import ConfigError
+from leanserve.bases.opening import Origin, codec_of, open_base
+from leanserve.bases.shipped import BaseModule, ModuleSource
+from leanserve.contracts import Base, Field
+from leanserve.errors import ConfigError
 
 SOURCE = """
 INPUTS = ({"name": "image", "dtype": "float32", "shape": (3, 2, 4)},)
@@ -89,7 +89,7 @@ def test_the_digest_follows_source_files_and_library_versions(folder: Path, monk
 
 def test_loading_a_base_and_its_digest_import_no_heavy_library() -> None:
     program = (
-        "import sys; from service.bases.opening import Origin, open_base;"
+        "import sys; from leanserve.bases.opening import Origin, open_base;"
         "base = open_base(Origin.shipped('digits')); base.digest; base.codec;"
         "print(*{'torch', 'sklearn', 'onnxruntime'} & set(sys.modules))"
     )

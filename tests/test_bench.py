@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from service.bench import print_bench
+from leanserve.bench import print_bench
 
 
 def test_sizes_for_which_a_variant_has_no_memory_are_dashes() -> None:

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-import service
-from service.child import ROOT, command, how_it_ended
+from leanserve.child import ROOT, command, how_it_ended
 
 HOSTILE = ("service/__init__.py", "models/__init__.py", "queue.py", "json.py", "torch.py", "service.py")
 SLEEPER = """\
 import subprocess, sys, time
-from service.child import command
+from leanserve.child import command
 child = subprocess.Popen(command("timeit", "-n1", "-r1", "import time; time.sleep(60)"))
 print(child.pid, flush=True)
 time.sleep(60)

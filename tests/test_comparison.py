@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from service.comparison import UNLIKE, largest_difference, largest_finite, row_cosines
-from service.contracts import Array
+from leanserve.comparison import UNLIKE, largest_difference, largest_finite, row_cosines
+from leanserve.contracts import Array
 
 INF, NAN = np.inf, np.nan
 

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.telemetry.metrics import Metrics
-from service.telemetry.observations import VariantFacts
+from leanserve.telemetry.metrics import Metrics
+from leanserve.telemetry.observations import VariantFacts
 
 ROOT = Path(__file__).parents[1]
 DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/variants.json").read_text())

@@ -14,11 +14,11 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 
-from service.__main__ import app
-from service.compression.passes import ALL
-from service.compression.passes.base import Pass
-from service.config import ServiceConfig
-from service.config_errors import KINDS
+from leanserve.__main__ import app
+from leanserve.config.errors import KINDS
+from leanserve.config.schema import ServiceConfig
+from leanserve.passes import ALL
+from leanserve.passes.base import Pass
 
 ROOT = Path(__file__).parent.parent
 DOCS = {
@@ -69,7 +69,7 @@ def test_every_command_is_documented() -> None:
 
 
 def test_every_error_code_is_documented() -> None:
-    from service.telemetry.observations import OUTCOMES
+    from leanserve.telemetry.observations import OUTCOMES
 
     for code in set(OUTCOMES) - {"ok", "internal", "client_gone"}:
         assert f"`{code}`" in DOCS["request-path.md"]
@@ -91,14 +91,17 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     assert python
     for arguments in python:
         subprocess.run(
-            [sys.executable, *arguments], cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            check=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))},
         )
     assert (tmp_path / "digit.png").exists()
     for line in commands:
         words = shlex.split(line, comments=True)
         if words[:1] == ["leanserve"]:
             done = subprocess.run(
-                [sys.executable, "-m", "service", words[1], "--help"], capture_output=True, check=True
+                [sys.executable, "-m", "leanserve", words[1], "--help"], capture_output=True, check=True
             )
             for option in (word for word in words if word.startswith("--")):
                 assert option in re.sub(r"\x1b\[[0-9;]*m", "", done.stdout.decode()), f"{line}: no option {option}"

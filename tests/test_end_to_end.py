@@ -19,8 +19,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from service.contracts import Array
-from service.machine import thread_budget
+from leanserve.contracts import Array
+from leanserve.hardware import thread_budget
 
 CONFIG = """\
 base: digits
@@ -57,7 +57,7 @@ def start(config: Path, cache: Path, log: Path, within: float, before: Sequence[
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [*before, sys.executable, "-m", "service", "serve", "--config", str(config), "--port", str(port)]
+    command = [*before, sys.executable, "-m", "leanserve", "serve", "--config", str(config), "--port", str(port)]
     began = time.monotonic()
     with log.open("w") as stream:
         environment = os.environ | {"LEANSERVE_CACHE": str(cache)}
@@ -97,7 +97,7 @@ def service(place: Path) -> Iterator[Service]:
 
 def digits(count: int) -> list[tuple[bytes, str]]:
     """Real digits as PNG, with their labels, from the test split."""
-    from models.digits import pictures
+    from leanserve_models.digits import pictures
 
     return [(png(image), str(label)) for image, label in zip(*pictures("test", count), strict=True)]
 
@@ -169,7 +169,7 @@ def test_a_read_only_cache_of_another_machine_serves_and_says_so(
     (warning,) = (line for line in running.log.read_text().splitlines() if "warning" in line)
     assert "measured on" in warning
     assert "not on this machine" in warning
-    command = [*before, sys.executable, "-m", "service", "report", "--config", str(other), "--cache"]
+    command = [*before, sys.executable, "-m", "leanserve", "report", "--config", str(other), "--cache"]
     told = subprocess.run([*command, str(place / "cache")], capture_output=True, text=True, check=True)
     assert "(measured on another machine)" in told.stdout
     new = subprocess.run([*command, str(place / "cache" / "new")], capture_output=True, text=True, check=False)
@@ -187,7 +187,7 @@ def test_a_flipped_byte_is_told_and_rebuilt(service: Service, place: Path) -> No
         [
             sys.executable,
             "-m",
-            "service",
+            "leanserve",
             "build",
             "--config",
             str(place / "service.yaml"),
@@ -205,7 +205,7 @@ def test_a_flipped_byte_is_told_and_rebuilt(service: Service, place: Path) -> No
 def test_kill_9_during_a_build_then_start_again(place: Path, tmp_path: Path) -> None:
     config = tmp_path / "service.yaml"
     config.write_text("base: digits\nvariants: [{name: onnx, passes: [{kind: fold_bn}, {kind: onnxruntime}]}]\n")
-    command = [sys.executable, "-m", "service", "build", "--config", str(config), "--cache", str(tmp_path / "cache")]
+    command = [sys.executable, "-m", "leanserve", "build", "--config", str(config), "--cache", str(tmp_path / "cache")]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "cache").glob("artifacts/*")) and time.monotonic() < deadline:
@@ -253,7 +253,7 @@ def test_sigterm_under_load_loses_nothing(service: Service, place: Path) -> None
 def test_a_port_in_use_is_told_before_any_building(service: Service, tmp_path: Path) -> None:
     port = service.url.rpartition(":")[2]
     done = subprocess.run(
-        [sys.executable, "-m", "service", "serve", "--port", port, "--cache", str(tmp_path)],
+        [sys.executable, "-m", "leanserve", "serve", "--port", port, "--cache", str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,
@@ -267,7 +267,7 @@ def test_a_wrong_config_is_one_line_and_status_2(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("base: digits\nvariants: [{name: a, passess: []}]\n")
     for command in ("check", "build", "serve"):
         done = subprocess.run(
-            [sys.executable, "-m", "service", command, "--config", str(tmp_path / "bad.yaml")],
+            [sys.executable, "-m", "leanserve", command, "--config", str(tmp_path / "bad.yaml")],
             capture_output=True,
             text=True,
             check=False,
@@ -284,7 +284,7 @@ def test_a_failing_gate_aborts_the_start_naming_the_variant(service: Service, pl
         [
             sys.executable,
             "-m",
-            "service",
+            "leanserve",
             "serve",
             "--config",
             str(strict),

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from test_end_to_end import start, stop
 
-from service.config import read_config
+from leanserve.config.schema import read_config
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 KEPT = {"timm-checkpoint": ("float", "int8"), "transformers-checkpoint": ("float", "int8")}

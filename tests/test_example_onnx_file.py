@@ -21,8 +21,8 @@ import pytest
 from test_end_to_end import start, stop
 from tritonclient import http as triton
 
-from service.config import read_config
-from service.contracts import Array
+from leanserve.config.schema import read_config
+from leanserve.contracts import Array
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "onnx-file"
 ROWS = 24

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from test_end_to_end import png, start, stop
 
-from service.config import read_config
+from leanserve.config.schema import read_config
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "python-module"
 MEAN, STD = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224, 0.225), np.float32)

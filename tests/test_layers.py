@@ -11,50 +11,50 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # The first match counts; see docs/decisions for why the tools of passes have a layer of their own.
 LAYERS: tuple[tuple[str, int], ...] = (
-    ("service.errors", 0),
-    ("service.contracts", 0),
-    ("service.comparison", 0),
-    ("service.disk", 0),
-    ("service.sealed", 1),
-    ("service.machine", 0),
-    ("service.yaml_source", 1),
-    ("service.section", 0),
-    ("service.telemetry.observations", 1),
-    ("service.telemetry.startup", 1),
-    ("service.telemetry.metrics", 2),
-    ("service.api.codecs", 1),
-    ("service.bases.opening", 4),
-    ("service.bases.sources", 3),
-    ("service.bases.datasets", 3),
-    ("service.bases", 2),
-    ("service.compression.passes.base", 1),
-    ("service.compression.tools", 2),
-    ("service.compression.passes.composition", 4),
-    ("service.compression.passes", 3),
-    ("service.compression.manifest", 1),
-    ("service.config_errors", 4),
-    ("service.config", 5),
-    ("service.backends", 6),
-    ("service.serving.batcher", 6),
-    ("service.serving.assembly", 1),
-    ("service.serving.costs", 6),
-    ("service.serving.device", 6),
-    ("service.compression", 7),
-    ("service.serving", 8),
-    ("service.bench", 9),
-    ("service.init", 9),
-    ("service.api", 9),
-    ("service.workplace", 10),
-    ("service.start", 11),
-    ("service.__main__", 12),
+    ("leanserve.errors", 0),
+    ("leanserve.contracts", 0),
+    ("leanserve.comparison", 0),
+    ("leanserve.disk", 0),
+    ("leanserve.artifacts.sealed", 1),
+    ("leanserve.hardware", 0),
+    ("leanserve.config.yaml", 1),
+    ("leanserve.config.section", 0),
+    ("leanserve.telemetry.observations", 1),
+    ("leanserve.telemetry.startup", 1),
+    ("leanserve.telemetry.metrics", 2),
+    ("leanserve.codecs", 1),
+    ("leanserve.bases.opening", 4),
+    ("leanserve.bases.sources", 3),
+    ("leanserve.bases.datasets", 3),
+    ("leanserve.bases", 2),
+    ("leanserve.passes.base", 1),
+    ("leanserve.passes.toolkit", 2),
+    ("leanserve.passes.composition", 4),
+    ("leanserve.passes", 3),
+    ("leanserve.artifacts.manifest", 1),
+    ("leanserve.config.errors", 4),
+    ("leanserve.config.schema", 5),
+    ("leanserve.runtime.backends", 6),
+    ("leanserve.serving.batcher", 6),
+    ("leanserve.runtime.assembly", 1),
+    ("leanserve.runtime.costs", 6),
+    ("leanserve.runtime.device", 6),
+    ("leanserve.evaluation", 7),
+    ("leanserve.serving", 8),
+    ("leanserve.bench", 9),
+    ("leanserve.init", 9),
+    ("leanserve.api", 9),
+    ("leanserve.context", 10),
+    ("leanserve.start", 11),
+    ("leanserve.__main__", 12),
     ("service", 0),
 )
 ONLY = {
-    "prometheus_client": {"service/telemetry/metrics.py"},
-    "fastapi": {"service/api/app.py"},
-    "uvicorn": {"service/api/connection.py", "service/api/server.py"},
-    "grpc": {"service/api/grpc_server.py"},
-    "typer": {"service/__main__.py"},
+    "prometheus_client": {"service/leanserve/telemetry/metrics.py"},
+    "fastapi": {"service/leanserve/api/app.py"},
+    "uvicorn": {"service/leanserve/http/connection.py", "service/leanserve/api/server.py"},
+    "grpc": {"service/leanserve/api/v2/grpc_server.py"},
+    "typer": {"service/leanserve/__main__.py"},
 }
 LAZY = {
     "torch",
@@ -70,7 +70,11 @@ LAZY = {
     "ray",
     "matplotlib",
 }
-MAY_IMPORT_AT_TOP = ("service/backends/", "service/bases/modules/", "service/compression/tools/")
+MAY_IMPORT_AT_TOP = (
+    "service/leanserve/runtime/backends/",
+    "service/leanserve/bases/modules/",
+    "service/leanserve/passes/toolkit/",
+)
 
 
 def files(*tops: str) -> list[Path]:
@@ -133,9 +137,9 @@ def test_libraries_stay_in_their_rooms(path: Path) -> None:
     assert path.name not in {"utils.py", "util.py", "helpers.py", "common.py"}
 
 
-@pytest.mark.parametrize("path", files("service/compression/passes"), ids=name_of)
+@pytest.mark.parametrize("path", files("service/leanserve/passes"), ids=name_of)
 def test_a_pass_imports_no_other_pass(path: Path) -> None:
     if path.name in {"__init__.py", "composition.py"}:
         return
     for module in imports(ast.parse(path.read_text()), top_level=False):
-        assert not module.startswith("service.compression.passes") or module == "service.compression.passes.base"
+        assert not module.startswith("leanserve.passes") or module == "leanserve.passes.base"

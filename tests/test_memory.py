@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from service.contracts import Array, Arrays
-from service.errors import BadInput, ConfigError
-from service.memory import EXIT_STATUS, exit_when_out, forget, is_out_of_memory, largest_that_fits, run_in_parts
+from leanserve.contracts import Array, Arrays
+from leanserve.errors import BadInput, ConfigError
+from leanserve.memory import EXIT_STATUS, exit_when_out, forget, is_out_of_memory, largest_that_fits, run_in_parts
 
 TORCH = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
 ONNXRUNTIME = (
@@ -43,7 +43,7 @@ LIMITED = """\
 import resource
 import numpy as np, onnx, onnxruntime, torch
 from onnx import TensorProto, helper
-from service.memory import is_out_of_memory
+from leanserve.memory import is_out_of_memory
 
 floats = lambda name, columns: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", columns])
 weight = onnx.numpy_helper.from_array(np.ones((8, 100_000), np.float32), "w")

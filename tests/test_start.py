@@ -20,11 +20,11 @@ from typing import Any
 import httpx
 import pytest
 
-from service.child import ROOT
-from service.config import ServiceConfig
-from service.errors import StartupError
-from service.start import BuildFailed, ServiceStart
-from service.telemetry.startup import BuildNews
+from leanserve.child import ROOT
+from leanserve.config.schema import ServiceConfig
+from leanserve.errors import StartupError
+from leanserve.start import BuildFailed, ServiceStart
+from leanserve.telemetry.startup import BuildNews
 
 MODEL = """\
 import queue
@@ -50,7 +50,7 @@ variants: [{name: float}]
 drain: {delay_s: 0}
 """
 HOSTILE = ("service/__init__.py", "models/__init__.py", "queue.py", "json.py", "torch.py")
-COMMAND = "from service.__main__ import main\nmain()\n"
+COMMAND = "from leanserve.__main__ import main\nmain()\n"
 """What pip installs as `leanserve`."""
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the process table of Linux")
 
@@ -223,7 +223,7 @@ def built_by(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> Serv
         assert (module, arguments[0], arguments[-2]) == ("service", "build", "--tell")
         return [sys.executable, "-c", told + code, *arguments]
 
-    monkeypatch.setattr("service.start.command", command)
+    monkeypatch.setattr("leanserve.start.command", command)
     config = ServiceConfig.model_validate({"base": "digits", "variants": [{"name": "float"}]})
     return ServiceStart(tmp_path / "service.yaml", None, config)
 
@@ -251,7 +251,7 @@ def test_a_build_that_the_kernel_kills_is_told_in_a_sentence(monkeypatch: pytest
 def test_a_build_for_which_nobody_waits_is_ended(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ignoring: str
 ) -> None:
-    monkeypatch.setattr("service.start.END_S", 0.5)
+    monkeypatch.setattr("leanserve.start.END_S", 0.5)
     start = built_by(monkeypatch, tmp_path, ignoring + TELLS + "time.sleep(60)")
     failures: list[BaseException] = []
 

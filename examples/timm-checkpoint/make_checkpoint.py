@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch.nn import functional
 
-from service.bases.sources.torchvision_import import make_torchvision_importable
+from leanserve.bases.sources.torchvision_import import make_torchvision_importable
 
 NAME = "test_resnet.r160_in1k"
 """As in config.yaml."""

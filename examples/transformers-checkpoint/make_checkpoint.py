@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from service.bases.sources.torchvision_import import make_torchvision_importable
+from leanserve.bases.sources.torchvision_import import make_torchvision_importable
 
 THINGS = (
     "the room",

@@ -25,12 +25,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from leanserve.contracts import Array
 from loadtest.peers.network import SPECS, example, write_network
 from loadtest.peers.process import PeerError, Running, ask, serving
 from loadtest.peers.quiet import PATIENCE_S, quietly
 from loadtest.peers.roster import PEERS, Request
 from loadtest.peers.wrk import Load, load
-from service.contracts import Array
 
 CACHE = Path(".leanserve/peers")
 WARM_S, STARTS_S = 1.0, 60.0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from service.contracts import Array, Field, InputSpec
+from leanserve.contracts import Array, Field, InputSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,8 +63,8 @@ def _exporter(build: Callable[[], nn.Module]) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         import torch
 
-        from service.compression.tools.lowering import export_onnx
-        from service.contracts import TorchModel
+        from leanserve.contracts import TorchModel
+        from leanserve.passes.toolkit.lowering import export_onnx
 
         torch.manual_seed(0)
         unfinished = path.with_suffix(".part")

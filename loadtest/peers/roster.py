@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from service.contracts import Array
+from leanserve.contracts import Array
 
 HERE = Path(__file__).parent
 

@@ -42,23 +42,23 @@ class Step(NamedTuple):
 
 
 STEPS = (
-    Step("service.api.connection:Connection.data_received", "head known, body cut off, coroutine begun"),
-    Step("service.serving.fleet:Fleet.choose", "choose the variant"),
-    Step("service.api.codecs.open_inference:InferDecoder.decode", "decode and check: plan known, views"),
-    Step("service.serving.variant:Variant._admit", "admit: predicted wait against the deadline"),
-    Step("service.serving.variant:Variant._ticket", "ticket: future, deadline, whether the client is gone"),
-    Step("service.serving.batcher:Batcher.offer", "offer: into the queue"),
-    Step("service.serving.dispatch:Dispatch.offered", "see to it that the queue is run"),
-    Step("service.serving.batcher:Batcher.take", "take: form the batch"),
-    Step("service.serving.execution:join", "join: one copy"),
-    Step("service.backends.onnx_runtime:OnnxRuntimeBackend.run", "run the model"),
-    Step("service.serving.execution:split", "split: views"),
-    Step("service.serving.tally:Tally.add", "count the batch"),
-    Step("service.serving.variant:Variant._settle", "settle: hand out the outputs"),
-    Step("service.api.connection:Exchange._step", "coroutines: all between the steps here"),
-    Step("service.api.open_inference_http:encode_infer", "encode the reply"),
-    Step("service.telemetry.observations:VariantMetrics.request_done", "count the request"),
-    Step("service.api.connection:Connection.reply", "reply: head, body, one write to the socket"),
+    Step("leanserve.http.connection:Connection.data_received", "head known, body cut off, coroutine begun"),
+    Step("leanserve.serving.fleet:Fleet.choose", "choose the variant"),
+    Step("leanserve.codecs.open_inference:InferDecoder.decode", "decode and check: plan known, views"),
+    Step("leanserve.serving.variant:Variant._admit", "admit: predicted wait against the deadline"),
+    Step("leanserve.serving.variant:Variant._ticket", "ticket: future, deadline, whether the client is gone"),
+    Step("leanserve.serving.batcher:Batcher.offer", "offer: into the queue"),
+    Step("leanserve.serving.scheduler:Dispatch.offered", "see to it that the queue is run"),
+    Step("leanserve.serving.batcher:Batcher.take", "take: form the batch"),
+    Step("leanserve.serving.batch_runner:join", "join: one copy"),
+    Step("leanserve.runtime.backends.onnx_runtime:OnnxRuntimeBackend.run", "run the model"),
+    Step("leanserve.serving.batch_runner:split", "split: views"),
+    Step("leanserve.serving.deferred_metrics:Tally.add", "count the batch"),
+    Step("leanserve.serving.variant:Variant._settle", "settle: hand out the outputs"),
+    Step("leanserve.http.connection:Exchange._step", "coroutines: all between the steps here"),
+    Step("leanserve.api.v2.rest:encode_infer", "encode the reply"),
+    Step("leanserve.telemetry.observations:VariantMetrics.request_done", "count the request"),
+    Step("leanserve.http.connection:Connection.reply", "reply: head, body, one write to the socket"),
 )
 
 
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8090)
     parser.add_argument("--cache", type=Path, default=CACHE, help="networks and artifacts")
     options = parser.parse_args(arguments)
-    from service.__main__ import app
+    from leanserve.__main__ import app
 
     network = write_network(options.network, options.cache / "networks")
     config = network.with_name(f"{network.stem}-steps.yaml")

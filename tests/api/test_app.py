@@ -11,13 +11,13 @@ from io import BytesIO
 import httpx
 import numpy as np
 import pytest
-from fakes import LABELS, open_fleet
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.api.app import create_app
-from service.api.codecs.image import ImageCodec
-from service.serving.fleet import Fleet
+from fakes import LABELS, open_fleet
+from leanserve.api.app import create_app
+from leanserve.codecs.images import ImageCodec
+from leanserve.serving.fleet import Fleet
 
 
 @asynccontextmanager

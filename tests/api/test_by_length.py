@@ -9,17 +9,17 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+
 from fakes import PixelBase, report, serving
+from leanserve.api.by_length import cut_to_length, in_order, length_groups
+from leanserve.codecs.answers import Answers
+from leanserve.codecs.arrays import ArrayCodec
+from leanserve.config.schema import ServiceConfig
+from leanserve.contracts import Arrays, Decoded, Field, InputSpec, RowsTogether
+from leanserve.runtime.device import Device
+from leanserve.serving.fleet import Fleet
 from text_fleet import CLS, SEP, WORDS, embedded, live_texts
 from text_fleet import SPEC as TEXTS
-
-from service.api.by_length import cut_to_length, in_order, length_groups
-from service.api.codecs.answers import Answers
-from service.api.codecs.arrays import ArrayCodec
-from service.config import ServiceConfig
-from service.contracts import Arrays, Decoded, Field, InputSpec, RowsTogether
-from service.serving.device import Device
-from service.serving.fleet import Fleet
 
 SPEC = InputSpec(
     (Field("x", "float32", (None, 1)), Field("n", "float32", (2,))),

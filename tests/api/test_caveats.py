@@ -10,15 +10,15 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from fakes import Live, PixelBase, live_server, report
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from tritonclient import grpc as triton_grpc
 from tritonclient import http as triton
 
-from service.api.caveats import caveat_headers
-from service.bench import print_bench
-from service.compression.report import print_table, write_html
+from fakes import Live, PixelBase, live_server, report
+from leanserve.api.caveats import caveat_headers
+from leanserve.bench import print_bench
+from leanserve.report.table import print_table, write_html
 
 CAVEATS = ("untrained", "synthetic data")
 TOLD = "untrained, synthetic data"

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from fakes import live_server
 from raw_client import Client
 

@@ -13,18 +13,18 @@ import numpy as np
 import openai
 import orjson
 import pytest
-from fakes import Live, live_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_fleet import CLS, MAX_LENGTH, SEP, WORDS, A, B, embedded, live_texts
 
-from service.api import embeddings
-from service.api.by_length import length_groups
-from service.config import EmbeddingsConfig
-from service.contracts import Arrays
-from service.errors import ConfigError
-from service.serving.execution import Prediction
-from service.serving.variant import Variant
+from fakes import Live, live_server
+from leanserve.api.by_length import length_groups
+from leanserve.api.openai import embeddings
+from leanserve.config.schema import EmbeddingsConfig
+from leanserve.contracts import Arrays
+from leanserve.errors import ConfigError
+from leanserve.serving.batch_runner import Prediction
+from leanserve.serving.variant import Variant
+from text_fleet import CLS, MAX_LENGTH, SEP, WORDS, A, B, embedded, live_texts
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +287,7 @@ def test_too_large_is_413(http: httpx.Client) -> None:
 
 
 def test_bodies_may_be_compressed(http: httpx.Client) -> None:
-    from service.api.content_encoding import compress
+    from leanserve.http.content_encoding import compress
 
     body = compress(orjson.dumps({"model": "words", "input": "a"}), "gzip")
     assert post(http, body, **{"content-encoding": "gzip"}).status_code == 200

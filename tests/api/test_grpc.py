@@ -15,19 +15,19 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from fakes import POOR, Live, PixelBackend, live_server, open_fleet
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from tritonclient import grpc as triton
 from tritonclient import utils
 from tritonclient.grpc import aio as triton_aio
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from service.api.grpc_infer import GrpcInferDecoder, encode
-from service.api.grpc_messages import POOL, PROTOCOL, SERVICE, message
-from service.api.grpc_server import METHODS, _Service, start_grpc
-from service.contracts import Field, InputSpec
-from service.errors import BadInput, StartupError
-from service.telemetry.startup import BuildNews, Startup
+from fakes import POOR, Live, PixelBackend, live_server, open_fleet
+from leanserve.api.v2.grpc_infer import GrpcInferDecoder, encode
+from leanserve.api.v2.grpc_messages import POOL, PROTOCOL, SERVICE, message
+from leanserve.api.v2.grpc_server import METHODS, _Service, start_grpc
+from leanserve.contracts import Field, InputSpec
+from leanserve.errors import BadInput, StartupError
+from leanserve.telemetry.startup import BuildNews, Startup
 
 PIXELS = np.arange(8, dtype=np.float32).reshape(2, 1, 2, 2)
 LOGITS = PIXELS.reshape(2, 4) * 10
@@ -158,7 +158,7 @@ def test_refusals(infer: Any, request_: Any, code: str, text: str) -> None:
 
 
 def test_a_bug_of_ours_shows_no_stack(infer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.api.grpc_server.encode", lambda *_: 1 / 0)
+    monkeypatch.setattr("leanserve.api.v2.grpc_server.encode", lambda *_: 1 / 0)
     with pytest.raises(grpc.RpcError) as refused:
         infer(typed())
     assert refused.value.code() is grpc.StatusCode.INTERNAL

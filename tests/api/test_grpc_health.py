@@ -11,13 +11,13 @@ from typing import Any
 
 import grpc
 import pytest
-from fakes import Live, live_server, open_fleet
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service.api.grpc_messages import SERVICE, message
-from service.api.grpc_server import GrpcServer, start_grpc
-from service.serving.fleet import Fleet
-from service.telemetry.startup import Startup
+from fakes import Live, live_server, open_fleet
+from leanserve.api.v2.grpc_messages import SERVICE, message
+from leanserve.api.v2.grpc_server import GrpcServer, start_grpc
+from leanserve.serving.fleet import Fleet
+from leanserve.telemetry.startup import Startup
 
 SERVING, NOT_SERVING, UNKNOWN = "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN"
 

@@ -11,11 +11,12 @@ import grpc
 import httpx
 import numpy as np
 import pytest
-from fakes import POOR, Live, live_server
 from tritonclient import grpc as triton_grpc
 from tritonclient import http as triton_http
 from tritonclient import utils
 from tritonclient.http import aio
+
+from fakes import POOR, Live, live_server
 
 PIXELS = np.arange(4, dtype=np.float32).reshape(1, 1, 2, 2)
 ONE = "/v2/repository/models/pixels/versions/b"

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from fakes import Live, live_server
 from tritonclient import http as triton
 from tritonclient import utils
 from tritonclient.http import aio
+
+from fakes import Live, live_server
 
 # Where `make perf-analyzer` puts it, or on the PATH.
 PERF_ANALYZER = shutil.which("perf_analyzer", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -157,5 +158,5 @@ def test_perf_analyzer(live: Live, arguments: tuple[str, ...]) -> None:
 
 def test_the_server_and_a_grpc_client_fit_into_one_process() -> None:
     """Both define the protocol's messages; protobuf takes a name only once in a pool."""
-    code = "import service.api.grpc_messages, tritonclient.grpc, service.api.grpc_server"
+    code = "import leanserve.api.v2.grpc_messages, tritonclient.grpc, leanserve.api.v2.grpc_server"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -16,10 +16,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from fakes import POOR, Live, PixelBackend, live_server
 
-from service.api import open_inference_http
-from service.api.codecs.open_inference import InferDecoder, InferRequest
+from fakes import POOR, Live, PixelBackend, live_server
+from leanserve.api.v2 import rest as open_inference_http
+from leanserve.codecs.open_inference import InferDecoder, InferRequest
 
 LIMIT = 256 * 2**10
 INFER = "/v2/models/pixels/infer"

@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-from fakes import Live, live_server
 from PIL import Image, features
 
-from service.contracts import Decoded
+from fakes import Live, live_server
+from leanserve.contracts import Decoded
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
-from fakes import Opened, open_fleet
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from service.api.server import Address, Interrupted, listen, serve
-from service.serving.fleet import Fleet
+from fakes import Opened, open_fleet
+from leanserve.api.server import Address, Interrupted, listen, serve
+from leanserve.serving.fleet import Fleet
 
 
 @pytest.fixture(autouse=True)

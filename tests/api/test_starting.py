@@ -14,16 +14,16 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import open_fleet
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.api.front import Front
-from service.api.server import Address, Server
-from service.api.starting import StartingApp
-from service.config import ServiceConfig
-from service.errors import StartupError
-from service.serving.fleet import Fleet
-from service.telemetry.startup import BuildNews, Startup
+from fakes import open_fleet
+from leanserve.api.front import Front
+from leanserve.api.server import Address, Server
+from leanserve.api.starting import StartingApp
+from leanserve.config.schema import ServiceConfig
+from leanserve.errors import StartupError
+from leanserve.serving.fleet import Fleet
+from leanserve.telemetry.startup import BuildNews, Startup
 
 CONFIG = ServiceConfig.model_validate(
     {"base": "digits", "variants": [{"name": "float"}, {"name": "onnx", "passes": [{"kind": "onnxruntime"}]}]}

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from animals import NAMELESS, PAIRS, codec, everything, picture, rows
 from PIL import Image
 
-from service.bases.description import Tensor
-from service.errors import ConfigError
+from animals import NAMELESS, PAIRS, codec, everything, picture, rows
+from leanserve.bases.description import Tensor
+from leanserve.errors import ConfigError
 
 
 def test_pixels_in_an_array_become_what_their_png_becomes(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from service.bases.checkpoints import load_weights, read_state
-from service.errors import ConfigError
+from leanserve.bases.checkpoints import load_weights, read_state
+from leanserve.errors import ConfigError
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
 AVERAGE = {name: tensor + 1 for name, tensor in STATE.items()}

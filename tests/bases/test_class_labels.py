@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.bases.datasets.class_labels import Column, class_numbers
-from service.errors import ConfigError
+from leanserve.bases.datasets.class_labels import Column, class_numbers
+from leanserve.errors import ConfigError
 
 ANIMALS = ("cat", "dog", "owl")
 DIGITS = tuple("0123456789")

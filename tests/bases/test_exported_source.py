@@ -16,14 +16,14 @@ import torch
 from torch import nn
 from torch.export import Dim, export, save
 
-from service.bases.loaded import LoadedBase
-from service.bases.opening import Origin, open_base
-from service.bases.sources.exported_archive import safe_copy
-from service.compression.tools.lowering import export_onnx, open_session
-from service.compression.tools.macs import count_macs, count_parameters
-from service.config import read_config
-from service.contracts import Field, TorchModel
-from service.errors import ConfigError
+from leanserve.bases.loaded import LoadedBase
+from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.sources.exported_archive import safe_copy
+from leanserve.config.schema import read_config
+from leanserve.contracts import Field, TorchModel
+from leanserve.errors import ConfigError
+from leanserve.passes.toolkit.lowering import export_onnx, open_session
+from leanserve.passes.toolkit.macs import count_macs, count_parameters
 
 ROWS = {0: Dim.AUTO}
 PROGRAM = "models/model.json"

@@ -12,9 +12,9 @@ from threading import Thread
 import pytest
 from huggingface_hub import constants
 
-from service.bases.sources import hub as hub_module
-from service.bases.sources.hub import hub_file, hub_folder
-from service.errors import ConfigError
+from leanserve.bases.sources import hub as hub_module
+from leanserve.bases.sources.hub import hub_file, hub_folder
+from leanserve.errors import ConfigError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

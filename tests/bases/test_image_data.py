@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from animals import ANIMALS, IMAGE, NAMELESS, PAIRS, codec, everything, picture, rows, save
 from PIL import Image, features
 
-from service.api.codecs.image import ImageCodec
-from service.bases.declaration import ImageInput
-from service.contracts import Decoded
-from service.errors import ConfigError
+from animals import ANIMALS, IMAGE, NAMELESS, PAIRS, codec, everything, picture, rows, save
+from leanserve.codecs.images import ImageCodec
+from leanserve.config.base_section import ImageInput
+from leanserve.contracts import Decoded
+from leanserve.errors import ConfigError
 
 
 @pytest.fixture

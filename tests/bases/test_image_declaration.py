@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from service.api.codecs.image import ImageCodec
-from service.api.codecs.image_formats import FORMAT_NAMES
-from service.bases.declaration import ImageFiles, ImageInput
-from service.bases.inputs import image_input
-from service.bases.opening import Origin, open_base
-from service.config import read_config
-from service.contracts import Base
-from service.errors import ConfigError
+from leanserve.bases.inputs import image_input
+from leanserve.bases.opening import Origin, open_base
+from leanserve.codecs.image_formats import FORMAT_NAMES
+from leanserve.codecs.images import ImageCodec
+from leanserve.config.base_section import ImageFiles, ImageInput
+from leanserve.config.schema import read_config
+from leanserve.contracts import Base
+from leanserve.errors import ConfigError
 
 WHOLE = "size: [2, 2], mean: [0, 0, 0], std: [1, 1, 1]"
 OWN = ImageInput(size=(3, 3), mean=(0.5,) * 3, std=(0.5,) * 3, fit="crop")

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
-from animals import save
 
-from service.api.codecs.image_formats import FORMAT_NAMES, FormatName
-from service.bases.datasets.image_folder import ImageFolder, by_ending, image_folder
-from service.errors import ConfigError
+from animals import save
+from leanserve.bases.datasets.image_folder import ImageFolder, by_ending, image_folder
+from leanserve.codecs.image_formats import FORMAT_NAMES, FormatName
+from leanserve.errors import ConfigError
 
 
 def look(root: Path, formats: tuple[FormatName, ...] = FORMAT_NAMES) -> ImageFolder:

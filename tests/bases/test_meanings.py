@@ -11,19 +11,19 @@ import onnxruntime
 import pytest
 import torch
 from onnx import helper
-from tiny_graphs import graph, random, write
 from torch import nn
 from torch.export import Dim, export, save
 
-from service.bases.description import Tensor
-from service.bases.loaded import LoadedBase
-from service.bases.meanings import guessed, proven, settled
-from service.bases.opening import Origin, open_base
-from service.bases.sources.onnx_endings import last_operators
-from service.bases.tracing import traced_outputs
-from service.config import read_config
-from service.contracts import Array, Meaning
-from service.errors import ConfigError
+from leanserve.bases.description import Tensor
+from leanserve.bases.loaded import LoadedBase
+from leanserve.bases.meanings import guessed, proven, settled
+from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.sources.onnx_endings import last_operators
+from leanserve.bases.tracing import traced_outputs
+from leanserve.config.schema import read_config
+from leanserve.contracts import Array, Meaning
+from leanserve.errors import ConfigError
+from tiny_graphs import graph, random, write
 
 LABELS = ("a", "b", "c")
 ROW = Tensor(name="x", dtype="float32", shape=(4,))

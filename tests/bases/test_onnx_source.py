@@ -13,19 +13,19 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import helper
+
+from leanserve.bases.loaded import LoadedBase
+from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.sources import onnx_file
+from leanserve.bases.sources.onnx_reading import read_onnx
+from leanserve.codecs.arrays import ArrayCodec
+from leanserve.codecs.images import ImageCodec
+from leanserve.config.schema import read_config
+from leanserve.contracts import Array, Arrays, BuildContext, Field, OnnxModel
+from leanserve.errors import ConfigError, PassFailed
+from leanserve.passes.families.quantize.quantize_static import QuantizeStatic
 from tiny_checkpoints import write_tokenizer
 from tiny_graphs import CNN, CNN_WEIGHTS, ENCODER, ENCODER_WEIGHTS, cnn, graph, random, write
-
-from service.api.codecs.arrays import ArrayCodec
-from service.api.codecs.image import ImageCodec
-from service.bases.loaded import LoadedBase
-from service.bases.opening import Origin, open_base
-from service.bases.sources import onnx_file
-from service.bases.sources.onnx_reading import read_onnx
-from service.compression.passes.quantize.quantize_static import QuantizeStatic
-from service.config import read_config
-from service.contracts import Array, Arrays, BuildContext, Field, OnnxModel
-from service.errors import ConfigError, PassFailed
 
 IMAGE = {"mode": "L", "size": [8, 8], "mean": [0], "std": [1]}
 
@@ -268,7 +268,7 @@ def test_torch_passes_are_refused_when_the_config_is_read(tmp_path: Path) -> Non
 def test_describing_imports_neither_torch_nor_the_runtime(tmp_path: Path) -> None:
     write(tmp_path / "m.onnx", cnn())
     program = (
-        "import sys; from service.bases.opening import *;"
+        "import sys; from leanserve.bases.opening import *;"
         f"origin = dict(base=dict(onnx='m.onnx'), data=dict(synthetic=8), folder={str(tmp_path)!r});"
         "base = open_base(Origin.model_validate(origin)); base.digest; base.model();"
         "print(*{'torch', 'onnxruntime'} & set(sys.modules))"

@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from service.bases.description import Tensor
-from service.bases.inputs import MASKED_TEXT
-from service.bases.probing import check_rows, probe
-from service.bases.tracing import runner, traced_outputs
-from service.contracts import RowsTogether
-from service.errors import ConfigError
+from leanserve.bases.description import Tensor
+from leanserve.bases.inputs import MASKED_TEXT
+from leanserve.bases.probing import check_rows, probe
+from leanserve.bases.tracing import runner, traced_outputs
+from leanserve.contracts import RowsTogether
+from leanserve.errors import ConfigError
 
 ROW = (Tensor(name="x", dtype="float32", shape=(6,)),)
 SEQUENCE = (Tensor(name="x", dtype="float32", shape=(None, 6)),)

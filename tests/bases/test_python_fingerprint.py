@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch import nn
 
-from service.bases.declaration import PythonBase
-from service.bases.opening import Origin, open_base, open_source
-from service.errors import ConfigError
+from leanserve.bases.opening import Origin, open_base, open_source
+from leanserve.config.base_section import PythonBase
+from leanserve.errors import ConfigError
 
 MODEL = """
 import json, os, random
@@ -325,7 +325,7 @@ def test_libraries_decide_by_their_versions(package: Path) -> None:
 
 
 def _version_seen(package: Path) -> str:
-    from service.machine import library_version
+    from leanserve.hardware import library_version
 
     library_version.cache_clear()
     return fingerprint(package, "closed_root:factory")
@@ -371,7 +371,7 @@ def test_a_model_that_differs_from_process_to_process_is_refused(folder: Path) -
 def in_another_process(text: str) -> subprocess.CompletedProcess[str]:
     """Open a base there, make its model, print its digest."""
     program = (
-        "import sys; from service.bases.opening import reopen_base;"
+        "import sys; from leanserve.bases.opening import reopen_base;"
         "base = reopen_base(sys.argv[1]); base.model(); print(base.digest)"
     )
     return subprocess.run([sys.executable, "-c", program, text], capture_output=True, text=True, check=False)
@@ -403,7 +403,7 @@ def test_data_that_changes_while_others_measure_is_noticed(folder: Path) -> None
 
 
 def _arrays() -> Any:
-    from service.bases.data_declaration import ArrayFileData
+    from leanserve.config.data_section import ArrayFileData
 
     return ArrayFileData(arrays=Path("rows.npz"))
 

@@ -14,11 +14,11 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from service.bases.declaration import PythonBase
-from service.bases.opening import Origin, open_base, open_source, reopen_base
-from service.bases.sources import python_module
-from service.contracts import Field
-from service.errors import ConfigError
+from leanserve.bases.opening import Origin, open_base, open_source, reopen_base
+from leanserve.bases.sources import python_module
+from leanserve.config.base_section import PythonBase
+from leanserve.contracts import Field
+from leanserve.errors import ConfigError
 
 SOURCE = """
 import torch
@@ -208,7 +208,7 @@ def test_a_module_may_import_torchvision(folder: Path) -> None:
     source = "import torchvision\nfrom torch import nn\ndef linear():\n    return nn.Linear(3, 4)\n"
     (folder / "bring_model.py").write_text(source)
     program = (
-        "import sys; from service.bases.opening import reopen_base; base = reopen_base(sys.argv[1]);"
+        "import sys; from leanserve.bases.opening import reopen_base; base = reopen_base(sys.argv[1]);"
         "print(base.spec.outputs[0].shape, 'torchvision' in sys.modules)"
     )
     command = [sys.executable, "-c", program, origin(folder, "linear", **VECTOR).model_dump_json()]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from service.bases import description
-from service.bases.declaration import ImageInput
-from service.bases.description import Description, remembered
-from service.errors import ConfigError
+from leanserve.bases import description
+from leanserve.bases.description import Description, remembered
+from leanserve.config.base_section import ImageInput
+from leanserve.errors import ConfigError
 
 
 def described(name: str = "one") -> Description:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from service.bases.scores import determination, pair_correlation, regressed, score_of
-from service.contracts import Field, InputSpec
+from leanserve.contracts import Field, InputSpec
+from leanserve.scoring import determination, pair_correlation, regressed, score_of
 
 NUMBER = Field("number", "int64", ())
 CHANCES = Field("chances", "float32", (2,), meaning="probabilities")

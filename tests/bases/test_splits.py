@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.bases.data_declaration import SplitSizes
-from service.bases.datasets.splits import cut, refuse_shared
-from service.errors import ConfigError
+from leanserve.bases.datasets.splits import cut, refuse_shared
+from leanserve.config.data_section import SplitSizes
+from leanserve.errors import ConfigError
 
 
 def digests(count: int) -> list[bytes]:

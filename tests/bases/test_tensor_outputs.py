@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from service.backends.choose import open_backend
-from service.bases.loaded import LoadedBase
-from service.bases.modules.tensor_outputs import named_tensors
-from service.bases.opening import Origin, open_base
-from service.compression.passes.distill.distill import Distill
-from service.compression.passes.precision.cast import Cast
-from service.compression.passes.quantize.quantize_static import QuantizeStatic
-from service.compression.passes.runtime.onnxruntime import OnnxRuntime
-from service.contracts import Arrays, BuildContext, Model, TorchModel
-from service.errors import ConfigError
+from leanserve.bases.loaded import LoadedBase
+from leanserve.bases.modules.tensor_outputs import named_tensors
+from leanserve.bases.opening import Origin, open_base
+from leanserve.contracts import Arrays, BuildContext, Model, TorchModel
+from leanserve.errors import ConfigError
+from leanserve.passes.families.distill.distill import Distill
+from leanserve.passes.families.precision.cast import Cast
+from leanserve.passes.families.quantize.quantize_static import QuantizeStatic
+from leanserve.passes.families.runtime.onnxruntime import OnnxRuntime
+from leanserve.runtime.backends.choose import open_backend
 
 SOURCE = """
 from collections import namedtuple

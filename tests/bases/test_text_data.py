@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_checkpoints import WORDS, write_tokenizer
 
-from service.api.codecs.answers import Answers
-from service.api.codecs.text import TextCodec
-from service.bases.data_declaration import TextData
-from service.bases.datasets.text_files import Line, read_lines
-from service.bases.datasets.texts import TextRows, open_texts
-from service.contracts import Field, InputSpec
-from service.errors import ConfigError
+from leanserve.bases.datasets.text_files import Line, read_lines
+from leanserve.bases.datasets.texts import TextRows, open_texts
+from leanserve.codecs.answers import Answers
+from leanserve.codecs.text import TextCodec
+from leanserve.config.data_section import TextData
+from leanserve.contracts import Field, InputSpec
+from leanserve.errors import ConfigError
+from tiny_checkpoints import WORDS, write_tokenizer
 
 SPEC = InputSpec(
     (Field("input_ids", "int64", (None,)), Field("attention_mask", "int64", (None,))),

@@ -18,13 +18,13 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from service.api.codecs.answers import Answers
-from service.api.codecs.image import ImageCodec
-from service.bases.declaration import ShippedBase, TimmBase
-from service.bases.opening import Origin, open_base, open_source
-from service.bases.sources.timm_model import TimmSource, imported_timm, preprocessing
-from service.contracts import Array, Base, InputSpec, TorchModel
-from service.errors import ConfigError
+from leanserve.bases.opening import Origin, open_base, open_source
+from leanserve.bases.sources.timm_model import TimmSource, imported_timm, preprocessing
+from leanserve.codecs.answers import Answers
+from leanserve.codecs.images import ImageCodec
+from leanserve.config.base_section import ShippedBase, TimmBase
+from leanserve.contracts import Array, Base, InputSpec, TorchModel
+from leanserve.errors import ConfigError
 
 NAME = "test_resnet.r160_in1k"
 SYNTHETIC: Any = {"synthetic": 8}
@@ -250,7 +250,7 @@ def test_a_second_opening_imports_no_heavy_library(tmp_path: Path) -> None:
     save(tmp_path / "a.safetensors", num_classes=2)
     first = opened(tmp_path)
     program = (
-        "import sys; from service.bases.opening import reopen_base; base = reopen_base(sys.argv[1]);"
+        "import sys; from leanserve.bases.opening import reopen_base; base = reopen_base(sys.argv[1]);"
         "print(base.digest, *{'torch', 'torchvision', 'timm', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program, first.origin], capture_output=True, text=True, check=True)

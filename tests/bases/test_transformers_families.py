@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_checkpoints import SHAPE, write_model, write_tokenizer
 
-from service.api.codecs.text import TextCodec
-from service.backends.choose import open_backend
-from service.bases.loaded import LoadedBase
-from service.bases.opening import Origin, open_base
-from service.compression.passes.runtime.onnxruntime import OnnxRuntime
-from service.contracts import Array, BuildContext, Model
-from service.errors import ConfigError
+from leanserve.bases.loaded import LoadedBase
+from leanserve.bases.opening import Origin, open_base
+from leanserve.codecs.text import TextCodec
+from leanserve.contracts import Array, BuildContext, Model
+from leanserve.errors import ConfigError
+from leanserve.passes.families.runtime.onnxruntime import OnnxRuntime
+from leanserve.runtime.backends.choose import open_backend
+from tiny_checkpoints import SHAPE, write_model, write_tokenizer
 
 TEXTS = ["the cat sat on the mat", "a dog", "a very big green tree and a red film was not good"]
 BERT: dict[str, Any] = {name: SHAPE[name] for name in SHAPE if name != "vocab_size"}

@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_checkpoints import WORDS, write_classifier, write_encoder
 
-from service.api.codecs.text import TextCodec
-from service.backends.choose import open_backend
-from service.bases.loaded import LoadedBase
-from service.bases.opening import Origin, open_base
-from service.compression.fidelity import fidelity
-from service.compression.passes.base import Pass
-from service.compression.passes.quantize.quantize_dynamic import QuantizeDynamic
-from service.compression.passes.runtime.onnxruntime import OnnxRuntime
-from service.compression.tools.macs import count_macs
-from service.contracts import Array, BuildContext, Field, Model, TorchModel
+from leanserve.bases.loaded import LoadedBase
+from leanserve.bases.opening import Origin, open_base
+from leanserve.codecs.text import TextCodec
+from leanserve.contracts import Array, BuildContext, Field, Model, TorchModel
+from leanserve.evaluation.fidelity import fidelity
+from leanserve.passes.base import Pass
+from leanserve.passes.families.quantize.quantize_dynamic import QuantizeDynamic
+from leanserve.passes.families.runtime.onnxruntime import OnnxRuntime
+from leanserve.passes.toolkit.macs import count_macs
+from leanserve.runtime.backends.choose import open_backend
+from tiny_checkpoints import WORDS, write_classifier, write_encoder
 
 
 @pytest.fixture(scope="module", params=["embedding", "classification"])

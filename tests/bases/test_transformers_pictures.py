@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from service.api.codecs.answers import Answers
-from service.api.codecs.image import ImageCodec
-from service.bases.opening import Origin, open_base
-from service.bases.sources.torchvision_import import make_torchvision_importable
-from service.bases.sources.transformers_pictures import picture_input
-from service.contracts import Field, InputSpec
-from service.errors import ConfigError
+from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.sources.torchvision_import import make_torchvision_importable
+from leanserve.bases.sources.transformers_pictures import picture_input
+from leanserve.codecs.answers import Answers
+from leanserve.codecs.images import ImageCodec
+from leanserve.contracts import Field, InputSpec
+from leanserve.errors import ConfigError
 
 SIDE = 24
 VIT = {

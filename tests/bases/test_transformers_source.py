@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
-from tiny_checkpoints import SHAPE, WORDS, write_classifier, write_encoder, write_pooling, write_tokenizer
 
-from service.api.codecs.text import TextCodec
-from service.bases.declaration import TransformersBase
-from service.bases.loaded import LoadedBase
-from service.bases.opening import Origin, open_base, reopen_base
-from service.bases.sources.torchvision_import import make_torchvision_importable
-from service.bases.sources.transformers_model import TransformersSource
-from service.contracts import Array, Arrays, Field
-from service.errors import ConfigError
+from leanserve.bases.loaded import LoadedBase
+from leanserve.bases.opening import Origin, open_base, reopen_base
+from leanserve.bases.sources.torchvision_import import make_torchvision_importable
+from leanserve.bases.sources.transformers_model import TransformersSource
+from leanserve.codecs.text import TextCodec
+from leanserve.config.base_section import TransformersBase
+from leanserve.contracts import Array, Arrays, Field
+from leanserve.errors import ConfigError
+from tiny_checkpoints import SHAPE, WORDS, write_classifier, write_encoder, write_pooling, write_tokenizer
 
 TEXTS = ["the cat sat on the mat", "a dog", "a very big green tree and a red film was not good"]
 
@@ -255,7 +255,7 @@ def test_opening_again_imports_neither_torch_nor_transformers(checkpoints: Path,
     data = {"texts": "texts.csv"}
     base = opened(checkpoints / "classifier", data, cache=tmp_path)
     program = (
-        "import sys; from service.bases.opening import reopen_base; base = reopen_base(sys.argv[1]);"
+        "import sys; from leanserve.bases.opening import reopen_base; base = reopen_base(sys.argv[1]);"
         "base.codec.decode('text/plain', b'the cat'); base.data('gate');"
         "print(base.digest, *{'torch', 'transformers', 'onnx', 'sklearn', 'huggingface_hub'} & set(sys.modules))"
     )

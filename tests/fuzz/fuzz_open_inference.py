@@ -24,9 +24,9 @@ def target() -> Callable[[bytes], str]:
     """The check itself. Imports here, so that atheris can instrument what it imports."""
     import numpy as np
 
-    from service.api.codecs.open_inference import InferDecoder, encode_infer
-    from service.contracts import Field, InputSpec
-    from service.errors import ServiceError
+    from leanserve.codecs.open_inference import InferDecoder, encode_infer
+    from leanserve.contracts import Field, InputSpec
+    from leanserve.errors import ServiceError
 
     scores = Field("scores", "float32", (2,))
     fields = {
@@ -97,7 +97,7 @@ def seeds() -> list[bytes]:
 def main() -> None:
     atheris = importlib.import_module("atheris")
     sys.path.insert(0, str(ROOT))
-    with atheris.instrument_imports(include=["service"]):
+    with atheris.instrument_imports(include=["leanserve"]):
         check = target()
     with tempfile.TemporaryDirectory() as folder:
         for number, seed in enumerate(seeds()):

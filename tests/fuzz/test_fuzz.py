@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import Live, live_server
 from hypothesis import HealthCheck, Phase, given, settings
+
+from fakes import Live, live_server
 
 SECONDS = int(os.environ.get("LEANSERVE_FUZZ_SECONDS", "5"))
 EXAMPLES = 12 * SECONDS

@@ -14,12 +14,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from service.config import ServiceConfig, read_config
-from service.errors import ConfigError
-from service.init.data_argument import data_seen
-from service.init.ladder import ladder
-from service.init.model_argument import Hints, base_section
-from service.init.writing import write_config
+from leanserve.config.schema import ServiceConfig, read_config
+from leanserve.errors import ConfigError
+from leanserve.init.data_argument import data_seen
+from leanserve.init.ladder import ladder
+from leanserve.init.model_argument import Hints, base_section
+from leanserve.init.writing import write_config
 
 SOURCE = """
 from torch import nn
@@ -219,8 +219,8 @@ def test_columns_of_tables_are_guessed(
     classes: Literal[True, False],
     columns: list[str | int | None],
 ) -> None:
-    from service.contracts import Field, InputSpec
-    from service.init.data_argument import data_section
+    from leanserve.contracts import Field, InputSpec
+    from leanserve.init.data_argument import data_section
 
     (tmp_path / name).write_text(text)
     spec = InputSpec((), (Field("x", "float32", (2,)),), ("a", "b") if classes else ())
@@ -250,12 +250,12 @@ def test_a_folder_of_images_is_counted_and_named(folder: Path) -> None:
 def test_the_command_writes_a_file_once_and_checks_out(tmp_path: Path) -> None:
     def leanserve(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "service", *arguments],
+            [sys.executable, "-m", "leanserve", *arguments],
             capture_output=True,
             text=True,
             check=False,
             cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
 
     first = leanserve("init", "digits", "--output", "mine.yaml")

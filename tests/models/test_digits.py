@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from models import digits
-from models.residual import ResidualNet
-from models.train_digits import Recipe, distort, learning_rate, main, train
+from leanserve_models import digits
+from leanserve_models.residual import ResidualNet
+from leanserve_models.train_digits import Recipe, distort, learning_rate, main, train
 
 FIRST_LABELS = {"train": "256784309125", "calibration": "905436721980", "gate": "942068153794", "test": "731650284973"}
 SPLITS: tuple[digits.Split, ...] = ("train", "calibration", "gate", "test")

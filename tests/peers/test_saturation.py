@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tables import shown
 
 from loadtest.peers import bare, saturation
 from loadtest.peers.bare import Bare, Way, measure
@@ -23,6 +22,7 @@ from loadtest.peers.network import write_network
 from loadtest.peers.roster import Request
 from loadtest.peers.saturation import Round, best_way
 from loadtest.peers.wrk import Load
+from tables import shown
 
 
 def test_a_bare_loop_tells_rows_per_second_and_the_time_of_a_run(tmp_path: Path) -> None:

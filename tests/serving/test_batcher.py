@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from service.contracts import Arrays
-from service.errors import BadInput, QueueFull
-from service.serving.batcher import Batcher, QueueLimits, Ticket
+from leanserve.contracts import Arrays
+from leanserve.errors import BadInput, QueueFull
+from leanserve.serving.batcher import Batcher, QueueLimits, Ticket
 
 
 def ticket(name: str, rows: int = 1, deadline: float = math.inf, *, gone: bool = False) -> Ticket[str]:

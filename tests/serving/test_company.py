@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from service.contracts import Arrays, Field, InputSpec
-from service.serving.company import company_by
+from leanserve.contracts import Arrays, Field, InputSpec
+from leanserve.serving.company import company_by
 
 FLOATS = InputSpec((Field("x", "float32", (None, 2)), Field("n", "int64", ())), ())
 TOKENS = InputSpec((Field("ids", "int64", (None,)),), ())

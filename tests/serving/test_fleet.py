@@ -11,13 +11,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from service.config import BatchConfig, ServiceConfig
-from service.contracts import Arrays, Backend, Field, InputSpec
-from service.serving.costs import CostTable
-from service.serving.device import Device
-from service.serving.fleet import Fleet
-from service.serving.reload import LoadingThreads, open_again
-from service.serving.warmup import GRID_SECONDS_PER_LENGTH, LEAST_ROUNDS, ROUNDS, compare_again, measure_grid, warm_up
+from leanserve.config.schema import BatchConfig, ServiceConfig
+from leanserve.contracts import Arrays, Backend, Field, InputSpec
+from leanserve.runtime.costs import CostTable
+from leanserve.runtime.device import Device
+from leanserve.runtime.warm_up import (
+    GRID_SECONDS_PER_LENGTH,
+    LEAST_ROUNDS,
+    ROUNDS,
+    compare_again,
+    measure_grid,
+    warm_up,
+)
+from leanserve.serving.fleet import Fleet
+from leanserve.serving.reload import LoadingThreads, open_again
 
 SPEC = InputSpec((Field("x", "float32", (2,)),), (Field("y", "float32", (2,)),))
 
@@ -125,7 +132,7 @@ def test_a_variant_of_varying_length_is_warmed_on_a_sparse_grid() -> None:
 
 def test_the_grid_leaves_out_what_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("service.serving.warmup.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("leanserve.runtime.warm_up.time.perf_counter", lambda: now[0])
 
     def seconds(rows: int, length: int) -> float:
         took = (rows + 0.01) * length / 1000
@@ -149,7 +156,7 @@ def test_the_batches_in_question_are_measured_again_in_turns(
     monkeypatch: pytest.MonkeyPatch, run_s: float, rounds: int
 ) -> None:
     now, ran = [0.0], list[int]()
-    monkeypatch.setattr("service.serving.warmup.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("leanserve.runtime.warm_up.time.perf_counter", lambda: now[0])
 
     def once(rows: int) -> float:
         ran.append(rows)

@@ -11,13 +11,13 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 import pytest
 
-from service.config import ServiceConfig
-from service.contracts import Arrays, Field, InputSpec
-from service.errors import BadInput, NotFound, NotReady, ServiceError
-from service.serving.device import Device
-from service.serving.dispatch import SHORT_S
-from service.serving.execution import Prediction
-from service.serving.fleet import Fleet
+from leanserve.config.schema import ServiceConfig
+from leanserve.contracts import Arrays, Field, InputSpec
+from leanserve.errors import BadInput, NotFound, NotReady, ServiceError
+from leanserve.runtime.device import Device
+from leanserve.serving.batch_runner import Prediction
+from leanserve.serving.fleet import Fleet
+from leanserve.serving.scheduler import SHORT_S
 
 SPEC = InputSpec((Field("x", "float32", (2,)),), (Field("y", "float32", (2,)),))
 ROW = (np.ones((1, 2), np.float32),)

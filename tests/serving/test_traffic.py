@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from service.serving.traffic import share_out, sticky_point
+from leanserve.serving.traffic import share_out, sticky_point
 
 
 def test_shares_follow_the_weights_and_zero_gets_nothing() -> None:

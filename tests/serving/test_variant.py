@@ -8,18 +8,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from scripted import ScriptedBackend, hold, play, sample, stay
 
-from service.contracts import Array, Arrays
-from service.errors import (
-    BackendFailed,
-    BadInput,
-    ClientGone,
-    QueueTimeout,
-)
-from service.serving.batcher import QueueLimits
-from service.serving.execution import Prediction
-from service.serving.variant import Variant
+from leanserve.contracts import Array, Arrays
+from leanserve.errors import BackendFailed, BadInput, ClientGone, QueueTimeout
+from leanserve.serving.batch_runner import Prediction
+from leanserve.serving.batcher import QueueLimits
+from leanserve.serving.variant import Variant
+from scripted import ScriptedBackend, hold, play, sample, stay
 
 
 def test_a_burst_behind_a_busy_device_becomes_full_batches_and_each_gets_its_own_answer() -> None:

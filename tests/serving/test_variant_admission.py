@@ -6,11 +6,11 @@ import asyncio
 from contextlib import ExitStack
 
 import pytest
-from scripted import ScriptedBackend, hold, play, sample, stay
 
-from service.errors import BackendFailed, DeadlineUnreachable, QueueFull, ServiceError
-from service.serving.batcher import QueueLimits
-from service.serving.variant import Variant
+from leanserve.errors import BackendFailed, DeadlineUnreachable, QueueFull, ServiceError
+from leanserve.serving.batcher import QueueLimits
+from leanserve.serving.variant import Variant
+from scripted import ScriptedBackend, hold, play, sample, stay
 
 
 def test_admission_counts_only_what_goes_before_the_request() -> None:

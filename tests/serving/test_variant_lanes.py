@@ -8,19 +8,17 @@ import time
 from collections.abc import Awaitable, Callable
 
 import pytest
-from scripted import SPEC, ScriptedBackend, Slow, act, play, sample, stay
 
-from service.contracts import Arrays
-from service.errors import (
-    BackendFailed,
-)
-from service.serving.batcher import Batcher, QueueLimits
-from service.serving.costs import Costs, CostTable
-from service.serving.device import Device, Lane
-from service.serving.dispatch import SHORT_S
-from service.serving.execution import Execution, Prediction, Reply, Running, Way
-from service.serving.variant import Variant
-from service.telemetry.observations import VariantFacts, VariantMetrics
+from leanserve.contracts import Arrays
+from leanserve.errors import BackendFailed
+from leanserve.runtime.costs import Costs, CostTable
+from leanserve.runtime.device import Device, Lane
+from leanserve.serving.batch_runner import Execution, Prediction, Reply, Running, Way
+from leanserve.serving.batcher import Batcher, QueueLimits
+from leanserve.serving.scheduler import SHORT_S
+from leanserve.serving.variant import Variant
+from leanserve.telemetry.observations import VariantFacts, VariantMetrics
+from scripted import SPEC, ScriptedBackend, Slow, act, play, sample, stay
 
 
 def test_a_second_lane_runs_what_waits_while_the_first_is_busy() -> None:

@@ -9,19 +9,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scripted import act, stay
 
-from service.contracts import Arrays, Field, InputSpec
-from service.errors import (
-    BadInput,
-    DeadlineUnreachable,
-)
-from service.serving.batcher import Batcher, QueueLimits
-from service.serving.company import company_by
-from service.serving.costs import Costs, CostTable
-from service.serving.device import Device
-from service.serving.execution import Reply, Running
-from service.serving.variant import Variant
+from leanserve.contracts import Arrays, Field, InputSpec
+from leanserve.errors import BadInput, DeadlineUnreachable
+from leanserve.runtime.costs import Costs, CostTable
+from leanserve.runtime.device import Device
+from leanserve.serving.batch_runner import Reply, Running
+from leanserve.serving.batcher import Batcher, QueueLimits
+from leanserve.serving.company import company_by
+from leanserve.serving.variant import Variant
+from scripted import act, stay
 
 TOKENS = InputSpec(
     (Field("ids", "int64", (None,), pad=9),),

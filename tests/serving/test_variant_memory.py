@@ -8,17 +8,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fakes import report
-from scripted import SPEC, ScriptedBackend, play, sample, stay
 
-from service.config import BatchConfig, ServiceConfig
-from service.contracts import Arrays, Field, InputSpec
-from service.errors import BackendFailed, OutOfMemory, StartupError
-from service.serving.batcher import QueueLimits
-from service.serving.device import Device
-from service.serving.fleet import Fleet, Measured
-from service.serving.variant import Variant
-from service.serving.warmup import compare_again, measure_grid, warm_up
+from fakes import report
+from leanserve.config.schema import BatchConfig, ServiceConfig
+from leanserve.contracts import Arrays, Field, InputSpec
+from leanserve.errors import BackendFailed, OutOfMemory, StartupError
+from leanserve.runtime.device import Device
+from leanserve.runtime.warm_up import compare_again, measure_grid, warm_up
+from leanserve.serving.batcher import QueueLimits
+from leanserve.serving.fleet import Fleet, Measured
+from leanserve.serving.variant import Variant
+from scripted import SPEC, ScriptedBackend, play, sample, stay
 
 OUT = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
 TEXT = InputSpec((Field("ids", "int64", (None,)),), (Field("y", "int64", (None,)),), max_length=100)

@@ -15,9 +15,9 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from prometheus_client.samples import Sample
 
-from service.errors import QueueFull, ServiceError
-from service.telemetry.metrics import FACTS, REQUESTS, TRAFFIC, TRITON_REASONS, Metrics
-from service.telemetry.observations import OUTCOMES, SECONDS, VariantFacts, VariantMetrics
+from leanserve.errors import QueueFull, ServiceError
+from leanserve.telemetry.metrics import FACTS, REQUESTS, TRAFFIC, TRITON_REASONS, Metrics
+from leanserve.telemetry.observations import OUTCOMES, SECONDS, VariantFacts, VariantMetrics
 
 FACTS_OF_INT8 = VariantFacts(
     passes=("fold_bn", "quantize_static"),

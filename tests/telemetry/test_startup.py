@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.telemetry.startup import BuildNews, Startup
+from leanserve.telemetry.startup import BuildNews, Startup
 
 NAMES = ("float", "onnx", "int8")
 

@@ -21,7 +21,7 @@ def main(network: Path, port: str, settings: list[str]) -> None:
     ]
     config = network.with_name(f"{network.stem}-{port}.yaml")
     config.write_text("\n".join(lines) + "\n")
-    command = ["-m", "service", "serve", "--config", str(config), "--port", port]
+    command = ["-m", "leanserve", "serve", "--config", str(config), "--port", port]
     os.execv(sys.executable, [sys.executable, *command])
 
 

@@ -1,0 +1,241 @@
+"""Command line and composition root: the only reader of arguments and environment, and the place where rooms meet."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from leanserve import __version__
+from leanserve.context import Workplace
+from leanserve.errors import StartupError
+
+if TYPE_CHECKING:
+    from leanserve.contracts import Base
+    from leanserve.serving.fleet import Fleet
+
+SHIPPED = Path("models/digits.yaml")
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The YAML file.", envvar="LEANSERVE_CONFIG")]
+CacheOption = Annotated[
+    Path | None, typer.Option(help="Artifact store; overrides the file's `cache`.", envvar="LEANSERVE_CACHE")
+]
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+err = Console(stderr=True)
+out = Console()
+
+
+@app.command()
+def serve(
+    config: ConfigOption = SHIPPED,
+    cache: CacheOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+    grpc_port: Annotated[int | None, typer.Option(help="Also serve gRPC, on this port.", min=1, max=65535)] = None,
+) -> None:
+    """Listen, build what is missing, gate, load and warm every variant, then answer requests."""
+    from leanserve.api.server import Address, Interrupted, serve
+    from leanserve.config.schema import read_config
+    from leanserve.start import BuildFailed, ServiceStart
+
+    started = time.monotonic()
+    settings = read_config(config)
+    claimed = _claim(host, port, "--port")
+    if grpc_port is not None:
+        if importlib.util.find_spec("grpc") is None:
+            raise StartupError("--grpc-port needs the extra 'grpc': pip install 'leanserve[grpc]'")
+        _claim(host, grpc_port, "--grpc-port").close()  # grpc binds by itself; this only finds out early
+    start = ServiceStart(config, cache, settings, _warn)
+
+    def announce(fleet: Fleet) -> None:
+        names = ", ".join(fleet.variants)
+        lanes = f"{len(fleet.device.lanes)} x {fleet.device.lane_threads} threads"
+        serves = f"http://{host}:{port} serves {fleet.base.name} as {names} on {lanes}{_caveats(fleet.base)}"
+        err.print(f"ready in {time.monotonic() - started:.1f} s: {serves}", highlight=False, soft_wrap=True)
+
+    try:
+        serve(settings, Address(claimed, None if grpc_port is None else (host, grpc_port)), start, announce)
+    except BuildFailed as error:
+        raise typer.Exit(error.status) from None
+    except Interrupted as error:
+        start.close()
+        os._exit(128 + error.number)  # what the start was at cannot be ended otherwise; nothing is left to save
+    finally:
+        start.close()
+
+
+@app.command()
+def build(
+    config: ConfigOption = SHIPPED,
+    cache: CacheOption = None,
+    tell: Annotated[int | None, typer.Option(hidden=True, help="File descriptor for `serve` to hear of it.")] = None,
+) -> None:
+    """Build, measure and gate every variant exactly as `serve` does, then stop."""
+    work = Workplace(config, cache)
+    if work.missing:
+        _build_here(work, tell)
+    else:
+        err.print("everything is built already")
+        if work.elsewhere:
+            _warn(work.elsewhere)
+    for report in work.reports():
+        state = f"excluded: {report.reason}" if report.reason else "passes its gate"
+        if report.quality.memory_rows is not None:
+            state += f"; there is memory for batches of at most {report.quality.memory_rows} rows"
+        err.print(f"{report.name}: {escape(state + _caveats(work.base))}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def check(config: ConfigOption = SHIPPED) -> None:
+    """Validate the config (keys, values, pass order, names, whether this machine suits the passes); build nothing."""
+    work = Workplace(config, None, make_cache=False)
+    passes = sum(len(variant.passes) for variant in work.config.variants)
+    out.print(f"{config}: {len(work.config.variants)} variants, {passes} passes, no problem found", highlight=False)
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Argument(help="timm:NAME, transformers:NAME, FILE.onnx, FILE.pt2, module:factory ...")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The config to write.")] = Path("leanserve.yaml"),
+    data: Annotated[Path | None, typer.Option(help="Folder of pictures, .npz, .csv, .tsv or .jsonl.")] = None,
+    weights: Annotated[str | None, typer.Option(help="A checkpoint, or: hub, random.")] = None,
+    weights_key: Annotated[str | None, typer.Option(help="Of several weights in it, such as state_dict_ema.")] = None,
+    task: Annotated[str | None, typer.Option(help="Of transformers: classification or embedding.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Text file with one class name per line.")] = None,
+    image: Annotated[str | None, typer.Option(help="Takes pictures of WIDTHxHEIGHT (grey: WIDTHxHEIGHTxL).")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Takes texts, by this tokenizer.json.")] = None,
+    shape: Annotated[list[str] | None, typer.Option("--input", help="Takes NAME=3,224 or NAME:int64=?.")] = None,
+    meaning: Annotated[list[str] | None, typer.Option(help="Gives NAME=logits, NAME=probabilities ...")] = None,
+) -> None:
+    """Look at a model and write a commented config with variants worth trying on this machine."""
+    from leanserve.init.data_argument import data_seen
+    from leanserve.init.model_argument import Hints
+    from leanserve.init.writing import write_config
+
+    if output.exists():
+        raise StartupError(f"{output} exists and is not replaced; remove it, or write another file with --output")
+    hints = Hints(weights, weights_key, task, labels, image, tokenizer, tuple(shape or ()), tuple(meaning or ()))
+    with err.status(f"looking at {escape(model)} ..."):
+        look, rungs = write_config(model, output, hints, data)
+    err.print(f"{look.name}: {escape(look.inputs)} -> {escape(look.outputs)}", highlight=False, soft_wrap=True)
+    if (seen := data_seen(data)) is not None:
+        err.print(f"data: {escape(seen)}", highlight=False, soft_wrap=True)
+    for rung in rungs:
+        err.print(f"  {rung.name}: {escape(rung.expect)}", highlight=False, soft_wrap=True)
+    err.print(f"wrote {output}; next: leanserve serve --config {output}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the config file, for editors."""
+    import json
+
+    from leanserve.config.schema import ServiceConfig
+
+    typer.echo(json.dumps(ServiceConfig.model_json_schema(), indent=2))
+
+
+@app.command()
+def report(
+    config: ConfigOption = SHIPPED,
+    cache: CacheOption = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a self-contained page.")] = None,
+) -> None:
+    """Show quality and cost of every built variant."""
+    from leanserve.report.table import print_table, write_html
+
+    work = Workplace(config, cache)
+    _require_built(work, config)
+    reports = work.reports()
+    print_table(reports, out, work.base.caveats, work.elsewhere)
+    if html is not None:
+        title = f"leanserve: variants of {work.base.name}"
+        write_html(reports, html, title, work.base.caveats, work.elsewhere)
+        err.print(f"wrote {html}", highlight=False)
+
+
+@app.command()
+def bench(
+    config: ConfigOption = SHIPPED,
+    cache: CacheOption = None,
+    seconds: Annotated[float, typer.Option(help="Measuring time per variant and batch size.", min=0.1)] = 2.0,
+    rows: Annotated[list[int] | None, typer.Option(help="Batch sizes (repeat the option).")] = None,
+) -> None:
+    """Measure all variants side by side, interleaved on one device, and print ratios to the first."""
+    from leanserve.bench import print_bench, run_bench
+
+    work = Workplace(config, cache)
+    _require_built(work, config)
+    fleet = work.open_fleet()
+    try:
+        print_bench(run_bench(fleet, tuple(rows or (1, 8, 32)), seconds), out, work.base.caveats)
+    finally:
+        fleet.close()
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def _require_built(work: Workplace, config: Path) -> None:
+    if work.missing:
+        raise StartupError(f"{config}: {work.missing}; run `leanserve build --config {config}` first")
+
+
+def _warn(text: str) -> None:
+    err.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _caveats(base: Base) -> str:
+    return f" ({', '.join(base.caveats)})" if base.caveats else ""
+
+
+def _claim(host: str, port: int, option: str) -> socket.socket:
+    from leanserve.api.server import listen
+
+    try:
+        return listen(host, port)
+    except OSError as error:
+        text = f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or {option}"
+        raise StartupError(text) from error
+
+
+def _build_here(work: Workplace, tell: int | None) -> None:
+    from leanserve.build.progress import BuildProgress, tell_by
+
+    with BuildProgress(err, len(work.plan.keys) + 1, tell_by(tell)).running() as progress:
+        work.build(progress)
+
+
+def main() -> None:
+    """Run the command line; a `StartupError` is printed without a stack and ends with status 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("leanserve").setLevel(logging.INFO)
+    # Pillow tells of everything odd in a file; files come with requests, and the log is not theirs to fill.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    # A supervisor's SIGTERM during building or loading must end the process like Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        app()
+    except StartupError as error:
+        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.stderr.flush()
+        os._exit(2)  # device threads may be stuck in a model; nothing is left to save
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Endpoints for clients of OpenAI's API."""

@@ -1,0 +1,84 @@
+"""`GET /v1/models` and `GET /v1/models/{model}` as in OpenAI's API: which names may be sent as `model`.
+
+A model is the base (the traffic split chooses), a variant, or both as `base:variant`. Only `/v1/embeddings` takes them,
+so that of a base which gives no embeddings of texts the list is empty.
+"""
+
+from __future__ import annotations
+
+import time
+
+from leanserve.codecs.openai import error_body
+from leanserve.codecs.tensors import clip
+from leanserve.codecs.text import TextCodec
+from leanserve.contracts import Json
+from leanserve.errors import NotFound, ServiceError
+from leanserve.http.messages import Caller, Reply, Route, error_headers, json_reply
+from leanserve.serving.fleet import Fleet
+
+MODELS = "/v1/models"
+
+
+class ModelList:
+    """The route of the list, and that of all paths below it."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._started = int(time.time())
+        self.all = Route("GET", "description", self._all, refusal)
+        self.one = Route("GET", "description", self._one, refusal)
+
+    async def _all(self, _: Caller) -> Reply:
+        return json_reply({"object": "list", "data": [self._described(name) for name in served_models(self._fleet)]})
+
+    async def _one(self, caller: Caller) -> Reply:
+        if not gives_embeddings(self._fleet):
+            raise no_embeddings(self._fleet)
+        model = caller.path.removeprefix(f"{MODELS}/")
+        self._fleet.choose(variant_of(self._fleet, model), None)  # raises where it does not serve
+        return json_reply(self._described(model))
+
+    def _described(self, model: str) -> Json:
+        return {"id": model, "object": "model", "created": self._started, "owned_by": "leanserve"}
+
+
+def gives_embeddings(fleet: Fleet) -> bool:
+    """Whether the base takes texts, and answers each with an embedding and nothing else."""
+    spec = fleet.base.spec
+    meanings = [item.meaning for item in spec.outputs]
+    return not spec.labels and meanings == ["embedding"] and isinstance(fleet.base.codec, TextCodec)
+
+
+def served_models(fleet: Fleet) -> list[str]:
+    """Every name that may be sent as `model` now."""
+    if not fleet.variants or not gives_embeddings(fleet):
+        return []
+    base = fleet.base.name
+    return [base, *(name for variant in fleet.variants for name in (variant, f"{base}:{variant}"))]
+
+
+def variant_of(fleet: Fleet, model: str) -> str | None:
+    """The name of the variant that `model` names; `None` where it names the base.
+
+    Raises:
+        NotFound: no such model.
+    """
+    base = fleet.base.name
+    if model == base:
+        return None
+    name = model.removeprefix(f"{base}:")
+    if name not in fleet.reports:
+        known = ", ".join((base, *(f"{base}:{variant}" for variant in fleet.reports)))
+        raise NotFound(f"the model {clip(model)} does not exist; there are {known}")
+    return name
+
+
+def no_embeddings(fleet: Fleet) -> NotFound:
+    """Why nothing may be sent as `model`."""
+    return NotFound(f"the base '{fleet.base.name}' gives no embeddings of texts; POST /v1/predict answers what it does")
+
+
+def refusal(error: ServiceError) -> Reply:
+    """The reply to a request that was refused or failed, in OpenAI's shape."""
+    headers = [(name.encode(), value.encode()) for name, value in error_headers(error).items()]
+    return json_reply(error_body(error), headers, error.status)

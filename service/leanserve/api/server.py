@@ -1,0 +1,238 @@
+"""uvicorn, listening from the first second, with a drain that loses nothing.
+
+While the service starts, on a thread of its own so that the loop answers probes, `starting.py` answers; then the real
+app takes its place in one step. A signal while starting ends the start and the process.
+
+Later, on SIGTERM or SIGINT: readiness turns 503 at once, so that load balancers look elsewhere; requests are served for
+`drain.delay_s` more; then no new connection is taken and what is open gets `drain.timeout_s` to finish; exit 0.
+A second signal skips the delay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import uvicorn
+
+from leanserve.api.front import Front
+from leanserve.api.routes import HotPath
+from leanserve.api.starting import StartingApp
+from leanserve.config.schema import ServiceConfig
+from leanserve.http.connection import connections_to
+from leanserve.serving.fleet import Fleet
+from leanserve.telemetry.startup import Startup
+
+if TYPE_CHECKING:
+    from leanserve.api.v2.grpc_server import GrpcServer
+
+logger = logging.getLogger(__name__)
+
+_YOUNG = 10_000
+"""Objects that may be new before the garbage collector looks for cycles among them (Python's own value is 700)."""
+_SWITCH_S = 0.001
+"""While the service starts, a thread that runs Python gives way after this time to another that wants to; Python's own
+is 5 ms, several times per probe."""
+
+
+class Start(Protocol):
+    """What makes a fleet while the server listens already."""
+
+    @property
+    def startup(self) -> Startup:
+        """How far it is."""
+
+    def run(self) -> Fleet:
+        """Make it; on a thread that is there only for this.
+
+        Raises:
+            StartupError: it cannot be served. Whatever else ends the start.
+        """
+
+    def stop(self) -> None:
+        """Give up soon; nobody waits for the result any more. Callable from any thread."""
+
+
+class Address(NamedTuple):
+    """Where to listen: a socket for HTTP, and host and port for gRPC."""
+
+    http: socket.socket
+    grpc: tuple[str, int] | None = None
+
+
+class Interrupted(Exception):
+    """A signal ended the start."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"{signal.Signals(number).name} while starting")
+        self.number = number
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Claim the port before hours of building, rather than fail after them.
+
+    Raises:
+        OSError: the address is in use or not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    claimed = socket.socket(family, socket.SOCK_STREAM)
+    claimed.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Inherited by connections; without it a reply in two writes waits for the client's delayed acknowledgement.
+    claimed.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        claimed.bind((host, port))
+    except OSError:
+        claimed.close()
+        raise
+    return claimed
+
+
+def _nobody(_: Fleet) -> None:
+    """Nobody waits to be told."""
+
+
+def serve(config: ServiceConfig, address: Address, start: Start, announce: Callable[[Fleet], None] = _nobody) -> None:
+    """Listen, start, and serve until a signal ends it; then drain. Blocks.
+
+    `announce` is called once the fleet answers: who is told by it and asks at once finds somebody.
+
+    Raises:
+        Interrupted: a signal came before.
+        StartupError: the port for gRPC cannot be had. Whatever `start` raises.
+    """
+    server = Server(config, address, start, announce)
+    server.run(sockets=[address.http])
+    if server.failure is not None:
+        raise server.failure
+
+
+class Server(uvicorn.Server):
+    """A server that listens before it has a fleet; `failure` is why it never had one."""
+
+    def __init__(
+        self, config: ServiceConfig, address: Address, start: Start, announce: Callable[[Fleet], None] = _nobody
+    ) -> None:
+        self._front = Front(StartingApp(start.startup, config))
+        super().__init__(
+            uvicorn.Config(
+                self._front,
+                http=connections_to(self._front),
+                ws="none",
+                loop="auto",
+                lifespan="off",
+                access_log=False,
+                log_level="warning",
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=max(1, round(config.drain.timeout_s)),
+            )
+        )
+        self.failure: BaseException | None = None
+        self.fleet: Fleet | None = None
+        self._settings = config
+        self._address = address
+        self._start = start
+        self._announce = announce
+        self._grpc: GrpcServer | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and begin to start what is served."""
+        await super().startup(sockets)
+        if self._address.grpc is not None:
+            from leanserve.api.v2.grpc_server import start_grpc
+
+            self._grpc = await start_grpc(*self._address.grpc, self._settings.limits.body_bytes, self._start.startup)
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=self._run_start, args=(loop,), name="start", daemon=True).start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more connections and calls, and let those that are open finish."""
+        if self.fleet is None:
+            self.force_exit, self.config.timeout_graceful_shutdown = True, 1
+        await super().shutdown(sockets)
+        if self._grpc is not None:
+            await self._grpc.stop(0.0 if self.fleet is None else self._settings.drain.timeout_s)
+
+    def _run_start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """On the thread of the start: what takes long is done here, and the loop is told what came of it."""
+        then: Callable[[], None]
+        usual = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_S)
+        try:
+            fleet = self._start.run()
+            from leanserve.api.app import create_app
+
+            then = partial(self._take_over, fleet, create_app(fleet))
+        except BaseException as error:
+            then = partial(self._fail, error)
+        finally:
+            sys.setswitchinterval(usual)
+        with suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits for it
+            loop.call_soon_threadsafe(then)
+
+    def _fail(self, error: BaseException) -> None:
+        if self.failure is None:
+            self.failure = error
+        self.should_exit = True
+
+    def _take_over(self, fleet: Fleet, app: HotPath) -> None:
+        if self.should_exit:
+            return
+        fleet.start(asyncio.get_running_loop())
+        _settle()
+        self.fleet = fleet
+        self._front.serve(app)
+        if self._grpc is not None:
+            self._grpc.serve(fleet)
+        self._announce(fleet)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Replaces uvicorn's handlers, which stop accepting at once and end the process by the signal itself."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end, number)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _end(self, number: int) -> None:
+        if self.fleet is None:
+            self._fail(Interrupted(number))
+            self._start.stop()
+            return
+        if self.fleet.draining:
+            self._stop()
+            return
+        self.fleet.drain()
+        delay = self._settings.drain.delay_s
+        logger.warning("%s: draining, serving %.1f s more", signal.Signals(number).name, delay)
+        asyncio.get_running_loop().call_later(delay, self._stop)
+
+    def _stop(self) -> None:
+        self.should_exit = True
+
+
+def _settle() -> None:
+    """Set the process for serving, once everything that lives as long as it is there."""
+    # What start-up made lives as long as the process. Left to the collector, scanning it stops the loop for 20-30 ms
+    # again and again: a quarter of the throughput of a tiny model.
+    gc.collect()
+    gc.freeze()
+    # What requests in flight hold is freed by their end; a threshold above it keeps the collector from counting them
+    # again and again. Cycles are collected all the same, a little later.
+    gc.set_threshold(_YOUNG)

@@ -1,0 +1,1 @@
+"""leanserve's own endpoints."""

@@ -1,0 +1,35 @@
+"""The messages of the files in `protocol/`, made at import from their compiled descriptors.
+
+They live in a descriptor pool of their own, not in protobuf's global one: `tritonclient` and `kserve` register messages
+of the same names there, and a process could otherwise not hold both a client and this server.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+PROTOCOL = Path(__file__).parent / "proto"
+SERVICE = "inference.GRPCInferenceService"
+
+
+def _load(*names: str) -> descriptor_pool.DescriptorPool:
+    pool = descriptor_pool.DescriptorPool()
+    for name in names:
+        for file in descriptor_pb2.FileDescriptorSet.FromString((PROTOCOL / name).read_bytes()).file:
+            pool.Add(file)
+    return pool
+
+
+POOL = _load("open_inference.binpb", "health.binpb")
+
+
+def message(name: str) -> Any:
+    """The class of the message of that full name, or of `inference.<name>`."""
+    full_name = name if "." in name else f"inference.{name}"
+    return message_factory.GetMessageClass(POOL.FindMessageTypeByName(full_name))
+
+
+ModelInferResponse = message("ModelInferResponse")

@@ -1,0 +1,256 @@
+"""The Open Inference Protocol V2 over gRPC: the same core as REST, on a port of its own.
+
+Runs on the event loop that serves HTTP, so that both fronts share the variants, their queues and their metrics. A call
+that the client cancels, or whose deadline passes, cancels the coroutine here, by which its rows leave the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.json_format import ParseDict
+from grpc import aio
+
+from leanserve.api.routes import confession
+from leanserve.api.starting import refused
+from leanserve.api.v1.predict import decode_for, how_it_ran
+from leanserve.api.v2.grpc_health import HEALTH, CheckRequest, CheckResponse, Health
+from leanserve.api.v2.grpc_infer import GrpcInferDecoder, encode, form_of
+from leanserve.api.v2.grpc_messages import SERVICE, message
+from leanserve.api.v2.open_inference import OpenInference
+from leanserve.contracts import Json
+from leanserve.errors import ClientGone, NotReady, ServiceError, StartupError
+from leanserve.http.messages import error_headers
+from leanserve.serving.fleet import Fleet
+from leanserve.telemetry.startup import Startup
+
+logger = logging.getLogger(__name__)
+
+Context: TypeAlias = Any
+Answer: TypeAlias = Callable[[Any, Context], Awaitable[Any]]
+
+SMALL_RAW = 2**20
+"""Bytes of raw tensors that are decoded on the event loop, as in REST."""
+METHODS = (
+    "ServerLive",
+    "ServerReady",
+    "ModelReady",
+    "ServerMetadata",
+    "ModelMetadata",
+    "ModelConfig",
+    "ModelStatistics",
+    "RepositoryIndex",
+    "RepositoryModelLoad",
+    "RepositoryModelUnload",
+    "ModelInfer",
+)
+_STATUS = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    415: grpc.StatusCode.INVALID_ARGUMENT,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    499: grpc.StatusCode.CANCELLED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GrpcServer:
+    """A listening server; `port` is the real one where 0 was asked for."""
+
+    server: aio.Server
+    port: int
+    calls: _Calls
+    health: Health
+
+    def serve(self, fleet: Fleet) -> None:
+        """From now on the fleet answers, which was started on the loop that runs this."""
+        self.calls.serve(fleet)
+        fleet.on_change(self.health.changed)
+        self.health.changed()
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more calls, and let those that are open finish for at most `grace_s` seconds."""
+        self.health.stop()
+        await self.server.stop(grace_s)
+
+
+async def start_grpc(host: str, port: int, body_bytes: int, startup: Startup) -> GrpcServer:
+    """Listen for messages of at most so many bytes, on the running loop; alive, but not ready until it has a fleet.
+
+    Raises:
+        StartupError: the address cannot be had.
+    """
+    options = (
+        ("grpc.max_receive_message_length", body_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.so_reuseport", 0),  # else a second server would share the port without a word
+    )
+    server = aio.server(options=options)
+    calls = _Calls(startup)
+    health = Health(calls.ready)
+    methods = {
+        name: _handler(name, partial(calls.answer, name), message(f"{name}Request"), message(f"{name}Response"))
+        for name in METHODS
+    }
+    server.add_generic_rpc_handlers(
+        (
+            grpc.method_handlers_generic_handler(SERVICE, methods),
+            grpc.method_handlers_generic_handler(HEALTH, _health_methods(health)),
+        )
+    )
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        claimed = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise StartupError(f"cannot listen for gRPC on {address}; choose another port") from error
+    await server.start()
+    return GrpcServer(server, claimed, calls, health)
+
+
+def _health_methods(health: Health) -> dict[str, grpc.RpcMethodHandler]:
+    watch = grpc.unary_stream_rpc_method_handler(
+        health.watch, request_deserializer=CheckRequest.FromString, response_serializer=CheckResponse.SerializeToString
+    )
+    return {"Check": _handler("Check", health.check, CheckRequest, CheckResponse), "Watch": watch}
+
+
+def _handler(name: str, answer: Answer, asked: Any, told: Any) -> grpc.RpcMethodHandler:
+    async def call(request: Any, context: Context) -> Any:
+        try:
+            return await answer(request, context)
+        except ServiceError as error:
+            return await _abort(context, error)
+        except Exception as error:
+            return await _abort(context, confession(error, f"a gRPC call of {name}"))
+
+    return grpc.unary_unary_rpc_method_handler(
+        call,
+        request_deserializer=asked.FromString,
+        response_serializer=told.SerializeToString,
+    )
+
+
+async def _abort(context: Context, error: ServiceError) -> Any:
+    context.set_trailing_metadata(tuple(error_headers(error).items()))
+    return await context.abort(_STATUS.get(error.status, grpc.StatusCode.INTERNAL), str(error))
+
+
+class _Calls:
+    """What answers every call of the protocol now: nothing but the two of health, until there is a fleet."""
+
+    def __init__(self, startup: Startup) -> None:
+        async def refuse(_request: Any, _context: Context) -> Any:
+            raise refused(startup)
+
+        self._fleet: Fleet | None = None
+        self._health = {
+            "ServerLive": _described("ServerLive", lambda _: {"live": True}),
+            "ServerReady": _described("ServerReady", lambda _: {"ready": self.ready()}),
+        }
+        self._answers: dict[str, Answer] = dict.fromkeys(METHODS, refuse) | self._health
+
+    async def answer(self, name: str, request: Any, context: Context) -> Any:
+        """The reply to a call of that name."""
+        return await self._answers[name](request, context)
+
+    def ready(self) -> bool:
+        """Whether the service is ready: the one place where that is known on this side."""
+        return self._fleet is not None and self._fleet.is_ready()
+
+    def serve(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._answers = _Service(fleet).answers | self._health
+
+
+class _Service:
+    """One method per call of the protocol that is about a model."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._protocol = protocol = OpenInference(fleet)
+        self._decoder = GrpcInferDecoder(fleet.base.spec)
+        self.answers: dict[str, Answer] = {
+            "ModelReady": _described("ModelReady", self._model_ready),
+            "ServerMetadata": _described("ServerMetadata", lambda _: protocol.server_metadata()),
+            "ModelMetadata": _described("ModelMetadata", lambda r: protocol.metadata(r.name, r.version)),
+            "ModelConfig": _described("ModelConfig", lambda r: {"config": protocol.config(r.name, r.version)}),
+            "ModelStatistics": _described("ModelStatistics", lambda r: protocol.statistics(r.name, r.version)),
+            "RepositoryIndex": _described(
+                "RepositoryIndex", lambda r: {"models": protocol.repository_index(ready_only=r.ready)}
+            ),
+            "RepositoryModelLoad": _swapped("RepositoryModelLoad", protocol.load),
+            "RepositoryModelUnload": _swapped("RepositoryModelUnload", protocol.unload),
+            "ModelInfer": self._infer,
+        }
+
+    def _model_ready(self, request: Any) -> Json:
+        try:
+            self._protocol.check_ready(request.name, request.version)
+        except NotReady:
+            return {"ready": False}
+        return {"ready": True}
+
+    async def _infer(self, request: Any, context: Context) -> Any:
+        started = time.perf_counter()
+        metrics = self._fleet.metrics
+        counted, outcome = metrics.unrouted, "internal"
+        try:
+            headers = dict(context.invocation_metadata())
+            wanted = request.model_version or headers.get("x-variant")
+            asked = wanted, headers.get(self._fleet.sticky_header.decode())
+            variant = self._protocol.choose(request.model_name, *asked)
+            counted = variant.metrics
+            inline = form_of(request) == "raw" and sum(map(len, request.raw_input_contents)) <= SMALL_RAW
+            decode = self._decoder.decode
+            checked = decode(request) if inline else await decode_for(variant, None, decode, request)
+            variant = self._fleet.confirm(variant, *asked)
+            counted = variant.metrics
+            prediction = await self._protocol.infer(variant, checked.inputs, checked.options, _stays)
+            names = (self._protocol.name, variant.name)
+            reply = encode(checked.options, prediction.outputs, form_of(request), names, how_it_ran(prediction))
+            outcome = "ok"
+            return reply
+        except asyncio.CancelledError:
+            outcome = ClientGone.code
+            raise
+        except ServiceError as error:
+            outcome = error.code
+            raise
+        finally:
+            counted.request_done(outcome, time.perf_counter() - started)
+
+
+def _stays() -> bool:
+    """Cancellation ends the coroutine, which the variant sees by itself."""
+    return False
+
+
+def _swapped(name: str, swap: Callable[[str, str | None, Iterable[str]], Awaitable[None]]) -> Answer:
+    reply = message(f"{name}Response")
+
+    async def answer(request: Any, _context: Context) -> Any:
+        # As in the paths of REST: `N` is the whole model, `N/versions/V` one version of it.
+        model, _, version = request.model_name.partition("/versions/")
+        await swap(model, version or None, request.parameters)
+        return reply()
+
+    return answer
+
+
+def _described(name: str, describe: Callable[[Any], Json]) -> Answer:
+    reply = message(f"{name}Response")
+
+    async def answer(request: Any, _: Context) -> Any:
+        return ParseDict(describe(request), reply())
+
+    return answer

@@ -1,0 +1,206 @@
+"""The Open Inference Protocol V2 over the fleet, without a transport: what the service tells about itself, and infer.
+
+The base is the *model*, its variants are the *versions*. Shared by the REST and the gRPC front, so that both choose,
+refuse and describe alike. The bodies are those of REST; the messages of gRPC have the same fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any
+
+from leanserve import __version__
+from leanserve.api.caveats import caveat_parameters
+from leanserve.codecs.description import Compute, Counters, Duration, model_config, model_metadata, statistics
+from leanserve.codecs.infer_plan import InferOptions
+from leanserve.codecs.tensors import clip
+from leanserve.contracts import Arrays, Json
+from leanserve.errors import BadInput, NotFound
+from leanserve.serving.batch_runner import Prediction
+from leanserve.serving.fleet import Fleet
+from leanserve.serving.variant import Gone, Variant
+from leanserve.telemetry.observations import BatchTimes, VariantMetrics
+
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "parameters", "schedule_policy")
+"""Those of Triton's extensions that clients may count on. Statistics are offered whole, but not announced:
+`perf_analyzer` reads them where they are, takes versions for numbers and dies of a variant's name; where they are not,
+it measures as well without them."""
+REPOSITORY = "model_repository"
+"""Announced where variants may be loaded and unloaded; else only the index is offered."""
+INDEX_STATES = {"serving": "READY", "loading": "LOADING", "unloading": "UNLOADING"}
+"""The protocol's word for a variant's state; any other is `UNAVAILABLE`."""
+
+
+class OpenInference:
+    """The protocol's view of a fleet.
+
+    In all methods an empty or missing `version` leaves the choice to the service; `NotFound` is raised for a model or
+    version that does not exist, `NotReady` for a version that was excluded by its gate or is not loaded.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.name = fleet.base.name
+
+    def choose(self, model: str, version: str | None, caller_key: str | None) -> Variant:
+        """The variant that answers: the version that is asked for, else by the traffic split."""
+        self._check_model(model)
+        return self.fleet.choose(version, caller_key)
+
+    async def load(self, model: str, version: str | None, parameters: Iterable[str]) -> None:
+        """Load what is not loaded of the model, or only this version; returns when it serves.
+
+        Raises:
+            BadInput: not allowed by the config, or a parameter that asks for something else than what was built.
+            ServiceError: see `Fleet.load`.
+        """
+        await self._swap(self.fleet.load, model, version, set(parameters))
+
+    async def unload(self, model: str, version: str | None, parameters: Iterable[str]) -> None:
+        """Unload the model, or only this version; returns when its memory is given back.
+
+        Raises:
+            BadInput: not allowed by the config, an unknown parameter, or it is the only version that serves.
+            ServiceError: see `Fleet.unload`.
+        """
+        # Nothing here depends on another model: with its dependents is the same as without.
+        await self._swap(self.fleet.unload, model, version, set(parameters) - {"unload_dependents"})
+
+    async def _swap(
+        self, swap: Callable[[str | None], Awaitable[None]], model: str, version: str | None, unknown: set[str]
+    ) -> None:
+        self._check_model(model)
+        if self.fleet.config.model_control == "none":
+            raise BadInput("loading and unloading is not allowed; set model_control: explicit in the config")
+        if unknown:
+            named = ", ".join(clip(name) for name in sorted(unknown))
+            raise BadInput(f"the parameters {named} are not taken: a version is loaded as it was built")
+        await swap(version or None)
+
+    def infer(
+        self, variant: Variant, inputs: Arrays, options: InferOptions, gone: Gone
+    ) -> Coroutine[Any, Any, Prediction]:
+        """Run a checked request at its `priority`. Its `timeout` may shorten the queue's limit, not lengthen it.
+
+        Raises:
+            ServiceError: see `Variant.predict`.
+        """
+        return variant.predict(inputs, gone, self.timeout_s(variant, options), options.priority or 0)
+
+    def timeout_s(self, variant: Variant, options: InferOptions) -> float:
+        """The longest time that this request may wait in the queue."""
+        limit = variant.batcher.limits.timeout_s
+        return limit if options.timeout_us is None else min(limit, options.timeout_us / 1e6)
+
+    def health(self) -> dict[str, Json]:
+        """Both keys in one body, because clients differ in which one they read, whatever they asked."""
+        return {"live": True, "ready": self.fleet.is_ready()}
+
+    def check_ready(self, model: str | None = None, version: str | None = None) -> None:
+        """Raise `NotReady` while draining, for a version that does not serve, and while none does."""
+        if model is not None:
+            self._serving(model, version)
+        self.fleet.check_ready()
+
+    def server_metadata(self) -> dict[str, Json]:
+        """Name and version of this software, and the extensions of the protocol that it offers."""
+        offered = list(EXTENSIONS)
+        if self.fleet.config.model_control == "explicit":
+            offered.append(REPOSITORY)
+        return {"name": "leanserve", "version": __version__, "extensions": sorted(offered)}
+
+    def metadata(self, model: str, version: str | None = None) -> dict[str, Json]:
+        """The tensors of the model; `versions` are the variants that serve."""
+        platform = _platform(self._serving(model, version))
+        return model_metadata(self.fleet.base.spec, self.name, list(self.fleet.variants), platform)
+
+    def config(self, model: str, version: str | None = None) -> dict[str, Json]:
+        """Batching as configured (`max_batch_size`, unless memory allows less, priorities) and as measured (the
+        preferred size is the knee).
+
+        Without a version it holds for all: the smallest maximum, the shortest delay, the fewest levels.
+        """
+        asked = self._serving(model, version)
+        batches = {item.name: self.fleet.config.batch_of(item) for item in self.fleet.config.variants}
+        knees = sorted({variant.batcher.limits.max_rows for variant in asked})
+        config = model_config(
+            self.fleet.base.spec,
+            self.name,
+            _platform(asked),
+            self.fleet.base.spec.most_rows(
+                min(variant.running.memory_rows or batches[variant.name].max_rows for variant in asked)
+            ),
+            knees,
+            round(min(batches[variant.name].max_delay_ms for variant in asked) * 1000),
+        )
+        fewest = min((variant.batcher.limits for variant in asked), key=lambda limits: limits.levels)
+        priorities = {"priority_levels": fewest.levels, "default_priority_level": fewest.default_level}
+        config["dynamic_batching"] |= priorities
+        return config | caveat_parameters(self.fleet.base.caveats)
+
+    def statistics(self, model: str | None = None, version: str | None = None) -> dict[str, Json]:
+        """What the variants have done since they were loaded."""
+        asked = self._serving(model or self.name, version)
+        return statistics((self.name, variant.name, _counters(variant.metrics)) for variant in asked)
+
+    def repository_index(self, *, ready_only: bool) -> list[dict[str, Json]]:
+        """All variants; those excluded by their gate, and those unloaded, are `UNAVAILABLE`, with the reason."""
+        index = []
+        for name, (standing, reason) in self.fleet.standing.items():
+            state = INDEX_STATES.get(standing, "UNAVAILABLE")
+            if state == "READY" or not ready_only:
+                told = reason or ("unloaded" if standing == "unloaded" else "")
+                index.append({"name": self.name, "version": name, "state": state, "reason": told})
+        return index
+
+    def _check_model(self, model: str) -> None:
+        if model != self.name:
+            raise NotFound(f"no model '{model[:80]}'; this server has '{self.name}'")
+
+    def _serving(self, model: str, version: str | None) -> list[Variant]:
+        """The version that is asked for, or all that serve: at least one."""
+        self._check_model(model)
+        if version:
+            return [self.fleet.choose(version, None)]
+        if not self.fleet.variants:
+            self.fleet.check_ready()  # raises
+        return list(self.fleet.variants.values())
+
+
+def _platform(variants: Iterable[Variant]) -> str:
+    names = {variant.backend.name for variant in variants}
+    return names.pop() if len(names) == 1 else "leanserve"
+
+
+def _counters(seen: VariantMetrics) -> Counters:
+    """The variant's numbers as the statistics extension counts: per request, and for batches per execution."""
+    seen.catch_up()
+    answered = seen.requests["ok"]
+    others = [requests for outcome, requests in seen.requests.items() if outcome != "ok"]
+    executed = seen.queue.count
+    return Counters(
+        last_inference_ms=round(seen.last_batch_at * 1000),
+        inference_count=round(seen.rows.total),
+        execution_count=seen.rows.count,
+        success=_duration(answered.count, answered.total),
+        fail=_duration(sum(other.count for other in others), sum(other.total for other in others)),
+        queue=_duration(executed, seen.queue.total),
+        compute=Compute(
+            _duration(executed, seen.input_request_s),
+            _duration(executed, seen.infer_request_s),
+            _duration(executed, seen.output_request_s),
+        ),
+        batches={rows: _phases(times) for rows, times in seen.batches.items()},
+    )
+
+
+def _phases(times: BatchTimes) -> Compute:
+    return Compute(
+        _duration(times.count, times.input_s),
+        _duration(times.count, times.infer_s),
+        _duration(times.count, times.output_s),
+    )
+
+
+def _duration(count: int, seconds: float) -> Duration:
+    return Duration(count, round(seconds * 1e9))

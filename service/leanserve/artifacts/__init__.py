@@ -1,0 +1,1 @@
+"""What passes produced, on disk: the store, its manifests, loading."""

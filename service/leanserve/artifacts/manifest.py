@@ -1,0 +1,175 @@
+"""What is known about an artifact: its recipe, the decisions that replay it, its measured quality and cost.
+
+Manifests are JSON files beside the artifact's weights; the report, the gate, the metrics and the API read nothing else.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from leanserve.contracts import Json, Meaning
+
+
+class OutputFidelity(BaseModel):
+    """How near one output is to that of the base. What its meaning does not ask for is `None`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    meaning: Meaning
+    agreement: float
+    """0..1. Of classes: share of rows with the same best class (of independent ones, also the same classes at 0.5 or
+    above); of embeddings: the mean cosine, 0 at least; of values: 1 - `error`, 0 at least."""
+    kl: float | None = None
+    """Mean KL divergence (nats) of its probabilities of classes from the base's."""
+    cosine: float | None = None
+    """Mean cosine similarity of embeddings to those of the base."""
+    rank_agreement: float | None = None
+    """Whether embeddings are near to each other in the same order as in the base: Spearman's correlation between the
+    cosine similarities of all pairs of rows here and there. `None` also with fewer than three rows."""
+    error: float | None = None
+    """Of values: root mean square error over the standard deviation of the base's, in the worst channel; of whole
+    numbers: share of those that differ."""
+    channel: int | None = None
+    """The worst channel of values, from 0."""
+    not_finite: int
+    """Numbers that are infinite or NaN here or in the base, and not the same in both."""
+
+
+class Fidelity(BaseModel):
+    """What one artifact answers on the gate split, and how large it is; measured in a fresh process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: int
+    """Rows of the gate split behind score and fidelity."""
+    score: float | None
+    """The base's own score (accuracy, R squared ...), higher is better; `None` where the data has no labels."""
+    score_low: float | None
+    score_high: float | None
+    """95 % confidence interval of the score."""
+    agreement: float
+    """That of the output that is farthest from the base's, 0..1."""
+    outputs: tuple[OutputFidelity, ...]
+    batch_dependence: float
+    """Largest change of an output by the rows that share its batch, relative to its largest value; 0: none."""
+    disk_bytes: int
+    parameters: int
+    macs: int
+    """Multiply-accumulates per row of the structure, whatever their precision."""
+    peak_memory_bytes: int
+    """Resident memory that loading and running the artifact adds to a process that has imported its backend."""
+    memory_rows: int | None = None
+    """Rows of the largest batch for which there was memory; `None` where there was for the largest that was tried."""
+
+
+class Quality(Fidelity):
+    """Answers, size and speed of one artifact."""
+
+    latency_ms: dict[int, float]
+    """Median milliseconds per batch, by rows in the batch (1, 8, 32), measured side by side with other artifacts."""
+    throughput: float
+    """Rows per second at the best of these batch sizes."""
+
+
+class Recipe(BaseModel):
+    """How one artifact was made: the last pass (`kind`) on the artifact `parent`; `kind` is `None` for the base."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str
+    parent: str | None
+    base: str
+    kind: str | None
+    options: dict[str, Json]
+    decisions: dict[str, Json]
+    facts: dict[str, float]
+    simulated: bool
+    files: dict[str, str]
+    """File name -> sha256. Empty where the pass acts at load time only and the parent's files are used."""
+    parameters: int
+    macs: int
+    seconds: float
+    """Wall-clock seconds of `apply`, measuring excluded."""
+    versions: dict[str, str]
+    isa: list[str]
+
+
+class Measurement(BaseModel):
+    """Answers of an artifact and the machine on which they were computed; repeated on another machine if possible."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fidelity: Fidelity
+    cpu: str
+    threads: int
+
+
+LANE_GAIN = 1.1
+"""Several lanes must answer this many times the rows per second of one: a request is slower on fewer threads."""
+PAIR_GAIN = 0.97
+"""The same for two lanes where a lone request has both threads nevertheless. What is measured is bare: served, a lane
+of two threads loses more to all else on its cores, for a thread that is interrupted makes the other wait."""
+
+
+class SideBySide(BaseModel):
+    """Speed of several artifacts, interleaved in one run on one machine, so that its ratios can be trusted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cpu: str
+    threads: int
+    latency_ms: dict[str, dict[int, float]]
+    """Artifact key -> rows in the batch -> median milliseconds per batch."""
+    lane_rates: dict[str, dict[int, float]]
+    """Key of a variant's last artifact -> lanes (1, and one per thread) -> rows per second; none on a single thread.
+    0 where there is no memory for that many lanes."""
+
+    def throughput(self, key: str) -> float:
+        """Rows per second of an artifact at the best of its batch sizes."""
+        return max(rows / ms * 1000 for rows, ms in self.latency_ms[key].items())
+
+    def lane_gain(self, keys: Sequence[str]) -> float:
+        """Rows per second with a lane per thread over those with one lane: the geometric mean over artifacts."""
+        gains = [self.lane_rates[key][self.threads] / self.lane_rates[key][1] for key in keys if self.threads > 1]
+        if 0.0 in gains:
+            return 0.0
+        return statistics.geometric_mean(gains) if gains else 1.0
+
+    def best_lanes(self, keys: Sequence[str], threads: int, *, self_contained: bool) -> int:
+        """A lane for each of so many threads if that pays for these artifacts, else one lane.
+
+        `self_contained` is what all their backends are. `threads` differs from the measured number only where another
+        machine measured.
+        """
+        enough = PAIR_GAIN if self_contained and threads == 2 else LANE_GAIN
+        return threads if self.lane_gain(keys) >= enough else 1
+
+
+class Manifest(Recipe):
+    """One artifact, whole: how it was made and what it is worth here."""
+
+    quality: Quality
+    cpu: str
+    threads: int
+
+
+class VariantReport(BaseModel):
+    """A variant as the report shows it: its chain of artifacts from the base to its last pass, and the gate's word."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    state: Literal["serving", "excluded"]
+    reason: str | None
+    """Why the gate excluded it."""
+    chain: tuple[Manifest, ...]
+
+    @property
+    def quality(self) -> Quality:
+        """Quality of the finished variant."""
+        return self.chain[-1].quality

@@ -1,0 +1,309 @@
+"""The content-addressed store: what a prefix of build passes produced, on disk, found again by its key.
+
+Layout under the cache folder::
+
+    artifacts/<key>/   model.safetensors | model.onnx, manifest.json, quality.json
+    bases/<key>        what a base takes and gives (`leanserve.bases.description`)
+    locks/<key>        held (flock) while the artifact is being made; the kernel frees it when a builder dies
+    tmp/<key>.*        half-written artifacts and documents of live or dead builders
+    scratch/<key>/     training checkpoints, so that an interrupted pass resumes
+    races/<set>.<machine>   latencies of a set of artifacts, measured side by side on one machine
+
+An artifact is written in `tmp`, its manifest (with the sha256 of every file) last, flushed to disk and renamed into
+place in one step: it exists whole or not at all. Weights are safetensors or ONNX, never a pickle. Every document is
+sealed with the key of what it speaks of, so that what was damaged, or copied here from elsewhere, is not believed.
+
+A cache that cannot be written is only read. Its artifacts are as good as any; how fast they are may have been measured
+on another machine.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from leanserve.artifacts.manifest import Manifest, Measurement, Quality, Recipe, SideBySide
+from leanserve.artifacts.sealed import Document, seal, unseal
+from leanserve.contracts import Model, TorchModel
+from leanserve.disk import may_write, sha256_of
+from leanserve.errors import ArtifactCorrupt, PassFailed, StartupError
+from leanserve.hardware import cpu_name
+
+TORCH_FILE = "model.safetensors"
+ONNX_FILE = "model.onnx"
+FOLDERS = ("artifacts", "bases", "locks", "tmp", "scratch", "races")
+
+
+class ArtifactStore:
+    """Finds, verifies and publishes artifacts under one cache folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        folders = [self.root / name for name in FOLDERS]
+        self.writable = all(map(may_write, folders))
+        """Whether anything can be added; if not, nothing is ever made, locked or removed."""
+        if self.root.is_dir() and not self.writable:
+            return
+        try:
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StartupError(
+                f"cache folder {self.root}: cannot be created ({error.strerror}); set 'cache' or LEANSERVE_CACHE"
+            ) from error
+
+    def folder(self, key: str) -> Path:
+        """Where the artifact is, or would be."""
+        return self.root / "artifacts" / key
+
+    def scratch(self, key: str) -> Path:
+        """The folder that survives an interrupted build of this artifact."""
+        path = self.root / "scratch" / key
+        with self._writing():
+            path.mkdir(exist_ok=True)
+        return path
+
+    def recipe(self, key: str) -> Recipe | None:
+        """The verified recipe of an artifact; `None` if there is no such artifact.
+
+        Raises:
+            ArtifactCorrupt: a file is missing, does not match its checksum, or belongs to another artifact.
+        """
+        folder = self.folder(key)
+        if not os.path.lexists(folder):
+            return None
+        recipe = unseal(folder / "manifest.json", key, Recipe)
+        for name, expected in recipe.files.items():
+            actual = _sha256(folder / name)
+            if actual != expected:
+                raise ArtifactCorrupt(f"{folder / name}: sha256 is {actual[:12]}, the manifest says {expected[:12]}")
+        return recipe
+
+    def measurement(self, key: str) -> Measurement | None:
+        """Answers and size as measured last; `None` if never measured.
+
+        Raises:
+            ArtifactCorrupt: the document is damaged, or belongs to another artifact.
+        """
+        return _found(self.folder(key) / "quality.json", key, Measurement)
+
+    def manifest(self, key: str, race: SideBySide) -> Manifest | None:
+        """Recipe, answers and speed together; `None` unless all are there and, if that can be mended, of one machine.
+
+        Raises:
+            ArtifactCorrupt: something is damaged.
+        """
+        recipe, measured, latency = self.recipe(key), self.measurement(key), race.latency_ms.get(key)
+        if recipe is None or measured is None or latency is None:
+            return None
+        if self.writable and (measured.cpu, measured.threads) != (race.cpu, race.threads):
+            return None
+        speed = {"latency_ms": latency, "throughput": race.throughput(key)}
+        quality = Quality.model_validate(measured.fidelity.model_dump() | speed)
+        return Manifest(**recipe.model_dump(), quality=quality, cpu=race.cpu, threads=race.threads)
+
+    def side_by_side(self, keys: Sequence[str], threads: int) -> SideBySide | None:
+        """The latencies of exactly these artifacts, if they were measured together on this machine.
+
+        Raises:
+            ArtifactCorrupt: the document is damaged, or belongs to other artifacts or another machine.
+        """
+        path = self._race(keys, cpu_name(), threads)
+        return _found(path, path.name, SideBySide)
+
+    def side_by_side_elsewhere(self, keys: Sequence[str]) -> list[SideBySide]:
+        """The same as measured on any machines, as far as it is intact."""
+        found = []
+        for path in sorted((self.root / "races").glob(f"{_digest(sorted(keys))}.*")):
+            with suppress(ArtifactCorrupt):
+                found.append(unseal(path, path.name, SideBySide))
+        return found
+
+    def keep_side_by_side(self, keys: Sequence[str], race: SideBySide) -> None:
+        """Store latencies that were measured together; call it under the lock `race`."""
+        path = self._race(keys, race.cpu, race.threads)
+        self._keep(path, path.name, race, "race")
+
+    def chain(self, key: str) -> tuple[Recipe, ...]:
+        """The verified recipes from the base up to `key`.
+
+        Raises:
+            ArtifactCorrupt: one of them is missing or damaged.
+        """
+        recipe = self.recipe(key)
+        if recipe is None:
+            raise ArtifactCorrupt(f"{self.folder(key)}: the artifact is missing")
+        return (*self.chain(recipe.parent), recipe) if recipe.parent else (recipe,)
+
+    @contextmanager
+    def lock(self, key: str) -> Iterator[None]:
+        """Hold the right to make this artifact; waits for another builder, which may be another process."""
+        with self._writing():
+            descriptor = self._open_lock(key)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def workspace(self, key: str) -> Iterator[Path]:
+        """A temporary folder for the artifact's files; call under `lock`. Leftovers of killed builders are removed."""
+        for stale in (self.root / "tmp").glob(f"{key}.*"):
+            _remove(stale)
+        folder = self._temporary(key)
+        try:
+            with self._writing():
+                folder.mkdir()
+                yield folder
+        finally:
+            _remove(folder)
+
+    def publish(self, folder: Path, recipe: Recipe) -> None:
+        """Seal the files in `folder` with the manifest and move them into place atomically.
+
+        Raises:
+            PassFailed: the recipe holds a number that JSON does not have.
+        """
+        with self._writing():
+            for name in recipe.files:
+                _flush(folder / name)
+            _seal(folder / "manifest.json", recipe.key, recipe)
+            _flush(folder)
+            folder.rename(self.folder(recipe.key))
+            _flush(self.root / "artifacts")
+            _remove(self.root / "scratch" / recipe.key)
+
+    def attach(self, key: str, measurement: Measurement) -> None:
+        """Store (or replace) the measurement of a published artifact; call it under the artifact's lock.
+
+        Raises:
+            PassFailed: it holds a number that JSON does not have.
+        """
+        self._keep(self.folder(key) / "quality.json", key, measurement, key)
+
+    def discard(self, key: str) -> None:
+        """Remove a damaged artifact; it is renamed first, so that nobody sees it half-removed."""
+        with self._writing():
+            self._bury(self.folder(key), key)
+
+    def sweep(self) -> None:
+        """Remove what dead builders left behind: temporary files whose lock is free, checkpoints of finished passes."""
+        with self._writing():
+            for stale in (self.root / "tmp").iterdir():
+                if self._is_free(stale.name.partition(".")[0]):
+                    _remove(stale)
+            for stale in (self.root / "scratch").iterdir():
+                if self.folder(stale.name).exists() and self._is_free(stale.name):
+                    _remove(stale)
+
+    def _race(self, keys: Sequence[str], cpu: str, threads: int) -> Path:
+        return self.root / "races" / f"{_digest(sorted(keys))}.{_digest([cpu, str(threads)])}"
+
+    def _keep(self, path: Path, key: str, document: BaseModel, lock: str) -> None:
+        """Put a document in its place in one step, whatever stands there."""
+        half = self._temporary(lock)
+        with self._writing():
+            try:
+                _seal(half, key, document)
+                if path.is_dir():
+                    self._bury(path, lock)
+                half.replace(path)
+            finally:
+                half.unlink(missing_ok=True)
+
+    def _temporary(self, lock: str) -> Path:
+        """A name that nobody else uses, for whoever holds this lock."""
+        return self.root / "tmp" / f"{lock}.{secrets.token_hex(8)}"
+
+    def _bury(self, path: Path, lock: str) -> None:
+        grave = self._temporary(lock)
+        path.rename(grave)
+        _remove(grave)
+
+    def _open_lock(self, key: str) -> int:
+        return os.open(self.root / "locks" / key, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+
+    def _is_free(self, key: str) -> bool:
+        descriptor = self._open_lock(key)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        else:
+            return True
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What the disk refuses ends the command with one line."""
+        try:
+            yield
+        except OSError as error:
+            raise StartupError(
+                f"cache folder {self.root}: cannot be written ({error}); make room, or set 'cache' or LEANSERVE_CACHE"
+            ) from error
+
+
+def write_model(model: Model, folder: Path) -> None:
+    """Store the weights of a torch module, or the file of an ONNX model."""
+    if isinstance(model, TorchModel):
+        from leanserve.passes.toolkit.ties import write_tensors
+
+        write_tensors(model.module.state_dict(), folder / TORCH_FILE)
+    else:
+        (folder / ONNX_FILE).write_bytes(model.path.read_bytes())
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """sha256 of every file in a folder."""
+    return {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise ArtifactCorrupt(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _found(path: Path, key: str, kind: type[Document]) -> Document | None:
+    return unseal(path, key, kind) if os.path.lexists(path) else None
+
+
+def _seal(path: Path, key: str, document: BaseModel) -> None:
+    try:
+        seal(path, key, document)
+    except ValueError as error:
+        raise PassFailed(f"what was found out about it cannot be stored: {error}") from error
+
+
+def _digest(words: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or a file, as far as possible; neither is where others look for it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Ask the disk to keep a file or folder, so that a power cut after the rename cannot leave it empty."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

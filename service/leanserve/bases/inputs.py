@@ -1,0 +1,99 @@
+"""The input tensors that the config declares: by a picture's size, by a tokenizer, or one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from leanserve.bases.description import Description, Tensor
+from leanserve.bases.meanings import settled
+from leanserve.config.base_section import BroughtBase, ImageFiles, ImageInput, TextInput
+from leanserve.errors import ConfigError
+
+MASKED_TEXT = (
+    Tensor(name="input_ids", dtype="int64", shape=(None,)),
+    Tensor(name="attention_mask", dtype="int64", shape=(None,)),
+)
+"""What a text encoder takes: token ids, and 1 where there is a token, 0 where padding."""
+
+
+def image_tensor(image: ImageInput) -> Tensor:
+    """The input of a model of pictures, float32 [C, H, W]."""
+    width, height = image.size
+    return Tensor(name="image", dtype="float32", shape=(3 if image.mode == "RGB" else 1, height, width))
+
+
+def image_input(declared: ImageFiles | None, own: Callable[[], ImageInput]) -> ImageInput:
+    """The preprocessing that the config declares in full, else the model's own, for such files as the config wants."""
+    if isinstance(declared, ImageInput):
+        return declared
+    return own() if declared is None else own().model_copy(update=declared.model_dump())
+
+
+def declared_inputs(declared: BroughtBase) -> tuple[Tensor, ...] | None:
+    """The input tensors by `image`, `text` or `inputs`; `None` if the config has none of them."""
+    if isinstance(declared.image, ImageInput):
+        return (image_tensor(declared.image),)
+    if declared.text is not None:
+        return MASKED_TEXT
+    if declared.inputs is not None:
+        return tuple(Tensor(name=name, dtype=item.dtype, shape=item.shape) for name, item in declared.inputs.items())
+    return None
+
+
+def described(
+    declared: BroughtBase, folder: Path, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+) -> Description:
+    """The description of a model whose preprocessing the config declares; `outputs` as they were found.
+
+    Raises:
+        ConfigError: the labels cannot be read, or do not fit the outputs, or what is declared of these does not.
+    """
+    labels = read_labels(declared, folder)
+    given = settled(outputs, labels, declared.outputs, "values" if declared.text is None else "embedding")
+    return Description(
+        name=declared.name or name,
+        inputs=tuple(inputs),
+        outputs=given.tensors,
+        labels=labels,
+        labelled=given.labelled,
+        image=declared.image if isinstance(declared.image, ImageInput) else None,
+        text=None if declared.text is None else resolved_text(declared.text, folder),
+        max_length=512 if declared.text is None else declared.text.max_length,
+        rows=declared.rows,
+    )
+
+
+def resolved_text(text: TextInput, folder: Path) -> TextInput:
+    """With the tokenizer's file found.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = folder / text.tokenizer
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ConfigError(f"base.text.tokenizer: there is no file {path}; it is the tokenizer.json of the model")
+    return text.model_copy(update={"tokenizer": path.resolve()})
+
+
+def read_labels(declared: BroughtBase, folder: Path) -> tuple[str, ...]:
+    """The class names, in order; empty for a model that does not classify.
+
+    Raises:
+        ConfigError: the file cannot be read, or a name stands twice.
+    """
+    if declared.labels is None:
+        return ()
+    if isinstance(declared.labels, Path):
+        try:
+            lines = (folder / declared.labels).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"base.labels: cannot read {folder / declared.labels}: {error}") from error
+        labels = tuple(line.strip() for line in lines if line.strip())
+    else:
+        labels = declared.labels
+    for index, label in enumerate(labels):
+        if label in labels[:index]:
+            raise ConfigError(f"base.labels: '{label}' stands twice; the labels are the keys of the scores")
+    return labels

@@ -1,0 +1,84 @@
+"""A base put together from its parts: where the model comes from, where the rows come from, how answers are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from leanserve.bases.description import Tensor
+from leanserve.codecs.text import TextCodec
+from leanserve.contracts import Array, Arrays, Batch, Codec, Data, InputSpec, Model, Split, TorchModel
+from leanserve.errors import StartupError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Score = Callable[[Arrays, Array], float]
+
+
+class Rows(Protocol):
+    """The data of a base. Rows arrive as the model's inputs; splits never share any."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 over everything that decides the rows: content of the files, splits, seed."""
+
+    @property
+    def unit(self) -> int:
+        """Consecutive rows that are scored together: 2 for pairs of texts, else 1."""
+
+    def split(self, split: Split, n: int | None) -> Data:
+        """At most the first `n` rows of a split, a multiple of `unit`; all of them for `None`."""
+
+
+@dataclass(frozen=True)
+class RowByRow:
+    """`contracts.Data` whose batches have one row, whatever is asked for: none is padded, none has company."""
+
+    data: Data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def batches(self, size: int, shuffle_seed: int | None = None) -> Iterator[Batch]:
+        return self.data.batches(min(size, 1), shuffle_seed)
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A `contracts.Base`."""
+
+    name: str
+    spec: InputSpec
+    codec: Codec
+    origin: str
+    digest: str
+    caveats: tuple[str, ...]
+    load: Callable[[], Model]
+    rows: Rows
+    scored_by: Score
+    outputs: tuple[Tensor, ...]
+    """As in the spec, with the evidence for what they mean."""
+
+    @property
+    def unit(self) -> int:
+        return self.rows.unit
+
+    def model(self) -> Model:
+        return self.load()
+
+    def build(self) -> nn.Module:
+        model = self.load()
+        if not isinstance(model, TorchModel):
+            raise StartupError(f"the base '{self.name}' is an ONNX file; there is no torch module of it")
+        return model.module
+
+    def data(self, split: Split, n: int | None = None) -> Data:
+        found = self.rows.split(split, n)
+        # Texts are padded to the longest of their batch; arrays are as long as they are.
+        alone = self.spec.rows == "one" or (self.spec.rows == "one_length" and isinstance(self.codec, TextCodec))
+        return RowByRow(found) if alone else found
+
+    def score(self, outputs: Arrays, labels: Array) -> float:
+        return self.scored_by(outputs, labels)

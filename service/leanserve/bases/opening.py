@@ -1,0 +1,200 @@
+"""From what the config declares to the `Base` that everything else works with; also in another process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, Protocol, Self
+
+from leanserve.bases.checkpoints import file_digest
+from leanserve.bases.datasets.opening import open_rows
+from leanserve.bases.description import Description, remembered
+from leanserve.bases.loaded import LoadedBase, Rows, Score
+from leanserve.bases.shipped import ModuleRows, ModuleSource, borrowed, shipped_module
+from leanserve.bases.sources.exported_program import ExportedSource
+from leanserve.bases.sources.onnx_file import OnnxSource
+from leanserve.bases.sources.python_module import PythonSource
+from leanserve.bases.sources.timm_model import TimmSource
+from leanserve.bases.sources.transformers_model import TransformersSource
+from leanserve.codecs.answers import Answers
+from leanserve.codecs.arrays import ArrayCodec
+from leanserve.codecs.images import ImageCodec
+from leanserve.codecs.text import TextCodec
+from leanserve.config.base_section import (
+    AnyBase,
+    BroughtBase,
+    OnnxBase,
+    PythonBase,
+    ShippedBase,
+    TimmBase,
+    TorchExportBase,
+    TransformersBase,
+)
+from leanserve.config.data_section import AnyData
+from leanserve.config.section import Section
+from leanserve.contracts import Codec, InputSpec, Model, RowsTogether
+from leanserve.errors import ConfigError
+from leanserve.scoring import score_of
+
+
+class Source(Protocol):
+    """One way of bringing a model."""
+
+    def fingerprint(self) -> str:
+        """sha256 over everything that decides the model's answers. Imports nothing heavy if files tell all of it."""
+
+    def describe(self) -> Description:
+        """What the model takes and gives. May import anything and run the model.
+
+        Raises:
+            ConfigError: something cannot be found out; the text names the key that tells it.
+        """
+
+    def model(self, spec: InputSpec) -> Model:
+        """The model itself, fresh: weights loaded, eval mode, float32, on the CPU."""
+
+
+SOURCES: Final[Mapping[type[BroughtBase], Callable[[Any, Path], Source]]] = {
+    PythonBase: PythonSource,
+    TimmBase: TimmSource,
+    TransformersBase: TransformersSource,
+    OnnxBase: OnnxSource,
+    TorchExportBase: ExportedSource,
+}
+"""What reads models of each form, from what is declared and the folder to which its paths are relative."""
+BATCHED: Final[Mapping[RowsTogether, str]] = {
+    "one_length": "only rows of equal length share a batch",
+    "one": "every row has a batch to itself",
+}
+"""What to know of a speed that was measured so."""
+
+
+class Origin(Section):
+    """All it takes to open a base, here or in another process."""
+
+    base: AnyBase
+    data: AnyData | None = None
+    folder: Path = Path()
+    """To which the paths in both are relative: that of the config file."""
+    cache: Path | None = None
+    """Where descriptions are remembered; `None`: nowhere."""
+    fingerprint: str | None = None
+    """Of the model, where it is known; a python base is not made again to find it out."""
+    digest: str | None = None
+    """Of the base, where it was opened before; it must be the same again."""
+
+    @classmethod
+    def shipped(cls, name: str) -> Self:
+        """Of a shipped base with its own data."""
+        return cls(base=ShippedBase(shipped=name))
+
+
+def reopen_base(origin: str) -> LoadedBase:
+    """The base of which `Base.origin` is this, in another process."""
+    return open_base(Origin.model_validate_json(origin))
+
+
+def open_base(origin: Origin) -> LoadedBase:
+    """The base that the config declares.
+
+    Raises:
+        ConfigError: it cannot be opened; the text names the key. Or it is not the one that was opened before.
+    """
+    source = open_source(origin.base, origin.folder)
+    if isinstance(source, PythonSource):
+        source = replace(source, known=origin.fingerprint)
+    fingerprint = source.fingerprint()
+    description = remembered(origin.cache, _description_key(origin, fingerprint), source.describe)
+    spec = description.spec()
+    codec = codec_of(description, spec)
+    rows, score = _rows_and_score(origin, source, description, codec)
+    # The tokenizer and the formats decide answers through the rows alone, whose digest knows them by content.
+    told = description.model_dump_json(
+        exclude={
+            "name": True,
+            "text": {"tokenizer"},
+            "image": {"formats"},
+            "outputs": {"__all__": {"evidence"}},
+        }
+    )
+    digest = hashlib.sha256(f"{fingerprint} {told} {rows.digest}".encode()).hexdigest()
+    if origin.digest not in {None, digest}:
+        raise ConfigError("base, data: their files have changed since the build began; start it again")
+
+    def load() -> Model:
+        model = source.model(spec)
+        if source.fingerprint() != fingerprint:
+            raise ConfigError("base: its files have changed since it was opened; start again")
+        return model
+
+    return LoadedBase(
+        name=description.name,
+        spec=_bounded(spec, codec),
+        codec=codec,
+        origin=origin.model_copy(update={"fingerprint": fingerprint, "digest": digest}).model_dump_json(),
+        digest=digest,
+        caveats=_caveats(origin, description),
+        load=load,
+        rows=rows,
+        scored_by=score,
+        outputs=description.outputs,
+    )
+
+
+def _description_key(origin: Origin, fingerprint: str) -> str:
+    """A hash of all that decides what is told of a model: class names may be in a file, and paths are told whole."""
+    total = hashlib.sha256(f"{fingerprint} {origin.folder.resolve()} {origin.base.model_dump_json()}".encode())
+    labels = origin.base.labels if isinstance(origin.base, BroughtBase) else None
+    if isinstance(labels, Path):
+        total.update(file_digest(origin.folder / labels).encode())
+    return total.hexdigest()
+
+
+def _caveats(origin: Origin, description: Description) -> tuple[str, ...]:
+    """What the model itself told, which rows share no batch, and whether the rows are real."""
+    apart = (BATCHED[description.rows],) if description.rows in BATCHED else ()
+    synthetic = ("synthetic data",) if origin.data and origin.data.kind == "synthetic" else ()
+    return description.caveats + apart + synthetic
+
+
+def _bounded(spec: InputSpec, codec: Codec) -> InputSpec:
+    """With the values that tokens may have: clients of the tensor protocol send ids of their own."""
+    if not isinstance(codec, TextCodec):
+        return spec
+    return replace(spec, fields=tuple(replace(item, values=codec.values_of(item)) for item in spec.fields))
+
+
+def open_source(base: ShippedBase | BroughtBase, folder: Path) -> Source:
+    """What reads models of this form."""
+    if isinstance(base, ShippedBase):
+        if (model_of_timm := borrowed(base)) is not None:
+            return TimmSource(model_of_timm, folder)
+        if base.weights is not None:
+            raise ConfigError(f"base.weights: the base '{base.shipped}' comes with its weights")
+        return ModuleSource(base.shipped, shipped_module(base.shipped), base.image)
+    return SOURCES[type(base)](base, folder)
+
+
+def codec_of(description: Description, spec: InputSpec) -> Codec:
+    """What turns requests into the inputs of the model, and its outputs into answers."""
+    answers = Answers(spec)
+    if description.image is not None:
+        return ImageCodec(answers=answers, **description.image.model_dump())
+    if description.text is not None:
+        return TextCodec(description.text.tokenizer, description.text.max_length, answers)
+    return ArrayCodec(answers)
+
+
+def _rows_and_score(origin: Origin, source: Source, description: Description, codec: Codec) -> tuple[Rows, Score]:
+    own = source.module if isinstance(source, ModuleSource) else None
+    if own is not None and origin.data is None:
+        return ModuleRows(own), own.score
+    if origin.data is None:
+        raise ConfigError(
+            "data: this base comes without rows, and the report, the gate and calibration need some; add `data:` with "
+            "images, arrays or texts like those it will be asked about (synthetic: 64 for a first look at speed)"
+        )
+    rows = open_rows(origin.data, description, codec, origin.folder)
+    return rows, score_of(description.spec(), rows.unit) if own is None else own.score

@@ -1,0 +1,222 @@
+"""What a model that runs gives back, found out by running it: its outputs, and whether rows stay out of each other.
+
+Whatever a file or a class declares, only a run tells. A row is run alone, twice, then in company: beside rows of its
+own length, one of which is ten thousand times as large, and padded to a longer row. A model whose answer to that row
+changes (a softmax over the batch, statistics or a scale of the batch, padding that no mask hides, dropout left on)
+would let strangers change each other's answers, so it is refused before anybody waits for a build, unless the config
+says that such rows never share a batch (`base.rows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from leanserve.bases.description import Tensor
+from leanserve.bases.meanings import guessed
+from leanserve.comparison import largest_difference, largest_finite
+from leanserve.contracts import Array, Arrays, InputSpec, RowsTogether
+from leanserve.errors import ConfigError
+from leanserve.runtime.assembly import dynamic_axes, join, trim
+
+Run = Callable[[Arrays], Sequence[Array]]
+Found = TypeVar("Found")
+
+ROWS = 3
+LENGTHS = (16, 24)
+"""Of the dynamic axes, in two runs: what differs between them is a dynamic axis of an output."""
+TOLERANCE = 1e-3
+"""Largest accepted difference, relative to the largest output: kernels add in another order in another batch."""
+NUMBERS = "biuf"
+"""Kinds of numpy dtypes."""
+HUGE = 1e4
+"""How many times as large as the others a row is that shows a scale which is shared by the whole batch."""
+MASK = "attention_mask"
+"""The input that is all ones where nothing is padded; other inputs of integers are random."""
+ONE = "Mend that, or say base.rows: one, and every row runs by itself"
+ONE_LENGTH = "Mend that, or say base.rows: one_length, and only rows of equal length share a batch"
+
+
+class Answer(NamedTuple):
+    """One output of two models for the same rows."""
+
+    name: str
+    one: Array
+    other: Array
+
+
+def probe(
+    run: Run,
+    inputs: Sequence[Tensor],
+    names: Sequence[str],
+    rows: RowsTogether = "any",
+    tolerance: float = TOLERANCE,
+) -> tuple[Tensor, ...]:
+    """The outputs of a model, one per name.
+
+    Raises:
+        ConfigError: it does not run on batches of 1 and of 3 rows, gives no arrays of numbers, or mixes up the rows.
+    """
+    spec = InputSpec(tuple(item.field() for item in inputs), (), rows=rows)
+    most = spec.most_rows(ROWS)
+    together = or_row_by_row(lambda rows: _attempt(run, spec.example(rows, LENGTHS[0]), names), most)
+    dynamic = any(None in item.shape for item in inputs)
+    longer = _attempt(run, spec.example(most, LENGTHS[1], seed=1), names) if dynamic else together
+    outputs = tuple(_output(*item, most) for item in zip(names, together, longer, strict=True))
+    check_rows(run, inputs, names, rows, tolerance)
+    return outputs
+
+
+def or_row_by_row(attempt: Callable[[int], Found], rows: int) -> Found:
+    """What comes of an attempt with so many rows; where it fails and one with a single row does not, the error says so.
+
+    Raises:
+        ConfigError: the attempt with so many rows did.
+    """
+    try:
+        return attempt(rows)
+    except ConfigError as error:
+        try:
+            attempt(1)
+        except ConfigError:
+            raise error from None
+        raise ConfigError(f"{error}. It does run on a single row. {ONE}") from error
+
+
+def check_rows(
+    run: Run,
+    inputs: Sequence[Tensor],
+    names: Sequence[str],
+    rows: RowsTogether = "any",
+    tolerance: float = TOLERANCE,
+) -> None:
+    """See that a model answers a row as it would alone, whatever rows share its batch; `rows` says which ones may.
+
+    Raises:
+        ConfigError: it does not; the text says in which company, and which value of `base.rows` it can be served with.
+    """
+    fields = tuple(item.field() for item in inputs)
+    trial = _Trial(run, InputSpec(fields, ()), names, tolerance)
+    trial.answer_twice()
+    if rows != "one":
+        trial.share_a_batch()
+    if rows == "any" and dynamic_axes(fields):
+        trial.be_padded()
+
+
+class _Trial:
+    """Two rows whose answers alone are known, and what becomes of these in company."""
+
+    def __init__(self, run: Run, spec: InputSpec, names: Sequence[str], tolerance: float) -> None:
+        self._run = run
+        self._spec = spec
+        self._names = names
+        self._tolerance = tolerance
+        self._rows = [self._row(LENGTHS[0], seed) for seed in (3, 4)]
+        self._alone = [self._answers(row) for row in self._rows]
+
+    def answer_twice(self) -> None:
+        reason = self._change(self._alone[0], self._answers(self._rows[0]))
+        if reason:
+            raise ConfigError(
+                f"the same row gets another answer the second time ({reason}), so that no answer can be trusted and no "
+                "variant compared. Is dropout left on (F.dropout without training=self.training), is noise added, or "
+                "something kept from call to call?"
+            )
+
+    def share_a_batch(self) -> None:
+        """The rows before and behind a huge one: what goes along the batch, either way, meets one of them."""
+        first, last = self._rows
+        together = self._together([first, self._huge(), last])
+        for place, alone in ((0, self._alone[0]), (2, self._alone[1])):
+            reason = self._change(alone, _part(together, place))
+            if reason:
+                raise ConfigError(
+                    f"the answer to a row depends on the other rows of its batch (alone and together, {reason}), so "
+                    "that strangers would change each other's answers: is it in training mode, or does it work across "
+                    f"the first axis (a mean, a softmax, a scale of the whole batch)? {ONE}"
+                )
+
+    def be_padded(self) -> None:
+        """A row behind a longer one, which it is padded to; what is answered at padded positions is cut off."""
+        longer, shorter = self._row(LENGTHS[1], seed=5), self._rows[0]
+        together = _part(self._answers(join([longer, shorter], self._spec, 2)), 1)
+        own = trim(tuple(together), _varying(self._alone[0], together), LENGTHS[1], LENGTHS[0])
+        reason = self._change(self._alone[0], own)
+        if reason:
+            raise ConfigError(
+                f"the answer to a row depends on how far it is padded when a longer one shares its batch ({reason}), "
+                "so that strangers would change each other's answers: padding is not told from the row itself. "
+                f"{ONE_LENGTH}"
+            )
+
+    def _together(self, rows: Sequence[Arrays]) -> list[Array]:
+        try:
+            return self._answers(join(rows, self._spec, len(rows)))
+        except ConfigError:  # a model may refuse what is out of its range, and the next best is an ordinary row
+            return self._answers(join([rows[0], self._row(LENGTHS[0], seed=6), rows[2]], self._spec, len(rows)))
+
+    def _huge(self) -> Arrays:
+        row = self._row(LENGTHS[0], seed=6)
+        return tuple(np.asarray(part * HUGE, part.dtype) if part.dtype.kind == "f" else part for part in row)
+
+    def _row(self, length: int, seed: int) -> Arrays:
+        drawn = self._spec.example(1, length, seed)
+        pairs = zip(self._spec.fields, drawn, strict=True)
+        return tuple(np.ones_like(array) if item.name == MASK else array for item, array in pairs)
+
+    def _answers(self, batch: Arrays) -> list[Array]:
+        return _attempt(self._run, batch, self._names)
+
+    def _change(self, one: Sequence[Array], other: Sequence[Array]) -> str | None:
+        pairs = zip(self._names, one, other, strict=True)
+        reasons = (differs(Answer(name, theirs, ours), self._tolerance) for name, ours, theirs in pairs)
+        return next(filter(None, reasons), None)
+
+
+def _part(outputs: Sequence[Array], row: int) -> list[Array]:
+    return [array[row : row + 1] for array in outputs]
+
+
+def _varying(short: Sequence[Array], long: Sequence[Array]) -> list[tuple[int, int]]:
+    """Position of the output and axis, wherever the size depends on the length of the rows."""
+    pairs = enumerate(zip(short, long, strict=True))
+    return [(index, axis) for index, (a, b) in pairs for axis in range(a.ndim) if a.shape[axis] != b.shape[axis]]
+
+
+def differs(answer: Answer, tolerance: float = TOLERANCE) -> str | None:
+    """How one output differs from the other, as text; `None` if it does not."""
+    if answer.one.shape != answer.other.shape:
+        return f"output '{answer.name}' has shape {list(answer.one.shape)}, not {list(answer.other.shape)}"
+    change, largest = largest_difference(answer.one, answer.other), largest_finite(answer.other)
+    if change <= tolerance * largest:
+        return None
+    return f"output '{answer.name}' differs by {change:.2g}, where its largest value is {largest:.2g}"
+
+
+def _attempt(run: Run, batch: Arrays, names: Sequence[str]) -> list[Array]:
+    try:
+        outputs = list(run(batch))
+    except Exception as error:  # whatever a runtime raises on a model that it has never seen
+        shapes = ", ".join(str(list(array.shape)) for array in batch)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError(f"it does not run on {shapes}: {lines[0] if lines else type(error).__name__}") from error
+    if len(outputs) != len(names):
+        raise ConfigError(f"it gives {len(outputs)} outputs, not {len(names)} ({', '.join(names)})")
+    for name, output in zip(names, outputs, strict=True):
+        if not isinstance(output, np.ndarray) or output.dtype.kind not in NUMBERS:
+            kind = output.dtype if isinstance(output, np.ndarray) else type(output).__name__
+            raise ConfigError(f"its output '{name}' is no tensor of numbers ({kind}); leave it out of the export")
+    return outputs
+
+
+def _output(name: str, together: Array, longer: Array, rows: int) -> Tensor:
+    if together.shape[:1] != (rows,) or longer.shape[:1] != (rows,):
+        raise ConfigError(
+            f"its output '{name}' has shape {list(together.shape)} for {rows} rows: the first axis must count the "
+            "rows, or requests cannot share a batch"
+        )
+    shape = tuple(a if a == b else None for a, b in zip(together.shape[1:], longer.shape[1:], strict=True))
+    return guessed(Tensor(name=name, dtype=str(together.dtype), shape=shape), (together, longer))

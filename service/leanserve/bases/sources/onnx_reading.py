@@ -1,0 +1,155 @@
+"""Reads an ONNX file that somebody brought: whole, checked, with nothing in it that the runtime lacks.
+
+ONNX holds a graph and tensors, no code; what could reach beyond the file is looked at here: tensors stored outside it
+must lie beside it, and operators must be those that the runtime itself knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from leanserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
+"""Whose operators onnxruntime brings."""
+LEAST_OPSET = 13
+"""The first in which one scale per channel can be written down."""
+NEWEST_FORMAT = 10
+"""The version of the file format that every supported onnxruntime reads."""
+LARGEST_BYTES = 2**31 - 1
+"""A protobuf message cannot be larger, and artifacts are single files."""
+SHOWN = 4
+
+
+def read_onnx(path: Path) -> ModelProto:
+    """The model in a file, tensors from beside it folded in.
+
+    Raises:
+        ConfigError: missing, damaged, too large for one file, or not runnable here; the text says what to do.
+    """
+    import onnx
+
+    model = _parsed(path)
+    files = [path, *stored_outside(model, path)]
+    size = sum(file.stat().st_size for file in files)
+    if size > LARGEST_BYTES:
+        raise ConfigError(
+            f"base.onnx: {path} takes {size / 2**30:.1f} GiB with its tensors, a single ONNX file holds less than 2; "
+            "bring the model as a torch module (python: or transformers:) instead"
+        )
+    try:
+        onnx.load_external_data_for_model(model, str(path.parent))
+        onnx.checker.check_model(model)
+    except Exception as error:  # the checker's own errors, and those of reading tensors
+        raise ConfigError(f"base.onnx: {path} is damaged: {_first_line(error)}") from error
+    _refuse_unknown_operators(model, path)
+    # The version of the format runs ahead of runtimes with every release of onnx; what graphs need is in their opset.
+    model.ir_version = min(model.ir_version, NEWEST_FORMAT)
+    return model
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The file and those that hold its tensors.
+
+    Raises:
+        ConfigError: one is missing, or the file is no ONNX file.
+    """
+    return (path, *stored_outside(_parsed(path), path))
+
+
+def stored_outside(model: ModelProto, path: Path) -> tuple[Path, ...]:
+    """The files that hold tensors of a model as it was parsed, each once.
+
+    Raises:
+        ConfigError: one does not exist, or lies elsewhere than beside the model.
+    """
+    folder = path.parent.resolve()
+    names = {entry.value for tensor in _tensors(model) for entry in tensor.external_data if entry.key == "location"}
+    found = tuple((folder / name).resolve() for name in sorted(names))
+    for file in found:
+        if not file.is_relative_to(folder):
+            raise ConfigError(f"base.onnx: {path} wants tensors from {file}; they must lie beside it")
+        if not file.is_file():
+            raise ConfigError(f"base.onnx: {path} has tensors in {file.name}, which is not beside it; copy it there")
+    return found
+
+
+def nodes_of(graph: GraphProto) -> Iterator[NodeProto]:
+    """Every node, those of branches and loops included."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from nodes_of(inner)
+
+
+def _parsed(path: Path) -> ModelProto:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not path.is_file():
+        raise ConfigError(f"base.onnx: there is no file {path}")
+    try:
+        model: ModelProto = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise ConfigError(f"base.onnx: {path} is not an ONNX file") from error
+    if not model.graph.node:
+        raise ConfigError(f"base.onnx: {path} is not an ONNX file, or one without any operator")
+    return model
+
+
+def _tensors(model: ModelProto) -> Iterator[TensorProto]:
+    nodes = [*nodes_of(model.graph), *(node for function in model.functions for node in function.node)]
+    graphs = [model.graph, *(inner for node in nodes for item in node.attribute for inner in (item.g, *item.graphs))]
+    for graph in graphs:
+        yield from graph.initializer
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+
+
+def _refuse_unknown_operators(model: ModelProto, path: Path) -> None:
+    defined = {(function.domain, function.name) for function in model.functions}
+    inside = (node for function in model.functions for node in function.node)
+    unknown = dict.fromkeys(
+        f"{node.domain}::{node.op_type}"
+        for node in (*nodes_of(model.graph), *inside)
+        if node.domain not in DOMAINS and (node.domain, node.op_type) not in defined
+    )
+    if unknown:
+        names = ", ".join(list(unknown)[:SHOWN]) + (f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else "")
+        raise ConfigError(
+            f"base.onnx: {path} uses operators that onnxruntime does not have ({names}); export it with those of "
+            "ONNX alone"
+        )
+
+
+def modern(model: ModelProto, path: Path) -> ModelProto:
+    """The model, converted to opset 13 if it is written in an older one.
+
+    Raises:
+        ConfigError: it cannot be converted.
+    """
+    from onnx import version_converter
+
+    opset = next((item.version for item in model.opset_import if item.domain in {"", "ai.onnx"}), LEAST_OPSET)
+    if opset >= LEAST_OPSET:
+        return model
+    try:
+        converted: ModelProto = version_converter.convert_version(model, LEAST_OPSET)
+    except Exception as error:  # the converter raises RuntimeError, AssertionError and others
+        raise ConfigError(
+            f"base.onnx: {path} is written in opset {opset} and cannot be converted to {LEAST_OPSET} "
+            f"({_first_line(error)}); export it again with opset {LEAST_OPSET} or newer"
+        ) from error
+    return converted
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,146 @@
+"""Runs a prepared ONNX graph beside the file it came from, in a process of its own.
+
+A process of its own because onnxruntime settles how it treats denormals with the first session of a process, which in
+the server must be one that serves; and because a graph that nobody has run before may take the runtime down with it.
+Started by `onnx_file` as a child; prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from leanserve import child
+from leanserve.bases.description import Tensor
+from leanserve.bases.probing import TOLERANCE, Answer, Run, differs, probe
+from leanserve.contracts import Array, Arrays, InputSpec, RowsTogether
+from leanserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+LOOSE_TOLERANCE = 0.1
+"""Where activations are quantized while running, one scale serves all rows of a batch and moves their answers. What
+rows of token ids do to each other that way is left to `gate.max_batch_dependence`, which looks at the user's own."""
+
+
+class Trial(BaseModel):
+    """What is tried: a graph as it was read, and as it was prepared; it takes `inputs` and gives `outputs`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    original: Path
+    candidate: Path
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[str, ...]
+    fixed_rows: int | None
+    """Rows that the original insists on; `None`: any number."""
+    scaled_by_batch: bool
+    """Whether it quantizes activations while running."""
+    rows: RowsTogether
+    """Which rows may share a batch."""
+
+
+class Verdict(BaseModel):
+    """The outputs as they came, or why the graph cannot be served."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    outputs: tuple[Tensor, ...] = ()
+    error: str = ""
+
+
+def tried(trial: Trial) -> tuple[Tensor, ...]:
+    """The outputs of the candidate, run in a child process.
+
+    Raises:
+        ConfigError: it does not run, answers otherwise than the original, or mixes up the rows.
+    """
+    command = child.command("leanserve.bases.sources.onnx_trial", trial.model_dump_json())
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        verdict = Verdict.model_validate_json(done.stdout.strip().rpartition("\n")[2])
+    except ValidationError as error:
+        said = done.stderr.strip().splitlines()[-1:] or ["nothing"]
+        raise ConfigError(f"onnxruntime {child.how_it_ended(done.returncode)} and said: {said[0]}") from error
+    if verdict.error:
+        raise ConfigError(verdict.error)
+    return verdict.outputs
+
+
+def main(request: str) -> None:
+    """Try what the request says and print the verdict."""
+    trial = Trial.model_validate_json(request)
+    try:
+        verdict = Verdict(outputs=_outputs(trial))
+    except ConfigError as error:
+        verdict = Verdict(error=str(error))
+    sys.stdout.write(verdict.model_dump_json() + "\n")
+    sys.stdout.flush()
+
+
+def _outputs(trial: Trial) -> tuple[Tensor, ...]:
+    tolerance = LOOSE_TOLERANCE if trial.scaled_by_batch else TOLERANCE
+    original, candidate = (_runner(_session(path), trial) for path in (trial.original, trial.candidate))
+    try:
+        outputs = probe(candidate, trial.inputs, trial.outputs, trial.rows, tolerance)
+        _compare(original, candidate, trial, tolerance)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_remedy(trial)}") from error
+    return outputs
+
+
+def _compare(original: Run, candidate: Run, trial: Trial, tolerance: float) -> None:
+    spec = InputSpec(tuple(item.field() for item in trial.inputs), ())
+    batch = spec.example(trial.fixed_rows or 1, seed=2)
+    try:
+        expected = original(batch)
+    except Exception as error:  # whatever the runtime raises
+        raise ConfigError(f"the file itself does not run: {str(error).splitlines()[0]}") from error
+    for name, one, other in zip(trial.outputs, candidate(batch), expected, strict=True):
+        if reason := differs(Answer(name, one, other), tolerance):
+            raise ConfigError(f"made ready for any number of rows it answers otherwise than the file: {reason}")
+
+
+def _remedy(trial: Trial) -> str:
+    if trial.fixed_rows is None:
+        return ""
+    axes = ", ".join(f"'{item.name}': {{0: 'rows'}}" for item in trial.inputs)
+    return (
+        f". Its graph has the number of rows ({trial.fixed_rows}) written into it and could not be made to take any "
+        f"number. Export it again with a dynamic batch axis: torch.onnx.export(..., dynamic_shapes or "
+        f"dynamic_axes={{{axes}}})"
+    )
+
+
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own errors share no base class
+        raise ConfigError(f"onnxruntime does not load it: {str(error).splitlines()[0]}") from error
+
+
+def _runner(session: onnxruntime.InferenceSession, trial: Trial) -> Run:
+    names = [item.name for item in trial.inputs]
+
+    def run(batch: Arrays) -> Sequence[Array]:
+        outputs: Any = session.run(list(trial.outputs), dict(zip(names, batch, strict=True)))
+        return list(outputs)  # of arrays, or of the lists and maps that `probe` refuses
+
+    return run
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    os._exit(0)  # skip the teardown of thread pools: nothing is left to lose

@@ -1,0 +1,292 @@
+"""Building variants: a plain `for` over passes with a look into the prefix cache before each.
+
+The whole config is planned first (`plan`), so that a second start knows without importing torch that nothing is to be
+done. Building itself runs in a child process of the server (`leanserve build`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from leanserve.artifacts.load import load_model
+from leanserve.artifacts.manifest import Manifest, Measurement, Recipe, SideBySide, VariantReport
+from leanserve.artifacts.store import ONNX_FILE, ArtifactStore, checksums, write_model
+from leanserve.build.cache_key import Step, steps_of, versions_of
+from leanserve.build.model_size import model_size
+from leanserve.build.progress import BuildProgress
+from leanserve.config.schema import ServiceConfig, VariantConfig
+from leanserve.contracts import Base, BuildContext, Model, OnnxModel, TorchModel
+from leanserve.errors import ArtifactCorrupt, GateFailed, PassFailed, StartupError
+from leanserve.evaluation.quality import Answers, gate_reason, measure, race
+from leanserve.hardware import cpu_name, isa_flags
+from leanserve.memory import is_out_of_memory
+from leanserve.passes.base import Applied, Pass
+
+Measured = TypeVar("Measured", Measurement, SideBySide)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every variant with its chain of steps."""
+
+    chains: tuple[tuple[VariantConfig, tuple[Step, ...]], ...]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every artifact of the plan once, in building order."""
+        return tuple(dict.fromkeys(step.key for _, steps in self.chains for step in steps))
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """The last artifact of every variant, once."""
+        return tuple(dict.fromkeys(steps[-1].key for _, steps in self.chains))
+
+
+def plan(config: ServiceConfig, base: Base) -> Plan:
+    """The chains of all variants.
+
+    Raises:
+        PassFailed: a pass cannot pay on this machine.
+    """
+    for variant in config.variants:
+        for position, pass_ in enumerate(variant.passes, start=1):
+            if reason := pass_.refusal(isa_flags()):
+                raise PassFailed(f"{_where(variant, pass_, position)}: {reason}")
+    return Plan(tuple((variant, steps_of(config, base, variant)) for variant in config.variants))
+
+
+def speeds(store: ArtifactStore, work: Plan, threads: int) -> SideBySide | None:
+    """What was measured side by side on this machine, with lanes too if there are threads for several.
+
+    Where that is missing from a cache that cannot be written: what was measured on another machine, if possible with as
+    many threads.
+
+    Raises:
+        ArtifactCorrupt: the measurement of this machine is damaged.
+    """
+    here = store.side_by_side(work.keys, threads)
+    if here is not None and _with_lanes(here, work):
+        return here
+    elsewhere = [] if store.writable else store.side_by_side_elsewhere(work.keys)
+    complete = [race for race in elsewhere if _with_lanes(race, work)]
+    return min(complete, key=lambda race: (race.threads != threads, race.cpu), default=None)
+
+
+def shortfall(store: ArtifactStore, work: Plan, threads: int) -> str | None:
+    """What has to be built or measured before anything can be served, in words; `None`: nothing."""
+    try:
+        race = speeds(store, work, threads)
+        for variant, steps in work.chains:
+            for step in steps:
+                if race is None or store.manifest(step.key, race) is None:
+                    missing = "not built" if store.recipe(step.key) is None else "not measured on this machine"
+                    return f"{variant.name}: {_kind(step)} is {missing}"
+    except ArtifactCorrupt as error:
+        return str(error)
+    return None
+
+
+def machines(store: ArtifactStore, work: Plan, threads: int) -> list[str]:
+    """Where the reported numbers were measured, if not here: a processor and its threads each."""
+    race = speeds(store, work, threads)
+    measured = [race, *(store.measurement(key) for key in work.keys)]
+    found = {(item.cpu, item.threads) for item in measured if item is not None} - {(cpu_name(), threads)}
+    return [f"{cpu} with {count} thread{'s' if count > 1 else ''}" for cpu, count in sorted(found)]
+
+
+def reports(store: ArtifactStore, config: ServiceConfig, work: Plan, threads: int) -> list[VariantReport]:
+    """Every variant with its manifests and the gate's word.
+
+    Raises:
+        GateFailed: a variant fails a gate that says `on_fail: abort`.
+        ArtifactCorrupt: an artifact is missing or damaged.
+    """
+    race = speeds(store, work, threads)
+    manifests = {key: store.manifest(key, race) for key in work.keys} if race else {}
+    found = []
+    for variant, steps in work.chains:
+        chain = tuple(manifest for step in steps if (manifest := manifests.get(step.key)))
+        if len(chain) != len(steps):
+            raise ArtifactCorrupt(f"variant '{variant.name}' is not built; run `leanserve build`")
+        found.append(_report(config, variant, chain))
+    return found
+
+
+def _with_lanes(race: SideBySide, work: Plan) -> bool:
+    return race.threads == 1 or set(work.served) <= race.lane_rates.keys()
+
+
+def _report(config: ServiceConfig, variant: VariantConfig, chain: tuple[Manifest, ...]) -> VariantReport:
+    gate = config.gate_of(variant)
+    reason = gate_reason(gate, chain[-1].quality, chain[0].quality)
+    if reason and gate.on_fail == "abort":
+        remedy = "Soften its passes, allow more, or set on_fail: exclude."
+        raise GateFailed(f"variant '{variant.name}' fails its gate: {reason}. {remedy}")
+    return VariantReport(name=variant.name, state="excluded" if reason else "serving", reason=reason, chain=chain)
+
+
+class Builder:
+    """Makes the missing artifacts of a plan, one by one."""
+
+    def __init__(
+        self, store: ArtifactStore, config: ServiceConfig, base: Base, threads: int, progress: BuildProgress
+    ) -> None:
+        self._store = store
+        self._config = config
+        self._base = base
+        self._threads = threads
+        self._progress = progress
+        self._reference: Answers | None = None
+
+    def build(self, work: Plan) -> None:
+        """Build all variants; what exists is verified and used, what is damaged is rebuilt with a message.
+
+        Raises:
+            PassFailed: with the variant, the pass and its position.
+        """
+        _set_threads(self._threads)
+        self._store.sweep()
+        done: set[str] = set()
+        for variant, steps in work.chains:
+            model: Model | None = None
+            for step in steps:
+                if step.key in done:
+                    model = None
+                    continue
+                try:
+                    model = self._advance(step, model, variant.name)
+                except PassFailed as error:
+                    where = _where(variant, step.step, step.position) if step.step else f"base '{self._base.name}'"
+                    raise PassFailed(f"{where}: {error}") from error
+                done.add(step.key)
+        self._compare(work)
+
+    def _compare(self, work: Plan) -> None:
+        """Time all artifacts side by side, unless that was done; two builders never time at once."""
+        with self._store.lock("race"), self._progress.artifact(None, "all, side by side"):
+            if self._intact(lambda: speeds(self._store, work, self._threads)) is None:
+                measured = race(self._store, self._base, work.keys, work.served, self._threads)
+                self._store.keep_side_by_side(work.keys, measured)
+
+    def _advance(self, step: Step, model: Model | None, variant: str) -> Model | None:
+        """Make sure that one artifact exists and is measured; returns its model if it had to be made."""
+        kind = _kind(step)
+        with self._store.lock(step.key), self._progress.artifact(variant, kind):
+            recipe = self._recipe_of(step.key)
+            made: Model | None = None
+            if recipe is None:
+                made = self._make(step, model)
+                recipe = self._recipe_of(step.key)
+                assert recipe is not None
+            measured = self._intact(lambda: self._store.measurement(step.key))
+            if measured is None or (measured.cpu, measured.threads) != (cpu_name(), self._threads):
+                rows = self._measure(recipe).fidelity.memory_rows
+                if rows is not None:
+                    self._progress.say(f"{variant}: {kind}: there is memory for batches of at most {rows} rows")
+        return made
+
+    def _recipe_of(self, key: str) -> Recipe | None:
+        try:
+            return self._store.recipe(key)
+        except ArtifactCorrupt as error:
+            self._progress.say(f"damaged artifact is rebuilt: {error}")
+            self._store.discard(key)
+            return None
+
+    def _intact(self, read: Callable[[], Measured | None]) -> Measured | None:
+        """What was measured; `None`, with a message, if that is damaged."""
+        try:
+            return read()
+        except ArtifactCorrupt as error:
+            self._progress.say(f"damaged measurement is taken again: {error}")
+            return None
+
+    def _make(self, step: Step, model: Model | None) -> Model:
+        applied, seconds = self._apply(step, model)
+        with self._store.workspace(step.key) as folder:
+            if step.step is None or step.step.phase == "build":
+                write_model(applied.model, folder)
+            self._store.publish(folder, self._recipe(step, applied, seconds, checksums(folder)))
+        if isinstance(applied.model, OnnxModel):
+            holder = next(item for item in reversed(self._store.chain(step.key)) if item.files)
+            return replace(applied.model, path=self._store.folder(holder.key) / ONNX_FILE)
+        return applied.model
+
+    def _apply(self, step: Step, model: Model | None) -> tuple[Applied, float]:
+        """The artifact's model and the seconds that making it took."""
+        if step.parent is None or step.step is None:
+            started = time.perf_counter()
+            return Applied(self._base.model()), time.perf_counter() - started
+        parent = model or load_model(self._store, self._base, step.parent)
+        scratch = self._store.scratch(step.key)
+        context = BuildContext(self._base, self._config.seed, self._threads, scratch, self._progress)
+        started = time.perf_counter()
+        try:
+            return step.step.apply(parent, context), time.perf_counter() - started
+        except StartupError:
+            raise
+        except ModuleNotFoundError as error:
+            extra = "the extra 'cpu' (or 'gpu') brings the ONNX libraries: pip install 'leanserve[cpu]'"
+            raise PassFailed(f"{error}; {extra}") from error
+        except Exception as error:
+            what = "memory ran out in the pass" if is_out_of_memory(error) else type(error).__name__
+            raise PassFailed(f"{what}: {error}") from error
+
+    def _recipe(self, step: Step, applied: Applied, seconds: float, files: dict[str, str]) -> Recipe:
+        parent = self._store.recipe(step.parent) if step.parent else None
+        # Lowering to ONNX and what follows it change neither.
+        same = parent if isinstance(applied.model, OnnxModel) else None
+        macs, parameters = (same.macs, same.parameters) if same else model_size(applied.model)
+        return Recipe(
+            key=step.key,
+            parent=step.parent,
+            base=self._base.name,
+            kind=step.step.kind if step.step else None,
+            options=step.step.model_dump(mode="json") if step.step else {},
+            decisions=dict(applied.decisions),
+            facts=dict(applied.facts),
+            simulated=step.step.simulated if step.step else False,
+            files=files,
+            parameters=parameters,
+            macs=macs,
+            seconds=seconds,
+            versions=versions_of(("leanserve", *(step.step.libraries if step.step else _runtime(applied.model)))),
+            isa=sorted(isa_flags()),
+        )
+
+    def _measure(self, recipe: Recipe) -> Measurement:
+        reference = None if recipe.parent is None else self._base_answers(recipe)
+        measurement, answers = measure(self._store, self._base, recipe, reference, self._threads)
+        if recipe.parent is None:
+            self._reference = answers
+        self._store.attach(recipe.key, measurement)
+        return measurement
+
+    def _base_answers(self, recipe: Recipe) -> Answers:
+        """The base's outputs on the gate split; run again if the base itself came from the cache."""
+        if self._reference is None:
+            root = self._store.chain(recipe.key)[0]
+            _, self._reference = measure(self._store, self._base, root, None, self._threads)
+        return self._reference
+
+
+def _runtime(model: Model) -> tuple[str, ...]:
+    """Distributions that run a base."""
+    return ("torch",) if isinstance(model, TorchModel) else ("onnx", "onnxruntime")
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _kind(step: Step) -> str:
+    return step.step.kind if step.step else "base"
+
+
+def _where(variant: VariantConfig, pass_: Pass, position: int) -> str:
+    return f"variant '{variant.name}', pass {position} ({pass_.kind})"

@@ -1,0 +1,122 @@
+"""What a model costs before it is timed: multiply-accumulates per row, and parameters.
+
+In an ONNX graph they are counted from the shapes of convolutions and matrix products, attention included. Recurrent
+operators and what functions of the model's own do inside are not seen; a graph with them, or with shapes that cannot be
+told, counts as 0: unknown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from leanserve.contracts import Model, OnnxModel
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto
+
+Shapes = Mapping[str, tuple[int, ...]]
+ASSUMED_LENGTH = 16
+"""Size of a dynamic axis, as for torch models."""
+OPAQUE = frozenset({"LSTM", "GRU", "RNN", "Einsum", "If", "Loop", "Scan"})
+"""Operators with arithmetic that shapes alone do not tell."""
+
+
+def model_size(model: Model) -> tuple[int, int]:
+    """Multiply-accumulates per row, 0 if they cannot be told, and parameters."""
+    if isinstance(model, OnnxModel):
+        return _onnx_size(model)
+    from leanserve.passes.toolkit.macs import count_macs, count_parameters
+
+    return count_macs(model), count_parameters(model)
+
+
+def _onnx_size(model: OnnxModel) -> tuple[int, int]:
+    """As `model_size`; parameters are the constants that are not indices."""
+    import onnx
+
+    graph = onnx.load(model.path)
+    types = onnx.TensorProto
+    weights = {types.FLOAT, types.FLOAT16, types.BFLOAT16, types.DOUBLE, types.INT8, types.UINT8}
+    parameters = sum(math.prod(item.dims) for item in graph.graph.initializer if item.data_type in weights)
+    return _macs(graph), parameters
+
+
+def _macs(model: ModelProto) -> int:
+    """Of a single row; the model is changed."""
+    graph = model.graph
+    if model.functions or any(node.op_type in OPAQUE for node in graph.node):
+        return 0
+    for value in graph.input:
+        for position, axis in enumerate(value.type.tensor_type.shape.dim):
+            axis.dim_value = axis.dim_value or (ASSUMED_LENGTH if position else 1)
+    _forget_shapes(graph)
+    folded = _folded(model).graph
+    shapes = _shapes(folded)
+    try:
+        return sum(COUNTED[node.op_type](node, shapes) for node in folded.node if node.op_type in COUNTED)
+    except KeyError:
+        return 0
+
+
+def _folded(model: ModelProto) -> ModelProto:
+    """With what is constant worked out, among it sizes that exporters compute, and all shapes inferred from that."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    with TemporaryDirectory(prefix="leanserve-size-") as folder:
+        options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
+        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return onnx.shape_inference.infer_shapes(onnx.load(options.optimized_model_filepath), data_prop=True)
+
+
+def _forget_shapes(graph: GraphProto) -> None:
+    del graph.value_info[:]
+    for value in graph.output:
+        value.type.tensor_type.ClearField("shape")
+
+
+def _shapes(graph: GraphProto) -> Shapes:
+    """The shapes that are wholly known, of constants too."""
+    known: dict[str, tuple[int, ...]] = {item.name: tuple(item.dims) for item in graph.initializer}
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        tensor = value.type.tensor_type
+        sizes = tuple(axis.dim_value for axis in tensor.shape.dim)
+        if tensor.HasField("shape") and 0 not in sizes:
+            known[value.name] = sizes
+    return known
+
+
+def _of_conv(node: NodeProto, shapes: Shapes) -> int:
+    """Every output value is a sum over the weights of its channel."""
+    return math.prod(shapes[node.output[0]]) * math.prod(shapes[node.input[1]][1:])
+
+
+def _of_transposed_conv(node: NodeProto, shapes: Shapes) -> int:
+    """Every input value is spread over the weights of its channel."""
+    return math.prod(shapes[node.input[0]]) * math.prod(shapes[node.input[1]][1:])
+
+
+def _of_gemm(node: NodeProto, shapes: Shapes) -> int:
+    transposed = any(item.name == "transA" and item.i for item in node.attribute)
+    return math.prod(shapes[node.output[0]]) * shapes[node.input[0]][0 if transposed else 1]
+
+
+def _of_matmul(node: NodeProto, shapes: Shapes) -> int:
+    return math.prod(shapes[node.output[0]]) * shapes[node.input[0]][-1]
+
+
+COUNTED: Mapping[str, Callable[[NodeProto, Shapes], int]] = {
+    "Conv": _of_conv,
+    "ConvInteger": _of_conv,
+    "ConvTranspose": _of_transposed_conv,
+    "Gemm": _of_gemm,
+    "MatMul": _of_matmul,
+    "MatMulInteger": _of_matmul,
+}

@@ -1,0 +1,144 @@
+"""The embeddings of OpenAI's API as its clients write and read them: request, reply and error as JSON.
+
+Source: the API reference of `POST /v1/embeddings`, and what the package `openai` sends (it asks for base64 unless told
+otherwise, because a float32 takes 5.3 bytes in it and some 11 in decimal).
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import orjson
+
+from leanserve.codecs.tensors import clip
+from leanserve.codecs.text import TextCodec, checked_texts, holds_token_ids
+from leanserve.contracts import Array, Json
+from leanserve.errors import BadInput, BodyTooLarge, NotFound, ServiceError
+
+Form = Literal["float", "base64"]
+TokenIds = Literal["refuse", "own"]
+Tokens: TypeAlias = Sequence[Sequence[int]]
+REFUSED = (
+    "input holds token ids, and those of another tokenizer would be embedded as other words: send the texts, which are "
+    "tokenized here. LangChain's OpenAIEmbeddings sends them with check_embedding_ctx_length=False. Where clients have "
+    "the tokenizer of this model, the config of the service may say embeddings: {token_ids: own}"
+)
+KEYS = ("input", "model", "encoding_format", "dimensions", "user")
+
+
+class WrongParameter(BadInput):
+    """A key of the request has a value that is not taken; `param` is its name."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class EmbeddingRequest(NamedTuple):
+    """A request whose keys are right; what is in `input` is still to be checked."""
+
+    input: Json
+    model: str
+    form: Form
+
+
+def parse_request(body: bytes, width: int) -> EmbeddingRequest:
+    """Read a body for a model that gives embeddings of `width` numbers.
+
+    Raises:
+        BadInput: not a JSON object, an unknown or missing key, or a value that is not taken.
+    """
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadInput(f"the body is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"the body must be a JSON object with the keys {', '.join(KEYS)}")
+    for key in content:
+        if key not in KEYS:
+            raise WrongParameter(key[:60], f"unknown key {clip(key)}; known are {', '.join(KEYS)}")
+    content = {key: value for key, value in content.items() if value is not None}
+    for key in ("input", "model"):
+        if key not in content:
+            raise WrongParameter(key, f"the key {key!r} is missing")
+    form: Form = content.get("encoding_format", "float")
+    _require(form in ("float", "base64"), "encoding_format", "'float' or 'base64'")
+    _require(isinstance(content["model"], str), "model", "a text")
+    _require(isinstance(content.get("user"), str | None), "user", "a text; it is not used")
+    dimensions = content.get("dimensions")
+    full = dimensions is None or (type(dimensions) is int and dimensions == width)
+    _require(full, "dimensions", f"{width}, or left out: this model was not trained to be cut shorter")
+    return EmbeddingRequest(content["input"], content["model"], form)
+
+
+def token_rows(given: Json, codec: TextCodec, token_ids: TokenIds) -> Tokens:
+    """The token ids of every row of `input`: a text, a list of texts, token ids, or a list of lists of token ids.
+
+    Token ids are refused unless the config says that clients have the model's `own` tokenizer: some clients send those
+    of OpenAI's models to every server, and a number says nothing of the tokenizer that it comes from. They are taken as
+    they are; the special ones are the client's to add, as its tokenizer does.
+
+    Raises:
+        BadInput: none of these, nothing at all, or token ids that are refused or that the model does not know.
+        BodyTooLarge: too many rows, or texts that are too long.
+    """
+    if token_ids == "refuse" and holds_token_ids(given):
+        raise WrongParameter("input", REFUSED)
+    first = given[0] if token_ids == "own" and isinstance(given, list) and given else None
+    if type(first) is int:
+        return [_token_ids(given, "input", codec)]
+    if isinstance(first, list):
+        if len(given) > codec.max_rows:
+            raise BodyTooLarge(f"{len(given)} rows are more than the {codec.max_rows} that one request may hold")
+        return [_token_ids(row, f"input[{index}]", codec) for index, row in enumerate(given)]
+    return codec.tokens(checked_texts(given, "input"))
+
+
+def encode_reply(embeddings: Array, form: Form, model: str, tokens: int) -> bytes:
+    """The reply for embeddings [rows, width]; `tokens` were read in all."""
+    rows = np.ascontiguousarray(embeddings, np.float32)
+    data = [
+        {"object": "embedding", "index": index, "embedding": row if form == "float" else _base64(row)}
+        for index, row in enumerate(rows)
+    ]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    reply = {"object": "list", "data": data, "model": model, "usage": usage}
+    return orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def error_body(error: ServiceError) -> Mapping[str, Json]:
+    """An error as clients of OpenAI's API read it; `code` is ours, but for a model that does not exist."""
+    kind = "rate_limit_error" if error.status == 429 else "invalid_request_error"
+    missing = isinstance(error, NotFound)
+    return {
+        "error": {
+            "message": str(error),
+            "type": "server_error" if error.status >= 500 else kind,
+            "param": "model" if missing else getattr(error, "param", None),
+            "code": "model_not_found" if missing else error.code,
+        }
+    }
+
+
+def _require(fits: bool, key: str, wanted: str) -> None:  # noqa: FBT001 - a condition, as of assert
+    if not fits:
+        raise WrongParameter(key, f"{key!r} must be {wanted}")
+
+
+def _token_ids(row: Json, where: str, codec: TextCodec) -> Sequence[int]:
+    if not isinstance(row, list) or not set(map(type, row)) <= {int}:
+        raise WrongParameter("input", f"{where} is not a list of token ids, and input does not mix them with texts")
+    if not 0 < len(row) <= codec.max_length:
+        raise WrongParameter("input", f"{where} has {len(row)} token ids; the model takes 1 to {codec.max_length}")
+    known = codec.token_ids
+    wrong = next((token for token in row if token not in known), None)
+    if wrong is not None:
+        raise WrongParameter("input", f"{where}: {wrong} is no token id of this model; they go from 0 to {max(known)}")
+    return row
+
+
+def _base64(row: Array) -> str:
+    return base64.b64encode(row.astype("<f4", copy=False).tobytes()).decode("ascii")

@@ -1,0 +1,1 @@
+"""The one YAML file: its sections, and errors with their line."""

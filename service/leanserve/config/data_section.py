@@ -1,0 +1,94 @@
+"""The config section `data:`: the rows from which calibration, training, gate and test draw.
+
+One form per kind of file; the first key names the form. Rows are cut into splits that share none: either one source is
+shuffled and cut by `splits`, or every split has its own files. Rows with equal content never land in two splits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from leanserve.config.section import Section
+from leanserve.contracts import Split
+
+Files = Path | dict[Split, Path]
+"""One source for all splits, or one per split."""
+
+
+class SplitSizes(Section):
+    """Rows per split of a single source, taken in this order from its shuffled rows; `train` gets what is left."""
+
+    calibration: int = Field(128, ge=1)
+    gate: int = Field(512, ge=1)
+    test: int = Field(0, ge=0)
+
+
+class _OwnData(Section):
+    kind: ClassVar[str]
+    splits: SplitSizes | None = Field(None, description="rows per split; a smaller source is cut in proportion")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the shuffle before the cut")
+
+
+class ImageData(_OwnData):
+    """Folders of image files."""
+
+    kind: ClassVar[str] = "images"
+    images: Files = Field(description="a folder, or one per split")
+    label: Literal["auto", "folder", "prefix", "none"] = Field(
+        "auto",
+        description="of a picture: its folder's name, the number its name begins with; auto: folder if there are",
+    )
+
+
+class ArrayFileData(_OwnData):
+    """One `.npz` file with arrays of equal length."""
+
+    kind: ClassVar[str] = "arrays"
+    arrays: Files = Field(description="the file, or one per split")
+    inputs: str | dict[str, str] | None = Field(
+        None, description="name of the array, or per input of the model; by default the model's own names"
+    )
+    labels: str | None = Field(None, description="name of the array of labels; none: unlabelled")
+
+
+class TextData(_OwnData):
+    """CSV, TSV or JSONL with one text, or a pair of texts, per line."""
+
+    kind: ClassVar[str] = "texts"
+    texts: Files = Field(description="the file, or one per split; its ending tells the format")
+    text: str | int = Field(0, description="column: a name, or a number from 0 for files without a header")
+    pair: str | int | None = Field(None, description="column of the second text of a pair")
+    label: str | int | None = Field(None, description="column of the class, or of the similarity of a pair")
+
+
+class SyntheticData(Section):
+    """Random rows that fit the model: for a first look at speed, worthless for calibration and for quality."""
+
+    kind: ClassVar[str] = "synthetic"
+    synthetic: int = Field(ge=8, le=100_000, description="number of rows per split")
+
+
+DATA_FORMS: tuple[type[_OwnData | SyntheticData], ...] = (ImageData, ArrayFileData, TextData, SyntheticData)
+
+
+def _form(value: Any) -> str | None:
+    if isinstance(value, Mapping):
+        return next((f"data.{form.kind}" for form in DATA_FORMS if form.kind in value), None)
+    return f"data.{value.kind}" if isinstance(value, DATA_FORMS) else None
+
+
+AnyData = Annotated[
+    Annotated[ImageData, Tag("data.images")]
+    | Annotated[ArrayFileData, Tag("data.arrays")]
+    | Annotated[TextData, Tag("data.texts")]
+    | Annotated[SyntheticData, Tag("data.synthetic")],
+    Discriminator(
+        _form,
+        custom_error_type="data_form",
+        custom_error_message="data is a mapping with one of the keys " + ", ".join(form.kind for form in DATA_FORMS),
+    ),
+]

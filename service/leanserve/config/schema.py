@@ -1,0 +1,227 @@
+"""The one YAML file: frozen, typed, validated whole before any work; unknown keys are errors.
+
+`read_config` is the only way in. Its errors name the file, the line, the key and what would be right.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from leanserve.config.base_section import AnyBase, OnnxBase, TorchExportBase
+from leanserve.config.data_section import AnyData
+from leanserve.config.errors import describe, kind_of
+from leanserve.config.section import Name, Section
+from leanserve.config.yaml import read_yaml
+from leanserve.errors import ConfigError
+from leanserve.passes import ALL, AnyPass
+from leanserve.passes.base import BASE_TAGS, GRAPH_TAGS, PROGRAM_TAGS, Tag
+from leanserve.passes.composition import find_violation
+
+MAX_BATCH_DEPENDENCE = 0.02
+"""Change of an answer by the rows that share its batch, relative to the largest output, that is still taken for
+rounding: other kernels for other batch sizes add in another order, and 8 bits round what comes of it to their steps."""
+AtLeastOne = Annotated[int, Field(ge=1, strict=True)]
+"""Strict: in YAML `yes` is a truth value, which would pass for 1."""
+
+
+class GateConfig(Section):
+    """When a variant answers too differently from its base to be served."""
+
+    max_drop: float | None = Field(None, ge=0, le=1, description="largest allowed loss of score, 0.005 = half a point")
+    min_agreement: float | None = Field(None, ge=0, le=1, description="least agreement of every output with the base's")
+    max_batch_dependence: float | None = Field(
+        MAX_BATCH_DEPENDENCE,
+        ge=0,
+        description="largest allowed change of an answer by the rows that share its batch, relative to the largest "
+        "output; null: any",
+    )
+    on_fail: Literal["abort", "exclude"] = Field("abort", description="refuse to start, or serve without the variant")
+
+
+class BatchConfig(Section):
+    """How requests share a forward pass."""
+
+    max_rows: int = Field(32, ge=1, le=4096, description="most rows in a batch; larger requests are split")
+    max_delay_ms: float = Field(0.0, ge=0, le=10_000, description="how long an idle device waits for more rows")
+    queue_rows: int = Field(512, ge=1, description="rows that may wait; beyond it requests are refused with 429")
+    timeout_ms: float = Field(10_000.0, gt=0, description="longest wait in the queue; beyond it 504")
+    priority_levels: int = Field(3, ge=1, le=16, description="priorities 1 (most urgent) to this one")
+    default_priority: int | None = Field(None, ge=1, description="of requests that name none; the middle by default")
+
+    @model_validator(mode="after")
+    def _default_is_a_level(self) -> Self:
+        if self.default_level > self.priority_levels:
+            raise ValueError(
+                f"default_priority {self.default_priority} is beyond priority_levels {self.priority_levels}"
+            )
+        return self
+
+    @property
+    def default_level(self) -> int:
+        """The priority level of a request that names none."""
+        return self.default_priority or (self.priority_levels + 1) // 2
+
+
+class TrafficConfig(Section):
+    """Which variant answers a request that names none."""
+
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="share per variant; all equal by default"
+    )
+    sticky_header: str = Field("x-caller-key", description="requests with the same value here get the same variant")
+
+
+class EmbeddingsConfig(Section):
+    """What `/v1/embeddings` takes."""
+
+    token_ids: Literal["refuse", "own"] = Field(
+        "refuse",
+        description="instead of texts; own: clients send ids of the model's own tokenizer, special ones included",
+    )
+
+
+class LimitsConfig(Section):
+    """Bounds on what a client may send."""
+
+    body_bytes: int = Field(16 * 2**20, ge=1, description="largest request body")
+
+
+def _origin(value: str) -> str:
+    if not re.fullmatch(r"\*|(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://[^A-Z/?#@\s]+", value):
+        raise ValueError(
+            "an origin is written as browsers send it, https://app.example.com or http://localhost:3000: in lower "
+            "case, without a path, and without the port that its scheme has anyway; '*' stands for any"
+        )
+    return value
+
+
+def _header_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", value):
+        raise ValueError("this is no name of a header; '*' stands for any")
+    return value
+
+
+class CorsConfig(Section):
+    """Which web pages may use the service from a browser."""
+
+    origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = Field(
+        (), description="origins of the pages, or '*' for any; none: no page of another origin may"
+    )
+    headers: tuple[Annotated[str, AfterValidator(_header_name)], ...] = Field(
+        ("*",), description="request headers that pages may send besides the service's own; '*' for any"
+    )
+    credentials: bool = Field(default=False, description="pages may send cookies and the like")
+    max_age_s: int = Field(600, ge=0, le=86_400, description="how long a browser may remember what it was told")
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        if not self.origins and self.model_fields_set - {"origins"}:
+            raise ValueError("without 'origins' nothing here has an effect; name the origins of your pages")
+        if "*" in self.origins and (len(self.origins) > 1 or self.credentials):
+            raise ValueError(
+                "the origin '*' goes neither with others nor with 'credentials'; name the origins of your pages"
+            )
+        return self
+
+
+class DrainConfig(Section):
+    """What happens on SIGTERM."""
+
+    delay_s: float = Field(5.0, ge=0, description="go on serving this long after /readyz turned 503")
+    timeout_s: float = Field(30.0, ge=0, description="then finish open requests for at most this long")
+
+
+class VariantConfig(Section):
+    """The base and an ordered list of passes."""
+
+    name: Name
+    passes: tuple[AnyPass, ...] = ()
+    gate: GateConfig | None = Field(None, description="overrides the common gate")
+    batch: BatchConfig | None = Field(None, description="overrides the common batch settings")
+
+
+class ServiceConfig(Section):
+    """The whole file."""
+
+    base: AnyBase = Field(description="the model that the variants compress")
+    data: AnyData | None = Field(None, description="rows for calibration, training and the gate")
+    variants: tuple[VariantConfig, ...] = Field(min_length=1)
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of every pass that draws random numbers")
+    threads: AtLeastOne | Literal["auto"] = Field(
+        "auto", description="CPU threads for inference; auto = quota and affinity"
+    )
+    lanes: AtLeastOne | Literal["auto"] = Field("auto", description="batches at a time; auto = measured by the build")
+    cache: Path = Field(Path(".leanserve"), description="folder of the artifact store")
+    gate: GateConfig = GateConfig()
+    batch: BatchConfig = BatchConfig()
+    traffic: TrafficConfig = TrafficConfig()
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    limits: LimitsConfig = LimitsConfig()
+    cors: CorsConfig = CorsConfig()
+    drain: DrainConfig = DrainConfig()
+    model_control: Literal["none", "explicit"] = Field("none", description="explicit: clients may load and unload")
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Self:
+        names = [variant.name for variant in self.variants]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise ValueError(f"variants[{index}]: the name '{name}' is used twice")
+        for name in self.traffic.weights:
+            if name not in names:
+                raise ValueError(
+                    f"traffic.weights names '{name}', which is no variant; variants are {', '.join(names)}"
+                )
+        if self.traffic.weights and not any(self.traffic.weights.values()):
+            raise ValueError("traffic.weights: at least one weight must be above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _passes_compose(self) -> Self:
+        for index, variant in enumerate(self.variants):
+            violation = find_violation(variant.passes, self.base_tags)
+            if violation is not None:
+                place = f"variants[{index}].passes[{violation.position}]"
+                raise ValueError(f"{place} of variant '{variant.name}': {violation.message}{self._what_applies()}")
+        return self
+
+    def _what_applies(self) -> str:
+        """For a base on which only some passes can work at all: which."""
+        if self.base_tags == BASE_TAGS:
+            return ""
+        able = [kind_of(known) for known in ALL if known.requires <= self.base_tags]
+        return f" To a base of the form '{self.base.kind}' apply only: {', '.join(able)}."
+
+    @property
+    def base_tags(self) -> frozenset[Tag]:
+        """What passes may assume of the base."""
+        if isinstance(self.base, OnnxBase):
+            return GRAPH_TAGS
+        return PROGRAM_TAGS if isinstance(self.base, TorchExportBase) else BASE_TAGS
+
+    def gate_of(self, variant: VariantConfig) -> GateConfig:
+        """The variant's own gate, else the common one."""
+        return variant.gate or self.gate
+
+    def batch_of(self, variant: VariantConfig) -> BatchConfig:
+        """The variant's own batch settings, else the common ones."""
+        return variant.batch or self.batch
+
+
+def read_config(path: Path) -> ServiceConfig:
+    """Read and validate a config file.
+
+    Raises:
+        ConfigError: one line per problem, each starting with `file:line`.
+    """
+    source = read_yaml(path)
+    if not isinstance(source.value, dict):
+        raise ConfigError(f"{path}:1: the config must be a mapping with the keys 'base' and 'variants'")
+    try:
+        return ServiceConfig.model_validate(source.value)
+    except ValidationError as error:
+        raise ConfigError("\n".join(describe(source, error.errors(), ServiceConfig))) from error

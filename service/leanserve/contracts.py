@@ -1,0 +1,273 @@
+"""The types on which all rooms agree: what a model takes and gives, what a base, a backend and a codec must do.
+
+Imports nothing of ours, so that every layer may import it. Arrays travel as tuples in the order of the spec's fields:
+`Arrays` is always a batch, its first axis counts *rows*. A field may have dynamic axes (`None`), which is how token ids
+with a mask are declared; a base may have no labels, and outputs may be embeddings as well as class logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Array: TypeAlias = NDArray[Any]
+Arrays: TypeAlias = tuple[Array, ...]
+Json: TypeAlias = Any
+Split = Literal["train", "calibration", "gate", "test"]
+Meaning = Literal["logits", "probabilities", "log_probabilities", "independent_probabilities", "embedding", "values"]
+"""What the numbers of an output are, which decides how they are answered, compared and trained.
+
+`logits` become the probabilities of classes by a softmax; `probabilities` are that already, `log_probabilities` their
+logarithms; `independent_probabilities` are one of each class by itself (a sigmoid's), any number of which may be true.
+`embedding` is a direction, compared by angles; `values` are everything else.
+"""
+CLASSES: frozenset[Meaning] = frozenset({"logits", "probabilities", "log_probabilities", "independent_probabilities"})
+"""Meanings of an output with one number per class."""
+RowsTogether = Literal["any", "one_length", "one"]
+"""Which rows may share a batch: any, only those of equal length (nothing is padded), or none (one row per batch)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One named tensor. `shape` is that of a single row (no batch axis); `None` marks a dynamic axis.
+
+    `pad` fills the dynamic axes when rows of different length share a batch. `values` are the least and the greatest
+    that an element may have, where the model cannot run with others (token ids); `None`: any of its dtype. `meaning`
+    is that of an output; of an input it says nothing.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+    pad: float = 0.0
+    values: tuple[int, int] | None = None
+    meaning: Meaning = "values"
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """What a model takes (`fields`), what it gives (`outputs`) and, for classifiers, the names of its classes.
+
+    `max_length` bounds the dynamic axes of what it takes: longer requests are refused. `labelled` is the position of
+    the output whose classes the labels name; without labels it says nothing. `rows` says which rows it keeps apart when
+    they share a batch.
+    """
+
+    fields: tuple[Field, ...]
+    outputs: tuple[Field, ...]
+    labels: tuple[str, ...] = ()
+    max_length: int = 512
+    labelled: int = 0
+    rows: RowsTogether = "any"
+
+    def most_rows(self, wanted: int) -> int:
+        """The rows that a batch of `wanted` rows may have at most: a single one where no other may share its batch."""
+        return 1 if self.rows == "one" else wanted
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the longest row that it takes."""
+        shapes = ((item, [self.max_length if size is None else size for size in item.shape]) for item in self.fields)
+        return sum(math.prod(shape) * np.dtype(item.dtype).itemsize for item, shape in shapes)
+
+    def example(self, rows: int, length: int = 16, seed: int = 0) -> Arrays:
+        """A random batch of `rows` rows that fits the spec; dynamic axes get `length`."""
+        random = np.random.default_rng(seed)
+        return tuple(_random_field(random, item, rows, length) for item in self.fields)
+
+
+def _random_field(random: np.random.Generator, item: Field, rows: int, length: int) -> Array:
+    shape = (rows, *(length if size is None else size for size in item.shape))
+    if np.issubdtype(np.dtype(item.dtype), np.floating):
+        return random.standard_normal(shape).astype(item.dtype)
+    drawn = random.integers(0, 2, shape).astype(item.dtype)
+    drawn[:, :1] = 1  # a mask without a single 1 would be a row of nothing
+    return drawn
+
+
+class Batch(NamedTuple):
+    """Some rows of a data split; `labels` is `None` where the data has none."""
+
+    inputs: Arrays
+    labels: Array | None
+
+
+class Data(Protocol):
+    """A stream of samples from one split; it may be read many times."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def batches(self, size: int, shuffle_seed: int | None = None) -> Iterator[Batch]:
+        """Yield batches of at most `size` rows, in stored order or shuffled by the seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayData:
+    """`Data` held in memory."""
+
+    inputs: Arrays
+    labels: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs[0])
+
+    def batches(self, size: int, shuffle_seed: int | None = None) -> Iterator[Batch]:
+        order = np.arange(len(self))
+        if shuffle_seed is not None:
+            np.random.default_rng(shuffle_seed).shuffle(order)
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            yield Batch(tuple(array[rows] for array in self.inputs), None if self.labels is None else self.labels[rows])
+
+
+class Base(Protocol):
+    """Architecture, weights, input spec, data splits and score of the one model that the variants compress."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def spec(self) -> InputSpec: ...
+
+    @property
+    def codec(self) -> Codec: ...
+
+    @property
+    def origin(self) -> str:
+        """What a process of its own needs to open this base again (`leanserve.bases.opening.reopen_base`)."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 over everything that decides the base's answers and data: source, weights, library versions."""
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What everyone who sees a result must know: `untrained` weights, `synthetic data`."""
+
+    @property
+    def unit(self) -> int:
+        """Consecutive rows of the data that are scored together: 2 for pairs of texts, else 1."""
+
+    def model(self) -> Model:
+        """The uncompressed model, fresh: a torch module with its weights, or the ONNX file that was brought."""
+
+    def build(self) -> nn.Module:
+        """The torch module of `model`, in eval mode, float32, on the CPU. A base that is an ONNX file has none."""
+
+    def data(self, split: Split, n: int | None = None) -> Data:
+        """The first `n` rows of a split (all by default). Splits never share samples."""
+
+    def score(self, outputs: Arrays, labels: Array) -> float:
+        """Quality of the outputs against the labels, higher is better (accuracy, Spearman ...)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TorchModel:
+    """A model as a torch module in eval mode that takes the spec's fields as positional tensors."""
+
+    module: nn.Module
+    spec: InputSpec
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxModel:
+    """A model as an ONNX file; `session` holds what the runtime pass decided for the inference session."""
+
+    path: Path
+    spec: InputSpec
+    session: Mapping[str, Json] = field(default_factory=dict)
+
+
+Model: TypeAlias = TorchModel | OnnxModel
+
+
+class Backend(Protocol):
+    """Runs a loaded model, on one thread at a time unless it is `self_contained`.
+
+    At start it is created on the lane of the device that will run it; batches of microseconds are run by the event loop
+    in the lane's stead. Loaded again while others serve, it is created,
+    warmed and closed apart from the lanes, and then run by a lane on which one like it was created before.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def device(self) -> str:
+        """Where it computes: `cpu`, or `cuda` while its lane waits."""
+
+    @property
+    def self_contained(self) -> bool:
+        """Whether its threads are its own: several lanes may run it at once, and others like it may have more threads.
+
+        If not, the process has one setting for all, and every lane runs one of its own.
+        """
+
+    @property
+    def row_buckets(self) -> tuple[int, ...]:
+        """The numbers of rows it was compiled for, ascending: batches are padded up to the next. Empty: any number."""
+
+    def run(self, batch: Arrays) -> Arrays:
+        """Run one batch; the outputs keep the order of the spec's outputs and the number of rows.
+
+        Raises:
+            BadInput: only the values are to blame, such as an index beyond the table that it is looked up in.
+        """
+
+    def close(self) -> None: ...
+
+
+class Codec(Protocol):
+    """Wire format <-> arrays, for one base. Thread-safe and free of state."""
+
+    @property
+    def media_types(self) -> tuple[str, ...]:
+        """The content types that `decode` takes."""
+
+    def decode(self, media_type: str, body: bytes) -> Decoded:
+        """Check and decode a body. Raises `BadInput`, `BodyTooLarge` or `UnsupportedMediaType`."""
+
+    def encode(self, outputs: Arrays) -> list[dict[str, Json]]:
+        """One JSON-able answer per row."""
+
+
+class Decoded(NamedTuple):
+    """A decoded request: the batch, and whether the client sent a list of samples or a single one.
+
+    `lengths` are those that the rows had before shorter ones were padded; empty where they cannot differ.
+    """
+
+    inputs: Arrays
+    many: bool
+    lengths: tuple[int, ...] = ()
+
+
+class Progress(Protocol):
+    """Told by long work how far it is."""
+
+    def __call__(self, done: float, total: float, note: str = "") -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class BuildContext:
+    """What a pass may use besides the model: data and teacher (`base`), a seed, threads, scratch space, progress.
+
+    `scratch` survives an interruption (the same pass on the same input gets the same folder again), so that long
+    training resumes from its last checkpoint; it is deleted once the pass has succeeded.
+    """
+
+    base: Base
+    seed: int
+    threads: int
+    scratch: Path
+    progress: Progress

@@ -1,0 +1,187 @@
+"""How near the answers of an artifact are to those of its base: output by output, each by what it means.
+
+A cosine of 1 says nothing about a regressor, an agreement of classes nothing about coordinates, and a right first
+output nothing about the second. So there is one function per meaning, in one table (`MEASURES`): another meaning is
+another function. Each gives an agreement from 0 to 1, which the gate judges, and the numbers behind it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Final, NamedTuple, Self
+
+import numpy as np
+
+from leanserve.artifacts.manifest import OutputFidelity
+from leanserve.comparison import both_finite, compared, differ_in_kind, row_cosines
+from leanserve.contracts import Array, Arrays, Field, Meaning
+from leanserve.passes.toolkit.spread import by_channel, channel_axis, channel_scales
+from leanserve.scoring import spearman
+
+RANKED_ROWS = 256
+"""Rows of which all pairs are compared: 32,640 of them."""
+PIECE = 2**22
+"""Numbers of values that are compared at a time, in double precision: an output may be as large as an image."""
+LEAST = float(np.finfo(np.float64).tiny)
+"""Probability in place of 0, so that a class which one side rules out makes a divergence large and not infinite."""
+MOST = 100.0
+"""Logarithm in place of greater ones, which no probability has, for the same reason."""
+TRUE = 0.5
+"""Independent probability from which on a class is there."""
+WHOLE = "biu"
+"""Kinds of numpy dtypes that are compared by equality."""
+
+Measures = dict[str, float | int | None]
+Measure = Callable[[Array, Array, Field], Measures]
+Logarithms = Callable[[Array], Array]
+"""Outputs [rows, classes] -> logarithms of probabilities."""
+
+
+def fidelity(outputs: Arrays, reference: Arrays, fields: Sequence[Field]) -> tuple[OutputFidelity, ...]:
+    """How near each output [rows, ...] is to that of the base, for the same rows."""
+    return tuple(_compared(*each) for each in zip(fields, outputs, reference, strict=True))
+
+
+def _compared(field: Field, ours: Array, theirs: Array) -> OutputFidelity:
+    measure = _equal if theirs.dtype.kind in WHOLE else MEASURES[field.meaning]
+    broken = sum(int(differ_in_kind(ours[rows], theirs[rows]).sum()) for rows in _pieces(theirs))
+    found = {"name": field.name, "meaning": field.meaning, "not_finite": broken} | measure(ours, theirs, field)
+    return OutputFidelity.model_validate(found)
+
+
+def _pieces(array: Array) -> list[slice]:
+    """Rows that are compared at a time."""
+    rows = max(1, PIECE // max(1, math.prod(array.shape[1:])))
+    return [slice(start, start + rows) for start in range(0, len(array), rows)]
+
+
+def _classes(ours: Array, theirs: Array, _: Field, logarithms: Logarithms) -> Measures:
+    """Share of rows [rows, classes] with the same best class, and mean divergence from the base's probabilities."""
+    both = _Rows.of(ours, theirs)
+    divergence = _divergence(logarithms(both.ours), logarithms(both.theirs))
+    return {"agreement": float(both.same_best.mean()), "kl": _mean(divergence)}
+
+
+def _independent(ours: Array, theirs: Array, _: Field) -> Measures:
+    """Share of rows with the same best class and the same classes at `TRUE` or above; divergences of classes add up."""
+    both = _Rows.of(ours, theirs)
+    same = both.same_best & ((np.asarray(ours) >= TRUE) == (np.asarray(theirs) >= TRUE)).all(axis=1)
+    shares = [np.clip(array, 0.0, 1.0) for array in (both.ours, both.theirs)]
+    present, absent = (_divergence(*map(_log, sides)) for sides in (shares, [1 - share for share in shares]))
+    return {"agreement": float(same.mean()), "kl": _mean(present + absent)}
+
+
+class _Rows(NamedTuple):
+    """Rows of class outputs in double precision: those without NaN on either side, and which of all agree.
+
+    A row with a NaN on one side only does not agree. +inf is no more of a number than NaN.
+    """
+
+    ours: Array
+    theirs: Array
+    same_best: Array
+
+    @classmethod
+    def of(cls, ours: Array, theirs: Array) -> Self:
+        ours, theirs = (np.where(array == np.inf, np.nan, np.asarray(array, np.float64)) for array in (ours, theirs))
+        missing = np.isnan(ours), np.isnan(theirs)
+        same = (missing[0] == missing[1]).all(axis=1) & (ours.argmax(axis=1) == theirs.argmax(axis=1))
+        known = ~(missing[0] | missing[1]).any(axis=1)
+        return cls(ours[known], theirs[known], same)
+
+
+def _divergence(ours: Array, theirs: Array) -> Array:
+    """KL divergence (nats) of ours from theirs, [rows], both as logarithms of probabilities [rows, classes].
+
+    The sums are part of it, so that it is at least 0 also where ours are not 1, as those of a softmax in 8 bits.
+    """
+    shares = np.exp(theirs)
+    return np.asarray(np.sum(shares * (theirs - ours) - shares + np.exp(ours), axis=1))
+
+
+def _mean(divergence: Array) -> float:
+    return max(0.0, float(divergence.mean())) if len(divergence) else 0.0
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return _within(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+
+def _log(probabilities: Array) -> Array:
+    return _within(np.log(np.maximum(probabilities, LEAST)))
+
+
+def _within(logarithms: Array) -> Array:
+    return np.clip(logarithms, math.log(LEAST), MOST)
+
+
+def _embedding(ours: Array, theirs: Array, _: Field) -> Measures:
+    """Mean cosine of the rows, and how far the order of their similarities is kept."""
+    ours, theirs = (np.asarray(array, np.float64).reshape(len(array), -1) for array in (ours, theirs))
+    cosine, both = float(row_cosines(ours, theirs).mean()), compared(ours, theirs)
+    return {"agreement": _share(cosine), "cosine": cosine, "rank_agreement": rank_agreement(both.one, both.other)}
+
+
+def rank_agreement(ours: Array, theirs: Array) -> float | None:
+    """Spearman's correlation, -1..1, between the cosines of all pairs of rows [rows, D] and those of the other's rows.
+
+    Search and clustering use embeddings by the order of their similarities alone, which a mean cosine near 1 does not
+    promise to keep. `None` with fewer than three rows, which have no order.
+    """
+    ours, theirs = ours[:RANKED_ROWS], theirs[:RANKED_ROWS]
+    if len(ours) < 3:
+        return None
+    if np.array_equal(ours, theirs):
+        return 1.0  # also where all rows are alike, for which no correlation is defined
+    return min(1.0, spearman(_pair_cosines(ours), _pair_cosines(theirs)))
+
+
+def _pair_cosines(rows: Array) -> Array:
+    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return np.asarray((unit @ unit.T)[np.triu_indices(len(rows), k=1)])
+
+
+def _values(ours: Array, theirs: Array, field: Field) -> Measures:
+    """Root mean square error of the worst channel, relative to its scale in the base (`tools.spread`).
+
+    A channel with a number that is not finite on one side only is wrong altogether: its error is at least 1.
+    """
+    axis, pieces = channel_axis(field.shape), _pieces(theirs)
+    scales = channel_scales([theirs[rows] for rows in pieces], axis)
+    count, squares, broken = (np.zeros(len(scales)) for _ in range(3))
+    for rows in pieces:
+        one, other = (by_channel(np.asarray(array[rows], np.float64), axis) for array in (ours, theirs))
+        finite = both_finite(one, other)
+        count += finite.sum(axis=1)
+        squares += np.square(np.where(finite, one, 0.0) - np.where(finite, other, 0.0)).sum(axis=1)
+        broken += differ_in_kind(one, other).sum(axis=1)
+    errors = np.sqrt(squares / np.maximum(count, 1)) / scales
+    return _worst(np.where(broken > 0, np.maximum(errors, 1.0), errors))
+
+
+def _equal(ours: Array, theirs: Array, field: Field) -> Measures:
+    """Share of whole numbers that are not those of the base, in the worst channel: no index is nearly right."""
+    return _worst(by_channel(ours != theirs, channel_axis(field.shape)).mean(axis=1))
+
+
+def _worst(errors: Array) -> Measures:
+    worst = int(errors.argmax())
+    return {"agreement": _share(1.0 - errors[worst]), "error": float(errors[worst]), "channel": worst}
+
+
+def _share(value: float) -> float:
+    return min(1.0, max(0.0, float(value)))
+
+
+MEASURES: Final[Mapping[Meaning, Measure]] = {
+    "logits": partial(_classes, logarithms=_log_softmax),
+    "probabilities": partial(_classes, logarithms=_log),
+    "log_probabilities": partial(_classes, logarithms=_within),
+    "independent_probabilities": _independent,
+    "embedding": _embedding,
+    "values": _values,
+}
+"""By what an output means. Whole numbers are compared as such, whatever they mean."""

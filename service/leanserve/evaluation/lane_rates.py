@@ -1,0 +1,135 @@
+"""How many rows per second artifacts answer with one lane of all threads, and with a lane per thread.
+
+`lanes: auto` decides by these numbers, so they are taken as the lanes would work: in one fresh process, every lane with
+its own instance of the model, all lanes at once, and the two ways in turns, so that a slow minute hits both alike. One
+artifact at a time, so that memory holds no more than one model for every lane and one. Started by `quality.py` as
+a child; prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+
+from leanserve.artifacts.load import load_model
+from leanserve.artifacts.store import ArtifactStore
+from leanserve.bases.opening import reopen_base
+from leanserve.contracts import Arrays, Backend
+from leanserve.evaluation.interleaved_benchmark import examples, limits_in, sizes_up_to
+from leanserve.memory import exit_when_out, forget, is_out_of_memory
+from leanserve.runtime.backends.choose import open_backend, use_threads
+from leanserve.runtime.device import Device, Lane
+
+ROUNDS = 5
+TURN_S = 0.05
+
+
+def main(cache: str, origin: str, threads: str, *artifacts: str) -> None:
+    """Measure the artifacts, each given as `KEY:ROWS` with the largest batch that fits into memory; print rows per
+    second by key and number of lanes as JSON.
+    """
+    base = reopen_base(origin)
+    store = ArtifactStore(Path(cache))
+    rates = {}
+    for key, rows in limits_in(artifacts).items():
+
+        def load(threads: int, key: str = key) -> Backend:
+            return open_backend(load_model(store, base, key), threads)
+
+        rates[key] = lane_rates(load, examples(base.spec, sizes_up_to([rows])), int(threads))
+    sys.stdout.write(json.dumps(rates) + "\n")
+
+
+def lane_rates(load: Callable[[int], Backend], batches: Sequence[Arrays], threads: int) -> dict[int, float]:
+    """Number of lanes (1 and `threads`) -> rows per second at the best of the batch sizes, in the best round.
+
+    The best and not the median: what else the machine does can only slow a round down, and a wide lane, whose threads
+    wait for each other, far more than narrow ones. `load` opens the model for a lane of so many threads, on that lane.
+    Every lane takes memory: what there is none for is left out, and 0 where that is everything.
+    """
+    numbers = tuple(dict.fromkeys((1, threads)))
+    best = dict.fromkeys(numbers, 0.0)
+    ways = [way for lanes in numbers if (way := _open(load, threads, lanes)) is not None]
+    try:
+        for _ in range(ROUNDS):
+            for batch, way in product(batches, ways):
+                lanes = len(way.device.lanes)
+                best[lanes] = max(best[lanes], way.turn(batch))
+    finally:
+        for way in ways:
+            way.close()
+    return best
+
+
+def _open(load: Callable[[int], Backend], threads: int, lanes: int) -> _Way | None:
+    """`None` if there is no memory for so many lanes; one lane ran when its artifact was measured."""
+    try:
+        return _Way(load, threads, lanes)
+    except Exception as error:
+        if lanes == 1 or not is_out_of_memory(error):
+            raise
+        forget(error)
+        return None
+
+
+class _Way:
+    """A device with that many lanes, and the model on each of them."""
+
+    def __init__(self, load: Callable[[int], Backend], threads: int, lanes: int) -> None:
+        self.device = Device(f"{lanes}-lanes", threads, lanes)
+        loading = threading.Lock()
+
+        def open_on(lane: Lane) -> Backend:
+            with loading:
+                use_threads(lane.threads)
+                return load(lane.threads)
+
+        try:
+            self.backends = self.device.call_on_each(open_on)
+        except BaseException:
+            self.device.close()
+            raise
+        self._most: int | None = None
+
+    def turn(self, batch: Arrays) -> float:
+        """Rows per second of all lanes together, over `TURN_S` seconds or at least one batch each.
+
+        0 for a batch for which memory runs out, and from then on for all that are as large.
+        """
+        rows = len(batch[0])
+        if self._most is not None and rows > self._most:
+            return 0.0
+        try:
+            return sum(self.device.call_on_each(lambda lane: self._rate(lane, batch)))
+        except Exception as error:
+            if (rows, len(self.device.lanes)) == (1, 1) or not is_out_of_memory(error):
+                raise
+            forget(error)
+            self._most = rows - 1
+            return 0.0
+
+    def close(self) -> None:
+        self.device.call_on_each(lambda lane: self.backends[lane.index].close())
+        self.device.close()
+
+    def _rate(self, lane: Lane, batch: Arrays) -> float:
+        use_threads(lane.threads)
+        backend = self.backends[lane.index]
+        backend.run(batch)  # brings caches and threads back after the other way's turn
+        started, runs, elapsed = time.perf_counter(), 0, 0.0
+        while elapsed < TURN_S:
+            backend.run(batch)
+            runs, elapsed = runs + 1, time.perf_counter() - started
+        return runs * len(batch[0]) / elapsed
+
+
+if __name__ == "__main__":
+    with exit_when_out():
+        main(*sys.argv[1:])
+    os._exit(0)  # skip the teardown of thread pools: nothing is left to lose

@@ -1,0 +1,207 @@
+"""Does a compressed model still answer right, and what does it cost? Score, fidelity to the base, and the gate.
+
+Score needs labels and belongs to the base (accuracy, Spearman, R squared ...). Fidelity needs none: it compares every
+output of the variant on the gate split with that of the uncompressed base, row by row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from leanserve import child, memory
+from leanserve.artifacts.manifest import Fidelity, Measurement, OutputFidelity, Quality, Recipe, SideBySide
+from leanserve.artifacts.store import ArtifactStore
+from leanserve.config.schema import GateConfig
+from leanserve.contracts import Array, Arrays, Base, Json
+from leanserve.errors import PassFailed
+from leanserve.evaluation.fidelity import fidelity
+from leanserve.evaluation.measure import ROWS
+from leanserve.hardware import cpu_name
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Outputs on the gate split, and its labels if there are any."""
+
+    outputs: Arrays
+    labels: Array | None
+
+
+def measure(
+    store: ArtifactStore, base: Base, recipe: Recipe, reference: Answers | None, threads: int
+) -> tuple[Measurement, Answers]:
+    """Measure a published artifact in a fresh process; compare its answers with `reference` (`None`: it is the base).
+
+    Raises:
+        PassFailed: the artifact cannot be loaded or run, not even on a single row.
+    """
+    path = store.root / "tmp" / f"{recipe.key}.{os.getpid()}.npz"
+    known = _measured(str(store.root), recipe.key, base.origin, str(threads), answers=str(path))
+    with np.load(path, allow_pickle=False) as stored:
+        answers = Answers(tuple(stored[name] for name in stored.files), labels_of(base))
+    path.unlink()
+    size = {"disk_bytes": _disk_bytes(store, recipe), "parameters": recipe.parameters, "macs": recipe.macs}
+    right = scored(base, answers)
+    near = fidelity(answers.outputs, (reference or answers).outputs, base.spec.outputs)
+    worst = min(output.agreement for output in near)
+    found = Fidelity.model_validate(known | size | right | {"outputs": near, "agreement": worst})
+    return Measurement(fidelity=found, cpu=cpu_name(), threads=threads), answers
+
+
+def race(store: ArtifactStore, base: Base, keys: Sequence[str], served: Sequence[str], threads: int) -> SideBySide:
+    """Time published and measured artifacts side by side in a fresh process, and those that are `served` also with a
+    lane per thread.
+
+    Raises:
+        PassFailed: they cannot be loaded or run together.
+    """
+    sized = {key: f"{key}:{_largest_batch(store.measurement(key))}" for key in keys}
+    arguments = (str(store.root), base.origin, str(threads))
+    try:
+        latencies = _in_fresh_process("interleaved_benchmark", *arguments, *sized.values())
+    except _Ended as error:
+        if not error.out_of_memory:
+            raise
+        remedy = "give the build more memory, or list fewer variants"
+        raise PassFailed(f"all variants are timed side by side, and memory ran out: {error.last}; {remedy}") from error
+    timed = SideBySide(cpu=cpu_name(), threads=threads, latency_ms=latencies, lane_rates={})
+    if threads == 1:
+        return timed
+    try:
+        rates = _in_fresh_process("lane_rates", *arguments, *(sized[key] for key in served))
+    except _Ended as error:
+        if not error.out_of_memory:
+            raise
+        rates = {key: {1: timed.throughput(key), threads: 0.0} for key in served}
+    return SideBySide(cpu=cpu_name(), threads=threads, latency_ms=latencies, lane_rates=rates)
+
+
+def _largest_batch(measured: Measurement | None) -> int:
+    return (measured and measured.fidelity.memory_rows) or ROWS
+
+
+class _Ended(PassFailed):
+    """A child that ended without a result: its exit status, and what it said last."""
+
+    def __init__(self, status: int, said: str) -> None:
+        self.status = status
+        self.last = said.splitlines()[-1] if said else f"the process {child.how_it_ended(status)}"
+        super().__init__(f"what was built does not run: {self.last}" + (f"\n{said}" if "\n" in said else ""))
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether it said so, or was killed, as the kernel does then."""
+        return self.status in {memory.EXIT_STATUS, -signal.SIGKILL}
+
+
+def _measured(*arguments: str, answers: str) -> Json:
+    """Measure in a child; where that is killed, in another one with half of the rows."""
+    rows = ROWS
+    while True:
+        try:
+            return _in_fresh_process("measure", *arguments, str(rows), answers)
+        except _Ended as error:
+            if not error.out_of_memory:
+                raise
+            if rows == 1 or error.status == memory.EXIT_STATUS:
+                remedy = "give the build more memory, or make the model smaller"
+                raise PassFailed(f"there is no memory even for a single row: {error.last}; {remedy}") from error
+        rows //= 2
+
+
+def _in_fresh_process(module: str, *arguments: str) -> Json:
+    command = child.command(f"leanserve.evaluation.{module}", *arguments)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise _Ended(done.returncode, done.stderr.strip())
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def labels_of(base: Base) -> Array | None:
+    """Labels of the whole gate split."""
+    parts = [batch.labels for batch in base.data("gate").batches(64)]  # pictures are decoded for it
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if known and len(known) == len(parts) else None
+
+
+def scored(base: Base, answers: Answers) -> dict[str, float | None]:
+    """The base's score with its 95 % confidence interval: Wilson for an accuracy, bootstrap for anything else."""
+    if answers.labels is None:
+        return {"score": None, "score_low": None, "score_high": None}
+    score = base.score(answers.outputs, answers.labels)
+    if base.spec.labels:
+        low, high = wilson(score, len(answers.labels))
+    else:
+        low, high = _bootstrap(base, answers)
+    return {"score": score, "score_low": low, "score_high": high}
+
+
+def wilson(share: float, samples: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion (Wilson 1927), sound even at shares of 0 and 1."""
+    centre = share + z * z / (2 * samples)
+    spread = z * np.sqrt(share * (1 - share) / samples + z * z / (4 * samples * samples))
+    scale = 1 + z * z / samples
+    return max(0.0, float((centre - spread) / scale)), min(1.0, float((centre + spread) / scale))
+
+
+def gate_reason(gate: GateConfig, quality: Quality, base: Quality) -> str | None:
+    """Why a variant fails its gate, or `None`. A limit that cannot be checked for lack of labels is a reason."""
+    reasons = []
+    if gate.max_drop is not None:
+        if quality.score is None or base.score is None:
+            reasons.append("gate.max_drop needs labels in the gate split, and there are none")
+        elif base.score - quality.score > gate.max_drop + 1e-9:
+            reasons.append(
+                f"score {quality.score:.4f} is {base.score - quality.score:.4f} below the base's {base.score:.4f}; "
+                f"gate.max_drop allows {gate.max_drop}"
+            )
+    if gate.min_agreement is not None:
+        far = [output for output in quality.outputs if output.agreement < gate.min_agreement - 1e-9]
+        reasons += [f"{_distance(output)}; gate.min_agreement asks for {gate.min_agreement}" for output in far]
+    if gate.max_batch_dependence is not None and quality.batch_dependence > gate.max_batch_dependence:
+        reasons.append(
+            f"an answer changes by {quality.batch_dependence:.3g} of the largest output with the rows that share its "
+            f"batch; gate.max_batch_dependence allows {gate.max_batch_dependence} (base.rows: one gives every row a "
+            "batch to itself)"
+        )
+    return "; ".join(reasons) or None
+
+
+def _distance(output: OutputFidelity) -> str:
+    """How far an output is from the base's, in words."""
+    broken = f" ({output.not_finite} numbers are infinite or NaN and should not be)" if output.not_finite else ""
+    agreement = f"output '{output.name}'{broken} has an agreement of {output.agreement:.4f}"
+    if output.cosine is not None:
+        return f"{agreement}, its mean cosine with the base's"
+    if output.error is None:
+        return f"{agreement}, the share of rows with the base's answer"
+    return f"{agreement}: it is off by {100 * output.error:.1f} % of the base's spread (channel {output.channel})"
+
+
+def _bootstrap(base: Base, answers: Answers) -> tuple[float, float]:
+    """Percentile bootstrap over rows (Efron 1979), seeded."""
+    assert answers.labels is not None
+    random = np.random.default_rng(0)
+    units = len(answers.labels) // base.unit
+    drawn = random.integers(0, units, (RESAMPLES, units))
+    # Rows that are scored together are drawn together.
+    rows = (drawn[:, :, None] * base.unit + np.arange(base.unit)).reshape(RESAMPLES, -1)
+    scores = [base.score(tuple(array[row] for array in answers.outputs), answers.labels[row]) for row in rows]
+    low, high = np.nanpercentile(scores, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _disk_bytes(store: ArtifactStore, recipe: Recipe) -> int:
+    holder = next(item for item in reversed(store.chain(recipe.key)) if item.files)
+    folder: Path = store.folder(holder.key)
+    return sum((folder / name).stat().st_size for name in holder.files)

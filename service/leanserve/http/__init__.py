@@ -1,0 +1,1 @@
+"""HTTP on one connection; knows no route."""

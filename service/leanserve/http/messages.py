@@ -1,0 +1,160 @@
+"""The little HTTP that the hot path needs, straight on ASGI: read a bounded body, see a client leave, send a reply."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import orjson
+
+from leanserve.contracts import Json
+from leanserve.errors import BadInput, BodyTooLarge, ClientGone, MethodNotAllowed, ServiceError
+
+Scope = dict[str, Any]
+Receive = Callable[[], Any]
+Send = Callable[[Any], Any]
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+@dataclass(slots=True)
+class Caller:
+    """One request; `variant` is the name of the variant that was chosen for it, once known.
+
+    The names in `headers` are in lower case. `body` is there where it came with the head: whole, not compressed, and
+    not above the limit. Else it is to be read by `receive`, as ASGI has it; `begun` is what is known of it before.
+    """
+
+    path: str
+    headers: Mapping[bytes, bytes]
+    receive: Receive
+    body: bytes | None = None
+    begun: bytes = b""
+    variant: str | None = None
+
+    def header(self, name: bytes) -> str | None:
+        """The header of that (lower-case) name, decoded; `None` if absent or empty."""
+        value = self.headers.get(name)
+        return None if value is None else value.decode("latin-1").strip() or None
+
+
+class Reply(NamedTuple):
+    """The body of a reply and its headers, but for the content length."""
+
+    body: bytes
+    headers: Headers
+    status: int = 200
+
+
+def error_reply(error: ServiceError) -> Reply:
+    """The reply to a request that was refused or failed."""
+    headers = [(name.encode(), value.encode()) for name, value in error_headers(error).items()]
+    return json_reply(error_body(str(error), error.code), headers, error.status)
+
+
+class Route(NamedTuple):
+    """What answers a path, by which method (GET includes HEAD), and whether the metrics count it as a prediction.
+
+    `refuse` writes what is not answered; only a foreign protocol has a shape of its own for that.
+    """
+
+    method: str
+    counts: Literal["prediction", "description"]
+    answer: Callable[[Caller], Awaitable[Reply]]
+    refuse: Callable[[ServiceError], Reply] = error_reply
+
+
+def json_reply(body: Json, headers: Headers = (), status: int = 200) -> Reply:
+    """A reply with a JSON body."""
+    return Reply(orjson.dumps(body), [(b"content-type", b"application/json"), *headers], status)
+
+
+async def read_body(caller: Caller, limit: int) -> bytes | memoryview:
+    """The whole request body, chunked or not, as it was sent, if it did not come with the head.
+
+    Raises:
+        BodyTooLarge: above `limit` bytes, told before reading where the length is declared.
+        ClientGone: the client left while sending.
+    """
+    declared = caller.header(b"content-length")
+    if declared is not None and not declared.isdecimal():
+        raise BadInput(f"the Content-Length header is not a number: {declared!r}")
+    if declared is not None and int(declared) > limit:
+        raise BodyTooLarge(f"the body has {declared} bytes; at most {limit} are taken (limits.body_bytes)")
+    _acknowledge_head(caller.receive)
+    message = await caller.receive()
+    if not message.get("more_body") and message["type"] == "http.request":
+        return _bounded(message.get("body", b""), limit)
+    parts: list[bytes] = []
+    size = 0
+    while message["type"] == "http.request":
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise _too_large(limit)
+        if not message.get("more_body"):
+            return b"".join(parts)
+        message = await caller.receive()
+    raise ClientGone("the client left while sending its body")
+
+
+def _acknowledge_head(receive: Receive) -> None:
+    """Where the head of a request came without its body: tell the client at once that it arrived.
+
+    Linux would wait 40 ms with that, and a client that writes head and body apart (without TCP_NODELAY) holds the body
+    back until it hears. Only uvicorn tells what is needed to know.
+    """
+    cycle: Any = getattr(receive, "__self__", None)
+    if getattr(cycle, "more_body", False) and not getattr(cycle, "body", True):
+        acknowledge(cycle.transport)
+
+
+def acknowledge(transport: asyncio.BaseTransport) -> None:
+    """Acknowledge what was received on a connection now rather than in 40 ms."""
+    connection = transport.get_extra_info("socket")
+    if connection is not None and connection.family != socket.AF_UNIX and hasattr(socket, "TCP_QUICKACK"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+
+def _bounded(body: bytes | memoryview, limit: int) -> bytes | memoryview:
+    if len(body) > limit:
+        raise _too_large(limit)
+    return body
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the body has more than {limit} bytes (limits.body_bytes)")
+
+
+def gone_check(receive: Receive) -> Callable[[], bool]:
+    """A cheap question, askable from any thread: did the client of this request leave?
+
+    ASGI only offers to wait for a disconnect, which would cost a task per request. uvicorn's `receive` is a method of
+    the object that knows; under another server the answer is always no, and rows of leavers are computed in vain.
+    """
+    cycle = getattr(receive, "__self__", None)
+    if cycle is None or not hasattr(cycle, "disconnected"):
+        return lambda: False
+    return lambda: cycle.disconnected
+
+
+async def send_reply(send: Send, reply: Reply) -> None:
+    """Send a reply in one go. For a HEAD request, too: the server leaves the body out."""
+    headers = [(b"content-length", b"%d" % len(reply.body)), *reply.headers]
+    await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+    await send({"type": "http.response.body", "body": reply.body})
+
+
+def error_body(text: str, code: str) -> Json:
+    """The body of every failing reply, on every path."""
+    return {"error": text, "code": code}
+
+
+def error_headers(error: ServiceError) -> dict[str, str]:
+    """`Retry-After` in whole seconds, at least 1, where the error knows it; `Allow` where the method is wrong."""
+    if isinstance(error, MethodNotAllowed):
+        return {"allow": error.allow}
+    return {} if error.retry_after_s is None else {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}

@@ -1,0 +1,101 @@
+"""A look at a model: what it is made of decides which passes are worth trying."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from leanserve.bases.description import Tensor
+from leanserve.bases.loaded import LoadedBase
+from leanserve.contracts import InputSpec, OnnxModel, TorchModel
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Shape = Literal["convolutional", "depthwise", "attention", "dense", "graph", "program"]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen."""
+
+    name: str
+    spec: InputSpec
+    shape: Shape
+    """What dominates it; `graph`: an ONNX file, `program`: an exported program, both without layers to replace."""
+    parameters: int
+    norms: bool
+    """Whether there are batch norms to fold."""
+    convolves: bool
+    multiplies: bool
+    """Whether there are linear layers, or matrix products in a graph."""
+    caveats: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    """Its outputs, with the evidence for what they mean."""
+
+    @property
+    def outputs(self) -> str:
+        """What it gives, in words."""
+        if self.spec.labels:
+            return f"{len(self.spec.labels)} classes"
+        return ", ".join(f"{item.name} {_sizes(item.shape)} ({item.meaning})" for item in self.spec.outputs)
+
+    @property
+    def inputs(self) -> str:
+        """What it takes, in words."""
+        return ", ".join(f"{item.name} {item.dtype} {_sizes(item.shape)}" for item in self.spec.fields)
+
+
+def inspect(base: LoadedBase, form: str) -> Look:
+    """Load the model and count what it consists of."""
+    model = base.model()
+    seen = _seen_in_graph(model) if isinstance(model, OnnxModel) else _seen_in_module(model, form)
+    shape, parameters, norms, convolves, multiplies = seen
+    return Look(base.name, base.spec, shape, parameters, norms, convolves, multiplies, base.caveats, base.outputs)
+
+
+def _seen_in_module(model: TorchModel, form: str) -> tuple[Shape, int, bool, bool, bool]:
+    from torch import nn
+
+    layers: Counter[str] = Counter()
+    for module in model.module.modules():
+        layers[type(module).__name__] += 1
+    parameters = sum(weight.numel() for weight in model.module.parameters())
+    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.module.modules())
+    convolves, multiplies = layers["Conv2d"] > 0, layers["Linear"] > 0
+    if form == "torch_export":
+        return "program", parameters, False, True, True
+    return _shape_of(model.module, model.spec), parameters, norms, convolves, multiplies
+
+
+def _shape_of(module: nn.Module, spec: InputSpec) -> Shape:
+    from torch import nn
+
+    convolutions = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    inner = [layer for layer in convolutions if layer.kernel_size != (1, 1)]
+    if len(convolutions) >= 4:
+        # Where most spatial kernels see one channel, there is no rank to lower.
+        return "depthwise" if 2 * sum(layer.groups > 1 for layer in inner) > len(inner) else "convolutional"
+    sequence = any(None in item.shape for item in spec.fields)
+    normed = any(isinstance(layer, nn.LayerNorm) for layer in module.modules())
+    return "attention" if sequence or normed else "dense"
+
+
+def _seen_in_graph(model: OnnxModel) -> tuple[Shape, int, bool, bool, bool]:
+    import onnx
+
+    graph = onnx.load(model.path, load_external_data=False).graph
+    operators = Counter(node.op_type for node in graph.node)
+    parameters = 0
+    for weight in graph.initializer:
+        count = 1
+        for size in weight.dims:
+            count *= size
+        parameters += count
+    multiplies = bool(operators["MatMul"] + operators["Gemm"])
+    return "graph", parameters, False, operators["Conv"] > 0, multiplies
+
+
+def _sizes(shape: tuple[int | None, ...]) -> str:
+    return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"

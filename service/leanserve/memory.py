@@ -1,0 +1,90 @@
+"""Running out of memory, recognised in one place for all libraries, and stepping back from it.
+
+numpy and Python raise `MemoryError`; torch and onnxruntime raise their general errors and say it in words, each in its
+own. What asks for less may still work: half of a batch, and half of that.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from leanserve.contracts import Arrays
+
+Result = TypeVar("Result")
+
+EXIT_STATUS = 3
+"""Of a child in which memory ran out; the reason is the last line of its stderr."""
+_WORDS = re.compile(
+    r"can't allocate memory|not enough memory|failed to allocate memory"  # torch on CPUs, onnxruntime
+    r"|bad[_ ]alloc|out[_ ]of[_ ]memory|STATUS_ALLOC_FAILED|ErrorMemoryAllocation",  # C++, CUDA and its libraries
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether this error, or one that it was raised from, says that memory ran out."""
+    while error is not None:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            return True
+        if _WORDS.search(str(error)):
+            return True
+        error = error.__cause__
+    return False
+
+
+def forget(error: BaseException | None) -> None:
+    """Let go of the arrays that the functions held in which the error came up, before anything else needs memory."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__
+
+
+@contextmanager
+def exit_when_out() -> Iterator[None]:
+    """End the process with `EXIT_STATUS` where memory runs out in the block."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.stderr.write(f"{str(error).strip() or type(error).__name__}\n")
+        sys.exit(EXIT_STATUS)
+
+
+def largest_that_fits(rows: int, run: Callable[[int], Result]) -> tuple[int, Result]:
+    """The largest of `rows`, its half, its quarter and so on for which there is memory, and what `run` gave for it.
+
+    Raises:
+        Exception: whatever `run` raises; of a lack of memory only that for a single row.
+    """
+    while True:
+        try:
+            return rows, run(rows)
+        except Exception as error:
+            if rows == 1 or not is_out_of_memory(error):
+                raise
+            forget(error)
+        rows //= 2
+
+
+def run_in_parts(run: Callable[[Arrays], Result], batch: Arrays) -> list[Result]:
+    """What `run` gives for a batch; where there is no memory for it, for its halves, or for theirs, in their order.
+
+    Raises:
+        Exception: as `largest_that_fits`.
+    """
+    rows = len(batch[0])
+    try:
+        return [run(batch)]
+    except Exception as error:
+        if rows == 1 or not is_out_of_memory(error):
+            raise
+        forget(error)
+    halves = (tuple(array[part] for array in batch) for part in (slice(rows // 2), slice(rows // 2, rows)))
+    return [result for half in halves for result in run_in_parts(run, half)]

@@ -1,0 +1,37 @@
+"""Every pass, written out by hand: `AnyPass` is the discriminated union for the config, `ALL` its members."""
+
+from __future__ import annotations
+
+from typing import Annotated, get_args
+
+from pydantic import Field
+
+from leanserve.passes.base import Pass
+from leanserve.passes.families.distill.distill import Distill
+from leanserve.passes.families.lowrank.lowrank_conv import LowrankConv
+from leanserve.passes.families.lowrank.lowrank_linear import LowrankLinear
+from leanserve.passes.families.precision.cast import Cast
+from leanserve.passes.families.prune.prune_channels import PruneChannels
+from leanserve.passes.families.quantize.quantize_dynamic import QuantizeDynamic
+from leanserve.passes.families.quantize.quantize_static import QuantizeStatic
+from leanserve.passes.families.runtime.channels_last import ChannelsLast
+from leanserve.passes.families.runtime.fold_bn import FoldBn
+from leanserve.passes.families.runtime.onnxruntime import OnnxRuntime
+from leanserve.passes.families.runtime.torch_compile import TorchCompile
+
+AnyPass = Annotated[
+    PruneChannels
+    | LowrankConv
+    | LowrankLinear
+    | Distill
+    | FoldBn
+    | Cast
+    | QuantizeDynamic
+    | QuantizeStatic
+    | ChannelsLast
+    | OnnxRuntime
+    | TorchCompile,
+    Field(discriminator="kind"),
+]
+
+ALL: tuple[type[Pass], ...] = get_args(get_args(AnyPass)[0])

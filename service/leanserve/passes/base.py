@@ -1,0 +1,97 @@
+"""The contract of a compression pass: typed options and one `apply`.
+
+A pass is a frozen pydantic model, so its options are checked when the config is read. Its class variables say where it
+may stand in a variant; `compose` in `leanserve.config.schema` checks them before any work is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from leanserve.contracts import BuildContext, Json, Model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Tag = Literal[
+    "eager_module",  # a plain torch module whose structure may be changed
+    "float_weights",  # weights in float32, not yet quantized or cast
+    "exportable",  # can be exported to ONNX, or is ONNX already
+    "onnx_graph",  # is an ONNX file
+    "runtime",  # an execution runtime has been chosen
+]
+Need = Literal["inputs", "calibration", "train", "labels", "gpu", "compiler"]
+
+BASE_TAGS: frozenset[Tag] = frozenset({"eager_module", "float_weights", "exportable"})
+"""The state tags of an uncompressed torch base."""
+
+GRAPH_TAGS: frozenset[Tag] = frozenset({"float_weights", "exportable", "onnx_graph"})
+"""Of a base that is an ONNX file."""
+
+PROGRAM_TAGS: frozenset[Tag] = frozenset({"float_weights", "exportable"})
+"""Of a base that is an exported program: it runs and exports, but has no layers that a pass could replace."""
+
+EXPORTED: frozenset[Tag] = frozenset({"eager_module"})
+"""What a pass that lowers to ONNX removes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What `apply` gives back.
+
+    `decisions` is the JSON from which `restructure` and `equip` repeat the pass without data; `facts` are numbers for
+    the report (for example `macs_ratio`).
+    """
+
+    model: Model
+    decisions: Mapping[str, Json] = field(default_factory=dict)
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+
+class Pass(BaseModel):
+    """One transformation of a model. Subclasses add `kind: Literal[...]`, their options and `apply`.
+
+    Of an option that is a `Path` the content of the file decides the artifact, wherever it lies.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    requires: ClassVar[frozenset[Tag]] = frozenset()
+    forbids: ClassVar[frozenset[Tag]] = frozenset()
+    produces: ClassVar[frozenset[Tag]] = frozenset()
+    removes: ClassVar[frozenset[Tag]] = frozenset()
+    order: ClassVar[int]
+    phase: ClassVar[Literal["build", "load"]] = "build"
+    libraries: ClassVar[tuple[str, ...]] = ("torch",)
+    """Distributions whose versions decide the result; they enter the cache key."""
+    isa_bound: ClassVar[bool] = False
+    """Whether the artifact or its measured decisions depend on the CPU's instruction set or the GPU."""
+    simulated: ClassVar[bool] = False
+    """Whether the gain is only simulated (zeros without a sparse kernel, fake quantization)."""
+
+    def refusal(self, isa: frozenset[str]) -> str | None:
+        """Why this pass cannot pay on a machine with these instruction-set flags; `None` if it can."""
+        return None
+
+    def apply(self, model: Model, context: BuildContext) -> Applied:
+        """Transform the model. The given model is left as it was.
+
+        Raises:
+            PassFailed: the options do not fit this model; the text names the option.
+        """
+        raise NotImplementedError
+
+    def restructure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
+        """Repeat the structural change on an untrained module, without data; weights are loaded afterwards."""
+        return module
+
+    def equip(self, model: Model, decisions: Mapping[str, Json]) -> Model:
+        """Repeat what cannot be stored in a file (compilation, session options) on a loaded model."""
+        return model

@@ -1,0 +1,137 @@
+"""Writes a convolution as a chain of cheaper ones, exact at full rank, cheaper below its break-even rank.
+
+Schemes: `spatial` (k x 1 then 1 x k; Jaderberg et al., 2014), `channel` (k x k with r outputs then 1 x 1; Zhang et al.,
+2015) and `tucker2` (1 x 1, k x k between few channels, 1 x 1; Kim et al., 2016). `weight` keeps the directions that
+matter to the weight, `output` those that matter to the layer's outputs on calibration data, and then refits the last
+convolution by least squares to the original outputs (the linear case of Zhang et al., each layer on its own).
+
+It buys MACs on layers whose channels or kernels are correlated and costs accuracy that training can recover. More and
+smaller convolutions use the hardware less well: on a CPU at batch 1 a residual CNN with a third of its MACs is 1.3-1.6
+times as fast in torch and 2.0-2.3 times in ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
+
+from pydantic import Field
+
+from leanserve.contracts import BuildContext, Json, Model
+from leanserve.passes.base import Applied, Need, Pass, Tag
+from leanserve.passes.toolkit.ranks import Candidate, Choice, RankRule
+from leanserve.passes.toolkit.targets import Targets
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from leanserve.contracts import TorchModel
+    from leanserve.passes.toolkit.conv_splits import Split
+    from leanserve.passes.toolkit.factors import Basis
+
+
+class LowrankConv(RankRule, Pass):
+    """Low-rank factorisation of 2-d convolutions."""
+
+    kind: Literal["lowrank_conv"] = "lowrank_conv"
+    scheme: Literal["spatial", "channel", "tucker2"] = "spatial"
+    approximate: Literal["weight", "output"] = "output"
+    """Whether the weight's error is minimised, or the output's error on calibration data."""
+    samples: int = Field(default=128, ge=2)
+    """Calibration rows for `approximate: output`, and to re-estimate batch norm."""
+    targets: Targets = Targets()
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
+    requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
+    order: ClassVar[int] = 3
+
+    def apply(self, model: Model, context: BuildContext) -> Applied:
+        from leanserve.passes.toolkit.activations import refit_batch_norm
+        from leanserve.passes.toolkit.macs import count_macs, count_parameters
+        from leanserve.passes.toolkit.structure import copy_of
+
+        made = copy_of(model, self.kind)
+        macs, parameters = count_macs(made), count_parameters(made)
+        splits, left = self._splits(made)
+        bases = self._bases(made, splits, context)
+        spectra = {name: tuple(basis.energies.tolist() for basis in bases[name]) for name in splits}
+        candidates = {name: Candidate(spectra[name], split.dense, split.cost) for name, split in splits.items()}
+        choice = self.choose(candidates, macs, left)
+        self._replace(made, {name: splits[name] for name in choice.ranks}, bases, choice, context)
+        refit_batch_norm(made, choice.ranks, context.base.data("calibration", self.samples))
+        return Applied(
+            made,
+            {"ranks": {name: list(ranks) for name, ranks in choice.ranks.items()}, "left": choice.left},
+            {
+                "macs_ratio": count_macs(made) / macs,
+                "parameters_ratio": count_parameters(made) / parameters,
+                "layers": len(choice.ranks),
+            },
+        )
+
+    def restructure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
+        from torch import nn
+
+        from leanserve.passes.toolkit.conv_splits import SCHEMES
+        from leanserve.passes.toolkit.structure import replace
+
+        for name, ranks in decisions["ranks"].items():
+            conv = cast("nn.Conv2d", module.get_submodule(name))
+            chain = SCHEMES[self.scheme](conv).chain(tuple(ranks), bias=self._has_bias(conv))
+            replace(module, conv, nn.Sequential(*chain).eval())
+        return module
+
+    def _splits(self, model: TorchModel) -> tuple[dict[str, Split], dict[str, str]]:
+        """The convolutions that the scheme can split, and why the others cannot be."""
+        from torch import nn
+
+        from leanserve.passes.toolkit.conv_splits import SCHEMES
+        from leanserve.passes.toolkit.macs import trace_calls
+
+        scheme = SCHEMES[self.scheme]
+        layers = self.targets.select(model.module, nn.Conv2d)
+        calls = trace_calls(model, layers)
+        unfit = {name: scheme.unfit(conv) if calls[name] else "it is not used" for name, conv in layers.items()}
+        left = {name: reason for name, reason in unfit.items() if reason}
+        return {name: scheme(conv, calls[name]) for name, conv in layers.items() if name not in left}, left
+
+    def _bases(
+        self, model: TorchModel, splits: Mapping[str, Split], context: BuildContext
+    ) -> dict[str, tuple[Basis, ...]]:
+        if self.approximate == "output":
+            self._watch(model, splits, context, "look")
+        return {name: split.bases(self.approximate) for name, split in splits.items()}
+
+    def _replace(
+        self,
+        model: TorchModel,
+        splits: Mapping[str, Split],
+        bases: Mapping[str, tuple[Basis, ...]],
+        choice: Choice,
+        context: BuildContext,
+    ) -> None:
+        from torch import nn
+
+        from leanserve.passes.toolkit.structure import replace
+
+        for name, split in splits.items():
+            split.fill(bases[name], choice.ranks[name], bias=self._has_bias(split.conv))
+        if self.approximate == "output":
+            self._watch(model, splits, context, "compare")
+        for split in splits.values():
+            if self.approximate == "output":
+                split.refit()
+            replace(model.module, split.conv, nn.Sequential(*split.convs).eval())
+
+    def _watch(
+        self, model: TorchModel, splits: Mapping[str, Split], context: BuildContext, step: Literal["look", "compare"]
+    ) -> None:
+        from leanserve.passes.toolkit.activations import observe
+
+        layers = {name: split.conv for name, split in splits.items()}
+        data = context.base.data("calibration", self.samples)
+        observe(model, layers, data, lambda name, x, y: getattr(splits[name], step)(x, y), context.progress)
+
+    def _has_bias(self, conv: nn.Conv2d) -> bool:
+        """Fitted outputs need a bias to keep their mean."""
+        return conv.bias is not None or self.approximate == "output"

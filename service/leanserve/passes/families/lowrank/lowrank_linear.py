@@ -1,0 +1,150 @@
+"""Writes a linear layer as two thin ones: `W x ~ A (B x)` with `r` directions between them.
+
+`svd` truncates the weight itself. `asvd` first scales each input by its mean magnitude to the power 1/2 (Yuan et al.,
+"ASVD: Activation-aware Singular Value Decomposition", 2023). `svd_llm` whitens the inputs by the Cholesky factor of
+their second moments, so that what is dropped is exactly the output energy lost (Wang et al., "SVD-LLM", 2024).
+
+It buys r (in + out) instead of in * out multiply-accumulates, and costs accuracy that training can recover; layers that
+would not get cheaper are left alone. Most trained layers have slowly falling spectra: measure before you believe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
+
+from pydantic import Field
+
+from leanserve.contracts import BuildContext, Json, Model
+from leanserve.passes.base import Applied, Need, Pass, Tag
+from leanserve.passes.toolkit.ranks import Candidate, RankRule, Ranks
+from leanserve.passes.toolkit.targets import Targets
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from leanserve.contracts import TorchModel
+    from leanserve.passes.toolkit.factors import Basis
+
+
+class LowrankLinear(RankRule, Pass):
+    """Low-rank factorisation of linear layers."""
+
+    kind: Literal["lowrank_linear"] = "lowrank_linear"
+    method: Literal["svd", "asvd", "svd_llm"] = "svd_llm"
+    """What the truncation minimises: the weight's error, or the output's error on calibration data."""
+    samples: int = Field(default=256, ge=2)
+    """Calibration rows for `asvd` and `svd_llm`, and to re-estimate batch norm."""
+    targets: Targets = Targets()
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
+    requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
+    order: ClassVar[int] = 3
+
+    def apply(self, model: Model, context: BuildContext) -> Applied:
+        from leanserve.passes.toolkit.activations import refit_batch_norm
+        from leanserve.passes.toolkit.macs import count_macs, count_parameters
+        from leanserve.passes.toolkit.structure import copy_of, replace
+
+        made = copy_of(model, self.kind)
+        macs, parameters = count_macs(made), count_parameters(made)
+        layers, left = self._layers(made)
+        bases = self._bases(made, layers, context)
+        choice = self.choose(_candidates(made, layers, bases), macs, left)
+        for name, (rank,) in choice.ranks.items():
+            replace(made.module, layers[name], _factorised(layers[name], bases[name], rank))
+        refit_batch_norm(made, choice.ranks, context.base.data("calibration", self.samples))
+        return Applied(
+            made,
+            {"ranks": {name: rank for name, (rank,) in choice.ranks.items()}, "left": choice.left},
+            {
+                "macs_ratio": count_macs(made) / macs,
+                "parameters_ratio": count_parameters(made) / parameters,
+                "layers": len(choice.ranks),
+            },
+        )
+
+    def restructure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
+        from torch import nn
+
+        from leanserve.passes.toolkit.structure import replace
+
+        for name, rank in decisions["ranks"].items():
+            layer = cast("nn.Linear", module.get_submodule(name))
+            replace(module, layer, nn.Sequential(*_thin(layer, rank)).eval())
+        return module
+
+    def _layers(self, model: TorchModel) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+        """The linear layers that can be split, and why the others cannot be."""
+        from torch import nn
+
+        from leanserve.passes.toolkit.macs import trace_calls
+
+        layers, left = self.targets.select(model.module, nn.Linear), {}
+        calls = trace_calls(model, layers)
+        for name in layers:
+            holder = model.module.get_submodule(name.rpartition(".")[0])
+            if isinstance(holder, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+                left[name] = f"{type(holder).__name__} reads its weight instead of calling it"
+            elif not calls[name]:
+                left[name] = "it is not used"
+        return {name: layer for name, layer in layers.items() if name not in left}, left
+
+    def _bases(self, model: TorchModel, layers: Mapping[str, nn.Linear], context: BuildContext) -> dict[str, Basis]:
+        from leanserve.passes.toolkit.activations import Moments, observe
+        from leanserve.passes.toolkit.factors import cholesky_scale, input_basis
+
+        weights = {name: layer.weight.detach().T for name, layer in layers.items()}
+        if self.method == "svd":
+            return {name: input_basis(weight) for name, weight in weights.items()}
+        moments = {name: Moments() for name in layers}
+
+        def see(name: str, x: Tensor, _: Tensor) -> None:
+            flat = x.flatten(0, -2)
+            moments[name].add(flat.abs() if self.method == "asvd" else flat)
+
+        observe(model, layers, context.base.data("calibration", self.samples), see, context.progress)
+        if self.method == "asvd":
+            scales = {name: seen.mean.clamp_min(1e-6).sqrt().diag() for name, seen in moments.items()}
+        else:
+            scales = {name: cholesky_scale(seen.gram) for name, seen in moments.items()}
+        return {name: input_basis(weight, scales[name]) for name, weight in weights.items()}
+
+
+def _candidates(model: TorchModel, layers: Mapping[str, nn.Linear], bases: Mapping[str, Basis]) -> dict[str, Candidate]:
+    from leanserve.passes.toolkit.macs import positions, trace_calls
+
+    places = {name: positions(calls, channel_axis=-1) for name, calls in trace_calls(model, layers).items()}
+    return {
+        name: Candidate(
+            (bases[name].energies.tolist(),),
+            places[name] * layer.in_features * layer.out_features,
+            partial(_cost, places[name] * (layer.in_features + layer.out_features)),
+        )
+        for name, layer in layers.items()
+    }
+
+
+def _cost(unit: int, ranks: Ranks) -> int:
+    return unit * ranks[0]
+
+
+def _thin(layer: nn.Linear, rank: int) -> tuple[nn.Linear, nn.Linear]:
+    """The two layers that take the place of `layer`, without their weights."""
+    from torch import nn
+
+    first = nn.Linear(layer.in_features, rank, bias=False)
+    return first, nn.Linear(rank, layer.out_features, bias=layer.bias is not None)
+
+
+def _factorised(layer: nn.Linear, basis: Basis, rank: int) -> nn.Sequential:
+    import torch
+
+    first, second = _thin(layer, rank)
+    with torch.no_grad():
+        first.weight.copy_(basis.encode[:, :rank].T)
+        second.weight.copy_((basis.decode[:rank] @ layer.weight.T.double()).T)
+        if layer.bias is not None:
+            second.bias.copy_(layer.bias)
+    return torch.nn.Sequential(first, second).eval()

@@ -1,0 +1,141 @@
+"""Removes whole channels, so that every kernel stays dense and the model really gets smaller and faster.
+
+Channels are ranked by `l1` or `l2` norm (Li et al., "Pruning Filters for Efficient ConvNets", 2017), by the batch-norm
+scale (Liu et al., "Network Slimming", 2017) or by `taylor`, the first-order change of the loss (Molchanov et al.,
+"Importance Estimation for Neural Network Pruning", 2019); groups of tied channels come from torch-pruning (2023).
+
+It buys latency nearly in proportion: a residual CNN with half its MACs is 1.6 times as fast on a CPU in float32, with
+counts in multiples of 16, and 1.3 times without. It costs accuracy until `distill` has recovered it: gate only then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from leanserve.contracts import BuildContext, Json, Model
+from leanserve.errors import PassFailed
+from leanserve.passes.base import Applied, Need, Pass, Tag
+from leanserve.passes.toolkit.targets import Targets
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from leanserve.contracts import TorchModel
+    from leanserve.passes.toolkit.channels import Block, ChannelGroup
+
+TOLERANCE = 0.1
+"""How far from its target, as a share of the model's MACs or channels, a pruned model may end."""
+
+
+class PruneChannels(Pass):
+    """Structural pruning of channels; layers that make the outputs are never pruned."""
+
+    kind: Literal["prune_channels"] = "prune_channels"
+    ratio: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the prunable channels to remove."""
+    macs: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the model's MACs to keep."""
+    importance: Literal["l1", "l2", "taylor", "bn_scale"] = "l2"
+    scope: Literal["global", "uniform"] = "uniform"
+    """`global` compares channels across layers, `uniform` removes the same share of every layer."""
+    round_to: int = Field(default=16, ge=1)
+    """Channel counts stay multiples of it; odd counts are slower."""
+    steps: int = Field(default=1, ge=1)
+    """The target is approached in so many steps; importance is measured anew in each."""
+    samples: int = Field(default=256, ge=2)
+    """Calibration rows to re-estimate batch norm, and training rows for `taylor`."""
+    targets: Targets = Targets()
+    """Layers whose outputs may be pruned."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
+    requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
+    order: ClassVar[int] = 2
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "torch-pruning")
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if (self.ratio is None) == (self.macs is None):
+            raise ValueError("give exactly one of ratio and macs")
+        return self
+
+    def apply(self, model: Model, context: BuildContext) -> Applied:
+        from leanserve.passes.toolkit.activations import refit_batch_norm
+        from leanserve.passes.toolkit.channels import nearest
+        from leanserve.passes.toolkit.macs import count_macs, count_parameters
+        from leanserve.passes.toolkit.structure import copy_of, differences
+
+        made = base = copy_of(model, self.kind)
+        first = groups = self._groups(base, context)
+        if not self._blocks(groups, first):
+            raise PassFailed(f"round_to: no prunable layer has more than {self.round_to} channels; lower it")
+        whole = self._size(first, base)
+
+        def kept(model: TorchModel) -> float:
+            return self._size(first, model) / whole
+
+        changed: dict[str, Json] = {}
+        for step in range(1, self.steps + 1):
+            context.progress(step - 1, self.steps, "pruning")
+            groups = groups if step == 1 else self._groups(made, context)
+            goal = 1 - (1 - self._target) * step / self.steps
+            made = nearest(made, self._blocks(groups, first), kept, goal)
+            changed = differences(base.module, made.module)
+            if step == self.steps or self.importance == "taylor":  # the other criteria look at weights alone
+                refit_batch_norm(made, changed, context.base.data("calibration", self.samples))
+        self._check(kept(made))
+        context.progress(self.steps, self.steps, "pruned")
+        return Applied(
+            made,
+            {"layers": changed},
+            {
+                "macs_ratio": count_macs(made) / count_macs(base),
+                "parameters_ratio": count_parameters(made) / count_parameters(base),
+            },
+        )
+
+    def restructure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
+        from leanserve.passes.toolkit.structure import reshape
+
+        return reshape(module, decisions["layers"])
+
+    def _groups(self, model: TorchModel, context: BuildContext) -> list[ChannelGroup]:
+        """The prunable groups with their importance in `model`."""
+        from torch import nn
+
+        from leanserve.passes.toolkit.channels import channel_groups
+        from leanserve.passes.toolkit.importance import importance_of
+
+        chosen = self.targets.select(model.module, nn.Conv2d, nn.Linear).values()
+        frozen = [child for child in model.module.modules() if isinstance(child, nn.Conv2d | nn.Linear)]
+        frozen = [child for child in frozen if child not in set(chosen)]
+        data = context.base.data("train", self.samples) if self.importance == "taylor" else None
+        return channel_groups(model, importance_of(self.importance, model, data), frozen)
+
+    def _blocks(self, groups: Sequence[ChannelGroup], first: Sequence[ChannelGroup]) -> list[Block]:
+        """Everything that can be removed, in the order of removal; `first` are the groups before any pruning."""
+        widest = {group.root: len(group.scores) for group in first}
+        blocks = [block for group in groups for block in group.blocks(self.round_to, widest[group.root], self.scope)]
+        return sorted(blocks, key=lambda block: block.priority)
+
+    def _size(self, groups: Sequence[ChannelGroup], model: TorchModel) -> int:
+        """What the target counts: MACs, or output channels of the prunable groups."""
+        from leanserve.passes.toolkit.channels import width
+        from leanserve.passes.toolkit.macs import count_macs
+
+        return count_macs(model) if self.macs is not None else width(model, [group.root for group in groups])
+
+    def _check(self, kept: float) -> None:
+        name, reached = ("macs", kept) if self.macs is not None else ("ratio", 1 - kept)
+        if kept == 1.0 or abs(kept - self._target) > TOLERANCE:
+            raise PassFailed(
+                f"{name}: {getattr(self, name)} was asked for and {reached:.3f} is the nearest that was reached; "
+                f"lower round_to ({self.round_to}), exclude fewer layers or ask for another value"
+            )
+
+    @property
+    def _target(self) -> float:
+        """The share to keep."""
+        return self.macs if self.macs is not None else 1 - (self.ratio or 0.0)

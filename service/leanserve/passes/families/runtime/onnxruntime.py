@@ -1,0 +1,52 @@
+"""Run the model in onnxruntime: one fused graph instead of a Python call per operator.
+
+The graph is exported once and compared with the module (see `tools.lowering`); onnxruntime fuses operators, lays out
+convolutions for the CPU's vector width and needs neither torch nor Python between operators. Answers change by float
+rounding only. What it costs: a second library, and models whose control flow depends on data cannot be exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+from pydantic import PositiveInt
+
+from leanserve.contracts import BuildContext, Json, Model, OnnxModel
+from leanserve.passes.base import EXPORTED, Applied, Need, Pass, Tag
+
+
+class OnnxRuntime(Pass):
+    """Export to ONNX unless an earlier pass did, and choose the session's options."""
+
+    kind: Literal["onnxruntime"] = "onnxruntime"
+    optimisation: Literal["disable", "basic", "extended", "all"] = "all"
+    """Graph optimisation at load: `basic` folds and removes, `extended` fuses, `all` also changes the memory layout."""
+    threads: PositiveInt | Literal["auto"] = "auto"
+    """Threads within an operator; `auto`: all that the device has."""
+    spinning: Literal["auto", "off", "on"] = "auto"
+    """`on`: threads wait busily for the next operator of a batch. Faster alone on idle cores, far slower in company."""
+    provider: Literal["cpu", "cuda"] = "cpu"
+    """Where operators run. `cuda` needs the extra `gpu`; a machine that cannot do it refuses to start."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"inputs"})
+    requires: ClassVar[frozenset[Tag]] = frozenset({"exportable"})
+    forbids: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
+    produces: ClassVar[frozenset[Tag]] = frozenset({"onnx_graph", "runtime"})
+    removes: ClassVar[frozenset[Tag]] = EXPORTED
+    order: ClassVar[int] = 8
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnxscript", "onnxruntime")
+
+    def apply(self, model: Model, context: BuildContext) -> Applied:
+        from leanserve.passes.toolkit.lowering import as_onnx
+
+        return Applied(self._with_options(as_onnx(model, context.scratch / "model.onnx")))
+
+    def equip(self, model: Model, decisions: Mapping[str, Json]) -> Model:  # noqa: ARG002
+        """Hand the options to the backend."""
+        assert isinstance(model, OnnxModel)
+        return self._with_options(model)
+
+    def _with_options(self, model: OnnxModel) -> OnnxModel:
+        return replace(model, session=self.model_dump(mode="json", exclude={"kind"}))

@@ -1,0 +1,127 @@
+"""A float ONNX graph as the quantizing passes see it: fused, typed, its nodes named, its layers known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from leanserve.contracts import Model
+from leanserve.errors import PassFailed
+from leanserve.passes.toolkit.lowering import as_onnx
+
+LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
+ASSUMED_LENGTH = 16
+"""Size of a dynamic axis when arithmetic is counted."""
+
+
+def fused_graph(model: Model, scratch: Path) -> Graph:
+    """The model's graph with constants folded, layers fused and types inferred.
+
+    This comes before quantizing: what is fused afterwards has been calibrated apart.
+
+    Raises:
+        PassFailed: a torch model cannot be exported.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(scratch / "fused.onnx")
+    path = as_onnx(model, scratch / "float.onnx").path
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    fused = onnx.shape_inference.infer_shapes(onnx.load(scratch / "fused.onnx"))
+    for position, node in enumerate(fused.graph.node):
+        node.name = node.name or f"{node.op_type}_fused_{position}"
+    _pool_by_average(fused.graph)
+    _forget_constants(fused.graph)
+    return Graph(fused)
+
+
+def _forget_constants(graph: onnx.GraphProto) -> None:
+    """Drop the shapes noted for constants: quantizers transpose weights in place and the note would contradict them."""
+    constants = {item.name for item in graph.initializer}
+    kept = [item for item in graph.value_info if item.name not in constants]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
+
+
+def _pool_by_average(graph: onnx.GraphProto) -> None:
+    """Write means over whole images as global average pooling, which has an int8 kernel where ReduceMean has none."""
+    integers = [item for item in graph.initializer if item.data_type == onnx.TensorProto.INT64]
+    axes = {item.name: onnx.numpy_helper.to_array(item) for item in integers}
+    ranks = {item.name: len(item.type.tensor_type.shape.dim) for item in graph.value_info}
+    for node in graph.node:
+        if node.op_type != "ReduceMean" or len(node.input) != 2 or ranks.get(node.input[0]) != 4:
+            continue
+        keeps_axes = all(attribute.i for attribute in node.attribute if attribute.name == "keepdims")
+        if keeps_axes and sorted(axes.get(node.input[1], np.zeros(0)) % 4) == [2, 3]:
+            node.op_type = "GlobalAveragePool"
+            del node.input[1:], node.attribute[:]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A fused graph. Its *layers* are the convolutions and matrix products with constant weights."""
+
+    model: onnx.ModelProto
+
+    @property
+    def nodes(self) -> Sequence[onnx.NodeProto]:
+        nodes: Sequence[onnx.NodeProto] = self.model.graph.node
+        return nodes
+
+    @cached_property
+    def constants(self) -> Mapping[str, onnx.TensorProto]:
+        return {item.name: item for item in self.model.graph.initializer}
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the float32 tensors that are not constant; 0 marks a dynamic axis."""
+        graph = self.model.graph
+        described = [*graph.value_info, *graph.input, *graph.output]
+        return {
+            item.name: tuple(axis.dim_value for axis in item.type.tensor_type.shape.dim)
+            for item in described
+            if item.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+        }
+
+    @cached_property
+    def layers(self) -> tuple[onnx.NodeProto, ...]:
+        return tuple(node for node in self.nodes if node.op_type in LAYERS and self._has_weights(node))
+
+    def _has_weights(self, node: onnx.NodeProto) -> bool:
+        weights = self.constants.get(node.input[1])
+        if weights is None or node.input[0] not in self.shapes:
+            return False
+        return node.op_type != "MatMul" or len(weights.dims) == 2  # kernels know no stack of int8 matrices
+
+    def macs(self, layer: onnx.NodeProto) -> int:
+        """Multiply-accumulates per row of one layer."""
+        weights = math.prod(int(size) for size in self.constants[layer.input[1]].dims)
+        row = self.shapes.get(layer.output[0], ())[1:]
+        places = row[1:] if layer.op_type == "Conv" else row[:-1]
+        return weights * math.prod(size or ASSUMED_LENGTH for size in places)
+
+    def matching(self, globs: Sequence[str]) -> frozenset[str]:
+        """Names of the nodes whose name or operator type matches one of the globs.
+
+        Raises:
+            PassFailed: a glob matches nothing.
+        """
+        found: set[str] = set()
+        for glob in globs:
+            names = {
+                node.name for node in self.nodes if fnmatchcase(node.name, glob) or fnmatchcase(node.op_type, glob)
+            }
+            if not names:
+                layers = ", ".join(node.name for node in self.layers)
+                raise PassFailed(f"keep_float: '{glob}' matches no node and no operator type; the layers are {layers}")
+            found |= names
+        return frozenset(found)

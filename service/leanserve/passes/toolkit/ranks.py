@@ -1,0 +1,132 @@
+"""How many directions each factorised layer keeps: one rule for every low-rank pass.
+
+A factorised layer is cheaper only below its break-even rank; beyond it the layer is left as it was, and the reason is
+written down. This file needs no torch, because its options are validated with the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self, TypeAlias
+
+from pydantic import BaseModel, Field, model_validator
+
+from leanserve.errors import PassFailed
+
+Ranks: TypeAlias = tuple[int, ...]
+
+DEFAULT_MULTIPLE = 16
+"""Chosen ranks are rounded up to it: kernels work on whole vectors, and 16 floats fill the widest (AVX-512)."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer that could be factorised.
+
+    `spectra` holds, for each rank to be chosen, the energies (squared singular values) of the directions, strongest
+    first. `dense` is the layer's cost as it is and `cost` its cost with given ranks, both in MACs per row.
+    """
+
+    spectra: tuple[Sequence[float], ...]
+    dense: int
+    cost: Callable[[Ranks], int]
+
+
+class Choice(NamedTuple):
+    """Ranks by layer, and the layers left as they were with the reason."""
+
+    ranks: dict[str, Ranks]
+    left: dict[str, str]
+
+
+class RankRule(BaseModel):
+    """Options of a pass that chooses ranks: exactly one of `rank`, `energy` and `macs`."""
+
+    rank: int | None = Field(default=None, ge=1)
+    """The same rank for every layer."""
+    energy: float | None = Field(default=None, gt=0, le=1)
+    """Share of each layer's energy that is kept."""
+    macs: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the model's MACs that may remain; every layer keeps the same share of its energy."""
+    round_to: int | None = Field(default=None, ge=1)
+    """Ranks chosen by `energy` or `macs` are rounded up to a multiple of it; 16 by default."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        given = [name for name in ("rank", "energy", "macs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of rank, energy and macs (got {', '.join(given) or 'none'})")
+        if self.rank is not None and self.round_to is not None:
+            raise ValueError("round_to rounds chosen ranks; with rank there is nothing to choose, so drop one of them")
+        return self
+
+    def choose(self, candidates: Mapping[str, Candidate], total: int, left: Mapping[str, str]) -> Choice:
+        """Choose ranks for the candidates of a model of `total` MACs; `left` tells what was ruled out before.
+
+        Raises:
+            PassFailed: the MACs cannot be reached, or no layer gets cheaper.
+        """
+        wanted = self._wanted(candidates, total)
+        choice = Choice({}, dict(left))
+        for name, ranks in wanted.items():
+            candidate = candidates[name]
+            if (cost := candidate.cost(ranks)) < candidate.dense:
+                choice.ranks[name] = ranks
+            else:
+                ratio = cost / max(1, candidate.dense)
+                choice.left[name] = f"rank {'x'.join(map(str, ranks))} would cost {ratio:.2f} times the layer's MACs"
+        if not choice.ranks:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.left.items())
+            raise PassFailed(
+                f"{self._rule()}: no layer gets cheaper by factorising ({reasons}); lower it or drop the pass"
+            )
+        return choice
+
+    def _wanted(self, candidates: Mapping[str, Candidate], total: int) -> dict[str, Ranks]:
+        if self.rank is not None:
+            rank = self.rank
+            return {
+                name: tuple(min(rank, len(spectrum)) for spectrum in candidate.spectra)
+                for name, candidate in candidates.items()
+            }
+        if self.energy is not None:
+            return self._by_energy(candidates, self.energy)
+        return self._by_macs(candidates, total, self.macs or 0.0)
+
+    def _by_energy(self, candidates: Mapping[str, Candidate], energy: float) -> dict[str, Ranks]:
+        multiple = self.round_to or DEFAULT_MULTIPLE
+        return {
+            name: tuple(_rank(spectrum, energy, multiple) for spectrum in candidate.spectra)
+            for name, candidate in candidates.items()
+        }
+
+    def _by_macs(self, candidates: Mapping[str, Candidate], total: int, share: float) -> dict[str, Ranks]:
+        """The highest energy, common to all layers, at which the model fits into its share of the MACs."""
+
+        def remaining(energy: float) -> float:
+            ranks = self._by_energy(candidates, energy)
+            saved = sum(max(0, item.dense - item.cost(ranks[name])) for name, item in candidates.items())
+            return (total - saved) / total
+
+        low, high = 0.0, 1.0
+        if (least := remaining(low)) > share:
+            raise PassFailed(f"macs: {share} cannot be reached, the lowest ranks still leave {least:.3f} of the MACs")
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (middle, high) if remaining(middle) <= share else (low, middle)
+        return self._by_energy(candidates, low)
+
+    def _rule(self) -> str:
+        name = next(name for name in ("rank", "energy", "macs") if getattr(self, name) is not None)
+        return f"{name} {getattr(self, name)}"
+
+
+def _rank(spectrum: Sequence[float], energy: float, multiple: int) -> int:
+    """The lowest rank, rounded up, that keeps the share `energy`; never more than the spectrum is long."""
+    wanted = energy * sum(spectrum) * (1 - 1e-9)
+    kept, rank = 0.0, 0
+    while rank < len(spectrum) and (rank == 0 or kept < wanted):
+        kept += spectrum[rank]
+        rank += 1
+    return min(-(-rank // multiple) * multiple, len(spectrum))

@@ -1,0 +1,1 @@
+"""Quality and cost of the variants, for the terminal and as one page."""

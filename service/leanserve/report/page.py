@@ -1,0 +1,69 @@
+"""The report as one HTML page that can be mailed, archived or opened without a network.
+
+Everything is inside the file: style, plots and text. There is no script, so the page is also safe to open, and every
+name and reason is escaped by the template.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from leanserve.artifacts.manifest import Manifest
+from leanserve.report.columns import Column, answers, by_output, footprint, speed
+from leanserve.report.columns import waterfall as waterfall_columns
+from leanserve.report.headline import hardware, headline, tiles
+from leanserve.report.summary import Summary
+
+
+def render(summary: Summary, title: str) -> str:
+    """The page as text. The same summary and title give the same text."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    from leanserve.report import plots
+
+    folder = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2").render(
+        title=title,
+        style=Markup((folder / "style.css").read_text(encoding="utf-8")),
+        summary=summary,
+        headline=headline(summary),
+        tiles=tiles(summary),
+        hardware=hardware(summary),
+        samples=summary.reference.quality.samples,
+        tables=_tables(summary),
+        output_measures=by_output(summary.measured),
+        steps=waterfall_columns(summary.measured, summary.batches),
+        tradeoff=Markup(plots.tradeoff(summary)),
+        sizes=Markup(plots.sizes(summary)),
+        waterfalls={
+            variant.number: Markup(plots.waterfall(variant, summary.yardstick))
+            for variant in summary.variants
+            if variant.passes
+        },
+        details=_details,
+    )
+
+
+def _tables(summary: Summary) -> tuple[tuple[str, tuple[Column, ...]], ...]:
+    """Caption and columns of each table of numbers."""
+    return (
+        ("Does it still answer right?", answers(summary.measured)),
+        (f"How fast is it?{summary.mark}", speed(summary.batches)),
+        (f"What else does it take?{summary.mark}", footprint(summary.measured)),
+    )
+
+
+def _details(manifest: Manifest) -> str:
+    """The options of a pass and the facts that it recorded, on one line."""
+    options = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in manifest.options.items()]
+    facts = [f"{name} {value:.4g}" for name, value in manifest.facts.items()]
+    return " · ".join([*options, *facts])

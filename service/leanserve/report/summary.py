@@ -1,0 +1,218 @@
+"""What the report says, before anyone decides how it looks.
+
+Terminal and page must never disagree, so gains, drops and above all the choice of the cheapest variant that still
+answers right are computed here, once, from the manifests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from leanserve.artifacts.manifest import Manifest, Quality, VariantReport
+from leanserve.contracts import CLASSES
+
+Measure = Literal["score", "score of one", "classes", "embeddings", "outputs"]
+State = Literal["serving", "excluded", "reference"]
+TOLERANCES: Mapping[Measure, float] = {
+    "score": 0.5,
+    "score of one": 0.5,
+    "classes": 0.5,
+    "embeddings": 1.0,
+    "outputs": 5.0,
+}
+"""Points. A cosine of 0.99 is an error of some 14 %, so that 5 % of values are no less strict."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The quality of one artifact beside that of its base; `seconds` is the time that building it took."""
+
+    label: str
+    quality: Quality
+    base: Quality
+    seconds: float
+    simulated: bool
+
+    @property
+    def gain(self) -> float:
+        """Throughput over that of the base."""
+        return self.quality.throughput / self.base.throughput
+
+    @property
+    def shrinkage(self) -> float:
+        """Size of the base on disk over that of the artifact."""
+        return self.base.disk_bytes / max(1, self.quality.disk_bytes)
+
+    @property
+    def drop(self) -> float | None:
+        """Points of score (hundredths) lost against the base; negative where the artifact is better."""
+        if self.quality.score is None or self.base.score is None:
+            return None
+        return 100 * (self.base.score - self.quality.score)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass of a variant, and what the variant was worth after it."""
+
+    measured: Measured
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A row of the report. `number` marks the variant in the plots; the reference row of the bare base has 0."""
+
+    number: int
+    name: str
+    state: State
+    reason: str | None
+    measured: Measured
+    steps: tuple[Step, ...]
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """The labels of its passes, simulated ones marked."""
+        return tuple(step.measured.label for step in self.steps[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Yardstick:
+    """What calls answers right: the score, else the agreement of the worst output with the base's; both in per cent."""
+
+    measure: Measure
+    """`score`; `score of one`, where labels say nothing of other outputs, which must agree as those of `outputs`; else
+    what all outputs are whose agreement counts; `outputs`: values, or of several kinds."""
+
+    @property
+    def scored(self) -> bool:
+        """Whether the number is the score."""
+        return self.measure in {"score", "score of one"}
+
+    @property
+    def tolerance(self) -> float:
+        """Points by which a variant may fall short."""
+        return TOLERANCES[self.measure]
+
+    def value(self, quality: Quality) -> float | None:
+        """The measured number."""
+        value = quality.score if self.scored else quality.agreement
+        return None if value is None else 100 * value
+
+    def interval(self, quality: Quality) -> tuple[float, float] | None:
+        """The 95 % confidence interval; only scores have one."""
+        if not self.scored or quality.score_low is None or quality.score_high is None:
+            return None
+        return 100 * quality.score_low, 100 * quality.score_high
+
+    def floor(self, base: Quality) -> float | None:
+        """The least value that counts as a right answer. A base agrees with itself by definition."""
+        value = self.value(base) if self.scored else 100.0
+        return None if value is None else value - self.tolerance
+
+    def accepts(self, measured: Measured) -> bool:
+        """Whether the variant still answers right; rounding of the stored numbers is forgiven."""
+        value, floor = self.value(measured.quality), self.floor(measured.base)
+        if self.measure == "score of one" and 100 * measured.quality.agreement < 100 - TOLERANCES["outputs"] - 1e-9:
+            return False
+        return value is not None and floor is not None and value >= floor - 1e-9
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything that the report shows, in the order in which the variants were given."""
+
+    base: str
+    variants: tuple[Variant, ...]
+    yardstick: Yardstick
+    caveats: tuple[str, ...] = ()
+    """What is true of every number in it: the base is `untrained`, its rows are `synthetic data`."""
+    elsewhere: str = ""
+    """In a sentence, that the numbers were measured on another machine; empty: they were measured on this one."""
+
+    @property
+    def mark(self) -> str:
+        """What stands behind the title of every table whose numbers depend on the machine."""
+        return " (measured on another machine)" if self.elsewhere else ""
+
+    @cached_property
+    def manifests(self) -> tuple[Manifest, ...]:
+        """Every artifact in the report, those shared by several variants once."""
+        every = (step.manifest for variant in self.variants for step in variant.steps)
+        return tuple({manifest.key: manifest for manifest in every}.values())
+
+    @cached_property
+    def measured(self) -> tuple[Measured, ...]:
+        """Every variant as a whole."""
+        return tuple(variant.measured for variant in self.variants)
+
+    @cached_property
+    def batches(self) -> tuple[int, ...]:
+        """The batch sizes at which latency was measured."""
+        return tuple(sorted({rows for variant in self.variants for rows in variant.measured.quality.latency_ms}))
+
+    @cached_property
+    def reference(self) -> Measured:
+        """The uncompressed base, as the first variant met it."""
+        return self.variants[0].steps[0].measured
+
+    @cached_property
+    def cheapest(self) -> Variant | None:
+        """The compressed variant with the most rows per second that serves, answers right and beats the base."""
+        able = [item for item in self.variants if item.state == "serving" and self.yardstick.accepts(item.measured)]
+        best = max(able, key=lambda item: item.measured.quality.throughput, default=None)
+        return best if best is not None and best.passes and best.measured.gain > 1 else None
+
+
+def summarise(reports: Sequence[VariantReport], caveats: Sequence[str] = (), elsewhere: str = "") -> Summary:
+    """Compute what the report shows. A reference row of the bare base is put first unless a variant is just that.
+
+    Raises:
+        ValueError: there is no variant to report.
+    """
+    if not reports:
+        raise ValueError("nothing to report: the list of variants is empty; build at least one variant first")
+    variants = [_variant(number, report) for number, report in enumerate(reports, start=1)]
+    if all(variant.passes for variant in variants):
+        reference = variants[0].steps[0]
+        name = f"base ({reference.manifest.base})"
+        variants.insert(0, Variant(0, name, "reference", None, reference.measured, (reference,)))
+    return Summary(reports[0].chain[0].base, tuple(variants), _yardstick(reports), tuple(caveats), elsewhere)
+
+
+def _variant(number: int, report: VariantReport) -> Variant:
+    base = report.chain[0].quality
+    steps = tuple(Step(_measured(manifest, base), manifest) for manifest in report.chain)
+    whole = Measured(
+        label=report.name,
+        quality=report.quality,
+        base=base,
+        seconds=sum(manifest.seconds for manifest in report.chain),
+        simulated=any(manifest.simulated for manifest in report.chain),
+    )
+    return Variant(number, report.name, report.state, report.reason, whole, steps)
+
+
+def _measured(manifest: Manifest, base: Quality) -> Measured:
+    label = manifest.kind or "base"
+    return Measured(
+        label=f"{label} (simulated)" if manifest.simulated else label,
+        quality=manifest.quality,
+        base=base,
+        seconds=manifest.seconds,
+        simulated=manifest.simulated,
+    )
+
+
+def _yardstick(reports: Sequence[VariantReport]) -> Yardstick:
+    """Labels decide where there are any, the same answers as the base's otherwise."""
+    qualities = [manifest.quality for report in reports for manifest in report.chain]
+    if all(quality.score is not None for quality in qualities):
+        return Yardstick("score" if all(len(quality.outputs) == 1 for quality in qualities) else "score of one")
+    meanings = {output.meaning for quality in qualities for output in quality.outputs}
+    if meanings <= CLASSES:
+        return Yardstick("classes")
+    return Yardstick("embeddings" if meanings == {"embedding"} else "outputs")

@@ -1,0 +1,1 @@
+"""Tuning of the machine, each part with one call site."""

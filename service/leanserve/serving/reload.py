@@ -1,0 +1,155 @@
+"""A variant's backends loaded and closed while other variants serve, at as little cost to these as can be.
+
+The lanes have no part in it: models are read, opened, run in every shape and, one day, closed on threads that are there
+only for this, at a lower priority. A lane needs no preparation, for it has run the variant before; even a single row of
+a slow variant on it would double the p99 of a fast one. What batches cost is known from before, too.
+
+Only opening cannot step back wherever lanes have several threads: a backend may start threads of its own, which inherit
+a priority that nobody without privileges can ever raise again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import os
+import platform
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from queue import SimpleQueue
+from typing import Literal, TypeVar
+
+from leanserve.contracts import Backend, InputSpec
+from leanserve.runtime.costs import Costs
+from leanserve.runtime.linux.huge_pages import anonymous_bytes, gather_since
+from leanserve.serving.batch_runner import Running
+
+Open = Callable[[int], Backend]
+"""Creates a backend with so many threads."""
+Read = Callable[[], Open]
+"""Reads a model, which may take long, and returns what is left to do: to open a backend for it."""
+Priority = Literal["low", "usual"]
+Result = TypeVar("Result")
+
+NICE = 10
+"""A tenth of the weight of a thread of the usual priority. At the lowest one, 19, a loading thread that holds Python's
+lock waits for the cores so long that those who wait for the lock are kept up by tens of milliseconds."""
+SWITCH_S = 0.0005
+"""While a variant is loaded, a thread that runs Python gives way after this time to another that wants to. After
+Python's own 5 ms, answers of other variants took ten times as long while a model was being compiled."""
+
+
+class LoadingThreads:
+    """Two threads beside the lanes, of `low` and of `usual` priority; each starts when it is first needed.
+
+    They are the same for every load, because glibc keeps some freed memory per thread for that thread's next use: with
+    new threads each time, a hundred loads of a model left five times its weights behind. Daemons, because a model that
+    takes minutes to load must not keep the process from ending.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: dict[Priority, SimpleQueue[Callable[[], None] | None]] = {}
+
+    async def do(self, work: Callable[[], Result], priority: Priority = "low") -> Result:
+        """The result of the work, which is done to its end whoever waits for it. One work at a time.
+
+        All threads of Python take shorter turns meanwhile.
+        """
+        done: Future[Result] = Future()
+        done.set_running_or_notify_cancel()  # from now on it cannot be cancelled
+
+        def job() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+
+        usual = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_S)
+        try:
+            self._queue(priority).put(job)
+            return await asyncio.wrap_future(done)
+        finally:
+            sys.setswitchinterval(usual)
+
+    def close(self) -> None:
+        """End the threads once they have done what they do."""
+        for jobs in self._jobs.values():
+            jobs.put(None)
+
+    def _queue(self, priority: Priority) -> SimpleQueue[Callable[[], None] | None]:
+        if priority not in self._jobs:
+            jobs = self._jobs[priority] = SimpleQueue()
+            threading.Thread(target=_work, args=(jobs, priority), name=f"loading-{priority}", daemon=True).start()
+        return self._jobs[priority]
+
+
+def _work(jobs: SimpleQueue[Callable[[], None] | None], priority: Priority) -> None:
+    if priority == "low":
+        _step_back()
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # with the model that it refers to
+
+
+def _step_back() -> None:
+    """Have other threads go before this one; on Linux only, for elsewhere a priority is that of a process."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+
+
+async def open_again(threads: LoadingThreads, running: Running, read: Read, spec: InputSpec) -> Running:
+    """New backends like the closed ones, warm: for all lanes, shared where possible, and a wide one if there was.
+
+    Raises:
+        Exception: whatever reading, opening or running raises; what was opened is closed.
+    """
+    device, opened = running.device, list[Backend]()
+    before = anonymous_bytes()
+
+    async def open_with(count: int) -> Backend:
+        open_backend = await threads.do(read)
+        opened.append(await threads.do(partial(open_backend, count), "low" if count == 1 else "usual"))
+        return opened[-1]
+
+    try:
+        backends = [await open_with(device.lane_threads)]
+        for _ in device.lanes[1:]:
+            shared = backends[0].self_contained
+            backends.append(backends[0] if shared else await open_with(device.lane_threads))
+        wide = running.wide and running.wide._replace(backend=await open_with(device.threads))
+        await threads.do(partial(_warm, running.costs, opened, spec))
+        if opened[0].device == "cpu":
+            await threads.do(partial(gather_since, before))
+    except Exception:
+        await threads.do(partial(_close, opened))
+        raise
+    return replace(running, backends=tuple(backends), wide=wide)
+
+
+async def close_all(threads: LoadingThreads, backends: Iterable[Backend]) -> None:
+    """Close backends that no lane runs any more, and give their memory back to the system."""
+    await threads.do(partial(_close, backends))
+
+
+def _warm(costs: Costs, backends: list[Backend], spec: InputSpec) -> None:
+    """Run every backend in every shape that it will meet: up to the knee, beyond which no batch grows."""
+    for table, length in zip(costs.tables, costs.lengths or (0,), strict=True):
+        for rows in (size for size in table.buckets if size <= table.bucket(table.knee)):
+            for backend in backends:
+                backend.run(spec.example(rows, length))
+
+
+def _close(backends: Iterable[Backend]) -> None:
+    for backend in backends:
+        backend.close()
+    gc.collect()  # compiled graphs hold themselves in cycles; it is quick, for what was made at start is not looked at
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)  # else freed pages are kept for what this process may allocate later

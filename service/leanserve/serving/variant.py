@@ -1,0 +1,242 @@
+"""A variant at work: `predict` is the hot path from decoded arrays to a prediction.
+
+A request is admitted or refused, queued as tickets, and answered once per batch; `dispatch.py` says who runs it and
+when, `execution.py` how.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from leanserve.contracts import Arrays, Backend, InputSpec
+from leanserve.errors import BadInput, ClientGone, DeadlineUnreachable, QueueFull, QueueTimeout
+from leanserve.runtime.assembly import cut, dynamic_axes, longest, rejoin
+from leanserve.serving.batch_runner import Batch, Execution, Prediction, Reply, Running
+from leanserve.serving.batcher import Batcher, Formed, Ticket
+from leanserve.serving.company import Company
+from leanserve.serving.deferred_metrics import Tally
+from leanserve.serving.expiry import Sweep
+from leanserve.serving.in_flight import Unsettled
+from leanserve.serving.scheduler import Dispatch
+from leanserve.telemetry.observations import VariantMetrics
+
+CAUTION = 1.12
+"""Admission expects waits longer than predicted by this factor. Under overload those who are admitted are predicted to
+wait almost as long as they may: at the prediction's word 4 % of them waited a little longer and got a 504, and batches
+take up to a tenth longer on cores that refuse hundreds of large requests a second meanwhile."""
+Gone = Callable[[], bool]
+
+
+class Variant:
+    """One warm variant on its device. Create it with its measured costs, `bind` it to the loop, then `predict`."""
+
+    def __init__(
+        self, name: str, spec: InputSpec, running: Running, batcher: Batcher[Reply], company: Company | None = None
+    ) -> None:
+        """`company` tells which requests may share a batch: those of which it says the same; `None`: any may."""
+        self.name = name
+        self.costs = running.costs
+        self.batcher = batcher
+        self.metrics: VariantMetrics
+        self.neighbours: Sequence[Variant] = ()
+        self._spec = spec
+        self._company = company
+        self._axes = dynamic_axes(spec.fields)
+        self._device = running.device
+        self.running = running
+        self._dispatch: Dispatch
+        self._loop: asyncio.AbstractEventLoop
+        self._sweep: Sweep
+        self._unsettled = Unsettled()
+        self._expected = [0] * batcher.limits.levels
+        """Requests that are being decoded, by level."""
+
+    def bind(self, loop: asyncio.AbstractEventLoop, metrics: VariantMetrics, neighbours: Sequence[Variant]) -> None:
+        """Connect to the loop that calls `predict`, to the metrics, and to the variants that share the device."""
+        self._loop = loop
+        self._sweep = Sweep(loop, self._expire)
+        self.metrics = metrics
+        self.neighbours = neighbours
+        tally = Tally(loop, metrics)
+        metrics.catch_up = tally.catch_up
+        self._dispatch = Dispatch(loop, self.running, self._execution(), self.batcher, self._settle, tally)
+
+    @property
+    def backend(self) -> Backend:
+        """The backend of the first lane; those of the others are of the same kind."""
+        return self.running.backends[0]
+
+    async def finish(self) -> None:
+        """Wait until every request has its outcome and no lane runs one. Nobody may be sent here any more."""
+        await self._unsettled.none()
+
+    def reopen(self, running: Running) -> None:
+        """Go on with backends that were loaded anew."""
+        self.running = running
+        self._dispatch.reopen(running, self._execution())
+
+    def _execution(self) -> Execution:
+        return Execution(self.name, self._spec, self.running)
+
+    async def predict(
+        self, sample: Arrays, gone: Gone, timeout_s: float | None = None, priority: int = 0
+    ) -> Prediction:
+        """Queue a request, wait for its batch, return its outputs.
+
+        `sample` is checked against the spec by the codec. `gone` tells, from any thread, whether the client left.
+        `priority` is 1 for the most urgent level; 0, and what is beyond the last level, stand for the default.
+
+        Raises:
+            BadInput: rows are longer than the spec's `max_length`, or hold what the model cannot look up.
+            QueueFull, DeadlineUnreachable: refused at the door; `retry_after_s` is set.
+            QueueTimeout: waited longer than `timeout_s` (the queue's own limit by default) and was not executed.
+            ClientGone: the client left before its rows were executed.
+            BackendFailed, OutOfMemory: the backend raised on these rows alone.
+        """
+        now = time.perf_counter()
+        limits = self.batcher.limits
+        timeout_s = limits.timeout_s if timeout_s is None else timeout_s
+        length = self._length(sample) if self._axes else 0
+        bucket = limits.bucket(length)
+        level = limits.level(priority)
+        self._admit(len(sample[0]), level, bucket, timeout_s)
+        parts = cut(sample, limits.rows_per_batch(bucket))
+        tickets = [self._ticket(part, now + timeout_s, gone, level, length) for part in parts]
+        self._enqueue(tickets, now)
+        if len(tickets) == 1:
+            outputs, queue_s, infer_s, batch_size = await tickets[0].reply
+            return Prediction(outputs, self.name, queue_s, infer_s, batch_size)
+        replies = await asyncio.gather(*(ticket.reply for ticket in tickets))
+        outputs_of, queue_of, infer_of, size_of = zip(*replies, strict=True)
+        return Prediction(rejoin(outputs_of), self.name, max(queue_of), sum(infer_of), max(size_of))
+
+    def check_open(self, priority: int | None = 0, timeout_s: float | None = None) -> None:
+        """Refuse now whom `predict` would refuse whatever is asked, so that nobody reads or decodes it in vain.
+
+        A `priority` of `None` is one that is not known yet.
+
+        Raises:
+            QueueFull, DeadlineUnreachable: not even a single row would be queued.
+        """
+        limits = self.batcher.limits
+        if self.batcher.waiting_rows + sum(self._expected) >= limits.queue_rows:
+            raise self._full(f"all {limits.queue_rows} rows of the queue are taken")
+        level = 1 if priority is None else limits.level(priority)
+        expected = sum(self._expected[:level])
+        self._admit(1, level, 0, limits.timeout_s if timeout_s is None else timeout_s, expected)
+
+    @contextmanager
+    def expecting(self, priority: int | None = 0) -> Iterator[None]:
+        """While a request is decoded for this variant: it counts as a row for those who come after it, unless
+        they are more urgent; of the default level where its `priority` is not known yet.
+
+        Else pictures would be let in and decoded by the hundred, to be refused then, at the cost of those who wait.
+
+        Raises:
+            QueueFull, DeadlineUnreachable: as `check_open`.
+        """
+        self.check_open(priority)
+        position = self.batcher.limits.level(priority or 0) - 1
+        self._expected[position] += 1
+        try:
+            yield
+        finally:
+            self._expected[position] -= 1
+
+    def waiting_rows(self) -> int:
+        """Rows in the queue now."""
+        return self.batcher.waiting_rows
+
+    def backlog_s(self) -> float:
+        """Predicted seconds of one lane for the rows in this variant's queue."""
+        return self.costs.drain_seconds(self.batcher.rows_by_length(self.batcher.limits.levels))
+
+    def wait_s(self, rows: int, level: int, bucket: int = 0, expected: int = 0) -> float:
+        """Predicted queue time of a request of `rows` rows in a length bucket.
+
+        Until a lane is free, and what the lanes do together before: the own queue up to this level with what is
+        `expected` there, and turns of the neighbours in between.
+        """
+        asked = [other for other in self.neighbours if other.batcher.waiting_rows]
+        if not asked and not self.batcher.waiting_rows and not expected:
+            return self._device.remaining_s()
+        before = self.batcher.rows_by_length(level)
+        before[bucket] += expected
+        seconds = self.costs.drain_seconds(before)
+        if asked:
+            before[bucket] += rows
+            turns = self.costs.turns(before)
+            seconds += sum(min(other.backlog_s(), turns * other.turn_s()) for other in asked)
+        return self._device.remaining_s() + seconds / len(self._device.lanes)
+
+    def turn_s(self) -> float:
+        """Predicted seconds of one lane for one batch of the queue, the costliest if their lengths differ."""
+        return self._dispatch.turn_s()
+
+    def _length(self, sample: Arrays) -> int:
+        length = longest(sample, self._axes)
+        if length > self._spec.max_length:
+            raise BadInput(f"an input is {length} long; this model takes at most {self._spec.max_length}")
+        return length
+
+    def _admit(self, rows: int, level: int, bucket: int, timeout_s: float, expected: int = 0) -> None:
+        wait = self.wait_s(rows, level, bucket, expected) * CAUTION
+        if wait > timeout_s:
+            text = f"predicted to wait {wait * 1000:.0f} ms in the queue; the request allows {timeout_s * 1000:.0f} ms"
+            raise DeadlineUnreachable(text, retry_after_s=wait - timeout_s)
+
+    def _ticket(self, sample: Arrays, deadline: float, gone: Gone, level: int, length: int) -> Ticket[Reply]:
+        reply: Reply = self._loop.create_future()
+
+        def left() -> bool:  # a cancelled caller is as gone as a closed connection
+            return reply.cancelled() or gone()
+
+        ticket = Ticket(sample, reply, deadline=deadline, gone=left, level=level, length=length)
+        if self._company is not None:
+            ticket.company = self._company(sample)
+        return ticket
+
+    def _enqueue(self, tickets: list[Ticket[Reply]], now: float) -> None:
+        try:
+            unclaimed = self.batcher.offer(tickets, now)
+        except QueueFull as error:
+            raise self._full(str(error)) from None
+        self._unsettled.add(len(tickets))
+        self._dispatch.offered(unclaimed=unclaimed)
+        self._sweep.by(tickets[0].deadline)
+
+    def _full(self, text: str) -> QueueFull:
+        return QueueFull(text, retry_after_s=self.wait_s(0, self.batcher.limits.levels))
+
+    def _settle(self, formed: Formed[Reply], batches: list[Batch], taken: float) -> None:
+        """Hand every ticket its outcome."""
+        for batch in batches:
+            for ticket, outcome in zip(batch.tickets, batch.outcomes, strict=True):
+                if ticket.reply.done():
+                    continue
+                if isinstance(outcome, Exception):
+                    ticket.reply.set_exception(outcome)
+                else:
+                    ticket.reply.set_result((outcome, taken - ticket.enqueued_at, batch.infer_s, batch.rows))
+        self._refuse(formed.expired)
+        for ticket in formed.left:
+            if not ticket.reply.done():
+                ticket.reply.set_exception(ClientGone("the client left before its rows were executed"))
+        self._unsettled.settle(len(formed.batch) + len(formed.expired) + len(formed.left))
+
+    def _expire(self, now: float) -> float:
+        """Refuse what has waited too long by now; the earliest deadline of the others."""
+        expired, earliest = self.batcher.expire(now)
+        self._refuse(expired)
+        self._unsettled.settle(len(expired))
+        return earliest
+
+    def _refuse(self, tickets: list[Ticket[Reply]]) -> None:
+        for ticket in tickets:
+            if not ticket.reply.done():
+                waited = time.perf_counter() - ticket.enqueued_at
+                text = f"waited {waited * 1000:.0f} ms in the queue of '{self.name}', longer than its timeout"
+                ticket.reply.set_exception(QueueTimeout(text))

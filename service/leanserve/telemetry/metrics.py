@@ -1,0 +1,296 @@
+"""Every exported metric, declared once, and the page that Prometheus reads; the only file that knows prometheus_client.
+
+The tables below say which metric is read from which number of a variant; one collector walks them at scrape time, so
+that exporting costs the request path nothing (`observations.py` is what it writes). Triton's `nv_*` names stand beside
+our own, so that clients and dashboards written for Triton work unchanged; they are untyped, because prometheus_client
+appends `_total` to the name of a counter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias
+
+from prometheus_client import CollectorRegistry, Metric, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from leanserve.contracts import Json
+from leanserve.telemetry.observations import Histogram, VariantFacts, VariantMetrics, no_queue
+from leanserve.telemetry.startup import Startup
+
+TRITON_REASONS = {
+    "queue_full": "REJECTED",
+    "deadline_unreachable": "REJECTED",
+    "queue_timeout": "REJECTED",
+    "client_gone": "CANCELED",
+    "backend_failed": "BACKEND",
+    "out_of_memory": "BACKEND",
+}
+"""Our outcome -> Triton's failure reason; what is not listed is OTHER."""
+
+Samples: TypeAlias = list[tuple[dict[str, str], float | Histogram]]
+
+
+class Family(NamedTuple):
+    """One metric: its name and help, and how its samples (labels besides model and version) are read from a variant."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram", "unknown"]
+    text: str
+    read: Callable[[VariantMetrics], Samples]
+
+
+def _only(value: float | Histogram) -> Samples:
+    return [({}, value)]
+
+
+def _micros(seconds: float) -> Samples:
+    return _only(round(seconds * 1e6))
+
+
+def _outcomes(variant: VariantMetrics) -> Samples:
+    return [({"outcome": outcome}, seen.count) for outcome, seen in variant.requests.items()]
+
+
+def _durations(variant: VariantMetrics) -> Samples:
+    # Apart by outcome, so that quick refusals cannot flatter the latency of answers.
+    return [({"outcome": name}, seen) for name, seen in variant.requests.items() if name == "ok" or seen.count]
+
+
+def _failures(variant: VariantMetrics) -> Samples:
+    counts = dict.fromkeys(("REJECTED", "CANCELED", "BACKEND", "OTHER"), 0)
+    for outcome, seen in variant.requests.items():
+        if outcome != "ok":
+            counts[TRITON_REASONS.get(outcome, "OTHER")] += seen.count
+    return [({"reason": reason}, count) for reason, count in counts.items()]
+
+
+def _busy(variant: VariantMetrics) -> Samples:
+    return [({"device": variant.facts.device}, variant.lane_s)]
+
+
+def _lanes(variant: VariantMetrics) -> Samples:
+    return [({"device": variant.facts.device}, variant.facts.lanes)]
+
+
+def _info(variant: VariantMetrics) -> Samples:
+    facts = variant.facts
+    labels = {"passes": ",".join(facts.passes), "backend": facts.backend, "device": facts.device}
+    return [(labels | {"state": facts.state, "reason": facts.reason}, 1)]
+
+
+def _quality(variant: VariantMetrics) -> Samples:
+    quality = variant.facts.quality
+    outputs = [("", quality), *((str(output["name"]), output) for output in quality.get("outputs", ()))]
+    return [({"measure": measure, "output": name}, value) for name, own in outputs for measure, value in _measures(own)]
+
+
+def _measures(values: Mapping[str, Json], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _measures(value, f"{prefix}{name}_")
+        elif isinstance(value, int | float) and name != "channel" and math.isfinite(value):
+            yield f"{prefix}{name}", value
+
+
+def _build_seconds(variant: VariantMetrics) -> Samples:
+    # A pass may occur twice in a variant: its position keeps the two apart.
+    named = enumerate(zip(variant.facts.passes, variant.facts.build_seconds, strict=True), start=1)
+    return [({"pass": kind, "position": str(position)}, seconds) for position, (kind, seconds) in named]
+
+
+REQUESTS = (
+    Family("leanserve_requests", "counter", "Requests, by how they ended.", _outcomes),
+    Family("leanserve_request_duration_seconds", "histogram", "Time in the service, by outcome.", _durations),
+)
+"""For every variant, and with an empty `version` for the requests that reached none."""
+
+FACTS = (
+    Family("leanserve_variant_info", "gauge", "1; the labels describe the variant.", _info),
+    Family("leanserve_variant_quality", "gauge", "The quality report, by measure and output.", _quality),
+    Family("leanserve_build_seconds", "gauge", "Seconds that each build pass took.", _build_seconds),
+)
+"""For every variant, whatever its state."""
+
+TRAFFIC = (
+    Family("leanserve_queue_duration_seconds", "histogram", "Queue time, per request.", lambda v: _only(v.queue)),
+    Family("leanserve_inference_duration_seconds", "histogram", "Device time, per batch.", lambda v: _only(v.infer)),
+    Family("leanserve_batch_rows", "histogram", "Rows per batch, padding excluded.", lambda v: _only(v.rows)),
+    Family("leanserve_padding_rows", "counter", "Rows added to fill a batch.", lambda v: _only(v.padding_rows)),
+    Family(
+        "leanserve_padding_tokens", "counter", "Positions added to shorter rows.", lambda v: _only(v.padding_tokens)
+    ),
+    Family("leanserve_queue_rows", "gauge", "Rows in the queue now.", lambda v: _only(v.queue_rows())),
+    Family("leanserve_device_busy_seconds", "counter", "Seconds in which lanes of the device ran the variant.", _busy),
+    Family("leanserve_device_lanes", "gauge", "Batches that the variant's device runs at a time.", _lanes),
+    Family("nv_inference_request_success", "unknown", "Requests answered.", lambda v: _only(v.requests["ok"].count)),
+    Family("nv_inference_request_failure", "unknown", "Requests not answered, by Triton's reason.", _failures),
+    Family("nv_inference_count", "unknown", "Rows executed.", lambda v: _only(v.rows.total)),
+    Family("nv_inference_exec_count", "unknown", "Batches executed.", lambda v: _only(v.rows.count)),
+    Family("nv_inference_pending_request_count", "gauge", "Queued requests.", lambda v: _only(v.queue_requests())),
+    Family(
+        "nv_inference_request_duration_us",
+        "unknown",
+        "Total time in service.",
+        lambda v: _micros(v.requests["ok"].total),
+    ),
+    Family("nv_inference_queue_duration_us", "unknown", "Total time in queue.", lambda v: _micros(v.queue.total)),
+    Family(
+        "nv_inference_compute_input_duration_us", "unknown", "Forming batches.", lambda v: _micros(v.input_request_s)
+    ),
+    Family("nv_inference_compute_infer_duration_us", "unknown", "Computing.", lambda v: _micros(v.infer_request_s)),
+    Family(
+        "nv_inference_compute_output_duration_us",
+        "unknown",
+        "Splitting batches.",
+        lambda v: _micros(v.output_request_s),
+    ),
+)
+"""For the variants that passed their gate, unloaded ones included. Triton's durations are summed over requests."""
+
+
+class _Host:
+    """CPU and memory of the whole machine as Triton reports them; nothing where there is no /proc."""
+
+    def __init__(self, proc: Path) -> None:
+        self.proc = proc
+        self.share = 0.0
+        self.ticks = self._cpu_ticks()
+
+    def collect(self) -> Iterator[Metric]:
+        ticks = self._cpu_ticks()
+        if ticks is None or self.ticks is None:
+            return
+        busy, total = ticks[0] - self.ticks[0], ticks[1] - self.ticks[1]
+        if total > 0:
+            self.share, self.ticks = busy / total, ticks
+        yield _gauge("nv_cpu_utilization", "Busy share (0-1) of all CPUs since the last scrape.", self.share)
+        fields = (line.split() for line in (self.proc / "meminfo").read_text().splitlines())
+        kibibytes = {name: int(value) for name, value, *_ in fields}
+        used = kibibytes["MemTotal:"] - kibibytes["MemAvailable:"]
+        yield _gauge("nv_cpu_memory_used_bytes", "Memory in use.", used * 1024)
+        yield _gauge("nv_cpu_memory_total_bytes", "Memory there is.", kibibytes["MemTotal:"] * 1024)
+
+    def _cpu_ticks(self) -> tuple[int, int] | None:
+        try:
+            line = (self.proc / "stat").read_text().partition("\n")[0]
+        except OSError:
+            return None
+        # user nice system idle iowait irq softirq steal; guest time, which follows, is already part of user.
+        ticks = [int(value) for value in line.split()[1:9]]
+        return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    metric = Metric(name, text, "gauge")
+    metric.add_sample(name, {}, value)
+    return metric
+
+
+class Metrics(Collector):
+    """The metrics of all variants of one model; made once, by the composition root."""
+
+    def __init__(
+        self,
+        model: str,
+        proc: Path = Path("/proc"),
+        caveats: Sequence[str] = (),
+        ready: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`ready` is asked at scrape."""
+        self.model = model
+        self.caveats = caveats
+        self.variants: dict[str, VariantMetrics] = {}
+        self.unrouted = VariantMetrics("", VariantFacts())
+        """Counts the requests that reached no variant: unknown path or variant, malformed input."""
+        self._ready = ready
+        self._host = _Host(proc)
+        self._registry = _registry(self, proc)
+
+    def add(
+        self,
+        name: str,
+        facts: VariantFacts,
+        queue_rows: Callable[[], int] = no_queue,
+        queue_requests: Callable[[], int] = no_queue,
+    ) -> VariantMetrics:
+        """Start to export a variant (replacing one of the same name); the result is what its serving code writes to."""
+        self.variants[name] = VariantMetrics(name, facts, queue_rows, queue_requests)
+        return self.variants[name]
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """The page for Prometheus and its content type; OpenMetrics where the `Accept` header asks for it."""
+        return _page(self._registry, accept)
+
+    def collect(self) -> Iterator[Metric]:
+        """Build every family from the current numbers."""
+        variants = list(self.variants.values())
+        for variant in variants:
+            variant.catch_up()
+        serving = [variant for variant in variants if variant.facts.state != "excluded"]
+        for families, shown in ((REQUESTS, [*variants, self.unrouted]), (FACTS, variants), (TRAFFIC, serving)):
+            yield from (self._metric(family, shown) for family in families)
+        yield self._base_info()
+        yield from _state(built=1.0, ready=self._ready())
+        yield from self._host.collect()
+
+    def _base_info(self) -> Metric:
+        metric = Metric("leanserve_base_info", "1; the labels describe the base.", "gauge")
+        metric.add_sample(metric.name, {"model": self.model, "caveats": ", ".join(self.caveats)}, 1)
+        return metric
+
+    def _metric(self, family: Family, variants: Iterable[VariantMetrics]) -> Metric:
+        metric = Metric(family.name, family.text, family.kind)
+        for variant in variants:
+            for labels, value in family.read(variant):
+                _add(metric, {"model": self.model, "version": variant.name} | labels, value)
+        return metric
+
+
+class StartMetrics(Collector):
+    """The metrics of a service that is starting, and knows no base yet."""
+
+    def __init__(self, startup: Startup, proc: Path = Path("/proc")) -> None:
+        self._startup = startup
+        self._registry = _registry(self, proc)
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """As `Metrics.render`."""
+        return _page(self._registry, accept)
+
+    def collect(self) -> Iterator[Metric]:
+        """Not ready, and how much of the build is done."""
+        return _state(built=self._startup.built, ready=False)
+
+
+def _state(*, built: float, ready: bool) -> Iterator[Metric]:
+    yield _gauge("leanserve_ready", "1 while requests are answered; 0 while starting and draining.", float(ready))
+    yield _gauge("leanserve_build_progress", "Share (0-1) of the build that is done.", built)
+
+
+def _registry(collector: Collector, proc: Path) -> CollectorRegistry:
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(collector)
+    ProcessCollector(registry=registry, proc=str(proc))
+    return registry
+
+
+def _page(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
+    encode, content_type = choose_encoder(accept)
+    return encode(registry), content_type
+
+
+def _add(metric: Metric, labels: dict[str, str], value: float | Histogram) -> None:
+    if not isinstance(value, Histogram):
+        metric.add_sample(metric.name + ("_total" if metric.type == "counter" else ""), labels, value)
+        return
+    cumulative = list(accumulate(value.counts))
+    for bound, count in zip((*value.bounds, math.inf), cumulative, strict=True):
+        edge = "+Inf" if math.isinf(bound) else str(bound)
+        metric.add_sample(f"{metric.name}_bucket", labels | {"le": edge}, count)
+    metric.add_sample(f"{metric.name}_count", labels, cumulative[-1])
+    metric.add_sample(f"{metric.name}_sum", labels, value.total)

@@ -1,0 +1,202 @@
+"""A build from a cache: what is damaged is made again with a message, and a read-only cache serves as it is."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from test_artifacts import measurement
+
+from leanserve.artifacts import store as artifacts
+from leanserve.artifacts.load import load_model
+from leanserve.artifacts.manifest import Recipe, SideBySide
+from leanserve.artifacts.store import ArtifactStore
+from leanserve.bases.opening import Origin, open_base
+from leanserve.build import builder as build
+from leanserve.build.progress import BuildProgress
+from leanserve.config.schema import ServiceConfig
+from leanserve.contracts import TorchModel
+from leanserve.evaluation.quality import Answers
+from leanserve.hardware import cpu_name
+from tiny_base import TinyBase, tiny_base
+
+CONFIG = ServiceConfig.model_validate(
+    {"base": "tiny", "variants": [{"name": "float"}, {"name": "folded", "passes": [{"kind": "fold_bn"}]}]}
+)
+
+
+@pytest.fixture(scope="module")
+def base() -> TinyBase:
+    return tiny_base()
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was measured, by key; measuring itself is done in other tests."""
+    seen: list[str] = []
+
+    def measure(_store: object, _base: object, recipe: Recipe, *_: object) -> object:
+        seen.append(recipe.key)
+        return measurement().model_copy(update={"cpu": cpu_name(), "threads": 1}), Answers((), None)
+
+    def race(_store: object, _base: object, keys: tuple[str, ...], served: tuple[str, ...], threads: int) -> SideBySide:
+        seen.append("race")
+        rates = {key: {1: 100.0, threads: 130.0} for key in served} if threads > 1 else {}
+        return SideBySide(cpu=cpu_name(), threads=threads, latency_ms={key: {1: 2.0} for key in keys}, lane_rates=rates)
+
+    monkeypatch.setattr(build, "measure", measure)
+    monkeypatch.setattr(build, "race", race)
+    return seen
+
+
+def built(root: Path, base: TinyBase) -> tuple[ArtifactStore, build.Plan, str]:
+    """The store, the plan, and what the progress said."""
+    store, work, said = ArtifactStore(root), build.plan(CONFIG, base), io.StringIO()
+    progress = BuildProgress(Console(file=said, width=400), len(work.keys))
+    build.Builder(store, CONFIG, base, 1, progress).build(work)
+    return store, work, said.getvalue()
+
+
+def test_damaged_documents_are_made_again_with_a_message(tmp_path: Path, base: TinyBase, measured: list[str]) -> None:
+    store, work, said = built(tmp_path, base)
+    first, last = work.keys
+    assert measured == [first, last, "race"]
+    assert "damaged" not in said
+    assert build.shortfall(store, work, 1) is None
+
+    measured.clear()
+    (store.folder(last) / "quality.json").write_bytes((store.folder(first) / "quality.json").read_bytes())
+    assert "belongs to" in (build.shortfall(store, work, 1) or "")
+    _, _, said = built(tmp_path, base)
+    assert f"damaged measurement is taken again: {store.folder(last)}/quality.json: belongs to" in said
+    assert measured == [first, last], "the base gives the answers to compare with"
+
+    measured.clear()
+    next((tmp_path / "races").iterdir()).write_text("{}")
+    _, _, said = built(tmp_path, base)
+    assert "damaged measurement is taken again" in said
+    assert measured == ["race"]
+
+    measured.clear()
+    (store.folder(last) / "manifest.json").write_text("null")
+    _, _, said = built(tmp_path, base)
+    assert f"damaged artifact is rebuilt: {store.folder(last)}/manifest.json" in said
+    assert measured == [first, last], "the base gives the answers to compare with"
+    assert build.shortfall(store, work, 1) is None
+
+
+def test_what_is_missing_is_named(tmp_path: Path, base: TinyBase) -> None:
+    store, work, _ = built(tmp_path / "cache", base)
+    empty = ArtifactStore(tmp_path / "empty")
+    assert build.shortfall(empty, work, 1) == "float: base is not built"
+    store.discard(work.keys[1])
+    assert build.shortfall(store, work, 1) == "folded: fold_bn is not built"
+    store, work, _ = built(tmp_path / "cache", base)
+    assert build.shortfall(store, work, 2) == "float: base is not measured on this machine"
+
+
+@pytest.fixture
+def sealed_cache(tmp_path: Path, base: TinyBase, monkeypatch: pytest.MonkeyPatch) -> Iterator[ArtifactStore]:
+    """A whole cache that says it cannot be written; nothing in it has changed in the end."""
+
+    def state() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (tmp_path, *tmp_path.rglob("*"))}
+
+    built(tmp_path, base)
+    before = state()
+    monkeypatch.setattr(artifacts, "may_write", lambda _: False)
+    yield ArtifactStore(tmp_path)
+    assert state() == before
+
+
+def test_a_read_only_cache_serves_with_the_numbers_of_another_machine(
+    sealed_cache: ArtifactStore, base: TinyBase
+) -> None:
+    work = build.plan(CONFIG, base)
+    assert build.machines(sealed_cache, work, 1) == []
+    assert build.shortfall(sealed_cache, work, 4) is None
+    assert build.machines(sealed_cache, work, 4) == [f"{cpu_name()} with 1 thread"]
+    chain = build.reports(sealed_cache, CONFIG, work, 4)[1].chain
+    assert [(manifest.threads, manifest.quality.throughput) for manifest in chain] == [(1, 500.0), (1, 500.0)]
+    race = build.speeds(sealed_cache, work, 4)
+    assert race is not None
+    assert race.best_lanes(work.served, 4, self_contained=False) == 1, "lanes were not measured there"
+
+
+def test_of_other_machines_one_with_as_many_threads_is_taken(
+    tmp_path: Path, base: TinyBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, work, _ = built(tmp_path, base)
+    for cpu, threads in (("A", 2), ("B", 4), ("C", 2)):
+        rates = {key: {1: 100.0, threads: 130.0} for key in work.served[: 1 if cpu == "A" else 2]}
+        latency = {key: {1: 2.0} for key in work.keys}
+        store.keep_side_by_side(work.keys, SideBySide(cpu=cpu, threads=threads, latency_ms=latency, lane_rates=rates))
+    assert build.speeds(store, work, 4) is None, "where it can be written, it is measured here"
+    monkeypatch.setattr(artifacts, "may_write", lambda _: False)
+    read_only = ArtifactStore(tmp_path)
+    found = [build.speeds(read_only, work, threads) for threads in (1, 2, 4)]
+    assert [(race.cpu, race.threads) for race in found if race] == [(cpu_name(), 1), ("C", 2), ("B", 4)]
+
+
+def test_a_read_only_cache_that_is_damaged_says_where(
+    tmp_path: Path, base: TinyBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, work, _ = built(tmp_path, base)
+    victim = store.folder(work.keys[1]) / artifacts.TORCH_FILE
+    victim.write_bytes(b"half")
+    monkeypatch.setattr(artifacts, "may_write", lambda _: False)
+    assert f"{victim}: sha256 is" in (build.shortfall(ArtifactStore(tmp_path), work, 1) or "")
+
+
+FACTORIES = """
+from pathlib import Path
+import torch
+from torch import nn
+
+def made(name):
+    linear = nn.Linear(3, 2)
+    linear.load_state_dict(torch.load(Path(__file__).parent / name, weights_only=True))
+    return linear
+
+def one():
+    return made("one.pt")
+
+def other():
+    return made("other.pt")
+"""
+
+
+def test_each_factory_and_each_training_is_answered_by_its_own_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.path", sys.path.copy())
+    (tmp_path / "built_factories.py").write_text(FACTORIES)
+    config = ServiceConfig.model_validate({"base": "digits", "variants": [{"name": "float"}]})
+
+    def answer(factory: str) -> list[float]:
+        """Of what the cache gives for this base, to a row of ones: the sum of a weight's row, and its bias."""
+        declared = {"python": f"built_factories:{factory}", "inputs": {"x": {"shape": [3]}}}
+        origin = {"base": declared, "data": {"synthetic": 8}, "folder": tmp_path, "cache": tmp_path / "cache"}
+        base = open_base(Origin.model_validate(origin))
+        store, work = ArtifactStore(tmp_path / "cache"), build.plan(config, base)
+        build.Builder(store, config, base, 1, BuildProgress(Console(file=io.StringIO()), 1)).build(work)
+        model = load_model(store, base, work.served[0])
+        assert isinstance(model, TorchModel)
+        found: list[float] = model.module(torch.ones(1, 3))[0].tolist()
+        return found
+
+    def train(name: str, weight: float) -> None:
+        torch.save({"weight": torch.full((2, 3), weight), "bias": torch.tensor([0.0, 0.5])}, tmp_path / name)
+
+    train("one.pt", 1.0)
+    train("other.pt", 2.0)
+    assert answer("one") == [3.0, 3.5]
+    assert answer("other") == [6.0, 6.5]
+    train("one.pt", 3.0)
+    assert answer("one") == [9.0, 9.5]
+    assert answer("other") == [6.0, 6.5]

@@ -1,0 +1,155 @@
+"""Measuring and gating: every output counts, and a reason says which one failed and by how much."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from pydantic import BaseModel
+
+from leanserve.artifacts.manifest import OutputFidelity, Quality, Recipe
+from leanserve.artifacts.store import ArtifactStore, checksums
+from leanserve.bases.loaded import LoadedBase
+from leanserve.bases.opening import Origin, open_base
+from leanserve.config.schema import GateConfig
+from leanserve.contracts import ArrayData, Arrays
+from leanserve.errors import ArtifactCorrupt
+from leanserve.evaluation.measure import outputs_on
+from leanserve.evaluation.quality import Answers, gate_reason, measure, scored
+from report_samples import artifact, classes, embedding, values
+
+FIRST, SECOND = (np.random.default_rng(seed).standard_normal((4, 3)).astype(np.float32) for seed in (1, 2))
+
+
+def quality(*outputs: OutputFidelity) -> Quality:
+    return artifact(outputs=outputs).quality
+
+
+@pytest.mark.parametrize(
+    ("outputs", "reason"),
+    [
+        ((values(0.01),), None),
+        (
+            (values(0.18, "y"),),
+            "output 'y' has an agreement of 0.8200: it is off by 18.0 % of the base's spread (channel 2)",
+        ),
+        ((classes(1.0), values(0.7)), "output 'boxes' has an agreement of 0.3000: it is off by 70.0 %"),
+        (
+            (classes(0.9), values(0.7)),
+            "output 'logits' has an agreement of 0.9000, the share of rows with the base's answer",
+        ),
+        ((embedding(0.97),), "output 'embedding' has an agreement of 0.9700, its mean cosine with the base's"),
+        ((values(18.0),), "output 'boxes' has an agreement of 0.0000: it is off by 1800.0 %"),
+        (
+            (values(1.0).model_copy(update={"not_finite": 3}),),
+            "output 'boxes' (3 numbers are infinite or NaN and should not be) has an agreement of 0.0000",
+        ),
+    ],
+)
+def test_the_gate_asks_every_output(outputs: tuple[OutputFidelity, ...], reason: str | None) -> None:
+    found = gate_reason(GateConfig(min_agreement=0.98), quality(*outputs), quality(*outputs))
+    if reason is None:
+        assert found is None
+        return
+    assert found is not None
+    assert reason in found
+    assert "gate.min_agreement asks for 0.98" in found
+    assert found.count("output '") == sum(output.agreement < 0.98 for output in outputs)
+
+
+# Measured on real artifacts
+
+
+def network(folder: Path, first: float, second: float) -> None:
+    """Two regressions of the same row, each times a factor."""
+    weights = [numpy_helper.from_array(FIRST * first, "w1"), numpy_helper.from_array(SECOND * second, "w2")]
+    nodes = [helper.make_node("MatMul", ["x", f"w{index}"], [name]) for index, name in ((1, "price"), (2, "boxes"))]
+    tensor = helper.make_tensor_value_info
+    outputs = [tensor(name, 1, ["rows", 3]) for name in ("price", "boxes")]
+    graph = helper.make_graph(nodes, "two", [tensor("x", 1, ["rows", 4])], outputs, weights)
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), folder / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> LoadedBase:
+    folder = tmp_path_factory.mktemp("base")
+    network(folder, 1, 1)
+    rows = np.random.default_rng(0).standard_normal((60, 4)).astype(np.float32)
+    np.savez(folder / "rows.npz", x=rows, y=rows @ FIRST * 0.5)
+    declared = {"arrays": "rows.npz", "labels": "y", "splits": {"gate": 40, "calibration": 8}}
+    section = {"onnx": "model.onnx", "outputs": {"boxes": "embedding"}}
+    made = open_base(Origin.model_validate({"base": section, "data": declared, "folder": folder}))
+    assert [item.meaning for item in made.spec.outputs] == ["values", "embedding"]
+    return made
+
+
+def published(store: ArtifactStore, key: str, first: float, second: float) -> Recipe:
+    with store.workspace(key) as folder:
+        network(folder, first, second)
+        recipe = Recipe(
+            key=key, parent=None, base="two", kind=None, options={}, decisions={}, facts={}, simulated=False,
+            files=checksums(folder), parameters=24, macs=24, seconds=0.0, versions={}, isa=[],
+        )  # fmt: skip
+        store.publish(folder, recipe)
+    return recipe
+
+
+def test_a_variant_is_judged_by_its_worst_output_and_by_its_labels(tmp_path: Path, base: LoadedBase) -> None:
+    store = ArtifactStore(tmp_path / "store")
+    whole, answers = measure(store, base, published(store, "a" * 64, 1, 1), None, 1)
+    assert whole.fidelity.agreement == 1.0
+    poor, _ = measure(store, base, published(store, "b" * 64, 1.7, -1), answers, 1)
+    price, boxes = poor.fidelity.outputs
+    assert price.error == pytest.approx(0.7, abs=0.05)
+    assert boxes.cosine == pytest.approx(-1)
+    assert (boxes.agreement, poor.fidelity.agreement) == (0.0, 0.0)
+    # The labels are half of the first output: its R squared is 1 - Var(y) / Var(y), and with 1.7 as factor 1 - 2.4^2.
+    assert whole.fidelity.score == pytest.approx(0.0, abs=0.1)
+    assert poor.fidelity.score == pytest.approx(1 - 2.4**2, abs=0.5)
+    assert (poor.fidelity.score_low or 0) < (poor.fidelity.score or 0) < (poor.fidelity.score_high or 0)
+    store.attach("b" * 64, poor)
+    assert store.measurement("b" * 64) == poor
+
+
+def test_a_measurement_of_an_older_version_is_made_again(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path / "store")
+    published(store, "a" * 64, 1, 1)
+
+    class Older(BaseModel):
+        fidelity: dict[str, Any]
+        cpu: str = "x"
+        threads: int = 1
+
+    known = artifact().quality.model_dump(exclude={"outputs", "latency_ms", "throughput"})
+    store.attach("a" * 64, Older(fidelity=known | {"kl": None, "cosine": 1.0}))  # type: ignore[arg-type]
+    assert (store.folder("a" * 64) / "quality.json").exists()
+    with pytest.raises(ArtifactCorrupt, match="another version"):  # by which the builder measures again
+        store.measurement("a" * 64)
+
+
+def test_outputs_of_batches_of_different_lengths_are_filled_up() -> None:
+    class Echo:
+        def run(self, batch: Arrays) -> Arrays:
+            length = int(batch[0][0, 0])
+            return (np.ones((len(batch[0]), length), np.float32), np.ones((len(batch[0]), length), np.int64))
+
+    data = ArrayData((np.array([[2], [2], [3]]),))
+    floats, whole = outputs_on(Echo(), data, size=2)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(floats, [[1, 1, np.nan], [1, 1, np.nan], [1, 1, 1]])
+    np.testing.assert_array_equal(whole, [[1, 1, 0], [1, 1, 0], [1, 1, 1]])
+
+
+def test_a_regression_has_an_interval_around_its_score(base: LoadedBase) -> None:
+    labels = np.random.default_rng(0).standard_normal((80, 3))
+    noisy = (labels + 0.5 * np.random.default_rng(1).standard_normal((80, 3))).astype(np.float32)
+    found = scored(base, Answers((noisy, noisy), labels))
+    assert found["score"] == pytest.approx(0.75, abs=0.1)
+    low, high = found["score_low"], found["score_high"]
+    assert low is not None
+    assert high is not None
+    assert 0.6 < low < 0.75 < high < 0.85

@@ -1,0 +1,210 @@
+"""Every pass in `ALL` keeps its contract: stored and loaded again it is the same model, and its input is untouched."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter
+from rich.console import Console
+
+from leanserve.artifacts.load import load_model
+from leanserve.artifacts.manifest import Fidelity, Measurement, SideBySide
+from leanserve.artifacts.store import ArtifactStore
+from leanserve.build import builder as build
+from leanserve.build.cache_key import steps_of
+from leanserve.build.progress import BuildProgress
+from leanserve.config.errors import KINDS
+from leanserve.config.schema import ServiceConfig, VariantConfig
+from leanserve.contracts import Arrays, Field, Model
+from leanserve.errors import ConfigError, PassFailed
+from leanserve.evaluation.fidelity import fidelity
+from leanserve.evaluation.quality import Answers
+from leanserve.hardware import cpu_name, isa_flags
+from leanserve.passes import AnyPass
+from leanserve.passes.base import Pass
+from leanserve.passes.families.runtime.fold_bn import FoldBn
+from leanserve.runtime.backends.choose import open_backend
+from structural_nets import Residual, image_base, row_base
+from tiny_base import TinyBase
+
+PASS: TypeAdapter[Pass] = TypeAdapter(AnyPass)
+Result = TypeVar("Result")
+# Options that make sense on a tiny net, and the least cosine of its answers to the base's. Training and structure get a
+# low bound: the answers of a random net are noise, and nothing recovers what was cut.
+CASES: Mapping[str, tuple[Mapping[str, Any], float]] = {
+    "prune_channels": ({"ratio": 0.34}, 0.3),
+    "lowrank_conv": ({"energy": 0.98}, 0.6),
+    "lowrank_linear": ({"energy": 0.98}, 0.6),
+    "distill": ({"epochs": 1, "precision": "float32"}, 0.7),
+    "fold_bn": ({}, 0.99999),
+    "cast": ({}, 0.999),
+    "quantize_static": ({}, 0.99),
+    "quantize_dynamic": ({}, 0.99),
+    "channels_last": ({}, 0.99999),
+    "onnxruntime": ({}, 0.99999),
+    "torch_compile": ({"buckets": [4], "freezing": "off"}, 0.9999),
+}
+LINEAR = {"lowrank_linear", "quantize_dynamic"}
+
+
+def base_for(kind: str) -> TinyBase:
+    return row_base() if kind in LINEAR else image_base(Residual())
+
+
+def config_of(*chains: list[Mapping[str, Any]]) -> ServiceConfig:
+    variants = [{"name": f"v{index}", "passes": passes} for index, passes in enumerate(chains)]
+    return ServiceConfig.model_validate({"base": "tiny", "variants": variants})
+
+
+def constructed(store: ArtifactStore, config: ServiceConfig, base: TinyBase) -> tuple[list[list[str]], str]:
+    """Build a config; the keys of each variant's chain, and what the progress said."""
+    said = io.StringIO()
+    work = build.plan(config, base)
+    progress = BuildProgress(Console(file=said, width=200), len(work.keys))
+    build.Builder(store, config, base, 1, progress).build(work)
+    return [[step.key for step in steps] for _, steps in work.chains], said.getvalue()
+
+
+def outputs(model: Callable[[], Model], batch: Arrays, *, alone: bool = False) -> Arrays:
+    """Answers on a thread of their own, as on a device; `alone` runs every row by itself."""
+
+    def run() -> Arrays:
+        backend = open_backend(model(), 1)
+        if not alone:
+            return backend.run(batch)
+        rows = [backend.run(tuple(array[row : row + 1] for array in batch)) for row in range(len(batch[0]))]
+        return tuple(np.concatenate(parts) for parts in zip(*rows, strict=True))
+
+    found: list[Arrays] = []
+    thread = threading.Thread(target=lambda: found.append(run()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring needs a base that another process can load; end-to-end tests do that."""
+    nothing = dict.fromkeys(("score", "score_low", "score_high"))
+    size = dict.fromkeys(
+        ("samples", "agreement", "batch_dependence", "disk_bytes", "parameters", "macs", "peak_memory_bytes"), 1
+    )
+    found = Fidelity.model_validate(nothing | size | {"outputs": ()})
+    answer = (Measurement(fidelity=found, cpu=cpu_name(), threads=1), Answers((), None))
+    latencies = SideBySide(cpu=cpu_name(), threads=1, latency_ms={}, lane_rates={})
+    monkeypatch.setattr(build, "measure", lambda *_: answer)
+    monkeypatch.setattr(build, "race", lambda *_: latencies)
+
+
+def test_every_pass_has_a_case() -> None:
+    assert set(CASES) == set(KINDS)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind", CASES)
+def test_built_stored_and_loaded_it_answers_like_the_base(kind: str, tmp_path: Path) -> None:
+    options, least_cosine = CASES[kind]
+    base = base_for(kind)
+    pass_ = PASS.validate_python({"kind": kind, **options})
+    if reason := pass_.refusal(isa_flags()):
+        pytest.skip(reason)
+    config = config_of([{"kind": kind, **options}])
+    before = {name: tensor.clone() for name, tensor in base.teacher.state_dict().items()}
+
+    store = ArtifactStore(tmp_path)
+    ((base_key, key),), _ = constructed(store, config, base)
+
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.teacher.state_dict().items())
+    batch = tuple(array[:8] for array in base.inputs)
+    ours = outputs(lambda: load_model(store, base, key), batch)
+    theirs = outputs(lambda: load_model(store, base, base_key), batch)
+    assert [array.shape for array in ours] == [array.shape for array in theirs]
+    assert [array.dtype for array in ours] == [array.dtype for array in theirs]
+    [near] = fidelity(ours, theirs, (Field("answers", "float32", (10,), meaning="embedding"),))
+    assert near.agreement >= least_cosine
+    alone = outputs(lambda: load_model(store, base, key), batch, alone=True)
+    # Batched == single, up to rounding. Dynamic quantization scales by the largest activation of the whole batch.
+    tolerance = {"cast": 3e-2, "quantize_dynamic": 0.5}.get(kind, 1e-4)
+    np.testing.assert_allclose(ours[0], alone[0], rtol=0, atol=tolerance)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind", [kind for kind in CASES if kind != "torch_compile"])
+def test_the_same_input_makes_the_same_artifact(kind: str, tmp_path: Path) -> None:
+    base = base_for(kind)
+    config = config_of([{"kind": kind, **CASES[kind][0]}])
+    if reason := config.variants[0].passes[0].refusal(isa_flags()):
+        pytest.skip(reason)
+    first, second = ArtifactStore(tmp_path / "a"), ArtifactStore(tmp_path / "b")
+    keys, _ = constructed(first, config, base)
+    assert constructed(second, config, base)[0] == keys
+    recipes = [store.recipe(keys[0][1]) for store in (first, second)]
+    assert recipes[0] is not None
+    assert recipes[1] is not None
+    assert recipes[0].files == recipes[1].files
+
+
+def test_shared_prefixes_are_built_once_and_a_second_build_makes_nothing(tmp_path: Path) -> None:
+    base = image_base(Residual())
+    fold = {"kind": "fold_bn"}
+    config = config_of([], [fold], [fold, {"kind": "channels_last"}], [fold, {"kind": "onnxruntime"}])
+    store = ArtifactStore(tmp_path)
+    keys, said = constructed(store, config, base)
+    assert len({key for chain in keys for key in chain}) == 4
+    assert said.count("fold_bn:") == 1
+    stamps = {path: path.stat().st_mtime_ns for path in store.root.glob("artifacts/*/manifest.json")}
+    constructed(store, config, base)
+    assert stamps == {path: path.stat().st_mtime_ns for path in store.root.glob("artifacts/*/manifest.json")}
+
+
+@pytest.mark.parametrize("change", ["option", "seed", "data", "parent"])
+def test_what_decides_an_artifact_decides_its_key(change: str) -> None:
+    def key(base: TinyBase, seed: int, rank: float, *before: Mapping[str, Any]) -> str:
+        config = config_of([*before, {"kind": "lowrank_conv", "energy": rank}]).model_copy(update={"seed": seed})
+        chain = steps_of(config, base, config.variants[0])
+        return chain[-1].key
+
+    base = row_base()
+    usual = key(base, 0, 0.9)
+    assert usual == key(row_base(), 0, 0.9)
+    other = {
+        "option": lambda: key(base, 0, 0.8),
+        "seed": lambda: key(base, 1, 0.9),
+        "data": lambda: key(TinyBase(base.teacher, base.inputs, base.labels, base.spec, digest="1"), 0, 0.9),
+        "parent": lambda: key(base, 0, 0.9, {"kind": "prune_channels", "ratio": 0.5}),
+    }[change]()
+    assert other != usual
+
+
+class Reading(FoldBn):
+    """With an option that names a file."""
+
+    table: Path
+
+
+def test_a_file_that_an_option_names_decides_by_its_content(tmp_path: Path) -> None:
+    def key() -> str:
+        variant = VariantConfig.model_construct(name="v", passes=(Reading(table=tmp_path / "table"),))
+        return steps_of(config_of([]), row_base(), variant)[-1].key
+
+    keys = []
+    for content in ("one", "two", "one"):
+        (tmp_path / "table").write_text(content)
+        keys.append(key())
+    assert keys[0] == keys[2] != keys[1]
+    (tmp_path / "table").unlink()
+    with pytest.raises(ConfigError, match=r"cannot read .*table"):
+        key()
+
+
+def test_a_failing_pass_names_variant_position_and_option(tmp_path: Path) -> None:
+    config = config_of([{"kind": "quantize_static", "keep_float": ["nothing-like-it"]}])
+    with pytest.raises(PassFailed, match=r"variant 'v0', pass 1 \(quantize_static\): .*keep_float"):
+        constructed(ArtifactStore(tmp_path), config, image_base(Residual()))

@@ -1,0 +1,242 @@
+"""Channel pruning: targets met, rounding, protected outputs, every criterion, replay, refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from leanserve.contracts import ArrayData, Field, InputSpec, TorchModel
+from leanserve.errors import PassFailed
+from leanserve.passes.base import Applied
+from leanserve.passes.families.prune.prune_channels import PruneChannels
+from leanserve.passes.toolkit.importance import importance_of
+from leanserve.passes.toolkit.targets import Targets
+from structural_nets import Mobile, Perceptron, Reshaping, Residual, answers, image_base, row_base
+from tiny_base import TinyBase, context_of, lively
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def applied(pass_: PruneChannels, base: TinyBase, tmp_path: Path) -> tuple[nn.Module, Applied]:
+    result = pass_.apply(TorchModel(base.build(), base.spec), context_of(base, tmp_path))
+    assert isinstance(result.model, TorchModel)
+    return result.model.module, result
+
+
+def widths(module: nn.Module) -> dict[str, int]:
+    return {
+        name: len(child.weight) for name, child in module.named_modules() if isinstance(child, nn.Conv2d | nn.Linear)
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"ratio": 0.5, "macs": 0.5}, {"ratio": 0.0}, {"macs": 1.0}, {"round": 3}])
+def test_exactly_one_target(options: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        PruneChannels.model_validate(options)
+
+
+@pytest.mark.parametrize("scope", ["global", "uniform"])
+@pytest.mark.parametrize("macs", [0.7, 0.4])
+def test_macs_target_is_met_and_counts_are_rounded(
+    macs: float, scope: Literal["global", "uniform"], tmp_path: Path
+) -> None:
+    module, result = applied(PruneChannels(macs=macs, scope=scope, round_to=8), image_base(Residual()), tmp_path)
+    assert result.facts["macs_ratio"] == pytest.approx(macs, abs=0.06)
+    assert result.facts["parameters_ratio"] < 1
+    found = widths(module)
+    assert found.pop("head") == 10
+    assert all(width % 8 == 0 for width in found.values())
+    assert found["stem.0"] == found["conv2"]  # tied by the residual sum
+
+
+def test_a_uniform_ratio_is_taken_from_every_layer(tmp_path: Path) -> None:
+    module, _ = applied(PruneChannels(ratio=0.5, round_to=8), image_base(Residual(width=32)), tmp_path)
+    assert widths(module) == {"stem.0": 16, "conv1": 16, "conv2": 16, "down": 32, "head": 10}
+
+
+def test_widths_that_are_no_multiple_are_rounded_down_to_one(tmp_path: Path) -> None:
+    module, _ = applied(PruneChannels(ratio=0.25, round_to=16), image_base(Residual(width=20)), tmp_path)
+    assert widths(module) == {"stem.0": 16, "conv1": 16, "conv2": 16, "down": 32, "head": 10}
+
+
+def test_the_weakest_channels_go(tmp_path: Path) -> None:
+    base = row_base()
+    weak = torch.arange(0, 64, 4)
+    with torch.no_grad():
+        for name in ("first.weight", "norm.weight"):
+            base.teacher.get_parameter(name)[weak] *= 1e-3
+        base.teacher.get_parameter("second.weight")[:, weak] *= 1e-3
+    pass_ = PruneChannels(ratio=0.25, round_to=16, targets=Targets(include=("first",)))
+    module, _ = applied(pass_, base, tmp_path)
+    strong = [index for index in range(64) if index % 4]
+    assert torch.equal(module.get_parameter("first.weight"), base.teacher.get_parameter("first.weight")[strong])
+    assert torch.equal(module.get_parameter("second.weight"), base.teacher.get_parameter("second.weight")[:, strong])
+
+
+def test_taylor_ranks_by_the_output_that_the_labels_name() -> None:
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.classes = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.first(x), self.classes(x).softmax(1)
+
+    outputs = (Field("first", "float32", (3,)), Field("chances", "float32", (3,), meaning="probabilities"))
+    spec = InputSpec((Field("x", "float32", (4,)),), outputs, ("a", "b", "c"), labelled=1)
+    model = TorchModel(lively(Behind(), seed=1), spec)
+    rows, labels = torch.randn(9, 4), torch.arange(9) % 3
+    importance_of("taylor", model, ArrayData((rows.numpy(),), labels.numpy()))
+    weight = model.module.get_parameter("classes.weight")
+    loss = nn.functional.cross_entropy(model.module.get_submodule("classes")(rows), labels, reduction="sum")
+    torch.testing.assert_close(weight.grad, torch.autograd.grad(loss, weight)[0])
+    assert model.module.get_parameter("first.weight").grad is None
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2", "taylor", "bn_scale"])
+@pytest.mark.parametrize("net", [Residual, Mobile])
+def test_structure_is_replayed_and_the_input_left_alone(
+    net: type[nn.Module], importance: Literal["l1", "l2", "taylor", "bn_scale"], tmp_path: Path
+) -> None:
+    base = image_base(net())
+    pass_ = PruneChannels(ratio=0.3, importance=importance, round_to=8, steps=2)
+    model = TorchModel(base.build(), base.spec)
+    before = answers(model.module, base)
+    result = pass_.apply(model, context_of(base, tmp_path))
+    assert isinstance(result.model, TorchModel)
+    made = result.model.module
+    assert torch.equal(answers(model.module, base), before)
+    assert all(parameter.grad is None for parameter in model.module.parameters())
+    assert not any(child.training for child in made.modules())
+    fresh = pass_.restructure(base.build(), result.decisions)
+    fresh.load_state_dict(made.state_dict(), strict=True)
+    assert torch.equal(answers(fresh, base), answers(made, base))
+    assert "Conv2d" not in str(result.decisions)
+    again = pass_.apply(model, context_of(base, tmp_path))
+    assert isinstance(again.model, TorchModel)
+    assert torch.equal(answers(again.model.module, base), answers(made, base))
+
+
+def test_depthwise_and_grouped_convolutions_keep_their_kind(tmp_path: Path) -> None:
+    module, _ = applied(PruneChannels(ratio=0.5, round_to=8), image_base(Mobile()), tmp_path)
+    depthwise, grouped = module.get_submodule("depthwise"), module.get_submodule("grouped")
+    assert isinstance(depthwise, nn.Conv2d)
+    assert isinstance(grouped, nn.Conv2d)
+    assert depthwise.groups == depthwise.in_channels == depthwise.out_channels < 64
+    assert grouped.groups == 4
+    assert grouped.out_channels < 64
+
+
+def test_linear_layers_and_their_norms_are_pruned(tmp_path: Path) -> None:
+    base = row_base()
+    module, result = applied(PruneChannels(macs=0.4), base, tmp_path)
+    assert isinstance(module, Perceptron)
+    assert module.first.out_features == module.norm.num_features == module.second.in_features < 64
+    assert module.head.out_features == 10
+    assert result.facts["macs_ratio"] == pytest.approx(0.4, abs=0.1)
+
+
+class Features(nn.Module):
+    """Its outputs are the pooled channels of a residual sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3)
+        self.inner = nn.Conv2d(32, 32, 3, padding=1)
+        self.outer = nn.Conv2d(32, 32, 3, padding=1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = self.stem(image)
+        pooled: torch.Tensor = (x + self.outer(torch.relu(self.inner(x)))).mean((2, 3))
+        return pooled
+
+
+def test_no_channel_of_an_output_is_pruned(tmp_path: Path) -> None:
+    spec = InputSpec(image_base(Residual()).spec.fields, (Field("embedding", "float32", (32,)),))
+    base = replace(image_base(Features()), spec=spec)
+    module, _ = applied(PruneChannels(ratio=0.5), base, tmp_path)
+    assert widths(module) == {"stem": 32, "inner": 16, "outer": 32}
+
+
+def test_excluded_layers_keep_their_channels(tmp_path: Path) -> None:
+    pass_ = PruneChannels(ratio=0.4, round_to=8, targets=Targets(exclude=("conv2", "down")))
+    module, _ = applied(pass_, image_base(Residual(width=32)), tmp_path)
+    assert widths(module) == {"stem.0": 32, "conv1": 16, "conv2": 32, "down": 64, "head": 10}  # the sum ties the stem
+
+
+def test_batch_norm_is_estimated_anew(tmp_path: Path) -> None:
+    """Channels that the statistics of the base would mislead: random weights, half of them gone."""
+    base = image_base(Residual())
+    module, _ = applied(PruneChannels(ratio=0.5), base, tmp_path)
+    seen: list[torch.Tensor] = []
+    module.get_submodule("norm1").register_forward_hook(lambda _, inputs, output: seen.append(output))
+    answers(module, base)
+    gain, shift = module.get_parameter("norm1.weight"), module.get_parameter("norm1.bias")
+    plain = (seen[0].movedim(1, -1).flatten(0, 2) - shift) / gain
+    assert plain.mean(0).abs().max() < 0.05
+    assert (plain.std(0) - 1).abs().max() < 0.1
+
+
+def test_global_scope_takes_from_where_channels_are_weak(tmp_path: Path) -> None:
+    """Half of conv1's channels hardly matter; layers compare by the spread of their own channels."""
+    base = image_base(Residual(width=32))
+    with torch.no_grad():
+        for name in ("conv1.weight", "norm1.weight"):
+            base.teacher.get_parameter(name)[:16] *= 1e-3
+        base.teacher.get_parameter("conv2.weight")[:, :16] *= 1e-3
+    module, _ = applied(PruneChannels(ratio=0.1, scope="global"), base, tmp_path)
+    assert widths(module) == {"stem.0": 32, "conv1": 16, "conv2": 32, "down": 64, "head": 10}
+
+
+@pytest.mark.parametrize(
+    ("options", "base", "words"),
+    [
+        ({"macs": 0.05, "round_to": 16}, image_base(Residual(32)), "macs: 0.05 was asked for and 0.2.* round_to"),
+        ({"ratio": 0.5, "round_to": 64}, image_base(Residual(32)), "round_to: no prunable layer has more than 64"),
+        ({"ratio": 0.01}, image_base(Residual(32)), "ratio: 0.01 was asked for and 0.000 is the nearest"),
+        ({"ratio": 0.5, "importance": "bn_scale"}, image_base(Features()), "bn_scale ranks channels by batch norm"),
+        ({"ratio": 0.5}, image_base(Reshaping()), "targets: .*conv.* no longer runs.*exclude these layers"),
+        ({"ratio": 0.5, "targets": {"exclude": ["hed"]}}, image_base(Residual(32)), "targets.exclude: 'hed'.*head"),
+    ],
+)
+def test_refusals_name_the_option(options: dict[str, Any], base: TinyBase, words: str, tmp_path: Path) -> None:
+    with pytest.raises(PassFailed, match=words):
+        applied(PruneChannels.model_validate(options), base, tmp_path)
+
+
+@pytest.mark.parametrize("labels", [None, np.zeros(70, np.float32)], ids=["no labels", "no classes"])
+def test_taylor_needs_class_labels(labels: np.ndarray | None, tmp_path: Path) -> None:
+    base = replace(image_base(Residual()), labels=labels)
+    with pytest.raises(PassFailed, match="importance: taylor needs training data with class labels"):
+        applied(PruneChannels(ratio=0.5, importance="taylor"), base, tmp_path)
+
+
+class Scaled(nn.Module):
+    """A parameter of its own along the channels, outside of any layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(24, 64)
+        self.scale = nn.Parameter(torch.ones(64))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, row: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.first(row) * self.scale)
+        return logits
+
+
+def test_parameters_outside_of_layers_are_pruned_and_replayed(tmp_path: Path) -> None:
+    base = replace(row_base(), teacher=lively(Scaled(), seed=3))
+    pass_ = PruneChannels(ratio=0.5)
+    module, result = applied(pass_, base, tmp_path)
+    assert module.get_parameter("scale").shape == (32,)
+    fresh = pass_.restructure(base.build(), result.decisions)
+    fresh.load_state_dict(module.state_dict(), strict=True)
+    assert torch.equal(answers(fresh, base), answers(module, base))

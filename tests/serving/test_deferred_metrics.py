@@ -1,0 +1,90 @@
+"""Batches are counted a moment after they were run, and in any case before anybody reads the numbers."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+from leanserve.serving import deferred_metrics as tally
+from leanserve.serving.batcher import QueueLimits
+from leanserve.serving.variant import Variant
+from scripted import ScriptedBackend, play, sample, stay
+
+
+@pytest.fixture(autouse=True)
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that takes any time is quick."""
+    monkeypatch.setattr(tally, "QUICK_S", 0.0)
+
+
+def test_quick_batches_are_counted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tally, "QUICK_S", 10.0)
+    monkeypatch.setattr(tally, "LATER_S", 60.0)
+
+    async def scenario(variant: Variant, _: ScriptedBackend) -> None:
+        await variant.predict(sample(1, rows=3), stay)
+        await asyncio.sleep(0)
+        assert variant.metrics.rows.total == 3
+
+    play(scenario, QueueLimits(4, 100))
+
+
+def test_batches_are_counted_before_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tally, "LATER_S", 0.01)
+
+    async def scenario(variant: Variant, _: ScriptedBackend) -> None:
+        for turn in (1, 2):  # the timer of the first turn is over, and another one is needed
+            await variant.predict(sample(1, rows=3), stay)
+            assert variant.metrics.rows.count == turn - 1
+            async with asyncio.timeout(5):
+                while variant.metrics.rows.count < turn:
+                    await asyncio.sleep(0.001)
+        assert (variant.metrics.rows.total, variant.metrics.queue.count) == (6, 2)
+
+    play(scenario, QueueLimits(4, 100))
+
+
+def test_many_batches_are_not_left_until_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tally, "LATER_S", 60.0)
+
+    async def scenario(variant: Variant, _: ScriptedBackend) -> None:
+        for _turn in range(tally.MOST + 1):
+            await variant.predict(sample(1), stay)
+        await asyncio.sleep(0)
+        assert variant.metrics.rows.count == tally.MOST
+        variant.metrics.catch_up()
+        assert variant.metrics.rows.count == tally.MOST + 1
+
+    play(scenario, QueueLimits(4, 100))
+
+
+def test_what_a_batch_costs_is_learnt_with_its_count() -> None:
+    async def scenario(variant: Variant, _: ScriptedBackend) -> None:
+        await variant.predict(sample(1), stay)
+        await asyncio.sleep(0)
+        assert variant.costs.tables[0].seconds(1) == 1.0
+        variant.metrics.catch_up()
+        assert variant.costs.tables[0].seconds(1) < 1.0
+
+    play(scenario, QueueLimits(4, 100), seconds=1.0)
+
+
+def test_requests_are_not_kept_until_their_batch_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tally, "LATER_S", 60.0)
+
+    async def scenario(variant: Variant, _: ScriptedBackend) -> None:
+        array = np.ones((1, 2), np.float32)
+        kept = weakref.ref(array)
+        await variant.predict((array,), stay)
+        del array
+        async with asyncio.timeout(5):
+            while kept() is not None:
+                gc.collect()
+                await asyncio.sleep(0.001)
+        assert variant.metrics.rows.count == 0
+
+    play(scenario, QueueLimits(4, 100))

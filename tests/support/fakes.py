@@ -1,0 +1,210 @@
+"""A base and variants that answer by rule, in a fleet, and a live server over them: what the tests of the API share."""
+
+from __future__ import annotations
+
+import gc
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+
+from leanserve.api.server import Address, Server
+from leanserve.artifacts.manifest import Manifest, OutputFidelity, Quality, VariantReport
+from leanserve.codecs.answers import Answers
+from leanserve.codecs.images import ImageCodec
+from leanserve.config.schema import ServiceConfig
+from leanserve.contracts import Array, Arrays, Codec, Data, Field, InputSpec, Model, Split
+from leanserve.runtime.device import Device
+from leanserve.serving.fleet import Fleet
+from leanserve.serving.scheduler import SHORT_S
+from leanserve.telemetry.startup import Startup
+
+LABELS = ("zero", "one", "two", "three")
+SPEC = InputSpec((Field("image", "float32", (1, 2, 2)),), (Field("logits", "float32", (4,), meaning="logits"),), LABELS)
+
+
+class PixelBase:
+    """A base whose answer is the position of the brightest of four pixels."""
+
+    name = "pixels"
+    spec = SPEC
+    codec: Codec = ImageCodec(mode="L", size=(2, 2), mean=(0.0,), std=(1.0,), answers=Answers(SPEC))
+    digest = "0"
+    origin = "pixels"
+    caveats = ()
+    unit = 1
+
+    def model(self) -> Model:
+        raise NotImplementedError
+
+    def build(self) -> object:
+        raise NotImplementedError
+
+    def data(self, split: Split, n: int | None = None) -> Data:
+        raise NotImplementedError
+
+    def score(self, outputs: Arrays, labels: Array) -> float:
+        raise NotImplementedError
+
+
+class PixelBackend:
+    name = "pixel"
+    self_contained = False
+    device = "cpu"
+    row_buckets: tuple[int, ...] = ()
+
+    def __init__(self, *, broken: bool = False, gate: threading.Event | None = None) -> None:
+        self.broken = broken
+        self.gate = gate
+        self.waits = False
+        self.ran = 0
+        self.closed = False
+
+    def run(self, batch: Arrays) -> Arrays:
+        if self.gate is not None:
+            self.waits = not self.gate.is_set()
+            assert self.gate.wait(20)
+            time.sleep(2 * SHORT_S)  # work for a lane: the event loop must not wait at the gate
+            self.waits = False
+            self.ran += len(batch[0])
+        if self.broken and batch[0].max() == 1.0:
+            raise RuntimeError("secret detail")
+        return (batch[0].reshape(len(batch[0]), 4) * 10,)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def report(name: str, reason: str | None = None) -> VariantReport:
+    quality = Quality(
+        samples=10,
+        score=1.0,
+        score_low=0.7,
+        score_high=1.0,
+        agreement=1.0,
+        outputs=(OutputFidelity(name="logits", meaning="logits", agreement=1.0, kl=0.0, not_finite=0),),
+        batch_dependence=0.0,
+        disk_bytes=10,
+        parameters=1,
+        macs=1,
+        latency_ms={1: 1.0},
+        throughput=1000.0,
+        peak_memory_bytes=1,
+    )
+    manifest = Manifest(
+        key=name,
+        parent=None,
+        base="pixels",
+        kind=None,
+        options={},
+        decisions={},
+        facts={},
+        simulated=False,
+        files={},
+        parameters=1,
+        macs=1,
+        seconds=0.0,
+        versions={},
+        isa=[],
+        quality=quality,
+        cpu="x",
+        threads=1,
+    )
+    return VariantReport(name=name, state="excluded" if reason else "serving", reason=reason, chain=(manifest,))
+
+
+POOR = "score 0.5 is 0.5 below the base's"
+CONFIG = {
+    "base": "pixels",
+    "variants": [{"name": "a"}, {"name": "b"}, {"name": "broken"}, {"name": "held"}, {"name": "poor"}],
+    "traffic": {"weights": {"a": 1, "b": 1}},
+    "drain": {"delay_s": 0, "timeout_s": 5},
+}
+
+
+def open_fleet(gate: threading.Event, spec: InputSpec = SPEC, **changes: Any) -> Fleet:
+    """`a`, `b` answer, `broken` fails on rows with a 1, `held` waits for the gate to open, `poor` is excluded."""
+    config = ServiceConfig.model_validate(CONFIG | changes)
+    reports = [report(item.name, POOR if item.name == "poor" else None) for item in config.variants]
+    base = PixelBase()
+    base.spec = spec
+    fleet = Fleet(base, config, reports, Device("cpu", 1))  # type: ignore[arg-type]
+    for item in config.variants:
+        if item.name != "poor":
+            backend = PixelBackend(broken=item.name == "broken", gate=gate if item.name == "held" else None)
+            fleet.open(item.name, lambda threads, backend=backend: backend, config.batch)  # type: ignore[misc]
+    return fleet
+
+
+@dataclass(frozen=True)
+class Live:
+    """A server that listens; `gate` stops and frees the variant `held`."""
+
+    fleet: Fleet
+    gate: threading.Event
+    http: str
+    grpc: str
+    server: uvicorn.Server
+
+    @property
+    def host_and_port(self) -> tuple[str, int]:
+        host, _, port = self.http.rpartition(":")
+        return host, int(port)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The start of a fleet that is open already."""
+
+    fleet: Fleet
+    startup: Startup = field(default_factory=lambda: Startup(()))
+
+    def run(self) -> Fleet:
+        return self.fleet
+
+    def stop(self) -> None: ...
+
+
+@contextmanager
+def live_server(spec: InputSpec = SPEC, **changes: Any) -> Iterator[Live]:
+    """HTTP and gRPC on free ports, served from a thread."""
+    gate = threading.Event()
+    gate.set()
+    with serving(open_fleet(gate, spec, **changes), gate) as live:
+        yield live
+
+
+@contextmanager
+def serving(fleet: Fleet, gate: threading.Event) -> Iterator[Live]:
+    """A live server over any fleet; the gate is opened and the fleet closed at the end."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    grpc_port = _free_port()
+    server = Server(fleet.config, Address(listening, ("127.0.0.1", grpc_port)), Opened(fleet))
+    thread = threading.Thread(target=server.run, args=([listening],))
+    collector = gc.get_threshold()
+    thread.start()
+    try:
+        for _ in range(1000):
+            if server.fleet is not None:
+                break
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield Live(fleet, gate, f"127.0.0.1:{listening.getsockname()[1]}", f"127.0.0.1:{grpc_port}", server)
+    finally:
+        gate.set()
+        server.should_exit = True
+        thread.join()
+        fleet.close()
+        listening.close()
+        gc.unfreeze()  # a server sets the collector for a process of its own
+        gc.set_threshold(*collector)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])

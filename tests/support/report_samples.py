@@ -1,0 +1,131 @@
+"""Made-up variant reports for the tests of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from leanserve.artifacts.manifest import Manifest, OutputFidelity, Quality, VariantReport
+
+HOSTILE = "<script>alert(1)</script>[red]&\"'$x^2$"
+UNLABELLED = {"score": None, "score_low": None, "score_high": None}
+
+
+def classes(agreement: float, name: str = "logits") -> OutputFidelity:
+    """An output of classes of this agreement."""
+    return OutputFidelity(name=name, meaning="logits", agreement=agreement, kl=0.0123, not_finite=0)
+
+
+def values(error: float, name: str = "boxes") -> OutputFidelity:
+    """An output of values of which channel 2 is that far off."""
+    agreement = max(0.0, 1 - error)
+    return OutputFidelity(name=name, meaning="values", agreement=agreement, error=error, channel=2, not_finite=0)
+
+
+def embedding(cosine: float) -> OutputFidelity:
+    """An output of embeddings of this cosine."""
+    return OutputFidelity(
+        name="embedding", meaning="embedding", agreement=cosine, cosine=cosine, rank_agreement=0.9942, not_finite=0
+    )
+
+
+NO_CLASSES = UNLABELLED | {"agreement": 0.9987, "outputs": (embedding(0.9987),)}
+
+
+def artifact(kind: str | None = None, gain: float = 1.0, score: float | None = 0.99, **more: Any) -> Manifest:
+    """An artifact of a base that runs 100 rows/s at 99 %; `more` goes to its quality or to its manifest.
+
+    Its agreement is that of the worst of its `outputs`.
+    """
+    quality: dict[str, Any] = {
+        "samples": 450,
+        "score": score,
+        "score_low": None if score is None else score - 0.01,
+        "score_high": None if score is None else score + 0.006,
+        "agreement": 0.9945,
+        "outputs": (classes(0.9945),),
+        "batch_dependence": 1.2e-6,
+        "disk_bytes": 4_800_000,
+        "parameters": 1_190_000,
+        "macs": 148_000_000,
+        "latency_ms": {1: 10 / gain, 8: 80 / gain, 32: 320 / gain},
+        "throughput": 100 * gain,
+        "peak_memory_bytes": 64_000_000,
+    }
+    manifest: dict[str, Any] = {
+        "key": f"{kind}-{gain}-{score}",
+        "parent": None,
+        "base": "digits",
+        "kind": kind,
+        "options": {},
+        "decisions": {},
+        "facts": {},
+        "simulated": False,
+        "files": {},
+        "parameters": 1_190_000,
+        "macs": 148_000_000,
+        "seconds": 2.5,
+        "versions": {"torch": "2.13.0"},
+        "isa": ["avx2", "avx512_vnni"],
+        "cpu": "Test CPU 3000",
+        "threads": 2,
+    }
+    quality |= {name: value for name, value in more.items() if name in quality}
+    quality["agreement"] = min(output.agreement for output in quality["outputs"])
+    manifest |= {name: value for name, value in more.items() if name in manifest and name not in quality}
+    return Manifest(**manifest, quality=Quality(**quality))
+
+
+BASE = artifact()
+
+
+def variant(
+    name: str,
+    *passes: Manifest,
+    base: Manifest = BASE,
+    state: Literal["serving", "excluded"] = "serving",
+    reason: str | None = None,
+) -> VariantReport:
+    return VariantReport(name=name, state=state, reason=reason, chain=(base, *passes))
+
+
+def a_few() -> list[VariantReport]:
+    fold = artifact("fold_bn", gain=1.1)
+    return [
+        variant("eager"),
+        variant("onnx", fold, artifact("onnxruntime", gain=2)),
+        variant(
+            "int8",
+            fold,
+            artifact(
+                "quantize_static",
+                gain=5,
+                score=0.987,
+                disk_bytes=1_200_000,
+                options={"observer": "entropy", "keep_float": ["head"]},
+                facts={"nodes_quantized": 22.0},
+            ),
+        ),
+        variant("pruned", artifact("prune_channels", gain=9, score=0.9)),
+        variant(
+            "sparse",
+            artifact("prune_magnitude", gain=20, simulated=True),
+            state="excluded",
+            reason="agreement 99.45 % is below min_agreement 99.9 %",
+        ),
+    ]
+
+
+def changed(reports: Iterable[VariantReport], quality: Mapping[str, Any]) -> list[VariantReport]:
+    """The reports with these values in the quality of every artifact."""
+    return [
+        report.model_copy(
+            update={
+                "chain": tuple(
+                    manifest.model_copy(update={"quality": manifest.quality.model_copy(update=quality)})
+                    for manifest in report.chain
+                )
+            }
+        )
+        for report in reports
+    ]

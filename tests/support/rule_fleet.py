@@ -1,0 +1,103 @@
+"""`python rule_fleet.py FOLDER PORT CONFIG`: a real server process, with drain and all, over scripted variants.
+
+The kind of a variant is its name up to a digit: `rule` obeys its rows, `slow` takes 10 ms more per batch, `onnx` is a
+float network in onnxruntime, `large` one of four times the size. `dynamic` and `tensor` are the float network in 8
+bits, quantized while running by one scale per row and per tensor. CONFIG is a service config as JSON. FOLDER holds the
+gate file and the networks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from fakes import Opened, PixelBase, report
+from leanserve.api.server import Address, listen, serve
+from leanserve.codecs.answers import Answers
+from leanserve.codecs.images import ImageCodec
+from leanserve.config.schema import ServiceConfig
+from leanserve.contracts import Backend, BuildContext, OnnxModel
+from leanserve.runtime.backends.onnx_runtime import OnnxRuntimeBackend
+from leanserve.runtime.device import Device
+from leanserve.serving.fleet import Fleet, Measured
+from leanserve.serving.scheduler import SHORT_S
+from rules import SPEC, WIDTH, RuleBackend
+
+HIDDEN = {"onnx": 1024, "large": 2048}
+SCALES = {"dynamic": "row", "tensor": "tensor"}
+LANE_BATCH_S, SLOW_BATCH_S = 2 * SHORT_S, 0.01
+"""Both are more than what the event loop would run itself."""
+
+
+class RuleBase(PixelBase):
+    """Pictures of 4 x 2 pixels, or eight numbers."""
+
+    name = "rules"
+    spec = SPEC
+    codec = ImageCodec(mode="L", size=(4, 2), mean=(0.0,), std=(1.0,), answers=Answers(SPEC))
+
+
+def write_network(path: Path, hidden: int) -> None:
+    """8 -> hidden -> hidden -> 8 with random weights: large enough that onnxruntime has threads to share it among."""
+    random = np.random.default_rng(0)
+    widths = (WIDTH, hidden, hidden, WIDTH)
+    weights = [random.standard_normal(pair).astype(np.float32) / pair[0] ** 0.5 for pair in pairwise(widths)]
+    constants = [onnx.numpy_helper.from_array(weight, f"w{index}") for index, weight in enumerate(weights)]
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["h0"]),
+        helper.make_node("MatMul", ["h0", "w0"], ["m0"]),
+        helper.make_node("Relu", ["m0"], ["h1"]),
+        helper.make_node("MatMul", ["h1", "w1"], ["m1"]),
+        helper.make_node("Relu", ["m1"], ["h2"]),
+        helper.make_node("MatMul", ["h2", "w2"], ["y"]),
+    ]
+    takes = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 1, 2, 4])
+    gives = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", WIDTH])
+    graph = helper.make_graph(nodes, "network", [takes], [gives], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+
+
+def quantize(float_network: Path, path: Path, scale: str) -> None:
+    """Write what the pass makes of a network."""
+    from leanserve.passes.families.quantize.quantize_dynamic import QuantizeDynamic
+
+    with TemporaryDirectory() as scratch:
+        context = BuildContext(RuleBase(), 0, 1, Path(scratch), lambda *_: None)  # type: ignore[arg-type]
+        pass_ = QuantizeDynamic.model_validate({"scale": scale})
+        made = pass_.apply(OnnxModel(float_network, SPEC), context).model
+        assert isinstance(made, OnnxModel)
+        path.write_bytes(made.path.read_bytes())
+
+
+def loader(name: str, folder: Path) -> Callable[[int], Backend]:
+    """How to load the variant of that name on the device thread."""
+    kind = name.rstrip("0123456789")
+    if kind in HIDDEN | SCALES:
+        return lambda threads: OnnxRuntimeBackend(OnnxModel(folder / f"{kind}.onnx", SPEC), threads)
+    return lambda threads: RuleBackend(folder, {"rule": LANE_BATCH_S, "slow": SLOW_BATCH_S}[kind])
+
+
+def main(folder: Path, port: int, config: ServiceConfig) -> None:
+    claimed = listen("127.0.0.1", port)
+    for kind, hidden in HIDDEN.items():
+        write_network(folder / f"{kind}.onnx", hidden)
+    for kind in {item.name.rstrip("0123456789") for item in config.variants} & SCALES.keys():
+        quantize(folder / "onnx.onnx", folder / f"{kind}.onnx", SCALES[kind])
+    reports = [report(item.name) for item in config.variants]
+    fleet = Fleet(RuleBase(), config, reports, Device("cpu", 2))  # type: ignore[arg-type]
+    for item in config.variants:
+        trusted = not item.name.startswith("tensor")
+        fleet.open(item.name, loader(item.name, folder), config.batch_of(item), measured=Measured(trusted))
+    serve(config, Address(claimed), Opened(fleet))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), ServiceConfig.model_validate(json.loads(sys.argv[3])))
