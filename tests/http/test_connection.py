@@ -1,25 +1,28 @@
-"""The short way of a connection against uvicorn's own: the same replies, and nothing taken that is unusual."""
+"""The short way of a connection against uvicorn's own: the same responses, on every request like on the first."""
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import re
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 import pytest
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fakes import Live, live_server
-from leanserve.http.connection import Connection
-from leanserve.http.heads import KnownHeads
+from leanserve.errors import BadInput
 from leanserve.serving.variant import Variant
 from raw_client import Client
 
 INFER = "/v2/models/pixels/versions/a/infer"
 LIMIT = 4096
+SEEN = ContextVar("SEEN", default=0)
 ROW = np.array([[[[0, 1], [2, 3]]]], np.float32)
 
 
@@ -30,18 +33,16 @@ def live() -> Iterator[Live]:
 
 
 @pytest.fixture
-def parsed(live: Live, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """What goes through uvicorn's parser, from a time on when no head is known."""
-    connections: Any = live.server.config.http_protocol_class
-    connections.heads = KnownHeads(connections.hot)
-    seen: list[bytes] = []
-    original = Connection._parse
+def slow(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of the requests that take uvicorn's way."""
+    seen: list[str] = []
+    original = HttpToolsProtocol.on_headers_complete
 
-    def spy(self: Connection, data: bytes) -> None:
-        seen.append(data)
-        original(self, data)
+    def spy(self: HttpToolsProtocol) -> None:
+        original(self)
+        seen.append(self.scope["path"])
 
-    monkeypatch.setattr(Connection, "_parse", spy)
+    monkeypatch.setattr(HttpToolsProtocol, "on_headers_complete", spy)
     return seen
 
 
@@ -86,31 +87,31 @@ def without_times(reply: tuple[int, dict[str, str], bytes]) -> tuple[int, dict[s
     ],
     ids=["infer", "variant", "packed", "refused", "excluded", "unknown", "broken", "predict"],
 )
-def test_the_short_way_replies_as_uvicorns_does(client: Client, parsed: list[bytes], request_: bytes) -> None:
-    first, second = client.ask(request_), client.ask(request_)
-    assert parsed == [request_]
-    if first[0] == 500:  # an id of its own
-        assert first[0] == second[0]
-        assert second[2].startswith(first[2][:30])
+def test_both_ways_give_the_same_response(
+    live: Live, client: Client, slow: list[str], monkeypatch: pytest.MonkeyPatch, request_: bytes
+) -> None:
+    short = client.ask(request_)
+    assert slow == []
+    monkeypatch.setattr(live.server.config.http_protocol_class, "find", staticmethod(lambda *_: None))
+    long = client.ask(request_)
+    assert len(slow) == 1
+    if short[0] == 500:  # an id of its own
+        assert long[0] == short[0]
+        assert long[2].startswith(short[2][:30])
     else:
-        assert without_times(second) == without_times(first)
-    assert set(first[1]) == set(second[1])
+        assert without_times(long) == without_times(short)
+    assert set(short[1]) == set(long[1])
 
 
-def test_a_known_head_with_another_body_has_the_other_answer(client: Client, parsed: list[bytes]) -> None:
-    for pixel in range(5):
-        client.send(infer(pixel))
-        assert client.pixels() == answer_to(pixel)
-    assert len(parsed) == 1
-
-
-def test_heads_are_known_on_all_connections(live: Live, client: Client, parsed: list[bytes]) -> None:
-    request = infer(headers="x-shared: 1\r\n")
-    client.ask(request)
+def test_every_head_takes_the_short_way(live: Live, client: Client, slow: list[str]) -> None:
+    for number in range(5):
+        client.send(infer(number, headers=f"x-request-id: {number}\r\ntraceparent: 00-{number:032x}-1-01\r\n"))
+        assert client.pixels() == answer_to(number)
     other = Client(live)
-    assert other.ask(request)[0] == 200
+    other.send(infer(5))
+    assert other.pixels() == answer_to(5)
     other.close()
-    assert len(parsed) == 1
+    assert slow == []
 
 
 def test_requests_on_the_short_way_are_counted_like_others(live: Live, client: Client) -> None:
@@ -122,46 +123,82 @@ def test_requests_on_the_short_way_are_counted_like_others(live: Live, client: C
 
 
 @pytest.mark.parametrize(
-    ("head", "status"),
+    "head",
     [
-        ("connection: close\r\n", 200),
-        ("expect: 100-continue\r\n", 200),
-        ("content-encoding: identity\r\n", 200),
-        ("x-variant: a\r\nX-Variant: a\r\n", 200),
-        ("connection: upgrade\r\n", 200),
-        ("upgrade: h2c\r\n", 200),
-        ("connection: upgrade\r\nupgrade: h2c\r\n", 200),
-        ("http2-settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n", 200),
-        ("te: trailers\r\n", 200),
-        ("trailer: x-variant\r\n", 200),
-        (f"x-long: {'x' * 4096}\r\n", 200),
+        "connection: close\r\n",
+        "expect: 100-continue\r\n",
+        "content-encoding: identity\r\n",
+        "x-variant: a\r\nX-Variant: a\r\n",
+        "connection: upgrade\r\n",
+        "upgrade: h2c\r\n",
+        "connection: upgrade\r\nupgrade: h2c\r\n",
+        "http2-settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n",
+        "te: trailers\r\n",
+        "trailer: x-variant\r\n",
+        "x-long: " + "x" * 4096 + "\r\n",
     ],
     ids=["close", "expect", "encoded", "twice", "token", "offer", "upgrade", "settings", "te", "trailer", "long"],
 )
-def test_what_is_out_of_the_ordinary_is_parsed_every_time(
-    live: Live, parsed: list[bytes], head: str, status: int
-) -> None:
+def test_unusual_heads_are_answered_on_the_short_way_too(live: Live, slow: list[str], head: str) -> None:
     for _ in range(2):
         client = Client(live)
         client.send(infer(headers=head))
-        if "expect" in head:
-            assert client.file.readline() + client.file.readline() == b"HTTP/1.1 100 Continue\r\n\r\n"
-        assert client.reply()[0] == status
+        status, headers, _ = client.reply()
+        assert status == 200
+        assert ("connection" in headers) == ("close" in head)
         client.close()
-    assert len(parsed) == 2
+    assert slow == []
 
 
-def test_a_body_above_the_limit_is_refused_every_time(live: Live, parsed: list[bytes]) -> None:
+def test_the_body_is_asked_for_where_the_client_waits_for_that(client: Client) -> None:
+    head, _, body = infer(3, headers="expect: 100-continue\r\n").partition(b"\r\n\r\n")
     for _ in range(2):
-        client = Client(live)
+        client.send(head + b"\r\n\r\n")
+        assert client.file.readline() + client.file.readline() == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.send(body)
+        assert client.pixels() == answer_to(3)
+
+
+def test_a_body_above_the_limit_is_refused_every_time(live: Live) -> None:
+    client = Client(live)
+    for _ in range(2):
         status, _, body = client.ask(infer(name="x" * LIMIT))
         assert (status, json.loads(body)["code"]) == (413, "body_too_large")
-        client.close()
-    assert len(parsed) == 2
+    client.send(infer(2))
+    assert client.pixels() == answer_to(2)
+    client.close()
+
+
+def test_a_chunked_body_takes_uvicorns_way_and_its_trailers_are_no_headers(client: Client, slow: list[str]) -> None:
+    head, _, body = infer(2, path="/v2/models/pixels/infer", headers="x-variant: a\r\n").partition(b"\r\n\r\n")
+    head = head.partition(b"content-length")[0] + b"transfer-encoding: chunked\r\n\r\n"
+    for _ in range(2):
+        client.send(head + b"%x\r\n%b\r\n0\r\nx-variant: poor\r\n\r\n" % (len(body), body))
+        assert client.pixels() == answer_to(2)
+    assert len(slow) == 2
+
+
+async def _behaviour(self: Variant, *_: Any, **__: Any) -> Any:
+    """What asyncio promises to a coroutine that a task runs."""
+    before = SEEN.get()
+    SEEN.set(before + 1)
+    await asyncio.sleep(0)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await asyncio.sleep(10)
+    task = asyncio.current_task()
+    raise BadInput(f"{before} {SEEN.get()} {task is not None and not task.cancelling()}")
+
+
+def test_timeouts_context_and_sleep_work_on_every_request(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Variant, "predict", _behaviour)
+    for _ in range(3):
+        status, _, body = client.ask(infer())
+        assert (status, json.loads(body)["error"]) == (400, "0 1 True")
 
 
 @pytest.mark.parametrize("cut", [3, 60, -1], ids=["in the head", "behind a line", "in the body"])
-def test_a_known_head_that_comes_in_pieces(client: Client, cut: int) -> None:
+def test_a_head_that_comes_in_pieces(client: Client, cut: int) -> None:
     request = infer(2)
     assert client.ask(infer())[0] == 200
     for _ in range(2):
@@ -258,7 +295,7 @@ def test_a_bug_on_the_short_way_is_confessed(client: Client, monkeypatch: pytest
     assert (status, json.loads(body)["code"]) == (500, "internal")
 
 
-def test_a_large_body_comes_in_pieces_and_its_head_is_known_all_the_same(client: Client, parsed: list[bytes]) -> None:
+def test_a_large_body_comes_in_pieces(client: Client, slow: list[str]) -> None:
     for number in range(3):
         request = infer(number, name="image", filler="x" * 2000)
         client.send(request[:500])
@@ -267,7 +304,7 @@ def test_a_large_body_comes_in_pieces_and_its_head_is_known_all_the_same(client:
         time.sleep(0.02)
         client.send(request[1500:])
         assert client.pixels() == answer_to(number)
-    assert b"".join(parsed) == infer(0, name="image", filler="x" * 2000)
+    assert slow == []
 
 
 def test_what_follows_a_body_in_the_same_packet_is_the_next_request(client: Client) -> None:

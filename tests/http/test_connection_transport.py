@@ -1,9 +1,9 @@
-"""A connection between a transport and a clock of the test: what it writes, when it closes, what it remembers."""
+"""A connection over a transport and a clock of the test: what it writes, and when it closes."""
 
 from __future__ import annotations
 
-from asyncio import Future
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,21 +11,10 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from fakes import Live, live_server
-from leanserve.api.routes import HotPath
-from leanserve.api.v1.predict import plain_body
 from leanserve.http.connection import connections_to
-from leanserve.http.messages import Caller, Reply, Route
+from leanserve.http.messages import Caller, Reply, read_body
 
-
-@pytest.fixture(scope="module")
-def live() -> Iterator[Live]:
-    with live_server() as server:
-        yield server
-
-
-async def no_app(*_: Any) -> None:
-    raise AssertionError("only the one route is asked")
+HEAD = b"POST /p HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
 
 
 class Transport:
@@ -53,27 +42,22 @@ class Transport:
 
 
 class Clock:
-    """A loop of which only the timers are used."""
+    """The running loop, with timers that go by the test's time."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.timers: list[tuple[float, Any]] = []
-        self.tasks: list[Any] = []
+        self._loop = asyncio.get_running_loop()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
 
     def time(self) -> float:
         return self.now
 
-    def get_debug(self) -> bool:
-        return False
-
     def call_later(self, seconds: float, call: Any) -> Any:
         self.timers.append((self.now + seconds, call))
         return SimpleNamespace(cancel=self.timers.clear)
-
-    def create_task(self, coroutine: Any) -> Future[None]:
-        coroutine.close()
-        self.tasks.append(coroutine)
-        return Future(loop=self)  # type: ignore[arg-type]  # the little of a loop that is needed here
 
     def run_until(self, now: float) -> None:
         while self.timers and self.timers[0][0] <= now:
@@ -83,111 +67,148 @@ class Clock:
 
 
 class Bench:
-    """A connection over a transport and a clock of the test, to an app with one route that replies with `body`."""
+    """A connection to `answer` at POST /p, and to nothing else."""
 
-    def __init__(self, live: Live, body: bytes = b"{}", *, reads: bool = True) -> None:
-        self.reads = reads
-        hot = HotPath(live.fleet, no_app)
-        hot._routes = {"/p": Route("POST", "prediction", self.route)}
-        config = uvicorn.Config(hot, http=connections_to(hot), lifespan="off", log_level="critical")
+    def __init__(self, answer: Callable[[Caller], Awaitable[Reply | None]]) -> None:
+        self.slow: list[str] = []
+        find = {(b"POST", b"/p"): answer}
+        http = connections_to(lambda *asked: find.get(asked), 1000)
+        config = uvicorn.Config(self._app, http=http, interface="asgi3", lifespan="off", log_level="critical")
         config.load()
-        self.body = body
         self.clock, self.transport = Clock(), Transport()
         make: Any = config.http_protocol_class
         self.connection = make(config=config, server_state=ServerState(), app_state={}, _loop=self.clock)
         self.connection.connection_made(self.transport)
-        self.request = b"POST /p HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
-        headers = [(b"host", b"x"), (b"content-length", b"2")]
-        scope = {"method": "POST", "path": "/p", "headers": headers}
-        self.connection.heads.learn(self.request[:-2], scope, 2)
 
-    async def route(self, caller: Caller) -> Reply:
-        if self.reads:
-            await plain_body(caller, 2)
-        return Reply(self.body, ())
+    async def _app(self, scope: Any, *_: Any) -> None:
+        self.slow.append(scope["path"])
 
-    def ask(self) -> None:
-        self.connection.data_received(self.request)
+    async def send(self, data: bytes = HEAD + b"{}") -> None:
+        self.connection.data_received(data)
+        for _ in range(5):
+            await asyncio.sleep(0)
 
 
-def test_a_reply_is_one_write_unless_it_is_large(live: Live) -> None:
-    small, large = Bench(live), Bench(live, bytes(100_000))
-    small.ask()
-    large.ask()
-    assert small.transport.writes == [b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"]
-    assert large.transport.writes == [b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n", bytes(100_000)]
+def replies(body: bytes = b"{}") -> Callable[[Caller], Awaitable[Reply | None]]:
+    async def answer(caller: Caller) -> Reply:
+        if caller.body is None:
+            await read_body(caller, 2)
+        return Reply(body, ())
+
+    return answer
 
 
-def test_an_idle_connection_is_closed_in_time_and_a_used_one_is_not(live: Live) -> None:
-    bench = Bench(live)
-    for second in range(0, 20, 2):
-        bench.clock.run_until(second)
-        bench.ask()
-    bench.clock.run_until(22.9)
-    assert not bench.transport.closing
-    assert len(bench.clock.timers) == 1
-    bench.clock.run_until(23.1)
-    assert bench.transport.closing
+async def at_once(_: Caller) -> Reply:
+    return Reply(b"{}", ())
 
 
-def test_a_connection_that_waits_for_its_reply_is_not_idle(live: Live) -> None:
-    bench = Bench(live)
-    bench.ask()
-    bench.connection.cycle.response_complete = False
-    bench.clock.run_until(60)
-    assert not bench.transport.closing
+def test_a_response_is_one_write_unless_it_is_large() -> None:
+    async def run() -> None:
+        small, large = Bench(replies()), Bench(replies(bytes(100_000)))
+        await small.send()
+        await large.send()
+        assert small.transport.writes == [b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"]
+        assert large.transport.writes == [b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n", bytes(100_000)]
+
+    asyncio.run(run())
 
 
-def test_a_client_that_does_not_read_its_replies_gets_no_further_ones_on_the_short_way(live: Live) -> None:
-    bench = Bench(live)
-    bench.ask()
-    bench.connection.pause_writing()
-    bench.ask()
-    assert len(bench.transport.writes) == 1
-    assert len(bench.clock.tasks) == 1  # uvicorn's way, which waits until the client has read
-
-
-def test_only_so_many_heads_are_remembered(live: Live) -> None:
-    heads = Bench(live).connection.heads
-    known = [b"POST /p HTTP/1.1\r\ncontent-length: 2\r\nx: %d\r\n\r\n" % number for number in range(300)]
-    for number, head in enumerate(known):
-        headers = [(b"content-length", b"2"), (b"x", b"%d" % number)]
-        heads.learn(head, {"method": "POST", "path": "/p", "headers": headers}, 2)
-    assert heads.get(known[-1]) is not None
-    assert sum(heads.get(head) is not None for head in known) <= 256
-
-
-def test_a_failure_that_nobody_foresaw_closes_the_connection(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench(live)
-
-    async def fail(*_: Any) -> Reply:
-        raise SystemExit("out of the blue")
-
-    monkeypatch.setattr(HotPath, "answer", fail)
-    bench.ask()
-    assert bench.transport.closing
-    assert bench.transport.writes == []
-
-
-def test_a_body_that_is_still_coming_keeps_its_connection_open(live: Live) -> None:
-    bench = Bench(live)
-    bench.ask()
-    bench.connection.data_received(bench.request[:-1])
-    bench.clock.run_until(60)
-    bench.connection.shutdown()
-    assert not bench.transport.closing
-    bench.connection.data_received(bench.request[-1:])
-    assert b"connection: close" in bench.transport.writes[-1]
-    assert bench.transport.closing
-
-
-def test_a_reply_that_needs_no_body_comes_before_it_and_the_connection_lives_on(live: Live) -> None:
-    bench = Bench(live, reads=False)
-    for count in (1, 2):
-        bench.connection.data_received(bench.request[:-1])
-        assert len(bench.transport.writes) == count, "the last byte is still to come"
-        bench.clock.run_until(60 * count)
+def test_an_idle_connection_is_closed_in_time_and_a_used_one_is_not() -> None:
+    async def run() -> None:
+        bench = Bench(replies())
+        for second in range(0, 20, 2):
+            bench.clock.run_until(second)
+            await bench.send()
+        bench.clock.run_until(22.9)
         assert not bench.transport.closing
-        bench.connection.data_received(bench.request[-1:])
-    bench.ask()
-    assert len(bench.transport.writes) == 3
+        assert len(bench.clock.timers) == 1
+        bench.clock.run_until(23.1)
+        assert bench.transport.closing
+
+    asyncio.run(run())
+
+
+def test_a_connection_that_waits_for_its_response_is_not_idle() -> None:
+    async def run() -> None:
+        asked = asyncio.Event()
+
+        async def answer(_: Caller) -> Reply:
+            await asked.wait()
+            return Reply(b"{}", ())
+
+        bench = Bench(answer)
+        await bench.send()
+        bench.clock.run_until(60)
+        assert not bench.transport.closing
+        asked.set()
+        await bench.send(b"")
+        assert len(bench.transport.writes) == 1
+
+    asyncio.run(run())
+
+
+def test_a_client_that_does_not_read_its_responses_gets_no_further_ones_on_the_short_way() -> None:
+    async def run() -> None:
+        bench = Bench(replies())
+        await bench.send()
+        bench.connection.pause_writing()
+        await bench.send()
+        assert len(bench.transport.writes) == 1
+        assert bench.slow == ["/p"]  # uvicorn's way, which waits until the client has read
+
+    asyncio.run(run())
+
+
+def test_a_failure_that_nobody_foresaw_closes_the_connection() -> None:
+    async def fail(_: Caller) -> Reply:
+        raise RuntimeError("out of the blue")
+
+    async def run() -> None:
+        bench = Bench(fail)
+        await bench.send()
+        assert bench.transport.closing
+        assert bench.transport.writes == []
+
+    asyncio.run(run())
+
+
+def test_a_body_that_is_still_coming_keeps_its_connection_open() -> None:
+    async def run() -> None:
+        bench = Bench(replies())
+        await bench.send()
+        await bench.send(HEAD + b"{")
+        bench.clock.run_until(60)
+        bench.connection.shutdown()
+        assert not bench.transport.closing
+        await bench.send(b"}")
+        assert b"connection: close" in bench.transport.writes[-1]
+        assert bench.transport.closing
+
+    asyncio.run(run())
+
+
+def test_a_response_that_needs_no_body_comes_before_it_and_the_connection_lives_on() -> None:
+    async def run() -> None:
+        bench = Bench(at_once)
+        for count in (1, 2):
+            await bench.send(HEAD + b"{")
+            assert len(bench.transport.writes) == count, "the last byte is still to come"
+            bench.clock.run_until(60 * count)
+            assert not bench.transport.closing
+            await bench.send(b"}")
+        await bench.send()
+        assert len(bench.transport.writes) == 3
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_what_is_no_http_is_refused_once_and_the_connection_closed(pieces: int) -> None:
+    async def run() -> None:
+        bench = Bench(replies())
+        for _ in range(pieces):
+            await bench.send(b"\x00\x01 nonsense\r\n\r\n")
+        assert bench.transport.closing
+        assert bench.transport.writes[0].startswith(b"HTTP/1.1 400 ")
+
+    asyncio.run(run())

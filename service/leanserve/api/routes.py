@@ -18,6 +18,7 @@ from leanserve.api.openai.models import MODELS, ModelList
 from leanserve.api.v1.predict import predict
 from leanserve.api.v2.rest import no_such_path, open_inference_routes
 from leanserve.errors import ClientGone, MethodNotAllowed, OutOfMemory, ServiceError
+from leanserve.http.connection import Answer
 from leanserve.http.messages import Caller, Receive, Reply, Route, Scope, Send, send_reply
 from leanserve.memory import is_out_of_memory
 from leanserve.serving.fleet import Fleet
@@ -32,8 +33,6 @@ class HotPath:
     """The outermost ASGI app: serves and counts predictions, passes what it has no route for to `app`."""
 
     def __init__(self, fleet: Fleet, app: App) -> None:
-        self.body_limit = fleet.config.limits.body_bytes
-        """Bytes that a request's body may have."""
         self._fleet = fleet
         self._app = app
         self._caveats = caveat_headers(fleet.base.caveats)
@@ -43,6 +42,11 @@ class HotPath:
             EMBEDDINGS: embeddings_route(fleet),
             MODELS: self._models.all,
             **open_inference_routes(fleet),
+        }
+        self._predictions = {
+            path.encode(): partial(self.answer, route)
+            for path, route in self._routes.items()
+            if route.counts == "prediction"
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,10 +70,9 @@ class HotPath:
             return Route(method, "prediction" if path.endswith("/infer") else "description", self._unknown)
         return self._models.one if path.startswith(f"{MODELS}/") else None
 
-    def prediction(self, method: str, path: str) -> Route | None:
-        """The route of a path that answers predictions by this method, else `None`."""
-        route = self._routes.get(path)
-        return route if route is not None and route[:2] == (method, "prediction") else None
+    def find(self, method: bytes, path: bytes) -> Answer | None:
+        """What answers predictions on this path by this method."""
+        return self._predictions.get(path) if method == b"POST" else None
 
     async def answer(self, route: Route, caller: Caller) -> Reply | None:
         """The reply to a request, also where it is refused or fails; `None` where nobody is left to get it."""

@@ -1,99 +1,77 @@
-"""One client connection: uvicorn's, with a short way for a request whose head was seen before.
+"""One client connection: uvicorn's, with a short way for the requests that matter.
 
-A client that keeps its connection sends the same head again, byte for byte, and only the body behind it differs. Yet
-parsing the head, a scope, a task, two events, a timer and two writes per reply cost more than everything this service
-does for a small model. So the head of a prediction request is remembered with what the parser made of it (`heads.py`);
-when the same bytes come again, whole and between two requests, the body is cut off behind them, in as many pieces as it
-comes (`body.py` reads large ones), and the request is answered straight away, in the same turn of the event loop, with
-one write. The answer begins with the head, so that the body of a request that is refused anyway is read past.
-Everything else (descriptions, chunked bodies, pipelining, `Connection: close`, HTTP/1.0, clients that do not read their
-replies) takes uvicorn's way, which is the same to the client.
+The route decides which way a request takes. Once its head is parsed, `find` is asked for what answers its method and
+path. Where there is something (predictions), the body is collected and the request answered by one task and one write,
+without an ASGI scope, events, a timer per response, or a copy of a large body. Everything else (descriptions, chunked
+bodies, pipelined requests, clients that do not read their responses) takes uvicorn's way, which is the same to the
+client.
 
 An upgrade to another protocol is ignored, as HTTP allows (RFC 9110, 7.8): the request is answered over HTTP/1.1, body
 and all. httptools ends a message at the head of an upgrade, so that head is given to it again, without the upgrade.
 Trailers are dropped. What is no request that can be read in one way only is refused, and ends the connection.
 
-`tests/api/test_connection.py` holds both ways against each other; it fails if a new uvicorn lacks what is used here.
+What is used of uvicorn beyond its public interface is the class `HttpToolsProtocol` with its attributes `parser`,
+`url`, `headers`, `cycle`, `pipeline`, `flow`, `tasks`, `server_state`, `expect_100_continue` and
+`timeout_keep_alive_task`; `tests/http/test_connection.py` fails if a new uvicorn lacks one of them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Generator
-from types import coroutine
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Literal
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from leanserve.api.front import Predictions
 from leanserve.errors import BadInput
 from leanserve.http.body_reader import LARGE, BodyReader
-from leanserve.http.heads import Head, KnownHeads
-from leanserve.http.messages import Caller, Reply, acknowledge, error_reply, send_reply
+from leanserve.http.messages import Request, Response, acknowledge, error_response, send_response
 
 logger = logging.getLogger(__name__)
 
+Answer = Callable[[Request], Awaitable[Response | None]]
+"""Answers one request; `None` where nobody is left to get the response."""
+Find = Callable[[bytes, bytes], Answer | None]
+"""What answers a method and a raw path; `None`: uvicorn's way does."""
+
 _ONE_WRITE = 2**16
 """Bytes of a body up to which copying it behind its head is cheaper than a second write."""
-_BODY = object()
-"""What the coroutine of a request hands to its `Exchange` while it waits for its body."""
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's connection of one client to what answers predictions."""
+    """uvicorn's connection of one client, with a short way to what `find` finds."""
 
-    heads: KnownHeads
-    hot: Predictions
+    find: Find
+    body_limit: int
+    """Bytes up to which a body is handed over with its request."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=False)  # what follows is refused, not swallowed
         self._answered_at = 0.0
-        self._event = asyncio.Event()
-        # The request that the parser reads: where in it, its head if it may be worth remembering, how many bytes came
-        # since, and how many requests began in them.
         self._place: Literal["between", "head", "body"] = "between"
-        self._head = b""
-        self._received = self._begun = 0
-        # Bytes of a body on the short way that are still to come, those that came, and who reads them if not this.
-        self._missing = 0
-        self._parts: list[bytes] = []
+        """Where in a request the parser is."""
+        self._arriving: Exchange | None = None
+        """The exchange on the short way whose request is still arriving."""
         self._reader: BodyReader | None = None
 
     def data_received(self, data: bytes) -> None:
-        if self._missing:
-            self._go_on(data)
-            return
-        if self._place == "between":
-            end = data.find(b"\r\n\r\n") + 4
-            self._head, self._received, self._begun = data[:end], 0, 0
-            if (self.cycle is not None and not self.cycle.response_complete) or self.flow.write_paused or end == 3:
-                self._head = b""
-            known = self.heads.get(self._head)
-            if known is not None and len(data) - end <= known.length:
-                self._begin(known, data[end:])
-                return
-        self._received += len(data)
-        self._parse(data)
-        # Exactly one request, whole: its head is what stands before the first empty line.
-        if self._place == "between" and self._head and self._begun == 1 and self.cycle.keep_alive and not self.pipeline:
-            self.heads.learn(self._head, self.cycle.scope, self._received - len(self._head))  # type: ignore[arg-type]
-
-    def _parse(self, data: bytes) -> None:
-        """What uvicorn does with data, but for upgrades and refusals."""
-        self._unset_keepalive_if_required()
-        rest = memoryview(data)
+        rest: bytes | memoryview = data
         try:
             while (end := self._upgrade_in(rest)) is not None:
-                rest = rest[end:]
+                rest = memoryview(rest)[end:]
                 self.parser.feed_data(self._head_without_upgrade())
         except httptools.HttpParserError as error:
             cause = error.__context__  # where a callback below raised it
             self._refuse(cause if isinstance(cause, BadInput | httptools.HttpParserError) else error)
+        exchange = self._arriving
+        if exchange is not None and not exchange.started:
+            self._begin(exchange)
 
-    def _upgrade_in(self, data: memoryview) -> int | None:
+    def _upgrade_in(self, data: bytes | memoryview) -> int | None:
         """Parse all, or up to the end of a head that asks for an upgrade: where that is."""
         try:
             self.parser.feed_data(data)
@@ -112,33 +90,59 @@ class Connection(HttpToolsProtocol):
         The parser takes nothing more after an error, so nothing that follows is run.
         """
         due = self.cycle is not None and not self.cycle.response_complete
-        reply = error_reply(BadInput(f"this is no valid HTTP/1.1 request: {reason}"))
+        response = error_response(BadInput(f"this is no valid HTTP/1.1 request: {reason}"))
         if due and self._place != "body":  # earlier requests are still to be answered; the last of them closes
             self.cycle.keep_alive = False
         elif due and self.pipeline:  # it is the last in the line
             self.cycle.keep_alive = False
-            self.pipeline[0] = (self.cycle, lambda _scope, _receive, send: send_reply(send, reply))
+            self.pipeline[0] = (self.cycle, lambda _scope, _receive, send: send_response(send, response))
         else:
             if due or self._place != "body":  # else it was answered before its body was through
-                self.transport.write(self._written(reply, keep_alive=False) + reply.body)
+                self.transport.write(self._head(response, keep_alive=False) + response.body)
             self.transport.close()
 
     def on_message_begin(self) -> None:
         self._place = "head"
-        self._begun += 1
-        super().on_message_begin()
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
                 raise BadInput("CONNECT asks a proxy for a tunnel, and this is none")
             return
-        hosts = [name for name, _ in self.headers].count(b"host")
+        headers, self.headers = self.headers, []  # trailers come after them, and are none of them
+        hosts = [name for name, _ in headers].count(b"host")
         if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
             raise BadInput(f"it has {hosts} Host headers instead of one")  # RFC 9112, 3.2
-        super().on_headers_complete()
         self._place = "body"
-        self.headers = []  # for trailers; those of the request are in its scope
+        answer, fields = self._found(), dict(headers)
+        if answer is None or b"content-length" not in fields:
+            self._take_uvicorns_way(headers)
+        else:
+            path = self.url.partition(b"?")[0].decode("ascii")
+            self.cycle = self._arriving = Exchange(self, answer, path, fields)  # type: ignore[assignment]
+
+    def _found(self) -> Answer | None:
+        """What answers this request on the short way, if nothing on this connection has to be answered before it."""
+        if (self.cycle is not None and not self.cycle.response_complete) or self.flow.write_paused:
+            return None
+        return self.find(self.parser.get_method(), self.url.partition(b"?")[0])
+
+    def _take_uvicorns_way(self, headers: list[tuple[bytes, bytes]]) -> None:
+        url, expects = self.url, self.expect_100_continue
+        super().on_message_begin()  # makes the scope, which is given `self.headers`
+        self.url, self.expect_100_continue = url, expects
+        self.headers.extend(headers)
+        super().on_headers_complete()
+        self.headers = []
+
+    def on_body(self, body: bytes) -> None:
+        if self._arriving is None:
+            super().on_body(body)
+        else:
+            self._arriving.extend(body)
 
     def on_message_complete(self) -> None:
         if self._place == "head":  # of an upgrade, and given to the parser again
@@ -146,61 +150,56 @@ class Connection(HttpToolsProtocol):
         self._place = "between"
         if not self.parser.should_keep_alive():  # a trailer may have said so
             self.cycle.keep_alive = False
-        super().on_message_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._reader = None  # nothing else would end that circle, and the body in it, soon
-        if self._missing:
-            self._came(None)  # by which the client counts as gone
-
-    def _begin(self, known: Head, body: bytes) -> None:
-        """Answer a request as far as can be without the rest of its body; see to it that this is read, or skipped."""
-        exchange = Exchange(self, self._event)
-        self.cycle = exchange  # type: ignore[assignment]
-        self._missing = known.length - len(body)
-        caller = Caller(known.path, known.headers, exchange.receive, None if self._missing else body, body)
-        exchange.begin(self.hot.answer(known.route, caller))
-        if not self._missing or self.transport.is_closing():
-            return
-        if self._reader is None and self._missing >= LARGE:
-            self._reader = BodyReader(self, self.transport, known.length)
-        if self._reader is None:
-            self._parts = [body]
-        elif exchange.response_complete:
-            self._reader.skip(self._missing, self._came)
+        if self._arriving is None:
+            super().on_message_complete()
         else:
-            self._reader.read(body, known.length, self._came)
-        if not body:
+            self._arriving.complete()
+            self._arriving = None
+
+    def _begin(self, exchange: Exchange) -> None:
+        """Answer a request as far as can be without the rest of its body."""
+        exchange.start()
+        if exchange.missing >= LARGE:
+            self.transport.pause_reading()
+            self.loop.call_soon(self._read_in_place, exchange)  # by then it may have been refused
+        if exchange.missing == exchange.length:
             acknowledge(self.transport)
 
-    def _go_on(self, data: bytes) -> None:
-        self._parts.append(data[: self._missing])
-        self._missing -= len(self._parts[-1])
-        if self._missing:
+    def _read_in_place(self, exchange: Exchange) -> None:
+        """Have the rest of a large body read into its place, or past it where nobody wants it any more."""
+        if self.transport.is_closing():
             return
-        body, rest = b"".join(self._parts), data[len(self._parts[-1]) :]
-        self._parts = []
-        self._came(body)
-        if rest:
-            self.data_received(rest)
+        self._arriving = None
+        self._forget_the_message()
+        if self._reader is None:
+            self._reader = BodyReader(self, self.transport, exchange.length)
+        if exchange.response_complete:
+            self._reader.skip(exchange.missing, exchange.skipped)
+        else:
+            self._reader.read(exchange.begun, exchange.length, exchange.arrived)
+        self.transport.resume_reading()
 
-    def _came(self, body: bytes | memoryview | None) -> None:
-        """The body is here, or it will never be."""
-        self._missing = 0
-        exchange: Exchange = self.cycle  # type: ignore[assignment]  # on the short way it is one
-        if not exchange.response_complete:
-            exchange.feed(body)
+    def _forget_the_message(self) -> None:
+        """The rest of this body does not go through the parser; the next request needs one that awaits a head."""
+        self.parser = httptools.HttpRequestParser(self)
+        self._place = "between"
 
-    def reply(self, exchange: Exchange, reply: Reply | None) -> None:
-        """Send the reply, if there is one, and be ready for the next request."""
+    def connection_lost(self, exc: Exception | None) -> None:
+        cycle = self.cycle
+        super().connection_lost(exc)
+        self._reader = None  # nothing else would end that circle, and the body in it, soon
+        if isinstance(cycle, Exchange):
+            cycle.lost()
+
+    def respond(self, exchange: Exchange, response: Response | None) -> None:
+        """Send the response, if there is one, and be ready for the next request."""
         exchange.response_complete = True
         if exchange.disconnected:
             return
-        if reply is None:
+        if response is None:
             self.transport.close()
             return
-        body, head = reply.body, self._written(reply, keep_alive=exchange.keep_alive)
+        body, head = response.body, self._head(response, keep_alive=exchange.keep_alive)
         if len(body) <= _ONE_WRITE:
             self.transport.write(head + body)
         else:
@@ -210,25 +209,26 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
         self.on_response_complete()
 
-    def _written(self, reply: Reply, *, keep_alive: bool) -> bytes:
-        """The head of a reply."""
-        lines = b"".join([b"%b: %b\r\n" % header for header in (*self.server_state.default_headers, *reply.headers)])
+    def _head(self, response: Response, *, keep_alive: bool) -> bytes:
+        headers = (*self.server_state.default_headers, *response.headers)
+        lines = b"".join([b"%b: %b\r\n" % header for header in headers])
         if not keep_alive:
             lines += b"connection: close\r\n"
-        return b"%b%bcontent-length: %d\r\n\r\n" % (STATUS_LINE[reply.status], lines, len(reply.body))
+        return b"%b%bcontent-length: %d\r\n\r\n" % (STATUS_LINE[response.status], lines, len(response.body))
 
     def on_response_complete(self) -> None:
-        """After each reply. One timer watches an idle connection, instead of a new one after every reply."""
+        """After each response. One timer watches an idle connection, instead of a new one after every response."""
         self._answered_at = self.loop.time()
         if self.pipeline or self.timeout_keep_alive_task is None:
             super().on_response_complete()
         else:
             self.server_state.total_requests += 1
+            self.flow.resume_reading()
 
     def timeout_keep_alive_handler(self) -> None:
         """Close the connection if it was idle for long enough; else look again when it may have been."""
         rest: float = self.timeout_keep_alive
-        if self.cycle.response_complete and not self._missing:
+        if self.cycle.response_complete and self._place != "body" and not getattr(self.cycle, "missing", 0):
             rest = self._answered_at + rest - self.loop.time()
         if rest > 0:
             self.timeout_keep_alive_task = self.loop.call_later(rest, self.timeout_keep_alive_handler)
@@ -236,43 +236,102 @@ class Connection(HttpToolsProtocol):
             super().timeout_keep_alive_handler()
 
 
-def connections_to(hot: Predictions) -> type[Connection]:
-    """The class of all connections to `hot`, as uvicorn wants it; they share what they know of heads."""
-    return type("Connection", (Connection,), {"hot": hot, "heads": KnownHeads(hot)})
-
-
-@coroutine
-def _until_fed() -> Generator[object, None, None]:
-    yield _BODY
+def connections_to(find: Find, body_limit: int) -> type[Connection]:
+    """The class of all connections, as uvicorn wants it, with a short way to what `find` finds."""
+    return type("Connection", (Connection,), {"find": staticmethod(find), "body_limit": body_limit})
 
 
 class Exchange:
-    """A request on the short way, where uvicorn keeps its own `cycle`: it has the attributes that are asked for there.
-
-    It also drives the coroutine that answers: as a task would, but from where it stands, and without a turn of the
-    loop before the first step or when the body has come. The coroutine must not ask for the current task.
-    """
+    """A request on the short way and its response, where uvicorn keeps its own `cycle`: with the attributes of that."""
 
     __slots__ = (
+        "_answer",
         "_body",
         "_connection",
-        "_coroutine",
-        "_waits",
+        "_headers",
+        "_parts",
+        "_path",
+        "_task",
+        "_waiter",
         "disconnected",
         "keep_alive",
+        "length",
         "message_event",
+        "missing",
         "response_complete",
     )
 
-    def __init__(self, connection: Connection, event: asyncio.Event) -> None:
+    def __init__(self, connection: Connection, answer: Answer, path: str, headers: dict[bytes, bytes]) -> None:
         self._connection = connection
-        self._coroutine: Coroutine[Any, None, Reply | None]
+        self._answer = answer
+        self._path = path
+        self._headers = headers
+        self._parts: list[bytes] = []
         self._body: bytes | memoryview | None = None
-        self._waits = False
+        self._task: asyncio.Task[None] | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self.length = self.missing = int(headers[b"content-length"])
         self.disconnected = False
-        self.keep_alive = True
+        parser = connection.parser
+        self.keep_alive = parser.should_keep_alive() and parser.get_http_version() != "1.0"
         self.response_complete = False
-        self.message_event = event
+        self.message_event = _NOTHING_TO_WAKE
+
+    @property
+    def started(self) -> bool:
+        """Whether the request is being answered, or was."""
+        return self._task is not None
+
+    @property
+    def begun(self) -> bytes:
+        """The part of the body that is here."""
+        return b"".join(self._parts)
+
+    def extend(self, part: bytes) -> None:
+        """The next part of the body; of one that nobody wants any more only the length counts."""
+        self.missing -= len(part)
+        if not self.response_complete:
+            self._parts.append(part)
+
+    def complete(self) -> None:
+        """The request is here as a whole."""
+        body = self.begun
+        self._parts = []
+        if self._task is not None:
+            self.arrived(body)
+        elif b"content-encoding" in self._headers or self.length > self._connection.body_limit:
+            self._body = body
+            self.start()
+        else:
+            self.start(body)
+
+    def start(self, body: bytes | None = None) -> None:
+        """Answer the request, whose body came with its head or is to be received."""
+        # The exchange does not keep the request: they would hold each other until the garbage collector looks.
+        request = Request(self._path, self._headers, self.receive, body, self.begun if body is None else body)
+        self._task = _task(self._connection.loop, self._run(request))
+        self._connection.tasks.add(self._task)
+
+    def arrived(self, body: bytes | memoryview) -> None:
+        """Here is the whole body."""
+        self.missing = 0
+        if not self.response_complete:
+            self._body = body
+            self._wake()
+
+    def skipped(self, _: memoryview) -> None:
+        """The body, which nobody wanted, was read past."""
+        self.missing = 0
+
+    def lost(self) -> None:
+        """The client has left."""
+        self.disconnected = not self.response_complete
+        self._parts = []
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def receive(self) -> dict[str, Any]:
         """ASGI's, for a body that did not come with the head: all of it in one message, once.
@@ -280,35 +339,37 @@ class Exchange:
         It is not kept: an exchange lasts until the next one on its connection, which may idle for long.
         """
         if self._body is None and not self.disconnected:
-            await _until_fed()
+            if self._headers.get(b"expect", b"").lower() == b"100-continue" and not self._parts:
+                self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._waiter = self._connection.loop.create_future()
+            await self._waiter
         body, self._body = self._body, None
         if body is None:
             return {"type": "http.disconnect"}
         return {"type": "http.request", "body": body, "more_body": False}
 
-    def begin(self, coroutine: Coroutine[Any, None, Reply | None]) -> None:
-        """Answer the request by this coroutine, at once as far as it does not wait."""
-        self._coroutine = coroutine
-        self._step()
-
-    def feed(self, body: bytes | memoryview | None) -> None:
-        """Here is the body; `None`: it will never come."""
-        self._body = body
-        if self._waits:
-            self._step()
-
-    def _step(self, _: object = None) -> None:
-        """Go on until the coroutine waits for something, or is done."""
+    async def _run(self, request: Request) -> None:
+        response = None
         try:
-            waited = self._coroutine.send(None)
-        except StopIteration as done:
-            self._connection.reply(self, done.value)
+            response = await self._answer(request)
         except BaseException:
-            logger.exception("a request was left without a reply")
-            self._connection.reply(self, None)
-        else:
-            self._waits = waited is _BODY
-            if not self._waits:
-                # What a task does with the future that an `await` hands to it.
-                waited._asyncio_future_blocking = False
-                waited.add_done_callback(self._step)
+            logger.exception("a request was left without a response")
+        finally:
+            self._connection.tasks.discard(self._task)
+            self._connection.respond(self, response)
+
+
+def _task(loop: asyncio.AbstractEventLoop, run: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """A task that goes as far as it can at once, where Python has that."""
+    if sys.version_info >= (3, 12):
+        return asyncio.Task(run, loop=asyncio.get_running_loop(), eager_start=True)
+    return loop.create_task(run)
+
+
+class _NothingToWake:
+    """Stands for the event that uvicorn sets when a client leaves."""
+
+    def set(self) -> None: ...
+
+
+_NOTHING_TO_WAKE = _NothingToWake()
