@@ -15,7 +15,7 @@ import torch
 
 from leanserve.bases.opening import Origin, codec_of, open_base
 from leanserve.bases.shipped import BaseModule, ModuleSource
-from leanserve.contracts import Base, Field
+from leanserve.contracts import Base, TensorSpec
 from leanserve.errors import ConfigError
 
 SOURCE = """
@@ -46,15 +46,15 @@ def digest(folder: Path) -> str:
 def test_digits_keeps_the_contract() -> None:
     base: Base = open_base(Origin.shipped("digits"))
     assert base.name == "digits"
-    assert base.spec.fields == (Field("image", "float32", (1, 32, 32)),)
-    assert base.spec.outputs == (Field("logits", "float32", (10,), meaning="logits"),)
+    assert base.spec.inputs == (TensorSpec("image", "float32", (1, 32, 32)),)
+    assert base.spec.outputs == (TensorSpec("logits", "float32", (10,), meaning="logits"),)
     assert base.spec.labels == tuple("0123456789")
     data = base.data("gate", 5)
     batch = next(data.batches(3))
     assert len(data) == 5
     assert batch.labels is not None
     with torch.inference_mode():
-        outputs = (base.build()(torch.from_numpy(batch.inputs[0])).numpy(),)
+        outputs = (base.torch_module()(torch.from_numpy(batch.inputs[0])).numpy(),)
     assert outputs[0].shape == (3, 10)
     assert base.score(outputs, outputs[0].argmax(axis=1)) == 1.0
     answers = base.codec.encode(outputs)
@@ -65,7 +65,7 @@ def test_a_module_becomes_a_base(folder: Path) -> None:
     description = ModuleSource("little", cast(BaseModule, import_module("little"))).describe()
     codec = codec_of(description, description.spec())
     decoded = codec.decode("application/json", b'{"inputs": [[[255, 0, 0]]]}')
-    assert decoded.inputs[0].shape == (1, *description.spec().fields[0].shape)
+    assert decoded.inputs[0].shape == (1, *description.spec().inputs[0].shape)
     np.testing.assert_array_equal(decoded.inputs[0][0, :, 0, 0], [1, 0, 0])
 
 

@@ -11,9 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from leanserve.child import ROOT, command, how_it_ended
+import leanserve
+from leanserve.child import ROOTS, command, how_it_ended
 
-HOSTILE = ("service/__init__.py", "models/__init__.py", "queue.py", "json.py", "torch.py", "service.py")
+PATH = os.pathsep.join(map(str, ROOTS))
+HOSTILE = (
+    "service/__init__.py",
+    "models/__init__.py",
+    "leanserve/__init__.py",
+    "leanserve_models/__init__.py",
+    "queue.py",
+    "json.py",
+    "torch.py",
+    "service.py",
+)
 SLEEPER = """\
 import subprocess, sys, time
 from leanserve.child import command
@@ -40,8 +51,8 @@ def run(folder: Path, *arguments: str) -> str:
 
 
 def test_a_child_runs_ours_and_pythons_own_modules(folder: Path) -> None:
-    assert run(folder, "service", "version").strip() == service.__version__
-    schema = run(folder, "service", "schema")
+    assert run(folder, "leanserve", "version").strip() == leanserve.__version__
+    schema = run(folder, "leanserve", "schema")
     assert '"title": "ServiceConfig"' in schema
 
 
@@ -54,15 +65,15 @@ def test_a_child_is_of_the_same_installation_where_another_one_comes_first(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = folder / "other"
-    (other / "service").mkdir(parents=True)
-    (other / "service" / "__init__.py").write_text("raise SystemExit('another installation')\n")
-    monkeypatch.setenv("PYTHONPATH", f"{other}{os.pathsep}{ROOT}")
-    assert run(folder, "service", "version").strip() == service.__version__
+    (other / "leanserve").mkdir(parents=True)
+    (other / "leanserve" / "__init__.py").write_text("raise SystemExit('another installation')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{other}{os.pathsep}{PATH}")
+    assert run(folder, "leanserve", "version").strip() == leanserve.__version__
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends the children")
 def test_a_child_does_not_outlive_its_parent_however_that_ends(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": PATH}
     parent = subprocess.Popen(
         [sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
     )

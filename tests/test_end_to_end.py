@@ -1,4 +1,4 @@
-"""The whole product as a user meets it: real processes, real pictures, real kills. One small config is built once."""
+"""The whole product as a user meets it: real processes, real images, real kills. One small config is built once."""
 
 from __future__ import annotations
 
@@ -97,9 +97,9 @@ def service(place: Path) -> Iterator[Service]:
 
 def digits(count: int) -> list[tuple[bytes, str]]:
     """Real digits as PNG, with their labels, from the test split."""
-    from leanserve_models.digits import pictures
+    from leanserve_models.digits import images
 
-    return [(png(image), str(label)) for image, label in zip(*pictures("test", count), strict=True)]
+    return [(png(image), str(label)) for image, label in zip(*images("test", count), strict=True)]
 
 
 def png(image: Array) -> bytes:
@@ -110,14 +110,14 @@ def png(image: Array) -> bytes:
 
 def test_every_serving_variant_reads_real_digits(service: Service) -> None:
     for variant in ("float", "onnx"):
-        replies = [(service.post(picture, x_variant=variant).json(), label) for picture, label in digits(20)]
+        replies = [(service.post(image, x_variant=variant).json(), label) for image, label in digits(20)]
         assert all(reply["variant"] == variant for reply, _ in replies)
         assert sum(reply["label"] == label for reply, label in replies) >= 19
 
 
 def test_curl_as_in_the_readme(service: Service, tmp_path: Path) -> None:
-    picture, label = digits(1)[0]
-    (tmp_path / "digit.png").write_bytes(picture)
+    image, label = digits(1)[0]
+    (tmp_path / "digit.png").write_bytes(image)
     command = ["curl", "-sS", "-H", "content-type: image/png", "--data-binary", f"@{tmp_path}/digit.png"]
     done = subprocess.run([*command, service.url + "/v1/predict"], capture_output=True, text=True, check=True)
     assert f'"label":"{label}"' in done.stdout
@@ -138,13 +138,13 @@ def test_an_excluded_variant_is_visible_with_its_reason_everywhere(service: Serv
 
 
 def test_clients_that_leave_do_not_disturb_the_others(service: Service) -> None:
-    picture, label = digits(1)[0]
+    image, label = digits(1)[0]
     host, port = service.url.removeprefix("http://").split(":")
-    head = f"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: {len(picture)}\r\n\r\n"
+    head = f"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: {len(image)}\r\n\r\n"
     for _ in range(100):
         with socket.create_connection((host, int(port))) as leaver:
-            leaver.sendall(head.encode() + picture)
-    replies = [service.post(picture) for _ in range(10)]
+            leaver.sendall(head.encode() + image)
+    replies = [service.post(image) for _ in range(10)]
     assert [reply.json()["label"] for reply in replies] == [label] * 10
 
 
@@ -163,8 +163,8 @@ def test_a_read_only_cache_of_another_machine_serves_and_says_so(
     other.write_text(f"threads: {2 if thread_budget() == 1 else 1}\n{CONFIG}")
     before = read_only(place / "cache")
     running = start(other, place / "cache", place / "log4", within=60, before=before)
-    picture, label = digits(1)[0]
-    assert running.post(picture).json()["label"] == label
+    image, label = digits(1)[0]
+    assert running.post(image).json()["label"] == label
     assert stop(running) == 0
     (warning,) = (line for line in running.log.read_text().splitlines() if "warning" in line)
     assert "measured on" in warning
@@ -214,15 +214,15 @@ def test_kill_9_during_a_build_then_start_again(place: Path, tmp_path: Path) -> 
     process.wait()
 
     running = start(config, tmp_path / "cache", tmp_path / "log", within=120)
-    picture, label = digits(1)[0]
-    assert running.post(picture).json()["label"] == label
+    image, label = digits(1)[0]
+    assert running.post(image).json()["label"] == label
     assert stop(running) == 0
     assert not list((tmp_path / "cache" / "tmp").iterdir())
 
 
 def test_sigterm_under_load_loses_nothing(service: Service, place: Path) -> None:
     running = start(place / "service.yaml", place / "cache", place / "log3", within=60)
-    picture, label = digits(1)[0]
+    image, label = digits(1)[0]
     drain_began = threading.Event()
     stopped_asking = threading.Event()
     failures: list[str] = []
@@ -230,7 +230,7 @@ def test_sigterm_under_load_loses_nothing(service: Service, place: Path) -> None
     def ask() -> None:
         with httpx.Client() as client:
             while not stopped_asking.is_set():
-                reply = client.post(running.url + "/v1/predict", content=picture, headers={"content-type": "image/png"})
+                reply = client.post(running.url + "/v1/predict", content=image, headers={"content-type": "image/png"})
                 if reply.status_code != 200 or reply.json()["label"] != label:
                     failures.append(reply.text)
 

@@ -58,8 +58,8 @@ def asked(running: Running, variant: str) -> list[tuple[str, str]]:
 
 def rows(running: Running) -> list[tuple[bytes, str, str]]:
     if running.name == "timm-checkpoint":
-        pictures = sorted(running.folder.glob("photos/gate/*/*.png"))[::10]
-        return [(path.read_bytes(), "image/png", path.parent.name) for path in pictures]
+        images = sorted(running.folder.glob("photos/gate/*/*.png"))[::10]
+        return [(path.read_bytes(), "image/png", path.parent.name) for path in images]
     lines = (running.folder / "reviews.csv").read_text().splitlines()[-40:]
     pairs = [line.rpartition(",") for line in lines]
     return [(text.strip('"').encode(), "text/plain", label) for text, _, label in pairs]

@@ -63,15 +63,15 @@ def test_the_config_is_short_and_has_five_variants() -> None:
 
 
 def test_answers_are_those_of_the_module(folder: Path, url: str) -> None:
-    with np.load(folder / "pictures.npz") as stored:
-        pictures = stored["images"][:24]
-    rows = torch.from_numpy((pictures.astype(np.float32) / 255 - MEAN) / STD).permute(0, 3, 1, 2)
+    with np.load(folder / "images.npz") as stored:
+        images = stored["images"][:24]
+    rows = torch.from_numpy((images.astype(np.float32) / 255 - MEAN) / STD).permute(0, 3, 1, 2)
     with torch.inference_mode():
         shares = network(folder)(rows).softmax(dim=1).numpy()
     for variant, tolerance in (("float", 1e-5), ("int8", 0.2)):
-        for picture, expected in zip(pictures, shares, strict=True):
+        for image, expected in zip(images, shares, strict=True):
             headers = {"content-type": "image/png", "x-variant": variant}
-            reply = httpx.post(f"{url}/v1/predict", content=png(picture), headers=headers).json()
+            reply = httpx.post(f"{url}/v1/predict", content=png(image), headers=headers).json()
             assert reply["variant"] == variant
             found = [reply["scores"][str(label)] for label in range(10)]
             np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)

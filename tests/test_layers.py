@@ -1,145 +1,241 @@
-"""Rooms and floors: a file imports only from lower layers, read from the syntax tree."""
+"""The house plan, held against the code: a package imports only from lower layers, read from the syntax trees."""
 
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# The first match counts; see docs/decisions for why the tools of passes have a layer of their own.
-LAYERS: tuple[tuple[str, int], ...] = (
-    ("leanserve.errors", 0),
-    ("leanserve.contracts", 0),
-    ("leanserve.comparison", 0),
-    ("leanserve.disk", 0),
-    ("leanserve.artifacts.sealed", 1),
-    ("leanserve.hardware", 0),
-    ("leanserve.config.yaml", 1),
-    ("leanserve.config.section", 0),
-    ("leanserve.telemetry.observations", 1),
-    ("leanserve.telemetry.startup", 1),
-    ("leanserve.telemetry.metrics", 2),
-    ("leanserve.codecs", 1),
-    ("leanserve.bases.opening", 4),
-    ("leanserve.bases.sources", 3),
-    ("leanserve.bases.datasets", 3),
-    ("leanserve.bases", 2),
-    ("leanserve.passes.base", 1),
-    ("leanserve.passes.toolkit", 2),
-    ("leanserve.passes.composition", 4),
-    ("leanserve.passes", 3),
-    ("leanserve.artifacts.manifest", 1),
-    ("leanserve.config.errors", 4),
-    ("leanserve.config.schema", 5),
-    ("leanserve.runtime.backends", 6),
-    ("leanserve.serving.batcher", 6),
-    ("leanserve.runtime.assembly", 1),
-    ("leanserve.runtime.costs", 6),
-    ("leanserve.runtime.device", 6),
-    ("leanserve.evaluation", 7),
-    ("leanserve.serving", 8),
-    ("leanserve.bench", 9),
-    ("leanserve.init", 9),
-    ("leanserve.api", 9),
-    ("leanserve.context", 10),
-    ("leanserve.start", 11),
-    ("leanserve.__main__", 12),
-    ("service", 0),
-)
-ONLY = {
-    "prometheus_client": {"service/leanserve/telemetry/metrics.py"},
-    "fastapi": {"service/leanserve/api/app.py"},
-    "uvicorn": {"service/leanserve/http/connection.py", "service/leanserve/api/server.py"},
-    "grpc": {"service/leanserve/api/v2/grpc_server.py"},
-    "typer": {"service/leanserve/__main__.py"},
+SERVICE, MODELS = ROOT / "service" / "leanserve", ROOT / "models" / "leanserve_models"
+LAYERS = {
+    "child": 0,
+    "comparison": 0,
+    "contracts": 0,
+    "disk": 0,
+    "errors": 0,
+    "hardware": 0,
+    "memory": 0,
+    "scoring": 0,
+    "codecs": 1,
+    "passes": 1,
+    "runtime": 1,
+    "telemetry": 1,
+    "http": 1,
+    "config": 2,
+    "artifacts": 2,
+    "serving": 2,
+    "bases": 3,
+    "api": 3,
+    "report": 3,
+    "evaluation": 4,
+    "build": 5,
+    "context": 6,
+    "start": 7,
+    "init": 7,
+    "bench": 7,
+    "__main__": 8,
 }
+"""One row per package: it imports from packages with a smaller number, and from itself; files of row 0 from each other."""
+ONLY = {
+    "prometheus_client": {"telemetry"},
+    "fastapi": {"api"},
+    "uvicorn": {"api", "http"},
+    "grpc": {"api"},
+    "typer": {"__main__"},
+}
+"""Libraries that belong to these packages alone."""
 LAZY = {
-    "torch",
-    "torchao",
-    "torch_pruning",
+    "matplotlib",
+    "nncf",
     "onnx",
     "onnxruntime",
     "openvino",
-    "timm",
-    "torchvision",
-    "transformers",
     "optuna",
     "ray",
-    "matplotlib",
+    "timm",
+    "torch",
+    "torch_pruning",
+    "torchao",
+    "torchvision",
+    "transformers",
 }
-MAY_IMPORT_AT_TOP = (
-    "service/leanserve/runtime/backends/",
-    "service/leanserve/bases/modules/",
-    "service/leanserve/passes/toolkit/",
-)
+MAY_IMPORT_AT_TOP = ("runtime/backends/", "runtime/linux/spin_control.py", "bases/modules/", "passes/toolkit/")
+"""Files that are themselves imported only where they are needed."""
+NEVER = {"utils.py", "util.py", "helpers.py", "common.py"}
+READERS_OF_THE_ENVIRONMENT = ("__main__", "bench", "context", "init")
+CONSTRUCTORS = {
+    "AfterValidator",
+    "BeforeValidator",
+    "Discriminator",
+    "Field",
+    "Option",
+    "Tag",
+    "Tensor",
+    "finfo",
+    "float",
+    "isnan",
+    "items",
+    "join",
+    "keys",
+    "map",
+    "partial",
+    "round",
+    "sorted",
+    "split",
+    "upper",
+    "values",
+    "Column",
+    "Console",
+    "MappingProxyType",
+    "Path",
+    "Shipped",
+    "Struct",
+    "TypeAdapter",
+    "TypeVar",
+    "TypeVarTuple",
+    "Typer",
+    "compile",
+    "escape",
+    "findall",
+    "frozenset",
+    "geomspace",
+    "get_args",
+    "getLogger",
+    "memoryview",
+    "namedtuple",
+    "radians",
+    "range",
+    "tuple",
+    "uint64",
+}
+"""What may be called at import: makes a constant, and touches nothing outside the module."""
 
 
-def files(*tops: str) -> list[Path]:
-    return [path for top in tops for path in sorted((ROOT / top).rglob("*.py"))]
+def files(*tops: Path) -> list[Path]:
+    return [path for top in tops for path in sorted(top.rglob("*.py"))]
 
 
 def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    top = SERVICE if path.is_relative_to(SERVICE) else MODELS
+    return ".".join(path.relative_to(top.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
-def layer_of(module: str) -> int:
-    return next(layer for prefix, layer in LAYERS if module == prefix or module.startswith(prefix + "."))
+def package_of(module: str) -> str:
+    """The package, or single file, of `leanserve` that a module belongs to."""
+    return [*module.split("."), ""][1]
 
 
-def imports(tree: ast.Module, *, top_level: bool) -> Iterator[str]:
-    """Imported modules; type-checking blocks are no imports."""
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imports(tree: ast.Module, *, top_level: bool = False) -> Iterator[str]:
+    """Imported modules; blocks for type checkers are none."""
     for node in _walk(tree, top_level=top_level):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, "imports are absolute"
-            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def _walk(node: ast.AST, *, top_level: bool) -> Iterator[ast.AST]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
             continue
-        if top_level and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        if top_level and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         yield child
         yield from _walk(child, top_level=top_level)
 
 
-@pytest.mark.parametrize("path", files("service"), ids=name_of)
-def test_a_file_imports_only_from_lower_layers(path: Path) -> None:
-    tree = ast.parse(path.read_text())
-    own = layer_of(name_of(path))
-    for module in imports(tree, top_level=False):
-        if module == "service" or not module.startswith("service."):
+@pytest.mark.parametrize("path", files(SERVICE), ids=name_of)
+def test_a_package_imports_only_from_lower_layers(path: Path) -> None:
+    own = package_of(name_of(path))
+    for module in imports(parsed(path)):
+        other = package_of(module)
+        if not module.startswith("leanserve.") or other in {own, "__version__"}:
             continue
-        # Within a package, files may use each other, and the package's own file its contents.
-        package = name_of(path) if path.name == "__init__.py" else name_of(path).rpartition(".")[0]
-        same_package = module == package or module.startswith(package + ".")
-        assert layer_of(module) < own or (same_package and layer_of(module) == own), f"{module} is not below"
+        below = LAYERS[other] < LAYERS[own] or LAYERS[other] == LAYERS[own] == 0
+        assert below, f"{module} is not below {own}"
 
 
-@pytest.mark.parametrize("path", files("service", "models"), ids=name_of)
-def test_libraries_stay_in_their_rooms(path: Path) -> None:
-    relative = path.relative_to(ROOT).as_posix()
-    tree = ast.parse(path.read_text())
-    roots = {module.partition(".")[0] for module in imports(tree, top_level=False)}
+def test_every_package_has_its_row() -> None:
+    found = {path.stem for path in SERVICE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert found - {"__init__"} == set(LAYERS)
+
+
+@pytest.mark.parametrize("path", files(SERVICE, MODELS), ids=name_of)
+def test_libraries_stay_in_their_packages(path: Path) -> None:
+    tree, own = parsed(path), package_of(name_of(path))
+    roots = {module.partition(".")[0] for module in imports(tree)}
+    if path.is_relative_to(MODELS):
+        assert "leanserve" not in roots, "shipped models can be written and run alone"
+        return
     for library, allowed in ONLY.items():
-        assert library not in roots or relative in allowed, f"{library} belongs in {allowed}"
-    if relative.startswith("service/") and not relative.startswith(MAY_IMPORT_AT_TOP):
+        assert library not in roots or own in allowed, f"{library} belongs to {allowed}"
+    if not path.relative_to(SERVICE).as_posix().startswith(MAY_IMPORT_AT_TOP):
         eager = {module.partition(".")[0] for module in imports(tree, top_level=True)} & LAZY
         assert not eager, f"{eager} must be imported where it is needed"
-    if relative.startswith("models/"):
-        assert "service" not in roots
-    assert path.name not in {"utils.py", "util.py", "helpers.py", "common.py"}
+    assert path.name not in NEVER
 
 
-@pytest.mark.parametrize("path", files("service/leanserve/passes"), ids=name_of)
+@pytest.mark.parametrize("path", files(SERVICE / "passes" / "families"), ids=name_of)
 def test_a_pass_imports_no_other_pass(path: Path) -> None:
-    if path.name in {"__init__.py", "composition.py"}:
+    for module in imports(parsed(path)):
+        assert not module.startswith("leanserve.passes.families"), f"{module} is another pass"
+
+
+@pytest.mark.parametrize("path", files(SERVICE, MODELS), ids=name_of)
+def test_importing_a_module_does_nothing(path: Path) -> None:
+    """No mutable state at module level, no side effect: constants, classes and functions only."""
+    for node in parsed(path).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            names = [ast.unparse(target) for target in (node.targets if isinstance(node, ast.Assign) else [node.target])]
+            called = [item for item in ast.walk(node.value) if isinstance(item, ast.Call)]
+            strange = {ast.unparse(item.func).rpartition(".")[2] for item in called} - CONSTRUCTORS - local_names(path)
+            assert not strange, f"{names} calls {strange} at import"
+            mutable = isinstance(node.value, ast.Dict | ast.List | ast.Set | ast.ListComp | ast.DictComp)
+            assert not mutable or all(name.strip("_").isupper() for name in names), f"{names} is mutable state"
+        elif isinstance(node, ast.Expr):
+            assert isinstance(node.value, ast.Constant), f"line {node.lineno} is run at import"
+        else:
+            assert not isinstance(node, ast.For | ast.While | ast.With | ast.Global), f"line {node.lineno}"
+
+
+def local_names(path: Path) -> set[str]:
+    """Pure functions and classes of the module itself may make its constants."""
+    return {node.name for node in parsed(path).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+@pytest.mark.parametrize("path", files(SERVICE), ids=name_of)
+def test_arguments_and_environment_are_read_at_the_top_only(path: Path) -> None:
+    if package_of(name_of(path)) in READERS_OF_THE_ENVIRONMENT:
         return
-    for module in imports(ast.parse(path.read_text()), top_level=False):
-        assert not module.startswith("leanserve.passes") or module == "leanserve.passes.base"
+    for node in ast.walk(parsed(path)):
+        assert not (isinstance(node, ast.Attribute) and ast.unparse(node) in {"os.environ", "os.getenv"})
+
+
+def test_public_names_are_unique() -> None:
+    """One word, one thing: a reader who meets a name in two files may trust that it is the same."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for path in files(SERVICE):
+        for node in parsed(path).body:
+            for name in defined(node):
+                if not name.startswith("_") and name not in {"logger", "main"} and not name.isupper():
+                    found[name].add(name_of(path))
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}
+
+
+def defined(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return [node.name]
+    if isinstance(node, ast.Assign):
+        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return [node.target.id]
+    return []

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
-from leanserve.child import ROOT
+from leanserve.child import ROOTS
 from leanserve.config.schema import ServiceConfig
 from leanserve.errors import StartupError
 from leanserve.start import BuildFailed, ServiceStart
@@ -102,7 +102,7 @@ def started(folder: Path) -> Iterator[Start]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     arguments = ["bin/leanserve", "serve", "--config", "service.yaml", "--cache", "cache", "--port", str(port)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, ROOTS))}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, *arguments], cwd=folder, env=environment, stdout=log, stderr=log, text=True

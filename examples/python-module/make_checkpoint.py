@@ -1,4 +1,4 @@
-"""Make what the config names, so that the example runs anywhere: weights, pictures and class names, in half a minute.
+"""Make what the config names, so that the example runs anywhere: weights, images and class names, in half a minute.
 
 The stand-in is small but real: scikit-learn's handwritten digits, enlarged to 32 x 32 pixels, in colours, and a
 ResNet-20 trained on half of them for a few epochs. Replace the three files by those of your own model.
@@ -27,31 +27,31 @@ BATCH, LEARNING_RATE = 64, 0.01
 
 
 def main(folder: Path, epochs: int) -> None:
-    """Write resnet20.safetensors, pictures.npz and labels.txt into the folder."""
+    """Write resnet20.safetensors, images.npz and labels.txt into the folder."""
     torch.manual_seed(0)
     images, labels = colour_digits()
     seen, rest = np.split(np.random.default_rng(0).permutation(len(images)), [900])
     network = trained(images[seen], labels[seen], epochs)
     save_file(network.state_dict(), folder / "resnet20.safetensors")
-    # Only pictures that the network has not seen: on the others every variant would look better than it is.
-    np.savez_compressed(folder / "pictures.npz", images=images[rest], labels=labels[rest])
+    # Only images that the network has not seen: on the others every variant would look better than it is.
+    np.savez_compressed(folder / "images.npz", images=images[rest], labels=labels[rest])
     (folder / "labels.txt").write_text("\n".join(CLASSES) + "\n")
 
 
 def colour_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Pictures uint8 [1797, 32, 32, 3], each in two colours of its own, dark ink on a light ground; their classes."""
+    """Images uint8 [1797, 32, 32, 3], each in two colours of its own, dark ink on a light ground; their classes."""
     ink, labels = load_digits(return_X_y=True)
     random = np.random.default_rng(1)
     dark, light = random.integers(0, 96, (len(ink), 3)), random.integers(160, 256, (len(ink), 3))
-    pictures = []
+    images = []
     for grey, low, high in zip(ink.reshape(-1, 8, 8) / 16, dark, light, strict=True):
         small = (high + grey[..., None] * (low - high)).astype(np.uint8)
-        pictures.append(np.asarray(Image.fromarray(small).resize((32, 32), Image.Resampling.BICUBIC)))
-    return np.stack(pictures), labels.astype(np.int64)
+        images.append(np.asarray(Image.fromarray(small).resize((32, 32), Image.Resampling.BICUBIC)))
+    return np.stack(images), labels.astype(np.int64)
 
 
 def trained(images: NDArray[np.uint8], labels: NDArray[np.int64], epochs: int) -> ResNet20:
-    """A network trained on these pictures, in eval mode."""
+    """A network trained on these images, in eval mode."""
     network = ResNet20(len(CLASSES))
     inputs = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - column(MEAN)) / column(STD)
     targets = torch.from_numpy(labels)
@@ -70,7 +70,7 @@ def trained(images: NDArray[np.uint8], labels: NDArray[np.int64], epochs: int) -
 
 
 def column(values: tuple[float, ...]) -> torch.Tensor:
-    """One value per channel, for pictures [N, C, H, W]."""
+    """One value per channel, for images [N, C, H, W]."""
     return torch.tensor(values)[:, None, None]
 
 

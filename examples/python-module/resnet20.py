@@ -1,7 +1,7 @@
-"""ResNet-20 for pictures of 32 x 32 pixels (He et al. 2015, section 4.2), as a user would bring it: plain torch.
+"""ResNet-20 for images of 32 x 32 pixels (He et al. 2015, section 4.2), as a user would bring it: plain torch.
 
 Three stages of three blocks, 16, 32 and 64 channels wide; 269,722 parameters, 41 million multiply-accumulates.
-Shortcuts have no weights ("option A"): where a stage halves the picture, every second pixel is taken, and the channels
+Shortcuts have no weights ("option A"): where a stage halves the image, every second pixel is taken, and the channels
 that are new start at zero.
 """
 
@@ -37,7 +37,7 @@ class Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """Pictures [N, 3, 32, 32] to logits [N, classes]."""
+    """Images [N, 3, 32, 32] to logits [N, classes]."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()

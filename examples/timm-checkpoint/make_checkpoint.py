@@ -1,4 +1,4 @@
-"""Make what the config names, so that the example runs anywhere: a fine-tuned timm model and folders of pictures.
+"""Make what the config names, so that the example runs anywhere: a fine-tuned timm model and folders of images.
 
 The stand-in is small but real: handwritten digits of scikit-learn as PNG files, one folder per class, and the smallest
 residual network of timm, fine-tuned on those of the folder `train`. Replace both by your own.
@@ -33,15 +33,15 @@ def main(folder: Path, epochs: int) -> None:
     """Write model.safetensors and photos/SPLIT/CLASS/*.png into the folder."""
     torch.manual_seed(0)
     ink, labels = load_digits(return_X_y=True)
-    pictures = [Image.fromarray((255 - grey * 15.9).astype(np.uint8)).convert("RGB") for grey in ink.reshape(-1, 8, 8)]
-    pictures = [picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC) for picture in pictures]
+    images = [Image.fromarray((255 - grey * 15.9).astype(np.uint8)).convert("RGB") for grey in ink.reshape(-1, 8, 8)]
+    images = [image.resize((SIZE, SIZE), Image.Resampling.BICUBIC) for image in images]
     rows = np.split(np.random.default_rng(0).permutation(len(ink)), np.cumsum(list(SPLITS.values())))
     for split, chosen in zip(SPLITS, rows, strict=False):
         for row in chosen:
             path = folder / "photos" / split / str(labels[row]) / f"{row:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            pictures[row].save(path)
-    stacked = np.stack([np.asarray(pictures[row]) for row in rows[0]])
+            images[row].save(path)
+    stacked = np.stack([np.asarray(images[row]) for row in rows[0]])
     network = trained(torch.from_numpy(stacked), torch.from_numpy(labels[rows[0]]), epochs)
     save_file(network.state_dict(), folder / "model.safetensors")
 

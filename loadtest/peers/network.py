@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from leanserve.contracts import Array, Field, InputSpec
+from leanserve.contracts import Array, ModelSpec, TensorSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 MLP_WIDTHS = (64, 128, 10)
 ENCODER_VOCABULARY, ENCODER_WIDTH, ENCODER_HEADS, ENCODER_INNER, ENCODER_LAYERS = 30_522, 384, 12, 1536, 6
 SPECS = {
-    "mlp": InputSpec((Field("x", "float32", (64,)),), (Field("y", "float32", (10,)),)),
-    "resnet50": InputSpec((Field("x", "float32", (3, 224, 224)),), (Field("y", "float32", (1000,)),)),
-    "encoder": InputSpec((Field("x", "int64", (64,)),), (Field("y", "float32", (384,)),)),
+    "mlp": ModelSpec((TensorSpec("x", "float32", (64,)),), (TensorSpec("y", "float32", (10,)),)),
+    "resnet50": ModelSpec((TensorSpec("x", "float32", (3, 224, 224)),), (TensorSpec("y", "float32", (1000,)),)),
+    "encoder": ModelSpec((TensorSpec("x", "int64", (64,)),), (TensorSpec("y", "float32", (384,)),)),
 }
 
 

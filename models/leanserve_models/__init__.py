@@ -5,7 +5,7 @@ A base module declares
   an output also has a `meaning`: `logits`, `probabilities`, `log_probabilities` or `independent_probabilities` of
   classes, `embedding`, or `values`, which is the default,
 - `LABELS`: the names of the classes, empty for a base that does not classify,
-- `IMAGE`: how a picture becomes the input: `mode`, `size` (width, height), `fit`, `crop`, `resize`, and `mean` and
+- `IMAGE`: how an image becomes the input: `mode`, `size` (width, height), `fit`, `crop`, `resize`, and `mean` and
   `std` per channel of pixels already scaled to 0..1; or `TEXT`, how a text does: `tokenizer` (its file), `max_length`,
 - `UNIT`, if it is not 1: how many consecutive rows are scored together (2 for pairs of texts),
 - `FILES`: paths beside the module whose bytes decide its answers or data (the module itself counts anyway),

@@ -16,9 +16,9 @@ from leanserve_models.efficientnet_lite0 import CHOSEN, LEAD, SPLIT_ROWS, Split,
 
 def leads(network: torch.nn.Module, split: Split, numbers: range) -> list[float]:
     """By how much the likeliest class of each piece is ahead of the second, 0..1."""
-    pictures = torch.stack([torch.from_numpy(prepared(piece(split, number))) for number in numbers])
+    images = torch.stack([torch.from_numpy(prepared(piece(split, number))) for number in numbers])
     with torch.inference_mode():
-        best, second = network(pictures).softmax(dim=1).topk(2).values.T
+        best, second = network(images).softmax(dim=1).topk(2).values.T
     return (best - second).tolist()  # type: ignore[no-any-return]
 
 

@@ -1,13 +1,13 @@
 """The base `digits`: real handwritten digits and a residual CNN that reads them, small enough for any laptop.
 
 Data: scikit-learn's bundled set (UCI "Optical Recognition of Handwritten Digits", 1,797 grey images of 8x8, values
-0..16), so nothing is downloaded. A picture is the image scaled to 0..255; the model sees it resized to 32x32 by Pillow.
+0..16), so nothing is downloaded. An image is the image scaled to 0..255; the model sees it resized to 32x32 by Pillow.
 The four splits share no image, but they do share writers: the 13 people behind the set are not told apart in it, so the
 scores are those of known writers and would be lower for strangers.
 
 Model: `ResidualNet`, 3 stages of 3 blocks, widths 32/64/128; 1,084,010 parameters and 162 million multiply-accumulates
-per image. `python -m leanserve_models.train_digits` trains the weights beside this file, on the split `train` alone. Those
-committed (40 epochs, seed 0) reach 99.33 % on the gate and 99.67 % on the test split, of 300 images each.
+per image. `python -m leanserve_models.train_digits` trains the weights beside this file, on the split `train` alone.
+Those committed (40 epochs, seed 0) reach 99.33 % on the gate and 99.67 % on the test split, of 300 images each.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OUTPUTS = ({"name": "logits", "dtype": "float32", "shape": (10,), "meaning": "lo
 LABELS = tuple("0123456789")
 SIZE = (32, 32)
 MEAN, STD = 0.3047, 0.3233
-"""Of the resized pictures of the split `train`, scaled to 0..1."""
+"""Of the resized images of the split `train`, scaled to 0..1."""
 IMAGE = {"mode": "L", "size": SIZE, "resize": "bilinear", "mean": (MEAN,), "std": (STD,)}
 FILES = ("residual.py", "weights/digits.safetensors")
 LIBRARIES = ("numpy", "pillow", "scikit-learn", "torch")
@@ -62,8 +62,8 @@ def data(split: Split, n: int | None = None) -> tuple[tuple[Array], Array]:
 
     Every prefix of a split is stratified: its classes are as frequent as in the whole set, to within one or two images.
     """
-    drawn, labels = pictures(split, n)
-    return (np.stack([_prepare(Image.fromarray(picture)) for picture in drawn]),), labels
+    drawn, labels = images(split, n)
+    return (np.stack([_prepare(Image.fromarray(image)) for image in drawn]),), labels
 
 
 def score(outputs: tuple[Array, ...], labels: Array) -> float:
@@ -71,16 +71,16 @@ def score(outputs: tuple[Array, ...], labels: Array) -> float:
     return float((outputs[0].argmax(axis=1) == labels).mean())
 
 
-def pictures(split: Split, n: int | None = None) -> tuple[Array, Array]:
+def images(split: Split, n: int | None = None) -> tuple[Array, Array]:
     """The rows of `data` as a client would send them: uint8 [rows, 8, 8], white ink on black, and their labels."""
     images, labels = _images()
     rows = _split_rows()[split][:n]
     return images[rows], labels[rows]
 
 
-def _prepare(picture: Image.Image) -> Array:
-    """Grey picture of any size -> float32 [1, 32, 32], as `IMAGE` declares it."""
-    small = picture.resize(SIZE, Image.Resampling.BILINEAR)
+def _prepare(image: Image.Image) -> Array:
+    """Grey image of any size -> float32 [1, 32, 32], as `IMAGE` declares it."""
+    small = image.resize(SIZE, Image.Resampling.BILINEAR)
     scaled = np.asarray(small, dtype=np.float32)[None] / np.float32(255)
     return np.asarray((scaled - np.float32(MEAN)) / np.float32(STD))
 

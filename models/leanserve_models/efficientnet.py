@@ -55,7 +55,7 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Picture [N, 3, H, W], sides divisible by 32 -> logits [N, classes]."""
+    """Image [N, 3, H, W], sides divisible by 32 -> logits [N, classes]."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def _conv(width_in: int, width: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Convolution, batch norm and ReLU6; the sides of the picture must be divisible by the stride."""
+    """Convolution, batch norm and ReLU6; the sides of the image must be divisible by the stride."""
     half = (kernel - 1) // 2
     layers: dict[str, nn.Module] = {}
     if stride == 2:

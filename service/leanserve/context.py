@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from leanserve.telemetry.startup import Startup
 
 
-class Workplace:
+class AppContext:
     """A read config with its base, plan and store: what every command starts from."""
 
     def __init__(
@@ -90,11 +90,11 @@ class Workplace:
     def lanes(self, reports: list[VariantReport]) -> int:
         """Batches that run at a time: as configured, or as pays for the variants that serve."""
         from leanserve.artifacts.load import is_onnx
-        from leanserve.build.builder import speeds
+        from leanserve.build.builder import stored_benchmark
 
         if self.config.lanes != "auto":
             return self.config.lanes
-        race = speeds(self.store, self.plan, self.threads)
+        race = stored_benchmark(self.store, self.plan, self.threads)
         assert race is not None  # what is reported was measured
         keys = [report.chain[-1].key for report in reports if report.state == "serving"]
         onnx = all(is_onnx(self.store, key) for key in keys)

@@ -37,7 +37,7 @@ RowsTogether = Literal["any", "one_length", "one"]
 
 
 @dataclass(frozen=True, slots=True)
-class Field:
+class TensorSpec:
     """One named tensor. `shape` is that of a single row (no batch axis); `None` marks a dynamic axis.
 
     `pad` fills the dynamic axes when rows of different length share a batch. `values` are the least and the greatest
@@ -54,16 +54,16 @@ class Field:
 
 
 @dataclass(frozen=True, slots=True)
-class InputSpec:
-    """What a model takes (`fields`), what it gives (`outputs`) and, for classifiers, the names of its classes.
+class ModelSpec:
+    """What a model takes (`inputs`), what it gives (`outputs`) and, for classifiers, the names of its classes.
 
     `max_length` bounds the dynamic axes of what it takes: longer requests are refused. `labelled` is the position of
     the output whose classes the labels name; without labels it says nothing. `rows` says which rows it keeps apart when
     they share a batch.
     """
 
-    fields: tuple[Field, ...]
-    outputs: tuple[Field, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...] = ()
     max_length: int = 512
     labelled: int = 0
@@ -76,16 +76,16 @@ class InputSpec:
     @property
     def row_bytes(self) -> int:
         """Bytes of the longest row that it takes."""
-        shapes = ((item, [self.max_length if size is None else size for size in item.shape]) for item in self.fields)
+        shapes = ((item, [self.max_length if size is None else size for size in item.shape]) for item in self.inputs)
         return sum(math.prod(shape) * np.dtype(item.dtype).itemsize for item, shape in shapes)
 
     def example(self, rows: int, length: int = 16, seed: int = 0) -> Arrays:
         """A random batch of `rows` rows that fits the spec; dynamic axes get `length`."""
         random = np.random.default_rng(seed)
-        return tuple(_random_field(random, item, rows, length) for item in self.fields)
+        return tuple(_random_field(random, item, rows, length) for item in self.inputs)
 
 
-def _random_field(random: np.random.Generator, item: Field, rows: int, length: int) -> Array:
+def _random_field(random: np.random.Generator, item: TensorSpec, rows: int, length: int) -> Array:
     shape = (rows, *(length if size is None else size for size in item.shape))
     if np.issubdtype(np.dtype(item.dtype), np.floating):
         return random.standard_normal(shape).astype(item.dtype)
@@ -137,7 +137,7 @@ class Base(Protocol):
     def name(self) -> str: ...
 
     @property
-    def spec(self) -> InputSpec: ...
+    def spec(self) -> ModelSpec: ...
 
     @property
     def codec(self) -> Codec: ...
@@ -161,7 +161,7 @@ class Base(Protocol):
     def model(self) -> Model:
         """The uncompressed model, fresh: a torch module with its weights, or the ONNX file that was brought."""
 
-    def build(self) -> nn.Module:
+    def torch_module(self) -> nn.Module:
         """The torch module of `model`, in eval mode, float32, on the CPU. A base that is an ONNX file has none."""
 
     def data(self, split: Split, n: int | None = None) -> Data:
@@ -176,7 +176,7 @@ class TorchModel:
     """A model as a torch module in eval mode that takes the spec's fields as positional tensors."""
 
     module: nn.Module
-    spec: InputSpec
+    spec: ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,7 @@ class OnnxModel:
     """A model as an ONNX file; `session` holds what the runtime pass decided for the inference session."""
 
     path: Path
-    spec: InputSpec
+    spec: ModelSpec
     session: Mapping[str, Json] = field(default_factory=dict)
 
 

@@ -8,10 +8,10 @@ from functools import partial
 import numpy as np
 
 from leanserve.comparison import row_cosines
-from leanserve.contracts import Array, Arrays, Field, InputSpec
+from leanserve.contracts import Array, Arrays, ModelSpec, TensorSpec
 
 
-def score_of(spec: InputSpec, unit: int) -> Callable[[Arrays, Array], float]:
+def score_of(spec: ModelSpec, unit: int) -> Callable[[Arrays, Array], float]:
     """How a model of these outputs is scored, of whose rows `unit` are labelled together."""
     if spec.labels:
         return partial(accuracy, output=spec.labelled)
@@ -26,7 +26,7 @@ def accuracy(outputs: Arrays, labels: Array, output: int = 0) -> float:
     return float((outputs[output].argmax(axis=1) == labels).mean())
 
 
-def determination(outputs: Arrays, labels: Array, fields: Sequence[Field]) -> float:
+def determination(outputs: Arrays, labels: Array, fields: Sequence[TensorSpec]) -> float:
     """R squared, at most 1: the share of the labels' variance that the output which they fit explains.
 
     The mean over columns; one whose labels are all alike counts 1 where they are hit and else 0, and one with answers
@@ -42,7 +42,7 @@ def determination(outputs: Arrays, labels: Array, fields: Sequence[Field]) -> fl
     return float(explained.mean())
 
 
-def regressed(outputs: Sequence[Field], shape: tuple[int, ...]) -> list[int]:
+def regressed(outputs: Sequence[TensorSpec], shape: tuple[int, ...]) -> list[int]:
     """Positions of the outputs of values that labels of this shape per row can be compared with."""
     return [
         index

@@ -59,9 +59,9 @@ class ServiceStart:
             StartupError: the base, the build, a gate or a variant is not as it must be.
             BuildFailed: the build has said what is not.
         """
-        from leanserve.context import Workplace
+        from leanserve.context import AppContext
 
-        work = Workplace(self._path, self._cache, config=self._config)
+        work = AppContext(self._path, self._cache, config=self._config)
         self.startup.model = work.base.name
         if work.missing:
             logger.info("%s; building what is missing, GET /readyz tells how far it is", work.missing)

@@ -59,7 +59,7 @@ def test_the_device_of_a_variant_is_that_of_its_backend(monkeypatch: pytest.Monk
     asyncio.run(scenario())
 
 
-def picture(brightest: int, image_format: str = "PNG", value: int = 255) -> bytes:
+def image(brightest: int, image_format: str = "PNG", value: int = 255) -> bytes:
     pixels = np.zeros(4, np.uint8)
     pixels[brightest] = value
     buffer = BytesIO()
@@ -70,10 +70,10 @@ def picture(brightest: int, image_format: str = "PNG", value: int = 255) -> byte
 PNG = {"content-type": "image/png"}
 
 
-def test_a_picture_gets_its_label_and_the_reply_says_who_answered_and_how() -> None:
+def test_an_image_gets_its_label_and_the_reply_says_who_answered_and_how() -> None:
     async def scenario(http: httpx.AsyncClient, fleet: Fleet) -> None:
         for index, label in enumerate(LABELS):
-            reply = await http.post("/v1/predict", content=picture(index), headers=PNG | {"x-variant": "b"})
+            reply = await http.post("/v1/predict", content=image(index), headers=PNG | {"x-variant": "b"})
             body = reply.json()
             assert reply.status_code == 200
             assert body["label"] == label
@@ -115,21 +115,21 @@ def test_weights_stickiness_and_explicit_choice() -> None:
 @pytest.mark.parametrize(
     ("path", "content", "headers", "status", "text"),
     [
-        ("/v1/predict", b"no picture", PNG, 400, ""),
-        ("/v1/predict", picture(0)[:-30], PNG, 400, ""),
+        ("/v1/predict", b"no image", PNG, 400, ""),
+        ("/v1/predict", image(0)[:-30], PNG, 400, ""),
         ("/v1/predict", b'{"inputs": [[1, 2], [3]]}', {"content-type": "application/json"}, 400, ""),
         ("/v1/predict", b"", {"content-type": "application/json"}, 400, ""),
         ("/v1/predict", b"hello", {"content-type": "text/plain"}, 415, ""),
         ("/v1/predict", b"x" * 2001, PNG, 413, "2001 bytes; at most 2000"),
         (
             "/v1/predict",
-            picture(0),
+            image(0),
             PNG | {"x-variant": "nobody"},
             404,
             "no variant 'nobody'; there are a, b, broken, held, poor",
         ),
-        ("/v1/predict", picture(0), PNG | {"x-variant": "poor"}, 503, "excluded: score 0.5"),
-        ("/v1/predict", picture(0), PNG | {"x-variant": "broken"}, 500, "under id"),
+        ("/v1/predict", image(0), PNG | {"x-variant": "poor"}, 503, "excluded: score 0.5"),
+        ("/v1/predict", image(0), PNG | {"x-variant": "broken"}, 500, "under id"),
         ("/v1/nothing", b"", {}, 404, "no such path: /v1/nothing"),
         ("/metrics", b"", {}, 405, "does not take POST"),
     ],
@@ -157,7 +157,7 @@ def test_memory_that_runs_out_while_decoding_is_a_503_that_says_when_to_come_aga
 
     async def scenario(http: httpx.AsyncClient, fleet: Fleet) -> None:
         monkeypatch.setattr(ImageCodec, "decode", decode)
-        reply = await http.post("/v1/predict", content=picture(0), headers=PNG)
+        reply = await http.post("/v1/predict", content=image(0), headers=PNG)
         assert (reply.status_code, reply.json()["code"], reply.headers["retry-after"]) == (503, "out_of_memory", "1")
         counted = [line for line in (await http.get("/metrics")).text.splitlines() if 'outcome="out_of_memory"' in line]
         assert sum(float(line.rpartition(" ")[2]) for line in counted if "requests_total" in line) == 1
@@ -193,7 +193,7 @@ def test_variants_health_openapi_and_readiness_while_draining() -> None:
         fleet.draining = True
         assert (await http.get("/readyz")).status_code == 503
         assert (await http.get("/healthz")).status_code == 200
-        reply = await http.post("/v1/predict", content=picture(1), headers=PNG)
+        reply = await http.post("/v1/predict", content=image(1), headers=PNG)
         assert reply.status_code == 200  # draining refuses nobody who still comes
 
     run(scenario)
@@ -202,8 +202,8 @@ def test_variants_health_openapi_and_readiness_while_draining() -> None:
 def test_metrics_count_what_happened() -> None:
     async def scenario(http: httpx.AsyncClient, fleet: Fleet) -> None:
         for _ in range(3):
-            await http.post("/v1/predict", content=picture(0), headers=PNG | {"x-variant": "a"})
-        await http.post("/v1/predict", content=picture(0), headers=PNG | {"x-variant": "broken"})
+            await http.post("/v1/predict", content=image(0), headers=PNG | {"x-variant": "a"})
+        await http.post("/v1/predict", content=image(0), headers=PNG | {"x-variant": "broken"})
         await http.post("/v1/predict", content=b"nonsense", headers=PNG | {"x-variant": "a"})
         text = (await http.get("/metrics")).text
         samples = {

@@ -12,24 +12,24 @@ import pytest
 
 from fakes import PixelBase, report, serving
 from leanserve.api.by_length import cut_to_length, in_order, length_groups
-from leanserve.codecs.answers import Answers
+from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.arrays import ArrayCodec
 from leanserve.config.schema import ServiceConfig
-from leanserve.contracts import Arrays, Decoded, Field, InputSpec, RowsTogether
+from leanserve.contracts import Arrays, Decoded, ModelSpec, RowsTogether, TensorSpec
 from leanserve.runtime.device import Device
 from leanserve.serving.fleet import Fleet
 from text_fleet import CLS, SEP, WORDS, embedded, live_texts
 from text_fleet import SPEC as TEXTS
 
-SPEC = InputSpec(
-    (Field("x", "float32", (None, 1)), Field("n", "float32", (2,))),
-    (Field("mean", "float32", (1,)), Field("each", "float32", (None, 1))),
+SPEC = ModelSpec(
+    (TensorSpec("x", "float32", (None, 1)), TensorSpec("n", "float32", (2,))),
+    (TensorSpec("mean", "float32", (1,)), TensorSpec("each", "float32", (None, 1))),
     rows="one_length",
 )
 
 
 class Means:
-    """Answers with the mean over the sequence, padding included, and the sequence; remembers the shapes it ran."""
+    """AnswerEncoder with the mean over the sequence, padding included, and the sequence; remembers the shapes it ran."""  # noqa: E501
 
     name = "means"
     self_contained = False
@@ -66,7 +66,7 @@ def test_ragged_arrays_of_one_request_are_not_padded(rows: RowsTogether) -> None
     spec, backend, gate = replace(SPEC, rows=rows), Means(), threading.Event()
     config = ServiceConfig.model_validate({"base": "means", "variants": [{"name": "a"}], "drain": {"delay_s": 0}})
     base = PixelBase()
-    base.spec, base.codec = spec, ArrayCodec(Answers(spec))
+    base.spec, base.codec = spec, ArrayCodec(AnswerEncoder(spec))
     fleet = Fleet(base, config, [report("a")], Device("cpu", 1))  # type: ignore[arg-type]
     fleet.open("a", lambda threads: backend, config.batch)
     backend.shapes.clear()

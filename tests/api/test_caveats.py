@@ -22,7 +22,7 @@ from leanserve.report.table import print_table, write_html
 
 CAVEATS = ("untrained", "synthetic data")
 TOLD = "untrained, synthetic data"
-PICTURE = {"inputs": [[0, 1], [2, 3]]}
+IMAGE = {"inputs": [[0, 1], [2, 3]]}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def v2_infer(live: Live) -> httpx.Response:
 
 
 def test_every_answer_has_the_header(live: Live) -> None:
-    plain = httpx.post(f"http://{live.http}/v1/predict", json=PICTURE)
+    plain = httpx.post(f"http://{live.http}/v1/predict", json=IMAGE)
     for reply in (plain, v2_infer(live)):
         assert reply.status_code == 200
         assert reply.headers["x-caveats"] == TOLD

@@ -371,7 +371,7 @@ def test_requests_count_for_the_variant_that_answered(live: Live, http: httpx.Cl
     assert {outcome: counted[outcome].count - before[outcome] for outcome in before} == {"ok": 1, "bad_input": 1}
 
 
-def test_a_base_of_pictures_gives_no_embeddings() -> None:
+def test_a_base_of_images_gives_no_embeddings() -> None:
     with live_server() as pixels, httpx.Client(base_url=f"http://{pixels.http}") as http:
         error = error_of(post(http, {"model": "pixels", "input": "a"}), 404)
         assert "the base 'pixels' gives no embeddings of texts" in error["message"]

@@ -23,9 +23,9 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 
 from fakes import POOR, Live, PixelBackend, live_server, open_fleet
 from leanserve.api.v2.grpc_infer import GrpcInferDecoder, encode
-from leanserve.api.v2.grpc_messages import POOL, PROTOCOL, SERVICE, message
+from leanserve.api.v2.grpc_messages import PROTOCOL, SERVICE, message
 from leanserve.api.v2.grpc_server import METHODS, _Service, start_grpc
-from leanserve.contracts import Field, InputSpec
+from leanserve.contracts import ModelSpec, TensorSpec
 from leanserve.errors import BadInput, StartupError
 from leanserve.telemetry.startup import BuildNews, Startup
 
@@ -290,8 +290,8 @@ DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "object"])
 def test_every_datatype_travels_typed_and_raw(dtype: str) -> None:
-    field = Field("x", dtype, (2,))
-    spec = InputSpec((field,), (field,))
+    field = TensorSpec("x", dtype, (2,))
+    spec = ModelSpec((field,), (field,))
     values = np.array([[b"", b"\xff\x00"]], object) if dtype == "object" else np.array([[0, 1]], dtype)
     decoder = GrpcInferDecoder(spec)
     for form in ("typed", "raw"):
@@ -332,7 +332,7 @@ def _mirrored(reply: Any) -> Any:
 
 
 def test_typed_numbers_out_of_range_are_refused() -> None:
-    spec = InputSpec((Field("x", "int8", (1,)),), (Field("y", "float32", (1,)),))
+    spec = ModelSpec((TensorSpec("x", "int8", (1,)),), (TensorSpec("y", "float32", (1,)),))
     made = Request()
     made.inputs.add(name="x", datatype="INT8", shape=[1, 1], contents={"int_contents": [128]})
     with pytest.raises(BadInput, match="a number is out of the range of INT8"):
@@ -340,7 +340,7 @@ def test_typed_numbers_out_of_range_are_refused() -> None:
 
 
 def test_half_precision_makes_a_typed_reply_raw() -> None:
-    spec = InputSpec((Field("x", "int8", (1,)),), (Field("y", "float16", (1,)),))
+    spec = ModelSpec((TensorSpec("x", "int8", (1,)),), (TensorSpec("y", "float16", (1,)),))
     made = Request()
     made.inputs.add(name="x", datatype="INT8", shape=[1, 1], contents={"int_contents": [1]})
     options = GrpcInferDecoder(spec).decode(made).options
@@ -350,7 +350,7 @@ def test_half_precision_makes_a_typed_reply_raw() -> None:
 
 def test_our_messages_are_those_of_the_protocol() -> None:
     """Every field has the name, number and type that an independent client gives it."""
-    file = POOL.FindFileByName("open_inference.proto")
+    file = message("ModelInferRequest").DESCRIPTOR.file
     theirs: dict[str, Any] = {}
     for module in (service_pb2, model_config_pb2):
         theirs |= dict(module.DESCRIPTOR.message_types_by_name.items())

@@ -196,7 +196,7 @@ def test_the_last_version_is_not_unloaded_by_its_name(live: Live, http: httpx.Cl
     assert list(live.fleet.variants) == NAMES
 
 
-def test_a_picture_that_was_being_decoded_is_answered_by_another_variant(
+def test_an_image_that_was_being_decoded_is_answered_by_another_variant(
     live: Live, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoding, unloaded = threading.Event(), threading.Event()

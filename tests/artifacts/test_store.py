@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from leanserve.artifacts.manifest import Fidelity, Measurement, OutputFidelity, Recipe, SideBySide
+from leanserve.artifacts.manifest import BenchmarkResult, Measurement, Recipe
 from leanserve.artifacts.store import ArtifactStore, checksums
 from leanserve.errors import ArtifactCorrupt, PassFailed, StartupError
 from leanserve.hardware import cpu_name
+from measurements import measurement
 
 KEY = "a" * 64
 
@@ -40,23 +41,6 @@ def recipe_of(key: str, files: dict[str, str], parent: str | None = None) -> Rec
     )
 
 
-def measurement() -> Measurement:
-    found = Fidelity(
-        samples=1,
-        score=None,
-        score_low=None,
-        score_high=None,
-        agreement=1.0,
-        outputs=(OutputFidelity(name="y", meaning="values", agreement=1.0, error=0.0, channel=0, not_finite=0),),
-        batch_dependence=0.0,
-        disk_bytes=1,
-        parameters=1,
-        macs=1,
-        peak_memory_bytes=1,
-    )
-    return Measurement(fidelity=found, cpu="x", threads=1)
-
-
 def publish(store: ArtifactStore, key: str = KEY, parent: str | None = None) -> None:
     with store.lock(key), store.workspace(key) as folder:
         (folder / "model.onnx").write_bytes(os.urandom(1000))
@@ -66,7 +50,7 @@ def publish(store: ArtifactStore, key: str = KEY, parent: str | None = None) -> 
 def test_published_is_found_again_with_its_measurement(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
     assert store.recipe(KEY) is None
-    race = SideBySide(cpu="x", threads=1, latency_ms={KEY: {1: 2.0, 8: 4.0}}, lane_rates={})
+    race = BenchmarkResult(cpu="x", threads=1, latency_ms={KEY: {1: 2.0, 8: 4.0}}, lane_rates={})
     assert store.manifest(KEY, race) is None
     publish(store)
     assert store.manifest(KEY, race) is None  # made, but not measured yet
@@ -128,14 +112,14 @@ def test_what_was_copied_from_another_artifact_is_not_believed(tmp_path: Path) -
 
 def test_latencies_of_other_artifacts_or_another_machine_are_not_believed(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
-    race = SideBySide(cpu=cpu_name(), threads=2, latency_ms={"a": {1: 2.0}}, lane_rates={})
-    store.keep_side_by_side(["a"], race)
+    race = BenchmarkResult(cpu=cpu_name(), threads=2, latency_ms={"a": {1: 2.0}}, lane_rates={})
+    store.keep_benchmark(["a"], race)
     (kept,) = (tmp_path / "races").iterdir()
-    store.keep_side_by_side(["b"], race.model_copy(update={"threads": 1}))
+    store.keep_benchmark(["b"], race.model_copy(update={"threads": 1}))
     (other,) = set((tmp_path / "races").iterdir()) - {kept}
     shutil.copy(kept, other)
     with pytest.raises(ArtifactCorrupt, match="copied here"):
-        store.side_by_side(["b"], 1)
+        store.benchmark(["b"], 1)
     assert store.side_by_side_elsewhere(["b"]) == []
 
 
@@ -156,7 +140,7 @@ def stand_in(path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["fifo", "folder", "device", "dangling link"])
 def test_what_is_no_file_is_an_error_at_once(tmp_path: Path, kind: str) -> None:
     store = ArtifactStore(tmp_path)
-    race = SideBySide(cpu=cpu_name(), threads=2, latency_ms={KEY: {1: 2.0}}, lane_rates={})
+    race = BenchmarkResult(cpu=cpu_name(), threads=2, latency_ms={KEY: {1: 2.0}}, lane_rates={})
     for name in ("model.onnx", "manifest.json"):
         publish(store)
         stand_in(store.folder(KEY) / name, kind)
@@ -169,12 +153,12 @@ def test_what_is_no_file_is_an_error_at_once(tmp_path: Path, kind: str) -> None:
         store.measurement(KEY)
     store.attach(KEY, measurement())
     assert store.measurement(KEY) == measurement()
-    store.keep_side_by_side([KEY], race)
+    store.keep_benchmark([KEY], race)
     stand_in(next((tmp_path / "races").iterdir()), kind)
     with pytest.raises(ArtifactCorrupt, match="cannot be read"):
-        store.side_by_side([KEY], 2)
-    store.keep_side_by_side([KEY], race)
-    assert store.side_by_side([KEY], 2) == race
+        store.benchmark([KEY], 2)
+    store.keep_benchmark([KEY], race)
+    assert store.benchmark([KEY], 2) == race
     assert not list((tmp_path / "tmp").iterdir())
 
 
@@ -205,9 +189,9 @@ def test_what_json_does_not_have_is_refused_when_it_is_written(tmp_path: Path, v
     with pytest.raises(PassFailed, match=r"cannot be stored: fidelity\.kl is"):
         store.attach(KEY, Measurement(fidelity=odd, cpu="x", threads=1))
     assert store.measurement(KEY) is None
-    race = SideBySide(cpu="x", threads=1, latency_ms={KEY: {1: value}}, lane_rates={})
+    race = BenchmarkResult(cpu="x", threads=1, latency_ms={KEY: {1: value}}, lane_rates={})
     with pytest.raises(PassFailed, match=rf"cannot be stored: latency_ms\.{KEY}\.1 is"):
-        store.keep_side_by_side([KEY], race)
+        store.keep_benchmark([KEY], race)
     assert not list((tmp_path / "tmp").iterdir())
 
 
@@ -243,11 +227,11 @@ def test_others_may_read_what_was_published(tmp_path: Path) -> None:
 
 def test_latencies_belong_to_the_set_of_artifacts_they_were_measured_with(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
-    race = SideBySide(cpu=cpu_name(), threads=2, latency_ms={"a": {1: 2.0}, "b": {1: 4.0}}, lane_rates={})
-    store.keep_side_by_side(["a", "b"], race)
-    assert store.side_by_side(["b", "a"], 2) == race
-    assert store.side_by_side(["a"], 2) is None
-    assert store.side_by_side(["a", "b"], 1) is None
+    race = BenchmarkResult(cpu=cpu_name(), threads=2, latency_ms={"a": {1: 2.0}, "b": {1: 4.0}}, lane_rates={})
+    store.keep_benchmark(["a", "b"], race)
+    assert store.benchmark(["b", "a"], 2) == race
+    assert store.benchmark(["a"], 2) is None
+    assert store.benchmark(["a", "b"], 1) is None
 
 
 def test_a_missing_file_or_parent_is_noticed(tmp_path: Path) -> None:

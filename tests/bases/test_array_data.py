@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from animals import NAMELESS, PAIRS, codec, everything, picture, rows
+from animals import NAMELESS, PAIRS, codec, everything, image, rows
 from leanserve.bases.description import Tensor
 from leanserve.errors import ConfigError
 
 
 def test_pixels_in_an_array_become_what_their_png_becomes(tmp_path: Path) -> None:
-    pictures = np.stack([picture(seed) for seed in range(20)])
+    images = np.stack([image(seed) for seed in range(20)])
     names = np.array(["cat", "dog", "polar bear", "Polar_Bear"] * 5)
-    np.savez_compressed(tmp_path / "a.npz", images=pictures, species=names)
+    np.savez_compressed(tmp_path / "a.npz", images=images, species=names)
     found = rows({"arrays": "a.npz", "inputs": "images", "labels": "species"}, tmp_path)
     inputs, labels = everything(found.split("gate", None))
     expected = {}
-    for pixels, name in zip(pictures, names, strict=True):
+    for pixels, name in zip(images, names, strict=True):
         buffer = BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
         key = codec().decode("image/png", buffer.getvalue()).inputs[0].tobytes()
@@ -32,7 +32,7 @@ def test_pixels_in_an_array_become_what_their_png_becomes(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("shape", [(9, 5, 8), (9, 5, 8, 1), (9, 5, 8, 4)])
-def test_grey_and_transparent_pixels_are_pictures_too(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_grey_and_transparent_pixels_are_images_too(shape: tuple[int, ...], tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", image=np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     inputs, labels = everything(rows({"arrays": "a.npz"}, tmp_path).split("gate", None))
     assert inputs.shape[1:] == (3, 4, 6)
@@ -52,13 +52,13 @@ def test_inputs_that_fit_are_taken_as_they_are(tmp_path: Path) -> None:
 
 IMAGES = np.zeros((9, 3, 4, 6), np.float32)
 MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "no such array": ({"pictures": IMAGES}, {}, r"data.inputs: there is no array 'image' in .*; it has pictures"),
+    "no such array": ({"images": IMAGES}, {}, r"data.inputs: there is no array 'image' in .*; it has images"),
     "no such labels": ({"image": IMAGES}, {"labels": "y"}, r"data.labels: there is no array 'y'"),
     "shape": ({"image": IMAGES[:, :, :3]}, {}, r"is float32 \[9, 3, 3, 6\]; .*takes float32 \[rows, 3, 4, 6\]"),
-    "dtype": ({"image": IMAGES.astype(np.float64)}, {}, r"is float64 .*or pictures uint8"),
+    "dtype": ({"image": IMAGES.astype(np.float64)}, {}, r"is float64 .*or images uint8"),
     "lengths": ({"image": IMAGES, "y": np.zeros(8, int)}, {"labels": "y"}, r"differ in length: .*'image': 9, 'y': 8"),
     "objects": ({"image": IMAGES, "y": np.array([{}] * 9)}, {}, r"'y' .*holds pickled Python objects"),
-    "unknown input": ({"image": IMAGES}, {"inputs": {"picture": "image"}}, r"the model has no input 'picture'"),
+    "unknown input": ({"image": IMAGES}, {"inputs": {"image": "image"}}, r"the model has no input 'image'"),
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from leanserve.bases.datasets.class_labels import Column, class_numbers
+from leanserve.bases.datasets.class_labels import LabelColumn, class_numbers
 from leanserve.errors import ConfigError
 
 ANIMALS = ("cat", "dog", "owl")
@@ -21,7 +21,7 @@ FOLDERS = ("0", "1", "10", "2", "3", "4", "5", "6", "7", "8", "9")
 
 def read(values: Any, labels: Sequence[str], *others: Any) -> list[int]:
     """The classes of the first column; the others are of the same data section."""
-    columns = [Column(np.asarray(item), lambda row: f"a.csv:{row}") for item in (values, *others)]
+    columns = [LabelColumn(np.asarray(item), lambda row: f"a.csv:{row}") for item in (values, *others)]
     return [int(number) for number in class_numbers(columns, labels)[0]]
 
 

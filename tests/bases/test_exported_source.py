@@ -20,7 +20,7 @@ from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.opening import Origin, open_base
 from leanserve.bases.sources.exported_archive import safe_copy
 from leanserve.config.schema import read_config
-from leanserve.contracts import Field, TorchModel
+from leanserve.contracts import TensorSpec, TorchModel
 from leanserve.errors import ConfigError
 from leanserve.passes.toolkit.lowering import export_onnx, open_session
 from leanserve.passes.toolkit.macs import count_macs, count_parameters
@@ -73,8 +73,8 @@ def torch_model(base: LoadedBase) -> TorchModel:
 def test_the_program_tells_what_it_takes_and_answers_as_its_source_did(file: Path, net: nn.Module) -> None:
     base = opened(file)
     assert base.name == "net"
-    assert base.spec.fields == (Field("x", "float32", (1, 8, None)),)
-    assert base.spec.outputs == (Field("output", "float32", (3,)),)
+    assert base.spec.inputs == (TensorSpec("x", "float32", (1, 8, None)),)
+    assert base.spec.outputs == (TensorSpec("output", "float32", (3,)),)
     module = torch_model(base).module
     for rows, width in ((1, 8), (3, 12), (40, 8)):
         x = torch.randn(rows, 1, 8, width)
@@ -84,7 +84,7 @@ def test_the_program_tells_what_it_takes_and_answers_as_its_source_did(file: Pat
 
 def test_the_config_may_narrow_and_name_its_inputs(file: Path) -> None:
     base = opened(file, inputs={"pixels": {"shape": [1, 8, 8]}}, labels=["a", "b", "c"], name="mine")
-    assert (base.name, base.spec.fields) == ("mine", (Field("pixels", "float32", (1, 8, 8)),))
+    assert (base.name, base.spec.inputs) == ("mine", (TensorSpec("pixels", "float32", (1, 8, 8)),))
     assert (base.spec.outputs[0].name, base.spec.labels) == ("logits", ("a", "b", "c"))
     with pytest.raises(ConfigError, match=r"declares rows of float32 \[1, 9, 8\]; .* takes float32 \[1, 8, None\]"):
         opened(file, inputs={"pixels": {"shape": [1, 9, 8]}})
@@ -125,9 +125,9 @@ def test_a_program_for_a_single_row_is_served_row_by_row(tmp_path: Path) -> None
     layer, row = nn.Linear(4, 3).eval(), torch.randn(1, 4)
     path = exported(tmp_path / "one.pt2", layer, row, shapes=None)
     base = opened(path, rows="one")
-    assert base.spec.outputs == (Field("output", "float32", (3,)),)
+    assert base.spec.outputs == (TensorSpec("output", "float32", (3,)),)
     onnx_file = export_onnx(torch_model(base), tmp_path / "one.onnx")
-    (given,) = open_session(onnx_file.path).run(None, {base.spec.fields[0].name: row.numpy()})
+    (given,) = open_session(onnx_file.path).run(None, {base.spec.inputs[0].name: row.numpy()})
     np.testing.assert_allclose(np.asarray(given), layer(row).detach().numpy(), rtol=1e-5, atol=1e-6)
     with pytest.raises(ConfigError, match=r"A program for a single row is served by base\.rows: one"):
         opened(path)

@@ -1,4 +1,4 @@
-"""Pictures in folders as the rows of a base."""
+"""Images in folders as the rows of a base."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from animals import ANIMALS, IMAGE, NAMELESS, PAIRS, codec, everything, picture, rows, save
+from animals import ANIMALS, IMAGE, NAMELESS, PAIRS, codec, everything, image, rows, save
 from leanserve.codecs.images import ImageCodec
 from leanserve.config.base_section import ImageInput
 from leanserve.contracts import Decoded
@@ -20,17 +20,17 @@ from leanserve.errors import ConfigError
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Thirty pictures in folders of three classes, each class named in another way."""
+    """Thirty images in folders of three classes, each class named in another way."""
     for number in range(30):
         save(
             tmp_path, f"photos/{('cat', 'Dog', 'polar_bear')[number % 3]}/{number}.{('png', 'jpg')[number % 2]}", number
         )
     save(tmp_path, "photos/cat/.hidden.png", 99)
-    (tmp_path / "photos/cat/notes.txt").write_text("no picture")
+    (tmp_path / "photos/cat/notes.txt").write_text("no image")
     return tmp_path
 
 
-def test_pictures_become_what_a_request_with_the_same_bytes_becomes(photos: Path) -> None:
+def test_images_become_what_a_request_with_the_same_bytes_becomes(photos: Path) -> None:
     found = rows({"images": "photos"}, photos)
     inputs, labels = everything(found.split("gate", None))
     assert labels is not None
@@ -183,7 +183,7 @@ def test_a_class_of_any_format_that_is_read_is_there(photos: Path, form: str) ->
     known = {}
     for number in range(8):
         path = folder / f"{number}.{form.lower()}"
-        Image.fromarray(picture(200 + number)).save(path, form)
+        Image.fromarray(image(200 + number)).save(path, form)
         known[codec().decode(f"image/{form.lower()}", path.read_bytes()).inputs[0].tobytes()] = 2
     found = rows({"images": "photos", "splits": {"calibration": 1, "gate": 26}}, photos)
     inputs, labels = everything(found.split("gate", None))
@@ -244,7 +244,7 @@ def test_orientation_is_applied_in_data_as_in_requests(photos: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     for number in range(30):
-        Image.fromarray(picture(number)).save(photos / f"photos/cat/{number}.webp", exif=exif, lossless=True)
+        Image.fromarray(image(number)).save(photos / f"photos/cat/{number}.webp", exif=exif, lossless=True)
     for orientation, turn in (("stored", 0), ("exif", -90)):
         turned = ANIMALS.model_copy(update={"image": ImageInput(**IMAGE, orientation=orientation)})
         found = rows({"images": "photos", "splits": {"calibration": 1, "gate": 59}}, photos, turned)
@@ -252,7 +252,7 @@ def test_orientation_is_applied_in_data_as_in_requests(photos: Path) -> None:
         wanted = set()
         for number in range(30):
             stream = BytesIO()
-            Image.fromarray(picture(number)).rotate(turn, expand=True).save(stream, "PNG")
+            Image.fromarray(image(number)).rotate(turn, expand=True).save(stream, "PNG")
             wanted.add(codec().decode("image/png", stream.getvalue()).inputs[0].tobytes())
         assert len(inputs & wanted) >= 29
 
@@ -311,6 +311,6 @@ def test_rows_are_prepared_when_a_batch_is_drawn_and_not_before(photos: Path, mo
     assert len(decoded) == 2
 
 
-def test_pictures_for_a_model_that_takes_none(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.images: the model takes no pictures"):
+def test_images_for_a_model_that_takes_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.images: the model takes no images"):
         rows({"images": "."}, tmp_path, PAIRS)

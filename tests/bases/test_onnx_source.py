@@ -21,7 +21,7 @@ from leanserve.bases.sources.onnx_reading import read_onnx
 from leanserve.codecs.arrays import ArrayCodec
 from leanserve.codecs.images import ImageCodec
 from leanserve.config.schema import read_config
-from leanserve.contracts import Array, Arrays, BuildContext, Field, OnnxModel
+from leanserve.contracts import Array, Arrays, BuildContext, OnnxModel, TensorSpec
 from leanserve.errors import ConfigError, PassFailed
 from leanserve.passes.families.quantize.quantize_static import QuantizeStatic
 from tiny_checkpoints import write_tokenizer
@@ -50,16 +50,19 @@ def served(base: LoadedBase, *inputs: Array) -> Array:
 def test_names_dtypes_and_shapes_are_the_graphs_own(tmp_path: Path) -> None:
     base = opened(write(tmp_path / "my model.v2.onnx", cnn()))
     assert base.name == "my-model.v2"
-    assert base.spec.fields == (Field("img", "float32", (1, 8, 8)),)
-    assert base.spec.outputs == (Field("scores", "float32", (3,)),)
+    assert base.spec.inputs == (TensorSpec("img", "float32", (1, 8, 8)),)
+    assert base.spec.outputs == (TensorSpec("scores", "float32", (3,)),)
     assert isinstance(base.codec, ArrayCodec)
     assert base.caveats == ("synthetic data",)
 
 
 def test_symbolic_axes_stay_dynamic(tmp_path: Path) -> None:
     base = opened(write(tmp_path / "encoder.onnx", graph(ENCODER, ENCODER_WEIGHTS)))
-    assert base.spec.fields == (Field("input_ids", "int64", (None,)), Field("attention_mask", "int64", (None,)))
-    assert base.spec.outputs == (Field("embedding", "float32", (4,), meaning="embedding"),)
+    assert base.spec.inputs == (
+        TensorSpec("input_ids", "int64", (None,)),
+        TensorSpec("attention_mask", "int64", (None,)),
+    )
+    assert base.spec.outputs == (TensorSpec("embedding", "float32", (4,), meaning="embedding"),)
 
 
 @pytest.mark.parametrize("opset", [9, 11, 13, 17])
@@ -93,7 +96,7 @@ def test_weights_listed_among_the_inputs_are_no_inputs(tmp_path: Path) -> None:
     for weight in model.graph.initializer:
         model.graph.input.append(helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims))
     base = opened(write(tmp_path / "old.onnx", model))
-    assert [item.name for item in base.spec.fields] == ["img"]
+    assert [item.name for item in base.spec.inputs] == ["img"]
     assert served(base, random(2, 1, 8, 8)).shape == (2, 3)
 
 
@@ -204,11 +207,11 @@ def test_one_scale_per_batch_is_refused_where_a_stranger_can_make_it_huge(tmp_pa
     assert opened(path, rows="one").spec.outputs[0].shape == (3,)
 
 
-def test_a_picture_must_fit_the_only_input(tmp_path: Path) -> None:
+def test_an_image_must_fit_the_only_input(tmp_path: Path) -> None:
     path = write(tmp_path / "m.onnx", cnn())
     base = opened(path, image=IMAGE, labels=["a", "b", "c"])
     assert isinstance(base.codec, ImageCodec)
-    assert base.spec.fields[0].name == "img"
+    assert base.spec.inputs[0].name == "img"
     assert base.spec.labels == ("a", "b", "c")
     with pytest.raises(ConfigError, match=r"rows of \[1, 9, 9\] for the input 'img', which takes \[1, 8, 8\]"):
         opened(path, image=IMAGE | {"size": [9, 9]})
@@ -221,10 +224,10 @@ def test_a_picture_must_fit_the_only_input(tmp_path: Path) -> None:
 def test_the_config_may_fix_what_the_graph_leaves_open(tmp_path: Path) -> None:
     text = CNN.format(batch="N", reshape=0).replace("8, 8", "h, w")
     path = write(tmp_path / "m.onnx", graph(text, CNN_WEIGHTS))
-    assert opened(path, rows="one_length").spec.fields[0].shape == (1, None, None)
-    assert opened(path, image=IMAGE).spec.fields[0].shape == (1, 8, 8)
+    assert opened(path, rows="one_length").spec.inputs[0].shape == (1, None, None)
+    assert opened(path, image=IMAGE).spec.inputs[0].shape == (1, 8, 8)
     declared = {"img": {"shape": [1, 8, None]}}
-    assert opened(path, rows="one_length", inputs=declared).spec.fields[0].shape == (1, 8, None)
+    assert opened(path, rows="one_length", inputs=declared).spec.inputs[0].shape == (1, 8, None)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from leanserve.errors import ConfigError
 
 ROW = (Tensor(name="x", dtype="float32", shape=(6,)),)
 SEQUENCE = (Tensor(name="x", dtype="float32", shape=(None, 6)),)
-PICTURE = (Tensor(name="x", dtype="float32", shape=(3, 8, 8)),)
+IMAGE = (Tensor(name="x", dtype="float32", shape=(3, 8, 8)),)
 WIDTH = 24  # as long as the longer of the rows that are tried: an axis of that size is nothing to cut
 
 
@@ -117,7 +117,7 @@ MIXING: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
     "one scale for the batch": (Function(scaled_by_batch), ROW),
     "sums along the batch": (Function(lambda y: y.cumsum(0)), ROW),
     "sums along the batch, backwards": (Function(lambda y: y.flip(0).cumsum(0).flip(0)), ROW),
-    "statistics of the batch": (TrainingNorm(), PICTURE),
+    "statistics of the batch": (TrainingNorm(), IMAGE),
     "a recurrence along the batch": (AlongTheBatch(), SEQUENCE),
     "a row for all": (Function(lambda y: y.mean(0, keepdim=True).expand_as(y)), ROW),
     "a second output": (Function(lambda y: (y, y.softmax(0))), ROW),
@@ -165,7 +165,7 @@ def test_what_mixes_rows_is_refused_unless_they_run_one_by_one(module: nn.Module
 def test_a_norm_in_training_mode_changes_from_call_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
     module = TrainingNorm()
     monkeypatch.setattr(module.norm, "momentum", 0.0)
-    assert traced(module, PICTURE, "one"), "a row by itself is normalised by itself"
+    assert traced(module, IMAGE, "one"), "a row by itself is normalised by itself"
 
 
 @pytest.mark.parametrize(("module", "inputs"), LEAKING.values(), ids=LEAKING.keys())

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from leanserve.bases.opening import Origin, open_base, open_source, reopen_base
 from leanserve.bases.sources import python_module
 from leanserve.config.base_section import PythonBase
-from leanserve.contracts import Field
+from leanserve.contracts import TensorSpec
 from leanserve.errors import ConfigError
 
 SOURCE = """
@@ -46,7 +46,7 @@ def total():
             return image.sum()
     return Total()
 
-def picture():
+def image():
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 5, 2))
 
 def mixing():
@@ -103,9 +103,9 @@ def origin(folder: Path, factory: str, **keys: Any) -> Origin:
 def test_outputs_are_traced_and_the_answers_are_those_of_the_module(folder: Path) -> None:
     base = open_base(origin(folder, "two"))
     assert base.name == "bring_model"
-    assert base.spec.outputs == (Field("output", "float32", (1,)), Field("output_1", "int64", (None,)))
+    assert base.spec.outputs == (TensorSpec("output", "float32", (1,)), TensorSpec("output_1", "int64", (None,)))
     left, ids = base.spec.example(2, length=5)
-    got, plus = base.build()(torch.from_numpy(left), torch.from_numpy(ids))
+    got, plus = base.torch_module()(torch.from_numpy(left), torch.from_numpy(ids))
     np.testing.assert_allclose(got.detach(), left.sum(1, keepdims=True), rtol=1e-6)
     assert (plus.numpy() == ids + 1).all()
 
@@ -120,7 +120,7 @@ def test_another_process_opens_the_same_base(folder: Path) -> None:
 
 def test_labels_make_it_a_classifier_and_must_be_as_many_as_its_classes(folder: Path) -> None:
     base = open_base(origin(folder, "linear", **VECTOR, labels=["a", "b", "c", "d"]))
-    assert base.spec.outputs[0] == Field("logits", "float32", (4,), meaning="logits")
+    assert base.spec.outputs[0] == TensorSpec("logits", "float32", (4,), meaning="logits")
     assert base.score((np.eye(4, dtype=np.float32),), np.array([0, 1, 2, 0])) == 0.75
     with pytest.raises(ConfigError, match=r"base\.labels: 2 labels, and no output has 2 numbers per row: .* \[4\]"):
         open_base(origin(folder, "linear", **VECTOR, labels=["a", "b"]))
@@ -149,10 +149,10 @@ def test_dropout_that_is_left_on_is_refused(folder: Path) -> None:
         open_base(origin(folder, "dropout", **VECTOR))
 
 
-def test_a_picture_model_takes_pictures(folder: Path) -> None:
+def test_an_image_model_takes_images(folder: Path) -> None:
     image = {"size": [5, 4], "mean": [0, 0, 0], "std": [1, 1, 1]}
-    base = open_base(origin(folder, "picture", image=image, labels=["cat", "dog"]))
-    assert base.spec.fields == (Field("image", "float32", (3, 4, 5)),)
+    base = open_base(origin(folder, "image", image=image, labels=["cat", "dog"]))
+    assert base.spec.inputs == (TensorSpec("image", "float32", (3, 4, 5)),)
     decoded = base.codec.decode("application/json", b'{"inputs": [[[255, 0, 0]]]}')
     assert decoded.inputs[0].shape == (1, 3, 4, 5)
 
@@ -184,10 +184,10 @@ def test_of_several_weights_in_a_file_the_config_chooses(folder: Path) -> None:
     rows = torch.ones(1, 3)
     base = open_base(origin(folder, "linear", **VECTOR, weights="w.pth.tar"))
     assert base.caveats == ("weights are state_dict_ema, not state_dict (base.weights_key)", "synthetic data")
-    assert base.build()(rows).tolist() == [[6.0] * 4]
+    assert base.torch_module()(rows).tolist() == [[6.0] * 4]
     chosen = open_base(origin(folder, "linear", **VECTOR, weights="w.pth.tar", weights_key="state_dict"))
     assert chosen.caveats == ("synthetic data",)
-    assert chosen.build()(rows).tolist() == [[3.0] * 4]
+    assert chosen.torch_module()(rows).tolist() == [[3.0] * 4]
     assert chosen.digest != base.digest
     with pytest.raises(ConfigError, match=r"base.weights_key: .* under 'best'; there are state_dict, state_dict_ema"):
         open_base(origin(folder, "linear", **VECTOR, weights="w.pth.tar", weights_key="best"))
@@ -200,7 +200,7 @@ def test_weights_are_not_rounded_to_what_the_factory_builds(folder: Path) -> Non
     weight = torch.full((4, 3), 1 / 3)
     save_file({"weight": weight, "bias": torch.zeros(4)}, folder / "w.safetensors")
     base = open_base(origin(folder, "half", **VECTOR, weights="w.safetensors"))
-    assert torch.equal(base.build().get_parameter("weight"), weight)
+    assert torch.equal(base.torch_module().get_parameter("weight"), weight)
 
 
 def test_a_module_may_import_torchvision(folder: Path) -> None:

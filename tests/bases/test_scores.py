@@ -5,24 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from leanserve.contracts import Field, InputSpec
+from leanserve.contracts import ModelSpec, TensorSpec
 from leanserve.scoring import determination, pair_correlation, regressed, score_of
 
-NUMBER = Field("number", "int64", ())
-CHANCES = Field("chances", "float32", (2,), meaning="probabilities")
-PRICE = Field("price", "float32", (1,))
-BOXES = Field("boxes", "float32", (4,))
-VECTOR = Field("vector", "float32", (4,), meaning="embedding")
+NUMBER = TensorSpec("number", "int64", ())
+CHANCES = TensorSpec("chances", "float32", (2,), meaning="probabilities")
+PRICE = TensorSpec("price", "float32", (1,))
+BOXES = TensorSpec("boxes", "float32", (4,))
+VECTOR = TensorSpec("vector", "float32", (4,), meaning="embedding")
 RANDOM = np.random.default_rng(0)
 
 
 def test_accuracy_is_that_of_the_output_that_the_labels_name() -> None:
-    score = score_of(InputSpec((), (NUMBER, CHANCES), ("no", "yes"), labelled=1), 1)
+    score = score_of(ModelSpec((), (NUMBER, CHANCES), ("no", "yes"), labelled=1), 1)
     assert score((np.array([5, 5]), np.array([[0.9, 0.1], [0.2, 0.8]])), np.array([0, 1])) == 1.0
 
 
 def test_pairs_are_scored_by_the_embedding() -> None:
-    score = score_of(InputSpec((), (PRICE, VECTOR)), 2)
+    score = score_of(ModelSpec((), (PRICE, VECTOR)), 2)
     angles = np.radians([0, 10, 0, 50, 0, 30])
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     assert score((np.zeros((6, 1)), vectors), np.array([3, 3, 1, 1, 2, 2])) == pytest.approx(1.0)
@@ -30,19 +30,19 @@ def test_pairs_are_scored_by_the_embedding() -> None:
 
 def test_a_regression_is_scored_by_what_it_explains() -> None:
     labels = RANDOM.standard_normal((50, 4))
-    score = score_of(InputSpec((), (NUMBER, BOXES, VECTOR)), 1)
+    score = score_of(ModelSpec((), (NUMBER, BOXES, VECTOR)), 1)
     number, vector = np.zeros(50, int), np.zeros((50, 4))
     assert score((number, labels, vector), labels) == 1.0
     assert score((number, np.broadcast_to(labels.mean(0), labels.shape), vector), labels) == pytest.approx(0.0)
     off = 1.18 * (labels - labels.mean(0)) + labels.mean(0)
     assert score((number, off, vector), labels) == pytest.approx(1 - 0.18**2)
-    price = score_of(InputSpec((), (PRICE,)), 1)
+    price = score_of(ModelSpec((), (PRICE,)), 1)
     assert price((labels[:, :1],), labels[:, 0]) == 1.0, "labels need no axis for a single column"
 
 
 def test_columns_that_do_not_vary_and_answers_that_are_no_numbers() -> None:
     labels = np.stack([np.ones(9), np.arange(9.0)], axis=1)
-    fields = (Field("y", "float32", (2,)),)
+    fields = (TensorSpec("y", "float32", (2,)),)
     assert determination((labels,), labels, fields) == 1.0
     assert determination((labels + np.array([0.1, 0]),), labels, fields) == 0.5
     broken = labels.copy()
@@ -51,7 +51,7 @@ def test_columns_that_do_not_vary_and_answers_that_are_no_numbers() -> None:
 
 
 def test_labels_belong_to_the_values_of_their_shape() -> None:
-    outputs = (NUMBER, PRICE, BOXES, VECTOR, Field("mask", "float32", (None, 4)))
+    outputs = (NUMBER, PRICE, BOXES, VECTOR, TensorSpec("mask", "float32", (None, 4)))
     assert [regressed(outputs, shape) for shape in ((), (1,), (4,), (2,))] == [[1], [1], [2], []]
 
 

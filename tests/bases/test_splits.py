@@ -1,4 +1,4 @@
-"""Rows dealt out to splits: sizes, copies, small sources, and files that share rows."""
+"""RowSource dealt out to splits: sizes, copies, small sources, and files that share rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leanserve.bases.datasets.splits import cut, refuse_shared
+from leanserve.bases.datasets.splits import cut_splits, refuse_shared
 from leanserve.config.data_section import SplitSizes
 from leanserve.errors import ConfigError
 
@@ -17,7 +17,7 @@ def digests(count: int) -> list[bytes]:
 
 
 def test_a_large_source_gets_the_sizes_asked_for() -> None:
-    splits = cut(digests(1000), SplitSizes(calibration=100, gate=200, test=50), seed=0)
+    splits = cut_splits(digests(1000), SplitSizes(calibration=100, gate=200, test=50), seed=0)
     assert {split: len(rows) for split, rows in splits.items()} == {
         "calibration": 100,
         "gate": 200,
@@ -41,24 +41,24 @@ def test_a_large_source_gets_the_sizes_asked_for() -> None:
 def test_a_small_source_is_cut_in_proportion(
     rows: int, sizes: SplitSizes | None, expected: tuple[int, int, int, int]
 ) -> None:
-    splits = cut(digests(rows), sizes, seed=3)
+    splits = cut_splits(digests(rows), sizes, seed=3)
     assert tuple(len(splits[split]) for split in ("calibration", "gate", "test", "train")) == expected
 
 
 def test_the_split_of_a_row_follows_its_content_not_its_place() -> None:
     forward, backward = digests(300), digests(300)[::-1]
-    one, other = cut(forward, None, seed=1), cut(backward, None, seed=1)
+    one, other = cut_splits(forward, None, seed=1), cut_splits(backward, None, seed=1)
     assert [forward[row] for row in one["gate"]] == [backward[row] for row in other["gate"]]
-    assert list(cut(forward, None, seed=2)["gate"]) != list(one["gate"])
+    assert list(cut_splits(forward, None, seed=2)["gate"]) != list(one["gate"])
 
 
 @given(st.lists(st.binary(min_size=1, max_size=1), min_size=8, max_size=300), st.integers(0, 5))
 def test_copies_never_land_in_two_splits_and_no_row_is_lost(rows: list[bytes], seed: int) -> None:
     if len(set(rows)) < 8:
         with pytest.raises(ConfigError, match="different rows are too few"):
-            cut(rows, None, seed)
+            cut_splits(rows, None, seed)
         return
-    splits = cut(rows, None, seed)
+    splits = cut_splits(rows, None, seed)
     contents = [{rows[row] for row in numbers} for numbers in splits.values()]
     assert sum(map(len, contents)) == len(set(rows))
     assert sorted(np.concatenate(list(splits.values()))) == list(range(len(rows)))
@@ -68,7 +68,7 @@ def test_copies_never_land_in_two_splits_and_no_row_is_lost(rows: list[bytes], s
 
 def test_a_crowd_of_copies_goes_to_train() -> None:
     rows = [b"same"] * 500 + digests(500)
-    splits = cut(rows, SplitSizes(calibration=100, gate=100), seed=0)
+    splits = cut_splits(rows, SplitSizes(calibration=100, gate=100), seed=0)
     assert len(splits["calibration"]) == len(splits["gate"]) == 100
     assert set(range(500)) <= set(splits["train"].tolist())
 

@@ -136,7 +136,7 @@ def test_tensors_are_served_in_order_by_their_names(folder: Path, form: str) -> 
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
-    assert "first.weight" in base.build().state_dict(), "layers keep their names"
+    assert "first.weight" in base.torch_module().state_dict(), "layers keep their names"
 
 
 def test_passes_and_exports_answer_the_same(folder: Path) -> None:

@@ -12,22 +12,22 @@ import pytest
 
 from leanserve.bases.datasets.text_files import Line, read_lines
 from leanserve.bases.datasets.texts import TextRows, open_texts
-from leanserve.codecs.answers import Answers
+from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.text import TextCodec
 from leanserve.config.data_section import TextData
-from leanserve.contracts import Field, InputSpec
+from leanserve.contracts import ModelSpec, TensorSpec
 from leanserve.errors import ConfigError
 from tiny_checkpoints import WORDS, write_tokenizer
 
-SPEC = InputSpec(
-    (Field("input_ids", "int64", (None,)), Field("attention_mask", "int64", (None,))),
-    (Field("embedding", "float32", (4,), meaning="embedding"),),
+SPEC = ModelSpec(
+    (TensorSpec("input_ids", "int64", (None,)), TensorSpec("attention_mask", "int64", (None,))),
+    (TensorSpec("embedding", "float32", (4,), meaning="embedding"),),
 )
 
 
 @pytest.fixture
 def codec(tmp_path: Path) -> TextCodec:
-    return TextCodec(write_tokenizer(tmp_path / "tokenizer"), 6, Answers(SPEC))
+    return TextCodec(write_tokenizer(tmp_path / "tokenizer"), 6, AnswerEncoder(SPEC))
 
 
 def opened(codec: TextCodec, folder: Path, labels: tuple[str, ...] = (), **declared: Any) -> TextRows:
@@ -141,7 +141,7 @@ def test_truth_values_are_classes_and_numbers_the_targets_of_a_regression(tmp_pa
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     classes = opened(codec, tmp_path, ("bad", "good"), texts="a.jsonl", text="text", label="good")
-    stars = replace(SPEC, outputs=(Field("stars", "float32", (1,)),))
+    stars = replace(SPEC, outputs=(TensorSpec("stars", "float32", (1,)),))
     declared = TextData.model_validate({"texts": "a.jsonl", "text": "text", "label": "stars"})
     for rows, column in ((classes, "good"), (open_texts(declared, stars, codec, tmp_path), "stars")):
         for batch in rows.split("gate", None).batches(4):

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 
 from leanserve.bases.opening import Origin, open_base, open_source
 from leanserve.bases.sources.timm_model import TimmSource, imported_timm, preprocessing
-from leanserve.codecs.answers import Answers
+from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
 from leanserve.config.base_section import ShippedBase, TimmBase
-from leanserve.contracts import Array, Base, InputSpec, TorchModel
+from leanserve.contracts import Array, Base, ModelSpec, TorchModel
 from leanserve.errors import ConfigError
 
 NAME = "test_resnet.r160_in1k"
@@ -65,9 +65,9 @@ def photo(size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
 
-def png(picture: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
     buffer = BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -80,24 +80,24 @@ def test_answers_are_those_of_timm_itself(tmp_path: Path) -> None:
     module = save(tmp_path / "a.safetensors")
     base = opened(tmp_path)
     assert base.name == "test_resnet"
-    assert base.spec.fields[0].shape == (3, 160, 160)
+    assert base.spec.inputs[0].shape == (3, 160, 160)
     assert len(base.spec.labels) == 1000
     assert base.spec.labels[0] == "tench"
     assert base.caveats == ("synthetic data",)
     rows = base.spec.example(2)[0]
-    np.testing.assert_array_equal(run(base.build(), rows), run(module, rows))
+    np.testing.assert_array_equal(run(base.torch_module(), rows), run(module, rows))
 
 
 # Both ways around, odd sizes, larger and smaller than the input: rounding is what differs between libraries.
 @pytest.mark.parametrize("size", [(320, 240), (213, 319), (161, 160), (90, 70)])
 @pytest.mark.parametrize("name", [NAME, "resnet50.a1_in1k", "convnext_base.fb_in22k_ft_in1k_384"])
-def test_pictures_are_prepared_as_by_timm(size: tuple[int, int], name: str) -> None:
+def test_images_are_prepared_as_by_timm(size: tuple[int, int], name: str) -> None:
     """The pixels are the same, bit for bit; normalised, they differ in the last bits of float32 at most."""
     timm = imported_timm()
     config = timm.get_pretrained_cfg(name)
     prepare = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config.to_dict()))
     expected = prepare(photo(size)).numpy()
-    codec = ImageCodec(answers=Answers(InputSpec((), ())), **preprocessing(name, config).model_dump())
+    codec = ImageCodec(answers=AnswerEncoder(ModelSpec((), ())), **preprocessing(name, config).model_dump())
     found = codec.decode("image/png", png(photo(size))).inputs[0][0]
     assert found.shape == expected.shape
     mean, std = (np.array(values)[:, None, None] for values in (config.mean, config.std))
@@ -108,7 +108,7 @@ def test_pictures_are_prepared_as_by_timm(size: tuple[int, int], name: str) -> N
 def test_preprocessing_that_cannot_be_expressed_is_asked_for() -> None:
     timm = imported_timm()
     config = timm.get_pretrained_cfg("volo_d5_512.sail_in1k")
-    with pytest.raises(ConfigError, match=r"base.image: timm prepares pictures for volo_d5_512.*crop 1.15"):
+    with pytest.raises(ConfigError, match=r"base.image: timm prepares images for volo_d5_512.*crop 1.15"):
         preprocessing("volo_d5_512.sail_in1k", config)
 
 
@@ -117,7 +117,7 @@ def test_the_classifier_in_the_file_decides_the_classes(tmp_path: Path) -> None:
     base = opened(tmp_path)
     assert base.spec.labels == ("class 0", "class 1", "class 2")
     rows = base.spec.example(2)[0]
-    np.testing.assert_array_equal(run(base.build(), rows), run(module, rows))
+    np.testing.assert_array_equal(run(base.torch_module(), rows), run(module, rows))
     assert opened(tmp_path, labels=("a", "b", "c"), name="abc").spec.labels == ("a", "b", "c")
     with pytest.raises(ConfigError, match=r"base.labels: 2 labels, and no output has 2 numbers per row"):
         opened(tmp_path, labels=("a", "b"))
@@ -128,11 +128,11 @@ def test_a_single_number_is_no_class_and_several_need_not_be_any(tmp_path: Path)
     base = opened(tmp_path)
     assert (base.spec.labels, base.spec.outputs[0].name, base.spec.outputs[0].meaning) == ((), "output", "values")
     rows = base.spec.example(2)[0]
-    np.testing.assert_array_equal(run(base.build(), rows), run(module, rows))
+    np.testing.assert_array_equal(run(base.torch_module(), rows), run(module, rows))
     save(tmp_path / "a.safetensors", num_classes=3)
     regression = opened(tmp_path, outputs={"angles": "values"})
     assert (regression.spec.labels, regression.spec.outputs[0].name) == ((), "angles")
-    assert run(regression.build(), rows).shape == (2, 3)
+    assert run(regression.torch_module(), rows).shape == (2, 3)
 
 
 def test_weights_without_a_classifier_give_features(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_weights_without_a_classifier_give_features(tmp_path: Path) -> None:
     assert base.spec.labels == ()
     assert base.spec.outputs[0].name == "embedding"
     rows = base.spec.example(2)[0]
-    np.testing.assert_array_equal(run(base.build(), rows), run(module, rows))
+    np.testing.assert_array_equal(run(base.torch_module(), rows), run(module, rows))
 
 
 def test_orientation_alone_leaves_the_preprocessing_of_timm(tmp_path: Path) -> None:
@@ -152,12 +152,12 @@ def test_orientation_alone_leaves_the_preprocessing_of_timm(tmp_path: Path) -> N
     assert stored.fit == "crop"
 
 
-def test_own_preprocessing_and_grey_pictures(tmp_path: Path) -> None:
+def test_own_preprocessing_and_grey_images(tmp_path: Path) -> None:
     save(tmp_path / "a.safetensors", num_classes=2, in_chans=1)
     image = {"mode": "L", "size": (64, 48), "mean": (0.5,), "std": (0.5,)}
     base = opened(tmp_path, image=image)
-    assert base.spec.fields[0].shape == (1, 48, 64)
-    assert run(base.build(), base.spec.example(2)[0]).shape == (2, 2)
+    assert base.spec.inputs[0].shape == (1, 48, 64)
+    assert run(base.torch_module(), base.spec.example(2)[0]).shape == (2, 2)
 
 
 def test_a_transformer_of_another_input_size(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_transformer_of_another_input_size(tmp_path: Path) -> None:
     image = {"size": (96, 64), "mean": (0.5,) * 3, "std": (0.5,) * 3}
     base = opened(tmp_path, "vit.safetensors", timm="test_vit.r160_in1k", image=image)
     rows = base.spec.example(2)[0]
-    np.testing.assert_array_equal(run(base.build(), rows), run(module, rows))
+    np.testing.assert_array_equal(run(base.torch_module(), rows), run(module, rows))
 
 
 def test_checkpoints_of_its_training_script(tmp_path: Path) -> None:
@@ -179,10 +179,10 @@ def test_checkpoints_of_its_training_script(tmp_path: Path) -> None:
     assert base.caveats[0] == "weights are state_dict_ema, not state_dict (base.weights_key)"
     assert base.spec.labels == ("class 0", "class 1", "class 2")
     rows = base.spec.example(2)[0]
-    np.testing.assert_array_equal(run(base.build(), rows), run(average, rows))
+    np.testing.assert_array_equal(run(base.torch_module(), rows), run(average, rows))
     chosen = opened(tmp_path, "model_best.pth.tar", weights_key="state_dict")
     assert chosen.caveats == ("synthetic data",)
-    np.testing.assert_array_equal(run(chosen.build(), rows), run(plain, rows))
+    np.testing.assert_array_equal(run(chosen.torch_module(), rows), run(plain, rows))
     assert chosen.digest != base.digest
     with pytest.raises(ValidationError, match="weights_key chooses among the weights of a file"):
         opened(tmp_path, "hub", weights_key="state_dict")
@@ -193,7 +193,7 @@ def test_random_weights_are_the_same_everywhere_and_marked(tmp_path: Path) -> No
     assert base.caveats == ("untrained", "synthetic data")
     rows = base.spec.example(1)[0]
     state = torch.random.get_rng_state()
-    np.testing.assert_array_equal(run(base.build(), rows), run(base.build(), rows))
+    np.testing.assert_array_equal(run(base.torch_module(), rows), run(base.torch_module(), rows))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -204,7 +204,7 @@ def test_weights_of_the_hub_come_from_the_cache(tmp_path: Path, hub: Path) -> No
     (root / "refs" / "main").write_text("abc")
     base = opened(tmp_path, "hub")
     rows = base.spec.example(1)[0]
-    np.testing.assert_array_equal(run(base.build(), rows), run(module, rows))
+    np.testing.assert_array_equal(run(base.torch_module(), rows), run(module, rows))
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
@@ -268,7 +268,7 @@ def test_resnet50_asks_where_its_weights_come_from(tmp_path: Path) -> None:
     base = open_base(origin)
     assert base.name == "resnet50"
     assert base.caveats == ("untrained", "synthetic data")
-    assert base.spec.fields[0].shape == (3, 224, 224)
+    assert base.spec.inputs[0].shape == (3, 224, 224)
     source = open_source(origin.base, tmp_path)
     assert isinstance(source, TimmSource)
     model = source.model(base.spec)

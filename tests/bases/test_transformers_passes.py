@@ -11,7 +11,7 @@ import torch
 from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.opening import Origin, open_base
 from leanserve.codecs.text import TextCodec
-from leanserve.contracts import Array, BuildContext, Field, Model, TorchModel
+from leanserve.contracts import Array, BuildContext, Model, TensorSpec, TorchModel
 from leanserve.evaluation.fidelity import fidelity
 from leanserve.passes.base import Pass
 from leanserve.passes.families.quantize.quantize_dynamic import QuantizeDynamic
@@ -58,7 +58,7 @@ def test_exported_it_answers_the_same_at_any_length(base: LoadedBase, exported: 
 
 def test_in_int8_it_answers_nearly_the_same(base: LoadedBase, exported: Model, tmp_path: Path) -> None:
     model = applied(QuantizeDynamic(), exported, base, tmp_path)
-    direction = (Field("answers", "float32", base.spec.outputs[0].shape, meaning="embedding"),)
+    direction = (TensorSpec("answers", "float32", base.spec.outputs[0].shape, meaning="embedding"),)
     [near] = fidelity((answers(model, base),), (answers(base.model(), base),), direction)
     assert 0.99 < near.agreement < 1 - 1e-9, "close, and not the float model"
 
@@ -66,7 +66,7 @@ def test_in_int8_it_answers_nearly_the_same(base: LoadedBase, exported: Model, t
 def test_padding_and_company_change_nothing(base: LoadedBase) -> None:
     assert isinstance(base.codec, TextCodec)
     short, long = base.codec.tokens(["the cat", " ".join(WORDS)])
-    module = base.build()
+    module = base.torch_module()
     with torch.inference_mode():
         alone, together = (module(*map(torch.from_numpy, base.codec.arrays(rows))) for rows in ([short], [short, long]))
     np.testing.assert_allclose(together[0], alone[0], atol=1e-5)

@@ -20,7 +20,7 @@ from leanserve.bases.sources.torchvision_import import make_torchvision_importab
 from leanserve.bases.sources.transformers_model import TransformersSource
 from leanserve.codecs.text import TextCodec
 from leanserve.config.base_section import TransformersBase
-from leanserve.contracts import Array, Arrays, Field
+from leanserve.contracts import Array, Arrays, TensorSpec
 from leanserve.errors import ConfigError
 from tiny_checkpoints import SHAPE, WORDS, write_classifier, write_encoder, write_pooling, write_tokenizer
 
@@ -61,7 +61,7 @@ def tokens(base: LoadedBase) -> Arrays:
 
 def answers(base: LoadedBase) -> Array:
     with torch.inference_mode():
-        found: Array = base.build()(*map(torch.from_numpy, tokens(base))).numpy()
+        found: Array = base.torch_module()(*map(torch.from_numpy, tokens(base))).numpy()
     return found
 
 
@@ -82,9 +82,9 @@ def test_a_classifier_gives_the_logits_of_the_library(checkpoints: Path) -> None
     assert base.spec.labels == ("bad", "so so", "good")
     assert isinstance(base.codec, TextCodec)
     tokens_are = (0, max(base.codec.token_ids))
-    bounds = [(item.name, item.values) for item in base.spec.fields]
+    bounds = [(item.name, item.values) for item in base.spec.inputs]
     assert bounds == [("input_ids", tokens_are), ("attention_mask", (0, 1))]
-    assert base.spec.outputs == (Field("logits", "float32", (3,), meaning="logits"),)
+    assert base.spec.outputs == (TensorSpec("logits", "float32", (3,), meaning="logits"),)
     expected = of_library("BertForSequenceClassification", checkpoints / "classifier", tokens(base)).logits.numpy()
     np.testing.assert_allclose(answers(base), expected, atol=1e-6)
     assert np.ptp(expected, axis=0).min() > 1e-3
@@ -98,13 +98,13 @@ def test_a_classifier_gives_the_logits_of_the_library(checkpoints: Path) -> None
 def test_an_encoder_gives_the_mean_of_its_tokens_at_length_one(checkpoints: Path) -> None:
     base = opened(checkpoints / "encoder")
     assert (base.name, base.spec.labels, base.unit) == ("encoder", (), 1)
-    assert base.spec.outputs == (Field("embedding", "float32", (32,), meaning="embedding"),)
+    assert base.spec.outputs == (TensorSpec("embedding", "float32", (32,), meaning="embedding"),)
     inputs = tokens(base)
     hidden = of_library("BertModel", checkpoints / "encoder", inputs).last_hidden_state.numpy()
     weights = inputs[1][:, :, None]
     mean = (hidden * weights).sum(1) / weights.sum(1)
     np.testing.assert_allclose(answers(base), mean / np.linalg.norm(mean, axis=1, keepdims=True), atol=1e-6)
-    assert not any("pooler" in name for name in base.build().state_dict()), "a head that nobody asks"
+    assert not any("pooler" in name for name in base.torch_module().state_dict()), "a head that nobody asks"
 
 
 @pytest.mark.parametrize(
@@ -191,11 +191,11 @@ def test_positions_that_are_kept_for_padding_are_not_counted(tmp_path: Path) -> 
     base = opened(tmp_path / "roberta")
     assert isinstance(base.codec, TextCodec)
     assert base.codec.max_length == 38
-    assert base.spec.fields[0].pad == 1
+    assert base.spec.inputs[0].pad == 1
     longest = base.codec.arrays(base.codec.tokens([" ".join(WORDS * 3), "a cat"]))
     assert longest[0].shape == (2, 38)
     with torch.inference_mode():
-        assert base.build()(*map(torch.from_numpy, longest)).isfinite().all()
+        assert base.torch_module()(*map(torch.from_numpy, longest)).isfinite().all()
 
 
 def test_labels_come_from_the_config_first(checkpoints: Path, tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_opening_again_imports_neither_torch_nor_transformers(checkpoints: Path,
 def test_what_cannot_be_served_is_refused_with_the_remedy(encoder: Path, checkpoints: Path) -> None:
     with pytest.raises(ConfigError, match=r"base.task: as a model for text classification, .* lacks .* classifier"):
         source(encoder, task="classification").describe()
-    with pytest.raises(ConfigError, match=r"base.inputs: a model of transformers takes texts or pictures"):
+    with pytest.raises(ConfigError, match=r"base.inputs: a model of transformers takes texts or images"):
         source(encoder, inputs={"x": {"shape": [3]}}).describe()
     with pytest.raises(ConfigError, match=r"base.transformers: there is no folder .*/no-such/folder/here"):
         source(encoder, transformers="no-such/folder/here").fingerprint()

@@ -16,7 +16,7 @@ from torch import nn
 
 from leanserve import memory
 from leanserve.artifacts.store import ArtifactStore
-from leanserve.contracts import ArrayData, Arrays, BuildContext, InputSpec
+from leanserve.contracts import ArrayData, Arrays, BuildContext, ModelSpec
 from leanserve.errors import PassFailed
 from leanserve.evaluation import interleaved_benchmark as race
 from leanserve.evaluation import lane_rates, measure, quality
@@ -30,7 +30,7 @@ from report_samples import a_few, changed
 from tiny_base import TinyBase, TinyNet, context_of, lively, tiny_base
 
 OUT = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
-SPEC = InputSpec((), ())
+SPEC = ModelSpec((), ())
 
 
 class Small:

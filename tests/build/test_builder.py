@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from test_artifacts import measurement
 
 from leanserve.artifacts import store as artifacts
 from leanserve.artifacts.load import load_model
-from leanserve.artifacts.manifest import Recipe, SideBySide
+from leanserve.artifacts.manifest import BenchmarkResult, Recipe
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.bases.opening import Origin, open_base
 from leanserve.build import builder as build
 from leanserve.build.progress import BuildProgress
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import TorchModel
-from leanserve.evaluation.quality import Answers
+from leanserve.evaluation.quality import GateOutputs
 from leanserve.hardware import cpu_name
+from measurements import measurement
 from tiny_base import TinyBase, tiny_base
 
 CONFIG = ServiceConfig.model_validate(
@@ -42,12 +42,16 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def measure(_store: object, _base: object, recipe: Recipe, *_: object) -> object:
         seen.append(recipe.key)
-        return measurement().model_copy(update={"cpu": cpu_name(), "threads": 1}), Answers((), None)
+        return measurement().model_copy(update={"cpu": cpu_name(), "threads": 1}), GateOutputs((), None)
 
-    def race(_store: object, _base: object, keys: tuple[str, ...], served: tuple[str, ...], threads: int) -> SideBySide:
+    def race(
+        _store: object, _base: object, keys: tuple[str, ...], served: tuple[str, ...], threads: int
+    ) -> BenchmarkResult:
         seen.append("race")
         rates = {key: {1: 100.0, threads: 130.0} for key in served} if threads > 1 else {}
-        return SideBySide(cpu=cpu_name(), threads=threads, latency_ms={key: {1: 2.0} for key in keys}, lane_rates=rates)
+        return BenchmarkResult(
+            cpu=cpu_name(), threads=threads, latency_ms={key: {1: 2.0} for key in keys}, lane_rates=rates
+        )
 
     monkeypatch.setattr(build, "measure", measure)
     monkeypatch.setattr(build, "race", race)
@@ -123,7 +127,7 @@ def test_a_read_only_cache_serves_with_the_numbers_of_another_machine(
     assert build.machines(sealed_cache, work, 4) == [f"{cpu_name()} with 1 thread"]
     chain = build.reports(sealed_cache, CONFIG, work, 4)[1].chain
     assert [(manifest.threads, manifest.quality.throughput) for manifest in chain] == [(1, 500.0), (1, 500.0)]
-    race = build.speeds(sealed_cache, work, 4)
+    race = build.stored_benchmark(sealed_cache, work, 4)
     assert race is not None
     assert race.best_lanes(work.served, 4, self_contained=False) == 1, "lanes were not measured there"
 
@@ -135,11 +139,11 @@ def test_of_other_machines_one_with_as_many_threads_is_taken(
     for cpu, threads in (("A", 2), ("B", 4), ("C", 2)):
         rates = {key: {1: 100.0, threads: 130.0} for key in work.served[: 1 if cpu == "A" else 2]}
         latency = {key: {1: 2.0} for key in work.keys}
-        store.keep_side_by_side(work.keys, SideBySide(cpu=cpu, threads=threads, latency_ms=latency, lane_rates=rates))
-    assert build.speeds(store, work, 4) is None, "where it can be written, it is measured here"
+        store.keep_benchmark(work.keys, BenchmarkResult(cpu=cpu, threads=threads, latency_ms=latency, lane_rates=rates))
+    assert build.stored_benchmark(store, work, 4) is None, "where it can be written, it is measured here"
     monkeypatch.setattr(artifacts, "may_write", lambda _: False)
     read_only = ArtifactStore(tmp_path)
-    found = [build.speeds(read_only, work, threads) for threads in (1, 2, 4)]
+    found = [build.stored_benchmark(read_only, work, threads) for threads in (1, 2, 4)]
     assert [(race.cpu, race.threads) for race in found if race] == [(cpu_name(), 1), ("C", 2), ("B", 4)]
 
 

@@ -9,12 +9,12 @@ import onnx
 import pytest
 
 from leanserve.build.model_size import model_size
-from leanserve.contracts import InputSpec, OnnxModel
+from leanserve.contracts import ModelSpec, OnnxModel
 from tiny_graphs import CNN, CNN_WEIGHTS, cnn, graph, random, write
 
 
 def size(path: Path, model: onnx.ModelProto) -> tuple[int, int]:
-    return model_size(OnnxModel(write(path / "m.onnx", model), InputSpec((), ())))
+    return model_size(OnnxModel(write(path / "m.onnx", model), ModelSpec((), ())))
 
 
 def test_convolutions_and_matrix_products_count_per_row(tmp_path: Path) -> None:

@@ -7,18 +7,18 @@ import math
 import numpy as np
 import pytest
 
-from leanserve.codecs.answers import Answers
-from leanserve.contracts import Array, Field, InputSpec, Meaning
+from leanserve.codecs.answers import AnswerEncoder
+from leanserve.contracts import Array, Meaning, ModelSpec, TensorSpec
 from leanserve.errors import BackendFailed, ConfigError
 
 LABELS = ("cat", "dog", "owl")
 SURE = np.array([[0.03, 0.912, 0.058]], np.float32)
 
 
-def of(meaning: Meaning, *others: Field, labelled: int = 0, labels: tuple[str, ...] = LABELS) -> Answers:
-    """Answers of a model with one output of three numbers, which may stand behind others."""
-    outputs = (*others[:labelled], Field("out", "float32", (3,), meaning=meaning), *others[labelled:])
-    return Answers(InputSpec((), outputs, labels, labelled=labelled))
+def of(meaning: Meaning, *others: TensorSpec, labelled: int = 0, labels: tuple[str, ...] = LABELS) -> AnswerEncoder:
+    """AnswerEncoder of a model with one output of three numbers, which may stand behind others."""
+    outputs = (*others[:labelled], TensorSpec("out", "float32", (3,), meaning=meaning), *others[labelled:])
+    return AnswerEncoder(ModelSpec((), outputs, labels, labelled=labelled))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_probabilities_of_independent_classes_may_all_be_high() -> None:
 
 
 def test_the_labels_may_name_another_output_than_the_first() -> None:
-    answers = of("probabilities", Field("number", "int64", ()), labelled=1)
+    answers = of("probabilities", TensorSpec("number", "int64", ()), labelled=1)
     assert answers.encode((np.array([1]), SURE))[0]["scores"]["dog"] == 0.912
 
 
@@ -63,7 +63,7 @@ def test_without_labels_the_meaning_decides() -> None:
     assert of("embedding", labels=()).encode((row,)) == [{"embedding": [1, 2, 3]}]
     for meaning in ("values", "logits", "probabilities"):
         assert of(meaning, labels=()).encode((row,)) == [{"outputs": {"out": [1, 2, 3]}}]
-    two = of("embedding", Field("length", "float32", ()), labels=())
+    two = of("embedding", TensorSpec("length", "float32", ()), labels=())
     assert two.encode((row, np.array([3.5], np.float32))) == [{"outputs": {"out": [1, 2, 3], "length": 3.5}}]
 
 

@@ -12,19 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leanserve.codecs.answers import Answers
+from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.arrays import JSON, NPY, NPZ, OCTETS, ArrayCodec
-from leanserve.contracts import Array, Decoded, Field, InputSpec
+from leanserve.contracts import Array, Decoded, ModelSpec, TensorSpec
 from leanserve.errors import BadInput, BodyTooLarge, UnsupportedMediaType
 
-POINT = Field("point", "float32", (2,))
-TOKENS = Field("ids", "int64", (None,), pad=7)
-MASK = Field("mask", "int64", (None,))
-SURFACE = Field("surface", "float32", (None, None))
+POINT = TensorSpec("point", "float32", (2,))
+TOKENS = TensorSpec("ids", "int64", (None,), pad=7)
+MASK = TensorSpec("mask", "int64", (None,))
+SURFACE = TensorSpec("surface", "float32", (None, None))
 
 
-def codec(*fields: Field, **options: Any) -> ArrayCodec:
-    return ArrayCodec(Answers(InputSpec(fields, (Field("out", "float32", (2,)),))), **options)
+def codec(*fields: TensorSpec, **options: Any) -> ArrayCodec:
+    return ArrayCodec(AnswerEncoder(ModelSpec(fields, (TensorSpec("out", "float32", (2,)),))), **options)
 
 
 def sent(made: ArrayCodec, inputs: Any) -> Decoded:
@@ -52,7 +52,7 @@ def test_depth_tells_one_row_from_many() -> None:
 
 
 def test_a_single_number_per_row() -> None:
-    made = codec(Field("age", "int16", ()))
+    made = codec(TensorSpec("age", "int16", ()))
     single, several = sent(made, 5), sent(made, [5, 6])
     assert (single.inputs[0].tolist(), single.many) == ([5], False)
     assert (several.inputs[0].tolist(), several.many) == ([5, 6], True)
@@ -95,8 +95,8 @@ def test_a_dynamic_axis_takes_any_length() -> None:
         ((TOKENS,), [[1], []], r"inputs\[1\]: expected a row of shape \[any\], got \[\]"),
         ((SURFACE,), [[[1]], [[1, 2]]], r"'surface': rows of one request must have the same shape, got \[1, 1\]"),
         ((SURFACE,), [[1, 2], [3]], r"inputs\[1\]: expected 2 entries, got 1"),
-        ((Field("on", "bool", (2,)),), [1, 0], r"inputs\[0\]: expected true or false, got 1"),
-        ((Field("byte", "uint8", (2,)),), [1, -1], r"inputs\[1\]: -1 is out of the range of uint8"),
+        ((TensorSpec("on", "bool", (2,)),), [1, 0], r"inputs\[0\]: expected true or false, got 1"),
+        ((TensorSpec("byte", "uint8", (2,)),), [1, -1], r"inputs\[1\]: -1 is out of the range of uint8"),
         ((POINT, MASK), [1, 2], r"several inputs, by their names: point, mask"),
         ((POINT, MASK), {"point": [1, 2]}, r"the input 'mask' is missing"),
         ((POINT,), {"pint": [1, 2]}, r"unknown input 'pint'; the model takes point"),
@@ -105,7 +105,9 @@ def test_a_dynamic_axis_takes_any_length() -> None:
         ((TOKENS, MASK), {"ids": [[1, 2], [1]], "mask": [[1], [1, 2]]}, r"'ids' and 'mask' differ in length"),
     ],
 )
-def test_json_that_does_not_fit_is_refused_with_the_place(fields: tuple[Field, ...], inputs: Any, reason: str) -> None:
+def test_json_that_does_not_fit_is_refused_with_the_place(
+    fields: tuple[TensorSpec, ...], inputs: Any, reason: str
+) -> None:
     with pytest.raises(BadInput, match=reason):
         sent(codec(*fields), inputs)
 
@@ -143,7 +145,7 @@ def test_raw_bytes_are_rows_of_a_fixed_shape() -> None:
     with pytest.raises(BadInput, match=r"the body: input 'point' holds nan at \[0, 1\]; every number must be finite"):
         codec(POINT).decode(OCTETS, np.array([1, np.nan], "<f4").tobytes())
     with pytest.raises(BadInput, match="byte 0 or 1"):
-        codec(Field("on", "bool", (2,))).decode(OCTETS, b"\x01\x02")
+        codec(TensorSpec("on", "bool", (2,))).decode(OCTETS, b"\x01\x02")
 
 
 def test_numpy_files() -> None:
@@ -229,12 +231,12 @@ def test_answers_are_those_of_the_base() -> None:
 
 
 FIELDS = (
-    Field("a", "float32", (2,)),
-    Field("b", "int8", (None,)),
-    Field("c", "float16", (None, 2)),
-    Field("d", "bool", ()),
-    Field("e", "uint64", (1, None)),
-    Field("f", "float64", (None, None)),
+    TensorSpec("a", "float32", (2,)),
+    TensorSpec("b", "int8", (None,)),
+    TensorSpec("c", "float16", (None, 2)),
+    TensorSpec("d", "bool", ()),
+    TensorSpec("e", "uint64", (1, None)),
+    TensorSpec("f", "float64", (None, None)),
 )
 LEAVES = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text(max_size=3)
 NESTED = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4), max_leaves=20)
@@ -255,7 +257,7 @@ def check_or_refuse(made: ArrayCodec, media_type: str, body: bytes) -> None:
 
 
 @given(st.lists(st.sampled_from(FIELDS), min_size=1, max_size=2, unique=True), st.data())
-def test_any_json_is_a_batch_or_a_refusal(fields: list[Field], data: st.DataObject) -> None:
+def test_any_json_is_a_batch_or_a_refusal(fields: list[TensorSpec], data: st.DataObject) -> None:
     inputs = data.draw(NESTED | st.fixed_dictionaries({item.name: NESTED for item in fields}))
     check_or_refuse(codec(*fields), JSON, orjson.dumps({"inputs": inputs}))
 
@@ -271,5 +273,5 @@ def test_any_json_is_a_batch_or_a_refusal(fields: list[Field], data: st.DataObje
         st.binary(max_size=4),
     ),
 )
-def test_any_bytes_are_a_batch_or_a_refusal(field: Field, media_type: str, body: bytes) -> None:
+def test_any_bytes_are_a_batch_or_a_refusal(field: TensorSpec, media_type: str, body: bytes) -> None:
     check_or_refuse(codec(field), media_type, body)

@@ -144,7 +144,7 @@ def test_other_files_are_refused_with_the_reason(content: bytes, reason: str) ->
 def test_a_full_sequence_header_with_every_option_is_read() -> None:
     """Timing, a model of the decoder and two operating points before the size, bit by bit as in the specification."""
     operating_point = "0" * 12 + "01000" + "1" + "1" + "0" * 11 + "1" + "0101"
-    bits = "000" + "0" + "0"  # profile 0, no still picture, no reduced header
+    bits = "000" + "0" + "0"  # profile 0, no still image, no reduced header
     bits += "1" + "0" * 64 + "1" + "00101"  # timing; an Exp-Golomb number of two zeros
     bits += "1" + "00100" + "0" * 42  # the decoder's model, delays of five bits
     bits += "1" + "00001" + 2 * operating_point

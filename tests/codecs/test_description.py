@@ -5,11 +5,11 @@ from __future__ import annotations
 import orjson
 
 from leanserve.codecs.description import Compute, Counters, model_config, model_metadata, statistics
-from leanserve.contracts import Field, InputSpec
+from leanserve.contracts import ModelSpec, TensorSpec
 
-SPEC = InputSpec(
-    fields=(Field("ids", "int64", (None,)), Field("x", "float32", (3, 8))),
-    outputs=(Field("label", "object", ()), Field("vector", "bfloat16", (4,))),
+SPEC = ModelSpec(
+    inputs=(TensorSpec("ids", "int64", (None,)), TensorSpec("x", "float32", (3, 8))),
+    outputs=(TensorSpec("label", "object", ()), TensorSpec("vector", "bfloat16", (4,))),
 )
 
 

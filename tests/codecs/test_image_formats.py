@@ -14,15 +14,15 @@ import orjson
 import pytest
 from PIL import Image, ImageFile, features
 
-from leanserve.codecs.answers import Answers
-from leanserve.codecs.image_files import Picture, PictureFile
+from leanserve.codecs.answers import AnswerEncoder
+from leanserve.codecs.image_files import EncodedImage, OpenedImage
 from leanserve.codecs.image_formats import FORMAT_NAMES, FORMATS, recognised
 from leanserve.codecs.images import ImageCodec
-from leanserve.contracts import Array, Field, InputSpec
+from leanserve.contracts import Array, ModelSpec, TensorSpec
 from leanserve.errors import BadInput, BodyTooLarge, UnsupportedMediaType
 from tiff_pages import grey, page
 
-ANSWERS = Answers(InputSpec((), (Field("logits", "float32", (2,), meaning="logits"),), ("a", "b")))
+ANSWERS = AnswerEncoder(ModelSpec((), (TensorSpec("logits", "float32", (2,), meaning="logits"),), ("a", "b")))
 SIZE = (24, 16)
 NORMAL: dict[str, Any] = {"size": SIZE, "resize": "nearest", "answers": ANSWERS}
 CODEC = ImageCodec(mode="RGB", mean=(0,) * 3, std=(1,) * 3, **NORMAL)
@@ -255,7 +255,7 @@ def test_bombs_are_refused_before_a_pixel_is_decoded(name: str, monkeypatch: pyt
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("its pixels were decoded"))
     body = bomb(name)
     assert len(body) < 200_000
-    with pytest.raises(BodyTooLarge, match="the body: the picture has 1200 x 1200 pixels, above the limit of 1000000"):
+    with pytest.raises(BodyTooLarge, match="the body: the image has 1200 x 1200 pixels, above the limit of 1000000"):
         BOUNDED.decode(MEDIA[name], body)
 
 
@@ -273,14 +273,14 @@ def test_files_of_a_form_are_refused_as_soon_as_they_are_too_many(monkeypatch: p
     seen: list[str] = []
     real = ImageCodec._opened
 
-    def opened(self: ImageCodec, file: PictureFile) -> Picture:
+    def opened(self: ImageCodec, file: EncodedImage) -> OpenedImage:
         seen.append(file.where)
         return real(self, file)
 
     monkeypatch.setattr(ImageCodec, "_opened", opened)
     flat = encoded(Image.new("RGB", (700, 700)), "WEBP")
     sent = httpx.Request("POST", "http://host/", files=[("f", (f"{index}.webp", flat)) for index in range(20)])
-    with pytest.raises(BodyTooLarge, match="3 pictures are above the limit"):
+    with pytest.raises(BodyTooLarge, match="3 images are above the limit"):
         BOUNDED.decode(sent.headers["content-type"], sent.read())
     assert len(seen) == 3
 

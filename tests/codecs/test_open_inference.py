@@ -15,12 +15,16 @@ import numpy as np
 import pytest
 
 from leanserve.codecs.open_inference import InferDecoder, InferReply, encode_infer
-from leanserve.contracts import Arrays, Field, InputSpec
+from leanserve.contracts import Arrays, ModelSpec, TensorSpec
 from leanserve.errors import BadInput
 
-SPEC = InputSpec(
-    fields=(Field("x", "float32", (3,)), Field("ids", "int64", (None,)), Field("text", "object", ())),
-    outputs=(Field("scores", "float32", (2,)), Field("name", "object", ()), Field("half", "float16", ())),
+SPEC = ModelSpec(
+    inputs=(TensorSpec("x", "float32", (3,)), TensorSpec("ids", "int64", (None,)), TensorSpec("text", "object", ())),
+    outputs=(
+        TensorSpec("scores", "float32", (2,)),
+        TensorSpec("name", "object", ()),
+        TensorSpec("half", "float16", ()),
+    ),
 )
 X = np.arange(6, dtype=np.float32).reshape(2, 3) / 4
 IDS = np.array([[7, -1], [2**40, 0]])
@@ -77,7 +81,7 @@ def test_options_of_the_golden_requests() -> None:
 
 
 def test_a_known_header_reads_new_data_and_binary_inputs_are_views() -> None:
-    decoder = InferDecoder(InputSpec((Field("x", "float32", (3,)),), SPEC.outputs))
+    decoder = InferDecoder(ModelSpec((TensorSpec("x", "float32", (3,)),), SPEC.outputs))
     header = json_body(tensor("x", [2, 3], "FP32", size=24))
     for scale in (1, 2, 3):
         body = header + (X * scale).tobytes()
@@ -87,7 +91,7 @@ def test_a_known_header_reads_new_data_and_binary_inputs_are_views() -> None:
 
 
 def test_kept_headers_are_bounded_and_never_carry_data_or_an_id() -> None:
-    decoder = InferDecoder(InputSpec((Field("x", "float32", (3,)),), SPEC.outputs))
+    decoder = InferDecoder(ModelSpec((TensorSpec("x", "float32", (3,)),), SPEC.outputs))
 
     def send(**more: Any) -> None:
         header = json_body(tensor("x", [1, 3], "FP32", size=12), **more)

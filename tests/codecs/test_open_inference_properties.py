@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from leanserve.codecs.open_inference import InferDecoder, encode_infer
-from leanserve.contracts import Field, InputSpec
+from leanserve.contracts import ModelSpec, TensorSpec
 from leanserve.errors import BadInput
 
 few = settings(deadline=None, max_examples=80)
@@ -36,9 +36,9 @@ FLOATS: dict[str, tuple[str, str, Literal[16, 32, 64]]] = {
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 3))
 
 
-def spec(dtype: str) -> InputSpec:
-    field = Field("t", dtype, (None,))
-    return InputSpec((field,), (field,))
+def spec(dtype: str) -> ModelSpec:
+    field = TensorSpec("t", dtype, (None,))
+    return ModelSpec((field,), (field,))
 
 
 def request(

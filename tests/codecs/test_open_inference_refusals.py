@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 
 from leanserve.codecs.open_inference import InferDecoder, parse_json_length
-from leanserve.contracts import Field, InputSpec
+from leanserve.contracts import ModelSpec, TensorSpec
 from leanserve.errors import BadInput, StartupError
 
-SPEC = InputSpec(
-    fields=(Field("x", "float32", (3,)), Field("ids", "int64", (None,)), Field("text", "object", ())),
-    outputs=(Field("scores", "float32", (2,)), Field("name", "object", ()), Field("half", "float16", ())),
+SPEC = ModelSpec(
+    inputs=(TensorSpec("x", "float32", (3,)), TensorSpec("ids", "int64", (None,)), TensorSpec("text", "object", ())),
+    outputs=(
+        TensorSpec("scores", "float32", (2,)),
+        TensorSpec("name", "object", ()),
+        TensorSpec("half", "float16", ()),
+    ),
 )
 X_BYTES = np.arange(6, dtype=np.float32).tobytes()
 TEXT_BYTES = b"\x01\x00\x00\x00a\x04\x00\x00\x00\xff\x00zz"
@@ -194,8 +198,8 @@ def test_a_json_length_outside_the_body(json_length: int) -> None:
         InferDecoder(SPEC).decode(ask(), json_length)
 
 
-def raw_spec(dtype: str, *shape: int | None) -> InputSpec:
-    return InputSpec((Field("x", dtype, shape),), SPEC.outputs)
+def raw_spec(dtype: str, *shape: int | None) -> ModelSpec:
+    return ModelSpec((TensorSpec("x", dtype, shape),), SPEC.outputs)
 
 
 def test_a_raw_body_is_rows_of_the_only_input_and_wants_binary_outputs() -> None:
@@ -216,7 +220,7 @@ def test_a_raw_body_is_rows_of_the_only_input_and_wants_binary_outputs() -> None
         (raw_spec("float32", 3), b"", "'x': 0 raw bytes"),
     ],
 )
-def test_a_raw_body_whose_rows_cannot_be_told(spec: InputSpec, body: bytes, text: str) -> None:
+def test_a_raw_body_whose_rows_cannot_be_told(spec: ModelSpec, body: bytes, text: str) -> None:
     with pytest.raises(BadInput, match=text):
         InferDecoder(spec).decode(body, 0)
 
@@ -237,7 +241,7 @@ def test_a_dtype_that_no_datatype_carries_stops_the_start(dtype: str) -> None:
 @pytest.mark.parametrize(("values", "fits"), [([0, 11], True), ([12, 0], False), ([0, -1], False)])
 @pytest.mark.parametrize("form", ["json", "binary"])
 def test_values_that_the_model_cannot_run_with_are_refused(form: str, values: list[int], fits: bool) -> None:  # noqa: FBT001
-    spec = InputSpec((Field("ids", "int64", (None,), values=(0, 11)),), (Field("y", "float32", (2,)),))
+    spec = ModelSpec((TensorSpec("ids", "int64", (None,), values=(0, 11)),), (TensorSpec("y", "float32", (2,)),))
     if form == "json":
         body, length = json_body(tensor("ids", [1, 2], "INT64", data=values)), None
     else:

@@ -13,13 +13,13 @@ import orjson
 import pytest
 from PIL import Image, ImageOps, features
 
-from leanserve.codecs.answers import Answers
+from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
-from leanserve.contracts import Array, InputSpec
+from leanserve.contracts import Array, ModelSpec
 from leanserve.errors import BodyTooLarge
 from tiff_pages import grey, page
 
-ANSWERS = Answers(InputSpec((), ()))
+ANSWERS = AnswerEncoder(ModelSpec((), ()))
 STORED = ImageCodec(
     mode="RGB", size=(20, 30), mean=(0,) * 3, std=(1,) * 3, answers=ANSWERS, fit="crop", resize="bicubic"
 )

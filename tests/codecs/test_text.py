@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from leanserve.codecs.answers import Answers
+from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.text import TextCodec
-from leanserve.contracts import Field, InputSpec
+from leanserve.contracts import ModelSpec, TensorSpec
 from leanserve.errors import BadInput, BodyTooLarge, ConfigError, UnsupportedMediaType
 from text_fleet import tokenizer_file
 
-FIELDS = (Field("attention_mask", "int32", (None,)), Field("input_ids", "int64", (None,), pad=9))
-SPEC = InputSpec(FIELDS, (Field("embedding", "float32", (3,), meaning="embedding"),))
+FIELDS = (TensorSpec("attention_mask", "int32", (None,)), TensorSpec("input_ids", "int64", (None,), pad=9))
+SPEC = ModelSpec(FIELDS, (TensorSpec("embedding", "float32", (3,), meaning="embedding"),))
 PLAIN, JSON = "text/plain", "application/json"
 CLS, SEP, A, B, UNK = 2, 3, 4, 5, 1
 
@@ -27,7 +27,7 @@ CLS, SEP, A, B, UNK = 2, 3, 4, 5, 1
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory: pytest.TempPathFactory) -> TextCodec:
     """Of a base that takes the mask first and pads ids with 9; at most six tokens per text."""
-    return TextCodec(tokenizer_file(tmp_path_factory.mktemp("tokenizer")), 6, Answers(SPEC))
+    return TextCodec(tokenizer_file(tmp_path_factory.mktemp("tokenizer")), 6, AnswerEncoder(SPEC))
 
 
 def body(inputs: object) -> bytes:
@@ -61,8 +61,8 @@ def test_a_long_text_is_cut_and_keeps_its_special_tokens(codec: TextCodec) -> No
 
 
 def test_types_are_zeros(codec: TextCodec) -> None:
-    spec = InputSpec((*FIELDS, Field("token_type_ids", "int64", (None,))), SPEC.outputs)
-    typed = replace(codec, answers=Answers(spec))
+    spec = ModelSpec((*FIELDS, TensorSpec("token_type_ids", "int64", (None,))), SPEC.outputs)
+    typed = replace(codec, answers=AnswerEncoder(spec))
     assert typed.arrays([[1, 2], [3]])[2].tolist() == [[0, 0], [0, 0]]
 
 
@@ -135,9 +135,9 @@ def test_a_damaged_tokenizer_is_named(codec: TextCodec, tmp_path: Path) -> None:
 
 
 def test_a_model_of_other_inputs_is_no_model_of_texts() -> None:
-    spec = InputSpec((Field("image", "float32", (3, 2, 2)),), SPEC.outputs)
+    spec = ModelSpec((TensorSpec("image", "float32", (3, 2, 2)),), SPEC.outputs)
     with pytest.raises(ConfigError, match="this one takes image"):
-        TextCodec(Path("tokenizer.json"), 6, Answers(spec))
+        TextCodec(Path("tokenizer.json"), 6, AnswerEncoder(spec))
 
 
 @settings(deadline=None)

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from leanserve.codecs.answers import Answers
+from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
-from leanserve.contracts import Decoded, Field, InputSpec
+from leanserve.contracts import Decoded, ModelSpec, TensorSpec
 from leanserve.errors import BadInput, BodyTooLarge, UnsupportedMediaType
 
-ANSWERS = Answers(InputSpec((), (Field("logits", "float32", (2,), meaning="logits"),), ("a", "b")))
+ANSWERS = AnswerEncoder(ModelSpec((), (TensorSpec("logits", "float32", (2,), meaning="logits"),), ("a", "b")))
 CODEC = ImageCodec(mode="RGB", size=(4, 4), mean=(0,) * 3, std=(1,) * 3, answers=ANSWERS)
 JSON = "application/json"
 
@@ -59,7 +59,7 @@ def as_json(inputs: object) -> Decoded:
     ],
     ids=["by ending", "declared", "undeclared", "capitals", "umlauts", "no file name"],
 )
-def test_a_form_with_one_file_is_one_picture(part: tuple[str, tuple[str, bytes]]) -> None:
+def test_a_form_with_one_file_is_one_image(part: tuple[str, tuple[str, bytes]]) -> None:
     decoded = form(part)
     assert not decoded.many
     np.testing.assert_array_equal(decoded.inputs[0], ALONE[PNG])
@@ -72,7 +72,7 @@ def test_a_form_with_more_files_is_a_list_in_their_order() -> None:
     np.testing.assert_array_equal(decoded.inputs[0][2:], CODEC.decode("image/jpeg", JPEG).inputs[0])
 
 
-def test_a_picture_may_hold_what_looks_like_a_boundary() -> None:
+def test_an_image_may_hold_what_looks_like_a_boundary() -> None:
     body = PNG + b"\r\n--bound\r\n--boundarx\r\n"  # what follows the last chunk of a PNG is nobody's business
     content = b'--boundary\r\nContent-Disposition: form-data; name="f"\r\n\r\n' + body + b"\r\n--boundary--\r\n"
     np.testing.assert_array_equal(
@@ -124,7 +124,7 @@ def test_a_damaged_form_is_refused_with_the_reason(content_type: str, body: byte
         (("x.gif", b"GIF89a"), r"part 1 of the form \(x.gif\) \(6 bytes\) cannot be read as image/gif"),
     ],
 )
-def test_a_part_that_is_no_picture_is_named(file: tuple[str | None, bytes], message: str) -> None:
+def test_a_part_that_is_no_image_is_named(file: tuple[str | None, bytes], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         form(("a", ("good.png", PNG)), ("b", file))
 

@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 
 from leanserve.config.schema import GateConfig
-from leanserve.contracts import Array, Arrays, Field, InputSpec
+from leanserve.contracts import Array, Arrays, ModelSpec, TensorSpec
 from leanserve.evaluation.batch_dependence import COMPANY, GOLDEN, RUINED, batch_dependence
 from leanserve.evaluation.quality import gate_reason
 from report_samples import artifact
 
-ROW = InputSpec((Field("x", "float32", (3,)),), (Field("y", "float32", (3,)),))
-TOKENS = InputSpec((Field("ids", "int64", (None,), 7), Field("mask", "int64", (None,))), (Field("y", "float32", (1,)),))
+ROW = ModelSpec((TensorSpec("x", "float32", (3,)),), (TensorSpec("y", "float32", (3,)),))
+TOKENS = ModelSpec(
+    (TensorSpec("ids", "int64", (None,), 7), TensorSpec("mask", "int64", (None,))), (TensorSpec("y", "float32", (1,)),)
+)
 
 
 class Rule:
-    """Answers by a function and remembers the batches' shapes."""
+    """GateOutputs by a function and remembers the batches' shapes."""
 
     name = "rule"
     self_contained = False
@@ -114,9 +116,9 @@ def test_token_ids_are_those_that_the_model_has() -> None:
         seen.update(ids[mask == 1].tolist())
         return np.asarray((ids * mask).sum(1, keepdims=True))
 
-    fields = (Field("ids", "int64", (None,), values=(0, 99)), Field("mask", "int64", (None,)))
+    fields = (TensorSpec("ids", "int64", (None,), values=(0, 99)), TensorSpec("mask", "int64", (None,)))
     rows = (np.full((8, 10), 3, np.int64), np.ones((8, 10), np.int64))
-    assert batch_dependence(Rule(ids_only), InputSpec(fields, TOKENS.outputs), rows) == 0.0
+    assert batch_dependence(Rule(ids_only), ModelSpec(fields, TOKENS.outputs), rows) == 0.0
     assert max(seen) > 50, "the strangers are others than the rows that are given"
     assert seen <= set(range(100))
 
@@ -162,12 +164,12 @@ def test_padding_that_leaks_into_the_answer_shows() -> None:
 
 def test_answers_at_padded_positions_are_left_out() -> None:
     backend = Rule(lambda ids, _: ids.astype(np.float32))
-    per_token = InputSpec(TOKENS.fields, (Field("y", "float32", (None,)),))
+    per_token = ModelSpec(TOKENS.inputs, (TensorSpec("y", "float32", (None,)),))
     assert batch_dependence(backend, per_token, (np.ones((8, 10), np.int64),) * 2) == 0.0
 
 
 def test_every_output_counts_relative_to_its_own_largest_value() -> None:
-    spec = InputSpec(ROW.fields, (*ROW.outputs, Field("z", "float32", (3,)), Field("n", "int64", ())))
+    spec = ModelSpec(ROW.inputs, (*ROW.outputs, TensorSpec("z", "float32", (3,)), TensorSpec("n", "int64", ())))
     second = Rule(lambda x: (x * 1000, x + (len(x) >= COMPANY) * 0.5, np.arange(len(x)) * 0))
     rows = (np.tile(np.array([0, 1, -4], np.float32), (8, 1)),)
     assert batch_dependence(second, spec, rows) == pytest.approx(0.5 / 4)

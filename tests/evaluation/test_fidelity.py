@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from leanserve.artifacts.manifest import OutputFidelity
-from leanserve.contracts import CLASSES, Array, Field, Meaning
+from leanserve.contracts import CLASSES, Array, Meaning, TensorSpec
 from leanserve.evaluation import fidelity as module
 from leanserve.evaluation.fidelity import MEASURES, fidelity
 from leanserve.passes.toolkit.spread import channel_axis, channel_scales
@@ -18,7 +18,7 @@ RANDOM = np.random.default_rng(0)
 
 
 def compared(ours: Array, theirs: Array, meaning: Meaning = "values") -> OutputFidelity:
-    field = Field("y", str(theirs.dtype), theirs.shape[1:], meaning=meaning)
+    field = TensorSpec("y", str(theirs.dtype), theirs.shape[1:], meaning=meaning)
     [found] = fidelity((ours,), (theirs,), (field,))
     return found
 
@@ -56,7 +56,7 @@ def test_a_wide_column_does_not_hide_a_narrow_one() -> None:
 
 def test_every_output_has_its_own_measure() -> None:
     numbers = RANDOM.standard_normal((50, 4)).astype(np.float32)
-    fields = (Field("class", "float32", (4,), meaning="logits"), Field("box", "float32", (4,)))
+    fields = (TensorSpec("class", "float32", (4,), meaning="logits"), TensorSpec("box", "float32", (4,)))
     first, second = fidelity((2 * numbers, 0.3 * numbers), (numbers, numbers), fields)
     assert (first.name, first.agreement, first.error) == ("class", 1.0, None)
     assert (first.kl or 0) > 0.1

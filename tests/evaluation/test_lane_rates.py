@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from typer.testing import CliRunner, Result
 
 from leanserve.__main__ import app
-from leanserve.artifacts.manifest import LANE_GAIN, PAIR_GAIN, SideBySide
+from leanserve.artifacts.manifest import LANE_GAIN, PAIR_GAIN, BenchmarkResult
 from leanserve.artifacts.store import ArtifactStore
-from leanserve.build.builder import Plan, speeds
+from leanserve.build.builder import Plan, stored_benchmark
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Arrays
 from leanserve.errors import ConfigError
@@ -92,10 +92,10 @@ def test_torch_has_as_many_threads_as_its_lane_in_every_turn() -> None:
     assert seen == {(1, 1), (2, 2)}
 
 
-def measured(rates: dict[str, float], threads: int = 2) -> SideBySide:
+def measured(rates: dict[str, float], threads: int = 2) -> BenchmarkResult:
     """Artifacts by name with the gain of narrow lanes."""
     by_lanes = {key: {1: 100.0, threads: 100.0 * gain} for key, gain in rates.items()}
-    return SideBySide(cpu=cpu_name(), threads=threads, latency_ms={}, lane_rates=by_lanes)
+    return BenchmarkResult(cpu=cpu_name(), threads=threads, latency_ms={}, lane_rates=by_lanes)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_only_the_variants_that_serve_have_a_say() -> None:
 
 
 def test_one_thread_is_one_lane_unmeasured() -> None:
-    alone = SideBySide(cpu="x", threads=1, latency_ms={}, lane_rates={})
+    alone = BenchmarkResult(cpu="x", threads=1, latency_ms={}, lane_rates={})
     assert (alone.lane_gain(["a"]), alone.best_lanes(["a"], 1, self_contained=True)) == (1.0, 1)
 
 
@@ -135,9 +135,9 @@ def test_a_measurement_without_the_lanes_of_a_served_variant_is_taken_again(
     plan = Plan(cast(Any, ((None, steps[:1]), (None, steps))))
     assert plan.served == ("base", "last")
     store = ArtifactStore(tmp_path)
-    assert speeds(store, plan, threads) is None
-    store.keep_side_by_side(plan.keys, measured(rates, threads))
-    assert (speeds(store, plan, threads) is not None) == found
+    assert stored_benchmark(store, plan, threads) is None
+    store.keep_benchmark(plan.keys, measured(rates, threads))
+    assert (stored_benchmark(store, plan, threads) is not None) == found
 
 
 def config(**changes: object) -> dict[str, object]:

@@ -19,7 +19,7 @@ from leanserve.config.schema import GateConfig
 from leanserve.contracts import ArrayData, Arrays
 from leanserve.errors import ArtifactCorrupt
 from leanserve.evaluation.measure import outputs_on
-from leanserve.evaluation.quality import Answers, gate_reason, measure, scored
+from leanserve.evaluation.quality import GateOutputs, gate_reason, measure, scored
 from report_samples import artifact, classes, embedding, values
 
 FIRST, SECOND = (np.random.default_rng(seed).standard_normal((4, 3)).astype(np.float32) for seed in (1, 2))
@@ -147,7 +147,7 @@ def test_outputs_of_batches_of_different_lengths_are_filled_up() -> None:
 def test_a_regression_has_an_interval_around_its_score(base: LoadedBase) -> None:
     labels = np.random.default_rng(0).standard_normal((80, 3))
     noisy = (labels + 0.5 * np.random.default_rng(1).standard_normal((80, 3))).astype(np.float32)
-    found = scored(base, Answers((noisy, noisy), labels))
+    found = scored(base, GateOutputs((noisy, noisy), labels))
     assert found["score"] == pytest.approx(0.75, abs=0.1)
     low, high = found["score_low"], found["score_high"]
     assert low is not None

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from leanserve.contracts import Array, Field
+from leanserve.contracts import Array, TensorSpec
 from leanserve.evaluation.fidelity import RANKED_ROWS, fidelity, rank_agreement
 from leanserve.report.columns import answers, waterfall
 from leanserve.report.summary import summarise
 from report_samples import NO_CLASSES, UNLABELLED, a_few, changed, classes, values
 
-EMBEDDING = (Field("embedding", "float64", (8,), meaning="embedding"),)
+EMBEDDING = (TensorSpec("embedding", "float64", (8,), meaning="embedding"),)
 
 
 def rows(count: int, seed: int = 0) -> Array:

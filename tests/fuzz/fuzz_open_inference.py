@@ -25,16 +25,16 @@ def target() -> Callable[[bytes], str]:
     import numpy as np
 
     from leanserve.codecs.open_inference import InferDecoder, encode_infer
-    from leanserve.contracts import Field, InputSpec
+    from leanserve.contracts import ModelSpec, TensorSpec
     from leanserve.errors import ServiceError
 
-    scores = Field("scores", "float32", (2,))
+    scores = TensorSpec("scores", "float32", (2,))
     fields = {
-        0: (Field("x", "float32", (2,)),),
-        1: (Field("ids", "int64", (None,)), Field("flag", "bool", ()), Field("text", "object", ())),
-        2: (Field("b", "bfloat16", (None, 2)), Field("h", "float16", ()), Field("u", "uint8", (2,))),
+        0: (TensorSpec("x", "float32", (2,)),),
+        1: (TensorSpec("ids", "int64", (None,)), TensorSpec("flag", "bool", ()), TensorSpec("text", "object", ())),
+        2: (TensorSpec("b", "bfloat16", (None, 2)), TensorSpec("h", "float16", ()), TensorSpec("u", "uint8", (2,))),
     }
-    specs = {number: InputSpec(fields[number], (*fields[number], scores)) for number in fields}
+    specs = {number: ModelSpec(fields[number], (*fields[number], scores)) for number in fields}
     decoders = {number: InferDecoder(spec) for number, spec in specs.items()}
 
     def check(data: bytes) -> str:
@@ -45,7 +45,7 @@ def target() -> Callable[[bytes], str]:
             request = decoders[number].decode(body, end_of_json)
         except ServiceError:
             return "refused"
-        for array, field in zip(request.inputs, specs[number].fields, strict=True):
+        for array, field in zip(request.inputs, specs[number].inputs, strict=True):
             dtype = "float32" if field.dtype == "bfloat16" else field.dtype
             fixed = all(want in (None, size) for want, size in zip(field.shape, array.shape[1:], strict=True))
             assert array.dtype == dtype, field

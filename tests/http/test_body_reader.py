@@ -230,9 +230,9 @@ def test_the_place_in_the_queue_is_asked_for_before_the_body_is_here(
 
 
 def test_any_route_takes_a_body_that_was_read_in_place(client: Client, read: list[int]) -> None:
-    picture = f"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: {900_000}\r\n\r\n"
-    replies = [client.ask(picture.encode() + b"x" * 900_000) for _ in range(2)]
-    assert [status for status, _, _ in replies] == [400, 400], "no picture, but read whole"
+    image = f"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: {900_000}\r\n\r\n"
+    replies = [client.ask(image.encode() + b"x" * 900_000) for _ in range(2)]
+    assert [status for status, _, _ in replies] == [400, 400], "no image, but read whole"
     assert read == [900_000] * 2
 
 

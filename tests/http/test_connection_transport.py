@@ -12,7 +12,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from leanserve.http.connection import connections_to
-from leanserve.http.messages import Caller, Reply, read_body
+from leanserve.http.messages import Request, Response, read_body
 
 HEAD = b"POST /p HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
 
@@ -69,7 +69,7 @@ class Clock:
 class Bench:
     """A connection to `answer` at POST /p, and to nothing else."""
 
-    def __init__(self, answer: Callable[[Caller], Awaitable[Reply | None]]) -> None:
+    def __init__(self, answer: Callable[[Request], Awaitable[Response | None]]) -> None:
         self.slow: list[str] = []
         find = {(b"POST", b"/p"): answer}
         http = connections_to(lambda *asked: find.get(asked), 1000)
@@ -89,17 +89,17 @@ class Bench:
             await asyncio.sleep(0)
 
 
-def replies(body: bytes = b"{}") -> Callable[[Caller], Awaitable[Reply | None]]:
-    async def answer(caller: Caller) -> Reply:
+def replies(body: bytes = b"{}") -> Callable[[Request], Awaitable[Response | None]]:
+    async def answer(caller: Request) -> Response:
         if caller.body is None:
             await read_body(caller, 2)
-        return Reply(body, ())
+        return Response(body, ())
 
     return answer
 
 
-async def at_once(_: Caller) -> Reply:
-    return Reply(b"{}", ())
+async def at_once(_: Request) -> Response:
+    return Response(b"{}", ())
 
 
 def test_a_response_is_one_write_unless_it_is_large() -> None:
@@ -132,9 +132,9 @@ def test_a_connection_that_waits_for_its_response_is_not_idle() -> None:
     async def run() -> None:
         asked = asyncio.Event()
 
-        async def answer(_: Caller) -> Reply:
+        async def answer(_: Request) -> Response:
             await asked.wait()
-            return Reply(b"{}", ())
+            return Response(b"{}", ())
 
         bench = Bench(answer)
         await bench.send()
@@ -160,7 +160,7 @@ def test_a_client_that_does_not_read_its_responses_gets_no_further_ones_on_the_s
 
 
 def test_a_failure_that_nobody_foresaw_closes_the_connection() -> None:
-    async def fail(_: Caller) -> Reply:
+    async def fail(_: Request) -> Response:
         raise RuntimeError("out of the blue")
 
     async def run() -> None:

@@ -17,14 +17,14 @@ from PIL import Image
 from leanserve.config.schema import ServiceConfig, read_config
 from leanserve.errors import ConfigError
 from leanserve.init.data_argument import data_seen
-from leanserve.init.ladder import ladder
 from leanserve.init.model_argument import Hints, base_section
+from leanserve.init.suggestions import suggest
 from leanserve.init.writing import write_config
 
 SOURCE = """
 from torch import nn
 
-def pictures():
+def images():
     blocks = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(4)]
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
 
@@ -52,7 +52,7 @@ def mixing():
     return nn.Sequential(nn.Linear(6, 3), nn.Softmax(0))
 """
 EVERYTHING = frozenset({"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"})
-PICTURES = Hints(image="16x16")
+IMAGES = Hints(image="16x16")
 
 
 @pytest.fixture
@@ -82,11 +82,11 @@ def test_a_shipped_base_gets_a_ladder_with_its_own_data(tmp_path: Path) -> None:
 
 
 def test_what_the_model_is_made_of_decides(folder: Path) -> None:
-    convolutional = kinds(written(folder / "a.yaml", "init_model:pictures", PICTURES))
+    convolutional = kinds(written(folder / "a.yaml", "init_model:images", IMAGES))
     assert convolutional["onnx"] == ["fold_bn", "onnxruntime"]
     assert "lowrank-int8" in convolutional
     assert "pruned-int8" not in convolutional, "nothing to train on in synthetic rows"
-    depthwise = kinds(written(folder / "b.yaml", "init_model:depthwise", PICTURES))
+    depthwise = kinds(written(folder / "b.yaml", "init_model:depthwise", IMAGES))
     assert "lowrank-int8" not in depthwise
     assert depthwise["onnx"] == ["onnxruntime"], "no batch norms to fold"
     dense = kinds(written(folder / "c.yaml", "init_model:dense", Hints(shapes=("x=6",))))
@@ -104,11 +104,11 @@ def test_rows_that_change_each_other_are_kept_apart_and_the_file_says_so(folder:
 
 
 def test_a_machine_without_instructions_is_not_offered_what_would_be_emulated(folder: Path) -> None:
-    look, offered = write_config("init_model:pictures", folder / "a.yaml", PICTURES, None)
-    assert "bf16" in {rung.name for rung in ladder(look, EVERYTHING, trainable=False)}
-    poor = ladder(look, frozenset({"avx2"}), trainable=False)
-    assert "bf16" not in {rung.name for rung in poor}
-    assert "no fast int8" in next(rung.expect for rung in poor if rung.name == "int8")
+    profile, offered = write_config("init_model:images", folder / "a.yaml", IMAGES, None)
+    assert "bf16" in {suggestion.name for suggestion in suggest(profile, EVERYTHING, trainable=False)}
+    poor = suggest(profile, frozenset({"avx2"}), trainable=False)
+    assert "bf16" not in {suggestion.name for suggestion in poor}
+    assert "no fast int8" in next(suggestion.expect for suggestion in poor if suggestion.name == "int8")
     assert offered[0].name == "float"
 
 
@@ -117,7 +117,7 @@ def test_data_is_looked_at_before_it_is_written_down(folder: Path) -> None:
     np.savez(folder / "rows.npz", photos=rows, y=np.arange(40) % 3)
     (folder / "labels.txt").write_text("a\nb\nc\n")
     hints = Hints(image="16x16", labels=folder / "labels.txt")
-    config = written(folder / "c.yaml", "init_model:pictures", hints, folder / "rows.npz")
+    config = written(folder / "c.yaml", "init_model:images", hints, folder / "rows.npz")
     assert yaml.safe_load((folder / "c.yaml").read_text())["data"] == {
         "arrays": "rows.npz",
         "inputs": "photos",
@@ -127,7 +127,7 @@ def test_data_is_looked_at_before_it_is_written_down(folder: Path) -> None:
     assert "pruned-int8" in kinds(config)
     np.savez(folder / "wrong.npz", photos=rows[..., :2], y=np.arange(40))
     with pytest.raises(ConfigError, match="photos"):
-        write_config("init_model:pictures", folder / "d.yaml", hints, folder / "wrong.npz")
+        write_config("init_model:images", folder / "d.yaml", hints, folder / "wrong.npz")
     assert not (folder / "d.yaml").exists()
 
 
@@ -219,11 +219,11 @@ def test_columns_of_tables_are_guessed(
     classes: Literal[True, False],
     columns: list[str | int | None],
 ) -> None:
-    from leanserve.contracts import Field, InputSpec
+    from leanserve.contracts import ModelSpec, TensorSpec
     from leanserve.init.data_argument import data_section
 
     (tmp_path / name).write_text(text)
-    spec = InputSpec((), (Field("x", "float32", (2,)),), ("a", "b") if classes else ())
+    spec = ModelSpec((), (TensorSpec("x", "float32", (2,)),), ("a", "b") if classes else ())
     section = data_section(tmp_path / name, spec, tmp_path)
     assert [section.get(key) for key in ("text", "pair", "label")] == columns
 
@@ -236,7 +236,7 @@ def test_a_folder_of_images_is_counted_and_named(folder: Path) -> None:
     (folder / "photos/a/notes.txt").write_text("no image")
     (folder / "labels.txt").write_text("a\nb\nc\n")
     hints = Hints(image="16x16", labels=folder / "labels.txt")
-    config = written(folder / "c.yaml", "init_model:pictures", hints, folder / "photos")
+    config = written(folder / "c.yaml", "init_model:images", hints, folder / "photos")
     assert yaml.safe_load((folder / "c.yaml").read_text())["data"] == {"images": "photos"}
     assert config.gate.max_drop is not None
     seen = "12 images in 3 folders (a, b, c): 6 .jpg, 6 .png; 1 other files are skipped: 1 .txt"
@@ -244,7 +244,7 @@ def test_a_folder_of_images_is_counted_and_named(folder: Path) -> None:
     assert data_seen(folder / "labels.txt") is data_seen(None) is None
     (folder / "nothing").mkdir()
     with pytest.raises(ConfigError, match=r"there is no image in .*nothing"):
-        write_config("init_model:pictures", folder / "d.yaml", hints, folder / "nothing")
+        write_config("init_model:images", folder / "d.yaml", hints, folder / "nothing")
 
 
 def test_the_command_writes_a_file_once_and_checks_out(tmp_path: Path) -> None:

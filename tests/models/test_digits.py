@@ -40,20 +40,20 @@ def logits(network: ResidualNet, images: digits.Array) -> digits.Array:
 
 
 def test_splits_share_no_image_and_cover_the_set() -> None:
-    images = {split: {picture.tobytes() for picture in digits.pictures(split)[0]} for split in SPLITS}
+    images = {split: {image.tobytes() for image in digits.images(split)[0]} for split in SPLITS}
     assert all(images[one].isdisjoint(images[other]) for one, other in combinations(SPLITS, 2))
-    assert sum(len(digits.pictures(split)[0]) for split in SPLITS) == 1797
+    assert sum(len(digits.images(split)[0]) for split in SPLITS) == 1797
 
 
 def test_splits_are_the_same_in_every_process() -> None:
-    first_labels = {split: "".join(map(str, digits.pictures(split, 12)[1])) for split in SPLITS}
+    first_labels = {split: "".join(map(str, digits.images(split, 12)[1])) for split in SPLITS}
     assert first_labels == FIRST_LABELS
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_prefix_of_a_split_is_stratified(split: digits.Split) -> None:
     for rows in (50, 100, None):
-        counts = np.bincount(digits.pictures(split, rows)[1], minlength=10)
+        counts = np.bincount(digits.images(split, rows)[1], minlength=10)
         assert counts.max() - counts.min() <= (5 if rows is None else 2)
 
 
@@ -66,7 +66,7 @@ def test_a_prefix_of_the_data_has_the_declared_type() -> None:
     np.testing.assert_array_equal(images, whole[:7])
 
 
-def test_the_declared_normalisation_is_that_of_the_training_pictures() -> None:
+def test_the_declared_normalisation_is_that_of_the_training_images() -> None:
     (images,), _ = digits.data("train")
     assert abs(float(images.mean())) < 0.001
     assert abs(float(images.std()) - 1) < 0.001

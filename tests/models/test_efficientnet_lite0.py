@@ -104,7 +104,7 @@ def test_rows_are_prepared_as_requests_are(base: Base) -> None:
     assert images.dtype == lite0.INPUTS[0]["dtype"]
     for index, row in enumerate(images):
         stream = BytesIO()
-        lite0.picture("calibration", index).save(stream, "PNG")
+        lite0.image("calibration", index).save(stream, "PNG")
         np.testing.assert_array_equal(base.codec.decode("image/png", stream.getvalue()).inputs[0][0], row)
 
 
@@ -116,7 +116,7 @@ def test_splits_share_no_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lite0, "_photos", lambda: drawn)
     seen = {}
     for split in SPLITS:
-        pieces = [np.asarray(lite0.picture(split, row)).astype(int) for row in range(64)]
+        pieces = [np.asarray(lite0.image(split, row)).astype(int) for row in range(64)]
         seen[split] = {
             (piece[0, x, 2], piece[0, x, 0] + 256 * piece[0, x, 1]) for piece in pieces for x in range(piece.shape[1])
         }

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from leanserve.contracts import Field, InputSpec, OnnxModel, TorchModel
+from leanserve.contracts import ModelSpec, OnnxModel, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.families.precision.cast import Cast
 from tiny_base import IMAGES, TinyBase, TinyNet, context_of, lively, tiny_base
@@ -101,7 +101,7 @@ def test_a_kept_layer_may_take_and_return_containers(tmp_path: Path) -> None:
 
 def test_the_decisions_replay_the_structure(tmp_path: Path) -> None:
     _, after, decisions = cast(tmp_path, keep=["norm"])
-    again = Cast(keep=("norm",)).restructure(lively(TinyNet(), seed=9), decisions)
+    again = Cast(keep=("norm",)).rebuild_structure(lively(TinyNet(), seed=9), decisions)
     assert {name: value.dtype for name, value in again.state_dict().items()} == {
         name: value.dtype for name, value in after.state_dict().items()
     }
@@ -122,9 +122,9 @@ class Embedding(nn.Module):
 
 
 def test_integers_pass_untouched_and_float_outputs_come_back_as_float32(tmp_path: Path) -> None:
-    spec = InputSpec(
-        (Field("ids", "int64", (None,)), Field("mask", "int64", (None,))),
-        (Field("embedding", "float32", (3,)), Field("total", "int64", ())),
+    spec = ModelSpec(
+        (TensorSpec("ids", "int64", (None,)), TensorSpec("mask", "int64", (None,))),
+        (TensorSpec("embedding", "float32", (3,)), TensorSpec("total", "int64", ())),
     )
     applied = Cast().apply(TorchModel(Embedding().eval(), spec), context_of(tiny_base(), tmp_path))
     assert isinstance(applied.model, TorchModel)
@@ -151,8 +151,8 @@ def test_the_speed_is_measured_against_the_given_model(tmp_path: Path) -> None:
 )
 def test_emulation_is_refused(dtype: str, flags: set[str]) -> None:
     pass_ = Cast.model_validate({"dtype": dtype})
-    assert pass_.refusal(frozenset(flags)) is None
-    reason = pass_.refusal(frozenset({"avx2", "avx512f", "avx512_vnni", "asimd"}))
+    assert pass_.unsupported_reason(frozenset(flags)) is None
+    reason = pass_.unsupported_reason(frozenset({"avx2", "avx512f", "avx512_vnni", "asimd"}))
     assert reason is not None
     assert f"cast to {dtype} would be emulated" in reason
     assert next(iter(flags)) in reason

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from leanserve.contracts import Field, InputSpec, OnnxModel, TorchModel
+from leanserve.contracts import ModelSpec, OnnxModel, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.families.runtime.channels_last import ChannelsLast
 from tiny_base import IMAGES, TinyNet, context_of, lively, tiny_base
@@ -33,7 +33,7 @@ def test_weights_stored_channels_first_load_into_the_layout(tmp_path: Path) -> N
     model = TorchModel(lively(TinyNet(), seed=3), IMAGES)
     applied = ChannelsLast().apply(model, context_of(tiny_base(), tmp_path))
     stored = {name: value.contiguous() for name, value in copy.deepcopy(model.module).state_dict().items()}
-    again = ChannelsLast().restructure(lively(TinyNet(), seed=9), applied.decisions)
+    again = ChannelsLast().rebuild_structure(lively(TinyNet(), seed=9), applied.decisions)
     again.load_state_dict(stored, strict=True)
     assert is_channels_last(again)
     assert isinstance(applied.model, TorchModel)
@@ -43,7 +43,7 @@ def test_weights_stored_channels_first_load_into_the_layout(tmp_path: Path) -> N
 
 def test_models_without_images_or_kernels_are_refused(tmp_path: Path) -> None:
     context = context_of(tiny_base(), tmp_path)
-    vectors = InputSpec((Field("values", "float32", (4,)),), IMAGES.outputs)
+    vectors = ModelSpec((TensorSpec("values", "float32", (4,)),), IMAGES.outputs)
     with pytest.raises(PassFailed, match="takes no images"):
         ChannelsLast().apply(TorchModel(nn.Linear(4, 2), vectors), context)
     with pytest.raises(PassFailed, match="has no 2-D convolutions"):

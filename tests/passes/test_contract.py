@@ -15,17 +15,17 @@ from pydantic import TypeAdapter
 from rich.console import Console
 
 from leanserve.artifacts.load import load_model
-from leanserve.artifacts.manifest import Fidelity, Measurement, SideBySide
+from leanserve.artifacts.manifest import BenchmarkResult, Fidelity, Measurement
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.build import builder as build
 from leanserve.build.cache_key import steps_of
 from leanserve.build.progress import BuildProgress
 from leanserve.config.errors import KINDS
 from leanserve.config.schema import ServiceConfig, VariantConfig
-from leanserve.contracts import Arrays, Field, Model
+from leanserve.contracts import Arrays, Model, TensorSpec
 from leanserve.errors import ConfigError, PassFailed
 from leanserve.evaluation.fidelity import fidelity
-from leanserve.evaluation.quality import Answers
+from leanserve.evaluation.quality import GateOutputs
 from leanserve.hardware import cpu_name, isa_flags
 from leanserve.passes import AnyPass
 from leanserve.passes.base import Pass
@@ -73,7 +73,7 @@ def constructed(store: ArtifactStore, config: ServiceConfig, base: TinyBase) -> 
 
 
 def outputs(model: Callable[[], Model], batch: Arrays, *, alone: bool = False) -> Arrays:
-    """Answers on a thread of their own, as on a device; `alone` runs every row by itself."""
+    """GateOutputs on a thread of their own, as on a device; `alone` runs every row by itself."""
 
     def run() -> Arrays:
         backend = open_backend(model(), 1)
@@ -97,8 +97,8 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
         ("samples", "agreement", "batch_dependence", "disk_bytes", "parameters", "macs", "peak_memory_bytes"), 1
     )
     found = Fidelity.model_validate(nothing | size | {"outputs": ()})
-    answer = (Measurement(fidelity=found, cpu=cpu_name(), threads=1), Answers((), None))
-    latencies = SideBySide(cpu=cpu_name(), threads=1, latency_ms={}, lane_rates={})
+    answer = (Measurement(fidelity=found, cpu=cpu_name(), threads=1), GateOutputs((), None))
+    latencies = BenchmarkResult(cpu=cpu_name(), threads=1, latency_ms={}, lane_rates={})
     monkeypatch.setattr(build, "measure", lambda *_: answer)
     monkeypatch.setattr(build, "race", lambda *_: latencies)
 
@@ -113,7 +113,7 @@ def test_built_stored_and_loaded_it_answers_like_the_base(kind: str, tmp_path: P
     options, least_cosine = CASES[kind]
     base = base_for(kind)
     pass_ = PASS.validate_python({"kind": kind, **options})
-    if reason := pass_.refusal(isa_flags()):
+    if reason := pass_.unsupported_reason(isa_flags()):
         pytest.skip(reason)
     config = config_of([{"kind": kind, **options}])
     before = {name: tensor.clone() for name, tensor in base.teacher.state_dict().items()}
@@ -127,7 +127,7 @@ def test_built_stored_and_loaded_it_answers_like_the_base(kind: str, tmp_path: P
     theirs = outputs(lambda: load_model(store, base, base_key), batch)
     assert [array.shape for array in ours] == [array.shape for array in theirs]
     assert [array.dtype for array in ours] == [array.dtype for array in theirs]
-    [near] = fidelity(ours, theirs, (Field("answers", "float32", (10,), meaning="embedding"),))
+    [near] = fidelity(ours, theirs, (TensorSpec("answers", "float32", (10,), meaning="embedding"),))
     assert near.agreement >= least_cosine
     alone = outputs(lambda: load_model(store, base, key), batch, alone=True)
     # Batched == single, up to rounding. Dynamic quantization scales by the largest activation of the whole batch.
@@ -140,7 +140,7 @@ def test_built_stored_and_loaded_it_answers_like_the_base(kind: str, tmp_path: P
 def test_the_same_input_makes_the_same_artifact(kind: str, tmp_path: Path) -> None:
     base = base_for(kind)
     config = config_of([{"kind": kind, **CASES[kind][0]}])
-    if reason := config.variants[0].passes[0].refusal(isa_flags()):
+    if reason := config.variants[0].passes[0].unsupported_reason(isa_flags()):
         pytest.skip(reason)
     first, second = ArtifactStore(tmp_path / "a"), ArtifactStore(tmp_path / "b")
     keys, _ = constructed(first, config, base)

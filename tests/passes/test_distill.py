@@ -11,27 +11,27 @@ from pydantic import ValidationError
 from torch import nn
 
 from leanserve.artifacts.manifest import OutputFidelity
-from leanserve.contracts import Field, InputSpec, TorchModel
+from leanserve.contracts import ModelSpec, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.evaluation.fidelity import fidelity
 from leanserve.passes.families.distill.distill import Distill
 from tiny_base import IMAGES, TinyBase, TinyNet, context_of, lively, tiny_base
 
-EMBEDDINGS = replace(IMAGES, outputs=(Field("embedding", "float32", (2,), meaning="embedding"),), labels=())
+EMBEDDINGS = replace(IMAGES, outputs=(TensorSpec("embedding", "float32", (2,), meaning="embedding"),), labels=())
 
 
 def quick(**options: object) -> Distill:
     return Distill.model_validate({"epochs": 8, "batch": 16, "learning_rate": 0.02, "precision": "float32", **options})
 
 
-def student(spec: InputSpec = IMAGES) -> TorchModel:
+def student(spec: ModelSpec = IMAGES) -> TorchModel:
     return TorchModel(lively(TinyNet(width=4), seed=5), spec)
 
 
 def distance(base: TinyBase, module: nn.Module, measure: str) -> float:
     images = torch.from_numpy(base.inputs[0])
     with torch.no_grad():
-        wanted, given = base.build()(images), module(images)
+        wanted, given = base.torch_module()(images), module(images)
     if measure == "cosine":
         return float(1 - nn.functional.cosine_similarity(given, wanted).mean())
     if measure == "mse":
@@ -56,7 +56,7 @@ def test_the_given_model_is_left_as_it_was_and_the_result_loads_into_its_structu
     assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
     assert isinstance(applied.model, TorchModel)
     assert not applied.model.module.training
-    again = quick().restructure(lively(TinyNet(width=4), seed=9), applied.decisions)
+    again = quick().rebuild_structure(lively(TinyNet(width=4), seed=9), applied.decisions)
     again.load_state_dict(applied.model.module.state_dict(), strict=True)
     images = torch.from_numpy(tiny_base().inputs[0])
     assert torch.equal(again(images), applied.model.module(images))
@@ -141,14 +141,14 @@ class TwoTasks(nn.Module):
         return self.columns(values), chances, chances.argmax(1)
 
 
-COLUMNS = Field("columns", "float32", (2,))
-CHANCES = Field("chances", "float32", (3,), meaning="probabilities")
+COLUMNS = TensorSpec("columns", "float32", (2,))
+CHANCES = TensorSpec("chances", "float32", (3,), meaning="probabilities")
 ROWS = np.random.default_rng(0).standard_normal((128, 4)).astype(np.float32)
 
 
 def distances(base: TinyBase, model: TorchModel) -> list[OutputFidelity]:
     with torch.no_grad():
-        ours, theirs = (module(torch.from_numpy(ROWS)) for module in (model.module, base.build()))
+        ours, theirs = (module(torch.from_numpy(ROWS)) for module in (model.module, base.torch_module()))
     outputs = [found if isinstance(found, tuple) else (found,) for found in (ours, theirs)]
     answers = [tuple(item.numpy() for item in found) for found in outputs]
     return list(fidelity(answers[0], answers[1], base.spec.outputs))
@@ -156,7 +156,7 @@ def distances(base: TinyBase, model: TorchModel) -> list[OutputFidelity]:
 
 @pytest.mark.usefixtures("one_thread")
 def test_auto_lowers_the_error_of_a_regressor_in_its_narrow_column_too(tmp_path: Path) -> None:
-    spec = InputSpec((Field("values", "float32", (4,)),), (COLUMNS,))
+    spec = ModelSpec((TensorSpec("values", "float32", (4,)),), (COLUMNS,))
     base = TinyBase(lively(Regressor(8), seed=1), (ROWS,), None, spec)
     model = TorchModel(lively(Regressor(6), seed=2), spec)
     applied = quick(epochs=60).apply(model, context_of(base, tmp_path))
@@ -168,8 +168,8 @@ def test_auto_lowers_the_error_of_a_regressor_in_its_narrow_column_too(tmp_path:
 
 @pytest.mark.usefixtures("one_thread")
 def test_auto_trains_every_output_by_its_meaning(tmp_path: Path) -> None:
-    outputs = (COLUMNS, CHANCES, Field("number", "int64", ()))
-    spec = InputSpec((Field("values", "float32", (4,)),), outputs, ("a", "b", "c"), labelled=1)
+    outputs = (COLUMNS, CHANCES, TensorSpec("number", "int64", ()))
+    spec = ModelSpec((TensorSpec("values", "float32", (4,)),), outputs, ("a", "b", "c"), labelled=1)
     base = TinyBase(lively(TwoTasks(8), seed=1), (ROWS,), np.arange(128) % 3, spec)
     model = TorchModel(lively(TwoTasks(6), seed=2), spec)
     applied = quick(epochs=60, alpha=0.01).apply(model, context_of(base, tmp_path))
@@ -181,21 +181,23 @@ def test_auto_trains_every_output_by_its_meaning(tmp_path: Path) -> None:
 
 
 def test_whole_numbers_alone_cannot_be_trained(tmp_path: Path) -> None:
-    spec = InputSpec((Field("values", "float32", (4,)),), (Field("number", "int64", ()),))
+    spec = ModelSpec((TensorSpec("values", "float32", (4,)),), (TensorSpec("number", "int64", ()),))
     base = TinyBase(TwoTasks(2), (ROWS,), None, spec)
     with pytest.raises(PassFailed, match="distill trains on outputs of floats, and the base gives whole numbers only"):
         quick().apply(TorchModel(TwoTasks(2), spec), context_of(base, tmp_path))
 
 
 def test_every_output_is_matched(tmp_path: Path) -> None:
-    spec = InputSpec((Field("values", "float32", (4,)),), (Field("a", "float32", (2,)), Field("b", "float32", (3,))))
+    spec = ModelSpec(
+        (TensorSpec("values", "float32", (4,)),), (TensorSpec("a", "float32", (2,)), TensorSpec("b", "float32", (3,)))
+    )
     values = np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32)
     base = TinyBase(lively(TwoHeads(), seed=1), (values,), None, spec)
     applied = quick(loss="mse", epochs=100).apply(
         TorchModel(lively(TwoHeads(), seed=2), spec), context_of(base, tmp_path)
     )
     assert isinstance(applied.model, TorchModel)
-    given, wanted = applied.model.module(torch.from_numpy(values)), base.build()(torch.from_numpy(values))
+    given, wanted = applied.model.module(torch.from_numpy(values)), base.torch_module()(torch.from_numpy(values))
     for ours, theirs in zip(given, wanted, strict=True):
         assert (ours - theirs).abs().max() < 0.1
 
@@ -210,7 +212,7 @@ def test_zeros_of_a_sparse_student_survive(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_the_base_is_refused_before_training(tmp_path: Path) -> None:
-    vectors = InputSpec((Field("values", "float32", (4,)),), IMAGES.outputs, IMAGES.labels)
+    vectors = ModelSpec((TensorSpec("values", "float32", (4,)),), IMAGES.outputs, IMAGES.labels)
     context = context_of(tiny_base(), tmp_path)
     with pytest.raises(PassFailed, match=r"distill.alpha is 0.5, but the base has no classes"):
         quick(alpha=0.5).apply(student(EMBEDDINGS), context)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from leanserve.contracts import Field, InputSpec, OnnxModel, TorchModel
+from leanserve.contracts import ModelSpec, OnnxModel, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied
 from leanserve.passes.families.runtime import fold_bn
@@ -16,11 +16,11 @@ from leanserve.passes.families.runtime.fold_bn import FoldBn
 from tiny_base import IMAGES, TinyNet, context_of, lively, tiny_base
 
 
-def spec_of(*shape: int) -> InputSpec:
-    return InputSpec((Field("x", "float32", shape),), (Field("y", "float32", (1,)),))
+def spec_of(*shape: int) -> ModelSpec:
+    return ModelSpec((TensorSpec("x", "float32", shape),), (TensorSpec("y", "float32", (1,)),))
 
 
-def folded(module: nn.Module, spec: InputSpec, scratch: Path) -> tuple[nn.Module, Applied]:
+def folded(module: nn.Module, spec: ModelSpec, scratch: Path) -> tuple[nn.Module, Applied]:
     applied = FoldBn().apply(TorchModel(module, spec), context_of(tiny_base(), scratch))
     assert isinstance(applied.model, TorchModel)
     return applied.model.module, applied
@@ -63,7 +63,7 @@ def test_folding_changes_nothing_but_rounding_and_replays(tmp_path: Path, case: 
     assert applied.decisions == {"pairs": [["0", "1"]]}
     assert (result(x) - expected).abs().max() < 1e-5 * expected.abs().max()
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    again = FoldBn().restructure(make().eval(), applied.decisions)
+    again = FoldBn().rebuild_structure(make().eval(), applied.decisions)
     again.load_state_dict(result.state_dict(), strict=True)
     assert torch.equal(again(x), result(x))
 

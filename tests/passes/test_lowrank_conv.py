@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from leanserve.contracts import Field, InputSpec, TorchModel
+from leanserve.contracts import ModelSpec, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied
 from leanserve.passes.families.lowrank.lowrank_conv import LowrankConv
@@ -37,7 +37,7 @@ GEOMETRIES: list[dict[str, Any]] = [
 
 
 def applied(pass_: LowrankConv, base: TinyBase, tmp_path: Path) -> tuple[nn.Module, Applied]:
-    result = pass_.apply(TorchModel(base.build(), base.spec), context_of(base, tmp_path))
+    result = pass_.apply(TorchModel(base.torch_module(), base.spec), context_of(base, tmp_path))
     assert isinstance(result.model, TorchModel)
     return result.model.module, result
 
@@ -64,7 +64,7 @@ def test_full_rank_is_exact(geometry: dict[str, Any], scheme: Scheme, approximat
             split.compare(images, wanted)
             split.refit()
             assert torch.allclose(chain(images), wanted, atol=1e-3)
-        row = TorchModel(chain, InputSpec((Field("x", "float32", (4, 11, 13)),), ()))
+        row = TorchModel(chain, ModelSpec((TensorSpec("x", "float32", (4, 11, 13)),), ()))
     assert split.cost(ranks) == count_macs(row)
     assert split.dense == wanted[0].numel() * conv.weight[0].numel()
 
@@ -126,14 +126,14 @@ def test_structure_is_replayed_and_the_input_left_alone(
 ) -> None:
     base = image_base(Residual(width=16))
     pass_ = LowrankConv(scheme=scheme, approximate=approximate, energy=0.5, round_to=2)
-    model = TorchModel(base.build(), base.spec)
+    model = TorchModel(base.torch_module(), base.spec)
     before = answers(model.module, base)
     result = pass_.apply(model, context_of(base, tmp_path))
     assert isinstance(result.model, TorchModel)
     made = result.model.module
     assert torch.equal(answers(model.module, base), before)
     assert not any(child.training for child in made.modules())
-    fresh = pass_.restructure(base.build(), result.decisions)
+    fresh = pass_.rebuild_structure(base.torch_module(), result.decisions)
     fresh.load_state_dict(made.state_dict(), strict=True)
     assert torch.equal(answers(fresh, base), answers(made, base))
     _, again = applied(pass_, base, tmp_path)
@@ -172,6 +172,6 @@ def test_progress_is_told(tmp_path: Path) -> None:
     base = image_base(Residual(width=16))
     told: list[tuple[float, float]] = []
     context = context_of(base, tmp_path, lambda done, total, note="": told.append((done, total)))
-    LowrankConv(rank=2, samples=40).apply(TorchModel(base.build(), base.spec), context)
+    LowrankConv(rank=2, samples=40).apply(TorchModel(base.torch_module(), base.spec), context)
     assert told[-1] == (40, 40)
     assert len(told) > 2

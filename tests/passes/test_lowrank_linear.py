@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from leanserve.contracts import ArrayData, Field, InputSpec, OnnxModel, Split, TorchModel
+from leanserve.contracts import ArrayData, ModelSpec, OnnxModel, Split, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied
 from leanserve.passes.families.lowrank.lowrank_linear import LowrankLinear
@@ -26,7 +26,7 @@ METHODS: tuple[Literal["svd", "asvd", "svd_llm"], ...] = ("svd", "asvd", "svd_ll
 
 
 def applied(pass_: LowrankLinear, base: TinyBase, tmp_path: Path) -> tuple[nn.Module, Applied]:
-    result = pass_.apply(TorchModel(base.build(), base.spec), context_of(base, tmp_path))
+    result = pass_.apply(TorchModel(base.torch_module(), base.spec), context_of(base, tmp_path))
     assert isinstance(result.model, TorchModel)
     return result.model.module, result
 
@@ -47,7 +47,7 @@ def test_weights_of_low_rank_are_kept_exactly(method: Literal["svd", "asvd", "sv
     base = low_rank_base(rank=5)
     pass_ = LowrankLinear(rank=5, method=method, targets=Targets(include=("second", "head")))
     module, _ = applied(pass_, base, tmp_path)
-    assert torch.allclose(answers(module, base), answers(base.build(), base), atol=1e-3, rtol=1e-3)
+    assert torch.allclose(answers(module, base), answers(base.torch_module(), base), atol=1e-3, rtol=1e-3)
 
 
 def test_svd_is_the_best_weight_and_svd_llm_the_best_output(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_moments_are_those_of_numpy() -> None:
 def test_structure_is_replayed_and_the_input_left_alone(tmp_path: Path) -> None:
     base = row_base()
     pass_ = LowrankLinear(energy=0.8)
-    model = TorchModel(base.build(), base.spec)
+    model = TorchModel(base.torch_module(), base.spec)
     before = answers(model.module, base)
     result = pass_.apply(model, context_of(base, tmp_path))
     again = pass_.apply(model, context_of(base, tmp_path))
@@ -108,7 +108,7 @@ def test_structure_is_replayed_and_the_input_left_alone(tmp_path: Path) -> None:
     assert isinstance(again.model, TorchModel)
     assert torch.equal(answers(model.module, base), before)
     assert not any(child.training for child in result.model.module.modules())
-    fresh = pass_.restructure(base.build(), result.decisions)
+    fresh = pass_.rebuild_structure(base.torch_module(), result.decisions)
     fresh.load_state_dict(result.model.module.state_dict(), strict=True)
     assert torch.equal(answers(fresh, base), answers(result.model.module, base))
     assert torch.equal(answers(again.model.module, base), answers(result.model.module, base))
@@ -131,7 +131,7 @@ def test_batch_norm_follows_the_weights(tmp_path: Path) -> None:
     assert torch.allclose(after.get_buffer("norm.running_mean"), inputs.mean(0), atol=1e-4)
     assert torch.allclose(after.get_buffer("norm.running_var"), inputs.var(0), rtol=0.2)
     before, _ = applied(LowrankLinear(rank=2, targets=Targets(include=("second",))), base, tmp_path)
-    assert torch.equal(before.get_buffer("norm.running_mean"), base.build().get_buffer("norm.running_mean"))
+    assert torch.equal(before.get_buffer("norm.running_mean"), base.torch_module().get_buffer("norm.running_mean"))
 
 
 class Encoder(nn.Module):
@@ -149,7 +149,7 @@ class Encoder(nn.Module):
 
 
 def test_layers_that_cannot_be_replaced_are_left_with_the_reason(tmp_path: Path) -> None:
-    spec = InputSpec((Field("tokens", "float32", (None, 16)),), (Field("hidden", "float32", (None, 12)),))
+    spec = ModelSpec((TensorSpec("tokens", "float32", (None, 16)),), (TensorSpec("hidden", "float32", (None, 12)),))
     data = np.random.default_rng(0).standard_normal((20, 7, 16)).astype(np.float32)
     base = TinyBase(Encoder().eval(), (data,), None, spec)
     module, result = applied(LowrankLinear(rank=4), base, tmp_path)

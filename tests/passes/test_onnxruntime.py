@@ -18,12 +18,12 @@ BASE = tiny_base()
 
 def test_a_torch_model_is_exported_and_gets_the_options(tmp_path: Path) -> None:
     pass_ = OnnxRuntime(optimisation="basic", threads=2, spinning="on")
-    applied = pass_.apply(TorchModel(BASE.build(), BASE.spec), context_of(BASE, tmp_path))
+    applied = pass_.apply(TorchModel(BASE.torch_module(), BASE.spec), context_of(BASE, tmp_path))
     assert isinstance(applied.model, OnnxModel)
     assert applied.model.path.parent == tmp_path
     assert applied.model.session == {"optimisation": "basic", "threads": 2, "spinning": "on", "provider": "cpu"}
     stored = OnnxModel(applied.model.path, BASE.spec)
-    assert pass_.equip(stored, applied.decisions) == applied.model, "loading from the store gives the same model"
+    assert pass_.on_load(stored, applied.decisions) == applied.model, "loading from the store gives the same model"
 
 
 def test_a_graph_is_kept_and_gets_the_options(tmp_path: Path) -> None:

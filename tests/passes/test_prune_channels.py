@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from leanserve.contracts import ArrayData, Field, InputSpec, TorchModel
+from leanserve.contracts import ArrayData, ModelSpec, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied
 from leanserve.passes.families.prune.prune_channels import PruneChannels
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def applied(pass_: PruneChannels, base: TinyBase, tmp_path: Path) -> tuple[nn.Module, Applied]:
-    result = pass_.apply(TorchModel(base.build(), base.spec), context_of(base, tmp_path))
+    result = pass_.apply(TorchModel(base.torch_module(), base.spec), context_of(base, tmp_path))
     assert isinstance(result.model, TorchModel)
     return result.model.module, result
 
@@ -89,8 +89,8 @@ def test_taylor_ranks_by_the_output_that_the_labels_name() -> None:
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return self.first(x), self.classes(x).softmax(1)
 
-    outputs = (Field("first", "float32", (3,)), Field("chances", "float32", (3,), meaning="probabilities"))
-    spec = InputSpec((Field("x", "float32", (4,)),), outputs, ("a", "b", "c"), labelled=1)
+    outputs = (TensorSpec("first", "float32", (3,)), TensorSpec("chances", "float32", (3,), meaning="probabilities"))
+    spec = ModelSpec((TensorSpec("x", "float32", (4,)),), outputs, ("a", "b", "c"), labelled=1)
     model = TorchModel(lively(Behind(), seed=1), spec)
     rows, labels = torch.randn(9, 4), torch.arange(9) % 3
     importance_of("taylor", model, ArrayData((rows.numpy(),), labels.numpy()))
@@ -107,7 +107,7 @@ def test_structure_is_replayed_and_the_input_left_alone(
 ) -> None:
     base = image_base(net())
     pass_ = PruneChannels(ratio=0.3, importance=importance, round_to=8, steps=2)
-    model = TorchModel(base.build(), base.spec)
+    model = TorchModel(base.torch_module(), base.spec)
     before = answers(model.module, base)
     result = pass_.apply(model, context_of(base, tmp_path))
     assert isinstance(result.model, TorchModel)
@@ -115,7 +115,7 @@ def test_structure_is_replayed_and_the_input_left_alone(
     assert torch.equal(answers(model.module, base), before)
     assert all(parameter.grad is None for parameter in model.module.parameters())
     assert not any(child.training for child in made.modules())
-    fresh = pass_.restructure(base.build(), result.decisions)
+    fresh = pass_.rebuild_structure(base.torch_module(), result.decisions)
     fresh.load_state_dict(made.state_dict(), strict=True)
     assert torch.equal(answers(fresh, base), answers(made, base))
     assert "Conv2d" not in str(result.decisions)
@@ -159,7 +159,7 @@ class Features(nn.Module):
 
 
 def test_no_channel_of_an_output_is_pruned(tmp_path: Path) -> None:
-    spec = InputSpec(image_base(Residual()).spec.fields, (Field("embedding", "float32", (32,)),))
+    spec = ModelSpec(image_base(Residual()).spec.inputs, (TensorSpec("embedding", "float32", (32,)),))
     base = replace(image_base(Features()), spec=spec)
     module, _ = applied(PruneChannels(ratio=0.5), base, tmp_path)
     assert widths(module) == {"stem": 32, "inner": 16, "outer": 32}
@@ -237,6 +237,6 @@ def test_parameters_outside_of_layers_are_pruned_and_replayed(tmp_path: Path) ->
     pass_ = PruneChannels(ratio=0.5)
     module, result = applied(pass_, base, tmp_path)
     assert module.get_parameter("scale").shape == (32,)
-    fresh = pass_.restructure(base.build(), result.decisions)
+    fresh = pass_.rebuild_structure(base.torch_module(), result.decisions)
     fresh.load_state_dict(module.state_dict(), strict=True)
     assert torch.equal(answers(fresh, base), answers(module, base))

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from leanserve.contracts import Array, Field, InputSpec, OnnxModel, TorchModel
+from leanserve.contracts import Array, ModelSpec, OnnxModel, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.evaluation.batch_dependence import batch_dependence
 from leanserve.passes.families.quantize.quantize_dynamic import QuantizeDynamic
@@ -18,7 +18,7 @@ from leanserve.runtime.backends.onnx_runtime import OnnxRuntimeBackend
 from tiny_base import TinyBase, context_of, lively, tiny_base
 from tiny_encoder import tiny_encoder_base
 
-VALUES = InputSpec((Field("values", "float32", (64,)),), (Field("logits", "float32", (10,)),))
+VALUES = ModelSpec((TensorSpec("values", "float32", (64,)),), (TensorSpec("logits", "float32", (10,)),))
 
 
 class Mlp(nn.Module):
@@ -37,12 +37,14 @@ ENCODER = tiny_encoder_base()
 
 @pytest.fixture(scope="module")
 def mlp(tmp_path_factory: pytest.TempPathFactory) -> OnnxModel:
-    return export_onnx(TorchModel(MLP.build(), MLP.spec), tmp_path_factory.mktemp("mlp") / "model.onnx")
+    return export_onnx(TorchModel(MLP.torch_module(), MLP.spec), tmp_path_factory.mktemp("mlp") / "model.onnx")
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> OnnxModel:
-    return export_onnx(TorchModel(ENCODER.build(), ENCODER.spec), tmp_path_factory.mktemp("encoder") / "model.onnx")
+    return export_onnx(
+        TorchModel(ENCODER.torch_module(), ENCODER.spec), tmp_path_factory.mktemp("encoder") / "model.onnx"
+    )
 
 
 def quantize(model: OnnxModel, folder: Path, **options: object) -> OnnxModel:
@@ -223,11 +225,11 @@ def graph_of(folder: Path, text: str, opset: int, shape: tuple[int | None, ...])
             weights = random.standard_normal(size).astype(np.float32)
             model.graph.initializer.append(onnx.numpy_helper.from_array(weights, name))
     onnx.save(model, folder / "model.onnx")
-    return OnnxModel(folder / "model.onnx", InputSpec((Field("x", "float32", shape),), ()))
+    return OnnxModel(folder / "model.onnx", ModelSpec((TensorSpec("x", "float32", shape),), ()))
 
 
 def test_a_torch_model_is_exported(tmp_path: Path) -> None:
-    applied = QuantizeDynamic().apply(TorchModel(MLP.build(), VALUES), context_of(MLP, tmp_path))
+    applied = QuantizeDynamic().apply(TorchModel(MLP.torch_module(), VALUES), context_of(MLP, tmp_path))
     assert isinstance(applied.model, OnnxModel)
     assert applied.facts == {"int8_nodes": 2, "float_layers": 0}
 
@@ -237,7 +239,7 @@ def test_convolutions_are_refused_with_the_reason(tmp_path: Path) -> None:
         QuantizeDynamic.model_validate({"ops": ["MatMul", "Conv"]})
     base = tiny_base()
     with pytest.raises(PassFailed, match=r"convolutions do \d+% of this model's arithmetic.*use quantize_static"):
-        QuantizeDynamic().apply(TorchModel(base.build(), base.spec), context_of(base, tmp_path))
+        QuantizeDynamic().apply(TorchModel(base.torch_module(), base.spec), context_of(base, tmp_path))
 
 
 def test_a_pass_that_would_do_nothing_is_refused(mlp: OnnxModel, tmp_path: Path) -> None:

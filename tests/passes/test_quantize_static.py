@@ -26,7 +26,7 @@ BASE = tiny_base()
 @pytest.fixture(scope="module")
 def net(tmp_path_factory: pytest.TempPathFactory) -> OnnxModel:
     """The tiny CNN, exported once."""
-    return export_onnx(TorchModel(BASE.build(), IMAGES), tmp_path_factory.mktemp("net") / "model.onnx")
+    return export_onnx(TorchModel(BASE.torch_module(), IMAGES), tmp_path_factory.mktemp("net") / "model.onnx")
 
 
 def quantize(model: OnnxModel, folder: Path, base: TinyBase = BASE, **options: object) -> OnnxModel:
@@ -79,7 +79,7 @@ def test_everything_between_the_layers_runs_in_int8(net: OnnxModel, tmp_path: Pa
 
 
 def test_a_torch_model_is_exported_and_left_as_it_was(tmp_path: Path) -> None:
-    given = TorchModel(BASE.build(), IMAGES)
+    given = TorchModel(BASE.torch_module(), IMAGES)
     applied = QuantizeStatic().apply(given, context_of(BASE, tmp_path))
     assert isinstance(applied.model, OnnxModel)
     assert applied.facts == {"int8_nodes": 8, "float_layers": 0, "calibration_rows": 67}
@@ -202,7 +202,7 @@ def test_data_without_a_range_is_refused(net: OnnxModel, tmp_path: Path) -> None
 
 def test_a_transformer_computes_its_linear_layers_in_int8_and_the_rest_in_float(tmp_path: Path) -> None:
     base = tiny_encoder_base()
-    model = export_onnx(TorchModel(base.build(), base.spec), tmp_path / "float.onnx")
+    model = export_onnx(TorchModel(base.torch_module(), base.spec), tmp_path / "float.onnx")
     int8 = quantize(model, tmp_path, base)
     assert cosine(answers(int8, *base.inputs), answers(model, *base.inputs)) > 0.99
     operators = running_operators(int8, tmp_path)
@@ -227,7 +227,7 @@ class Bounded(nn.Module):
 @pytest.mark.parametrize(("low", "clips"), [(0.0, 0), (0.5, 1)])
 def test_a_clip_is_absorbed_where_an_int8_range_can_do_it(tmp_path: Path, low: float, clips: int) -> None:
     base = TinyBase(lively(Bounded(low, 1.0), seed=2), BASE.inputs, None)
-    model = export_onnx(TorchModel(base.build(), IMAGES), tmp_path / "float.onnx")
+    model = export_onnx(TorchModel(base.torch_module(), IMAGES), tmp_path / "float.onnx")
     int8 = quantize(model, tmp_path, base)
     assert running_operators(int8, tmp_path)["Clip"] == clips
     assert cosine(answers(int8, *base.inputs), answers(model, *base.inputs)) > 0.99

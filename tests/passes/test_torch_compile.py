@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch._dynamo.utils import counters
 
-from leanserve.contracts import Field, InputSpec, OnnxModel, TorchModel
+from leanserve.contracts import ModelSpec, OnnxModel, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.families.precision.cast import Cast
 from leanserve.passes.families.runtime.torch_compile import TorchCompile
@@ -18,7 +18,7 @@ from leanserve.passes.toolkit.compilation import RecompiledError
 from leanserve.runtime.backends.pytorch import TorchBackend
 from tiny_base import context_of, lively, tiny_base
 
-SPEC = InputSpec((Field("values", "float32", (6,)),), (Field("logits", "float32", (2,)),))
+SPEC = ModelSpec((TensorSpec("values", "float32", (6,)),), (TensorSpec("logits", "float32", (2,)),))
 
 
 class Mlp(nn.Module):
@@ -36,7 +36,7 @@ def model() -> TorchModel:
 
 def equipped(pass_: TorchCompile, freezing: str = "off") -> tuple[TorchBackend, TorchBackend]:
     """Backends of the compiled and of the eager model."""
-    compiled = pass_.equip(model(), {"freezing": freezing})
+    compiled = pass_.on_load(model(), {"freezing": freezing})
     assert isinstance(compiled, TorchModel)
     return TorchBackend(compiled, 1), TorchBackend(model(), 1)
 
@@ -57,7 +57,7 @@ def test_freezing_is_measured_both_ways_and_decided(tmp_path: Path) -> None:
 
 def test_where_rows_share_no_batch_only_single_rows_are_compiled(tmp_path: Path) -> None:
     alone = TorchModel(model().module, replace(SPEC, rows="one"))
-    compiled = TorchCompile(buckets=(1, 8)).equip(alone, {"freezing": "off"})
+    compiled = TorchCompile(buckets=(1, 8)).on_load(alone, {"freezing": "off"})
     assert isinstance(compiled, TorchModel)
     assert TorchBackend(compiled, 1).row_buckets == (1,)
     with pytest.raises(PassFailed, match="buckets have no 1"):
@@ -103,7 +103,7 @@ def test_more_graphs_than_torch_allows_by_default_are_still_compiled() -> None:
 @pytest.mark.parametrize("freezing", ["on", "off"])
 def test_conversions_at_the_door_of_a_cast_model_are_compiled_with_it(tmp_path: Path, freezing: str) -> None:
     narrow = Cast(keep=("second",)).apply(model(), context_of(tiny_base(), tmp_path)).model
-    compiled = TorchCompile(buckets=(2,)).equip(narrow, {"freezing": freezing})
+    compiled = TorchCompile(buckets=(2,)).on_load(narrow, {"freezing": freezing})
     assert isinstance(narrow, TorchModel)
     assert isinstance(compiled, TorchModel)
     before, batch = graphs(), SPEC.example(2)
@@ -135,7 +135,7 @@ def test_models_that_do_not_compile_whole_are_refused(tmp_path: Path) -> None:
     context = context_of(tiny_base(), tmp_path)
     with pytest.raises(PassFailed, match=r"torch_compile needs the model as one graph, and it breaks: .+"):
         TorchCompile(buckets=(2,)).apply(TorchModel(Breaks().eval(), SPEC), context)
-    tokens = InputSpec((Field("ids", "int64", (None,)),), SPEC.outputs)
+    tokens = ModelSpec((TensorSpec("ids", "int64", (None,)),), SPEC.outputs)
     with pytest.raises(PassFailed, match=r"but ids also vary in length .* set buckets: \[\]"):
         TorchCompile().apply(TorchModel(Mlp(), tokens), context)
     with pytest.raises(PassFailed, match="'reduce-overhead' records CUDA graphs and does nothing on a CPU"):

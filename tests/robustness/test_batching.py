@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from leanserve.contracts import Array
-from raw_http import Reply, ask, connected, infer_request, read_reply
+from raw_http import PendingResult, ask, connected, infer_request, read_reply
 from rule_service import RuleService, serving, until
 from rules import WIDTH, row
 
@@ -22,7 +22,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RuleService]:
         yield running
 
 
-async def behind_a_busy_device(service: RuleService, requests: list[bytes]) -> list[Reply]:
+async def behind_a_busy_device(service: RuleService, requests: list[bytes]) -> list[PendingResult]:
     """Send all requests at once, each on a connection of its own, while the device is busy; free it when all wait."""
     async with service.busy():
         asked = [asyncio.create_task(ask(service.port, request)) for request in requests]
@@ -47,7 +47,7 @@ def test_a_burst_of_singles_behind_a_busy_device_becomes_as_few_batches_as_can_b
 
 
 def test_an_idle_device_takes_a_lone_request_at_once(service: RuleService) -> None:
-    async def ask_in_turn() -> list[Reply]:
+    async def ask_in_turn() -> list[PendingResult]:
         async with connected(service.port) as (reader, writer):
             replies = []
             for number in range(200):
@@ -68,7 +68,7 @@ def test_a_row_is_answered_alike_alone_and_in_any_company(service: RuleService) 
     golden = random.standard_normal((24, 1, 2, 4)).astype(np.float32)
     requests = [infer_request("onnx", one[None]) for one in golden]
 
-    async def alone() -> list[Reply]:
+    async def alone() -> list[PendingResult]:
         return [await ask(service.port, request) for request in requests]
 
     expected = answers(asyncio.run(alone()))
@@ -82,5 +82,5 @@ def test_a_row_is_answered_alike_alone_and_in_any_company(service: RuleService) 
         np.testing.assert_allclose(answers(own), expected, rtol=1e-5, atol=1e-6)
 
 
-def answers(replies: list[Reply]) -> Array:
+def answers(replies: list[PendingResult]) -> Array:
     return np.array([reply.outputs() for reply in replies]).reshape(-1, WIDTH)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raw_http import Reply, ask, connected, infer_request, read_reply
+from raw_http import PendingResult, ask, connected, infer_request, read_reply
 from rule_service import RuleService, serving, until
 from rules import row
 
@@ -29,11 +29,11 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RuleService]:
         yield running
 
 
-async def flood(service: RuleService, seconds: float) -> list[tuple[Reply, float]]:
+async def flood(service: RuleService, seconds: float) -> list[tuple[PendingResult, float]]:
     """Every reply at ten times the capacity, with the milliseconds it took; workers are spread over the period."""
     begin = time.perf_counter() + 0.2
 
-    async def worker(number: int) -> list[tuple[Reply, float]]:
+    async def worker(number: int) -> list[tuple[PendingResult, float]]:
         got = []
         async with connected(service.port) as (reader, writer):
             due = begin + PERIOD_S * number / WORKERS
@@ -89,7 +89,7 @@ def test_a_refusal_at_the_door_is_quick_and_says_when_to_come_again(service: Rul
 
 
 def test_retry_after_of_a_full_queue_is_the_time_that_it_takes_to_drain(tmp_path: Path) -> None:
-    async def scenario(service: RuleService) -> tuple[Reply, float]:
+    async def scenario(service: RuleService) -> tuple[PendingResult, float]:
         large = asyncio.create_task(ask(service.port, infer_request("slow", np.repeat(row(1), 300, axis=0))))
         await until(lambda: service.queued() > 200)
         refusal = await ask(service.port, infer_request("slow", np.repeat(row(1), 100, axis=0)))

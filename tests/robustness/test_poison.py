@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from leanserve.contracts import Array
-from raw_http import Reply, ask, binary_request, infer_request, post
+from raw_http import PendingResult, ask, binary_request, infer_request, post
 from rule_service import RuleService, serving, until
 from rules import EXIT, GARBAGE, LABELS, RAISE, row
 
@@ -25,7 +25,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RuleService]:
         yield running
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     """A request with a PNG whose brightest pixel is the one of that number."""
     image = Image.frombytes("L", (4, 2), bytes(255 if place == number % 8 else 0 for place in range(8)))
     buffer = BytesIO()
@@ -34,13 +34,13 @@ def picture(number: int) -> bytes:
 
 
 def cut(request: bytes) -> bytes:
-    """The same picture with its pixel data damaged, its length as declared."""
+    """The same image with its pixel data damaged, its length as declared."""
     return request[:-30] + bytes(30)
 
 
 async def among_good_ones(
     service: RuleService, bad: bytes, good: list[bytes], *, place: int, queued: int
-) -> list[Reply]:
+) -> list[PendingResult]:
     """All at once behind a busy device, so that they share a batch; the bad one's reply comes last."""
     requests = [*good[:place], bad, *good[place:]]
     async with service.busy():
@@ -78,10 +78,10 @@ def test_a_malformed_tensor_fails_alone(service: RuleService, bad: bytes, code: 
         assert (failed.status, failed.json()["code"]) == (400, code)
 
 
-def test_a_malformed_picture_fails_alone(service: RuleService) -> None:
-    good = [picture(number) for number in range(GOOD)]
+def test_a_malformed_image_fails_alone(service: RuleService) -> None:
+    good = [image(number) for number in range(GOOD)]
     for turn in range(ROUNDS):
-        *replies, failed = asyncio.run(among_good_ones(service, cut(picture(turn)), good, place=turn % 13, queued=GOOD))
+        *replies, failed = asyncio.run(among_good_ones(service, cut(image(turn)), good, place=turn % 13, queued=GOOD))
         assert [reply.json()["label"] for reply in replies] == [LABELS[number % 8] for number in range(GOOD)]
         assert (failed.status, failed.json()["code"]) == (400, "bad_input")
 

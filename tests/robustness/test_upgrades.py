@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from raw_http import HOST, Connection, Reply, ask, connected, infer_request, post, read_reply
+from raw_http import HOST, Connection, PendingResult, ask, connected, infer_request, post, read_reply
 from rule_service import RuleService, serving
 from rules import row
 
@@ -74,7 +74,7 @@ async def is_closed(connection: Connection) -> bool:
         return await connection[0].read(1) == b""
 
 
-async def answers(service: RuleService, packets: Sequence[bytes], count: int = 1) -> list[Reply]:
+async def answers(service: RuleService, packets: Sequence[bytes], count: int = 1) -> list[PendingResult]:
     """The replies to these packets, and that the next request on their connection is answered as itself."""
     async with asyncio.timeout(20), connected(service.port) as connection:
         await send(connection, *packets)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from leanserve.contracts import Field, InputSpec
+from leanserve.contracts import ModelSpec, TensorSpec
 from leanserve.runtime.assembly import cut, dynamic_axes, join, longest, rejoin, split, trim
 
-IMAGES = InputSpec((Field("image", "float32", (2, 2)),), (Field("logits", "float32", (3,)),))
-TEXT = InputSpec(
-    (Field("ids", "int64", (None,), pad=7), Field("mask", "int64", (None,))), (Field("embedding", "float32", (4,)),)
+IMAGES = ModelSpec((TensorSpec("image", "float32", (2, 2)),), (TensorSpec("logits", "float32", (3,)),))
+TEXT = ModelSpec(
+    (TensorSpec("ids", "int64", (None,), pad=7), TensorSpec("mask", "int64", (None,))),
+    (TensorSpec("embedding", "float32", (4,)),),
 )
 
 
@@ -44,15 +45,19 @@ def test_large_requests_are_cut_and_rejoined_in_order() -> None:
 
 
 def test_the_length_is_the_largest_dynamic_axis() -> None:
-    axes = dynamic_axes(TEXT.fields)
+    axes = dynamic_axes(TEXT.inputs)
     assert axes == ((0, 1), (1, 1))
     assert longest((np.zeros((2, 5)), np.zeros((2, 9))), axes) == 9
-    assert dynamic_axes(IMAGES.fields) == ()
+    assert dynamic_axes(IMAGES.inputs) == ()
     assert longest(IMAGES.example(1), ()) == 0
 
 
 def test_answers_at_padded_positions_are_cut_off_and_others_left_alone() -> None:
-    outputs = (Field("tags", "float32", (None, 2)), Field("embedding", "float32", (8,)), Field("half", "f4", (None,)))
+    outputs = (
+        TensorSpec("tags", "float32", (None, 2)),
+        TensorSpec("embedding", "float32", (8,)),
+        TensorSpec("half", "f4", (None,)),
+    )
     reply = (np.zeros((1, 8, 2)), np.zeros((1, 8)), np.zeros((1, 4)))
     trimmed = trim(reply, dynamic_axes(outputs), padded=8, length=5)
     assert [array.shape for array in trimmed] == [(1, 5, 2), (1, 8), (1, 4)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from leanserve.runtime.linux.loop_waker import Bell
+from leanserve.runtime.linux.loop_waker import LoopWaker
 
 
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
@@ -22,7 +22,7 @@ def new_loop(request: pytest.FixtureRequest) -> Callable[[], asyncio.AbstractEve
 
 def test_every_ring_and_knock_is_answered_once_and_in_order(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
     loop = new_loop()
-    bell = Bell(loop)
+    waker = LoopWaker(loop)
     heard: list[tuple[int, int]] = []
     on: set[int] = set()
 
@@ -34,7 +34,7 @@ def test_every_ring_and_knock_is_answered_once_and_in_order(new_loop: Callable[[
 
     def ring(ringer: int) -> None:
         for count in range(2000):
-            (bell.ring, bell.knock)[count % 3 == 0](hear, ringer, count)
+            (waker.wake_by_pipe, waker.wake_threadsafe)[count % 3 == 0](hear, ringer, count)
 
     threads = [threading.Thread(target=ring, args=(ringer,)) for ringer in range(4)]
     for thread in threads:
@@ -56,14 +56,14 @@ def test_a_callback_that_fails_keeps_no_other_from_being_called(
     loop = new_loop()
     failures: list[object] = []
     loop.set_exception_handler(lambda _, context: failures.append(context["exception"]))
-    bell = Bell(loop)
+    waker = LoopWaker(loop)
     error = ValueError("mine")
 
     def fail() -> None:
         raise error
 
-    bell.ring(fail)
-    bell.ring(loop.stop)
+    waker.wake_by_pipe(fail)
+    waker.wake_by_pipe(loop.stop)
     guard = loop.call_later(20, loop.stop)
     loop.run_forever()
     guard.cancel()
@@ -77,10 +77,10 @@ def test_a_loop_takes_its_bell_with_it_and_late_rings_do_nothing(
     open_before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(20):
         loop = new_loop()
-        bell = Bell(loop)
+        waker = LoopWaker(loop)
         loop.run_until_complete(asyncio.sleep(0))
         loop.close()
-        bell.ring(pytest.fail, "nobody is there to call this")
-        del loop, bell
+        waker.wake_by_pipe(pytest.fail, "nobody is there to call this")
+        del loop, waker
     gc.collect()
     assert len(list(Path("/proc/self/fd").iterdir())) < open_before + 20

@@ -14,14 +14,14 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from leanserve.contracts import Array, Backend, Field, InputSpec, Json, OnnxModel
+from leanserve.contracts import Array, Backend, Json, ModelSpec, OnnxModel, TensorSpec
 from leanserve.errors import BadInput, StartupError
 from leanserve.runtime.backends.onnx_runtime import OnnxRuntimeBackend
 from leanserve.runtime.linux.spin_control import spin_us
 
-SPEC = InputSpec(
-    (Field("left", "float32", (64,)), Field("right", "float32", (64,))),
-    (Field("product", "float32", (64,)), Field("sum", "float32", (64,))),
+SPEC = ModelSpec(
+    (TensorSpec("left", "float32", (64,)), TensorSpec("right", "float32", (64,))),
+    (TensorSpec("product", "float32", (64,)), TensorSpec("sum", "float32", (64,))),
 )
 Result = TypeVar("Result")
 
@@ -144,12 +144,12 @@ import sys, threading
 from pathlib import Path
 import numpy as np
 from leanserve.runtime.backends.onnx_runtime import OnnxRuntimeBackend
-from leanserve.contracts import Field
-from leanserve.contracts import InputSpec
+from leanserve.contracts import TensorSpec
+from leanserve.contracts import ModelSpec
 from leanserve.contracts import OnnxModel
 
-fields = tuple(Field(name, "float32", (64,)) for name in ("left", "right", "product", "sum"))
-model = OnnxModel(Path(sys.argv[1]), InputSpec(fields[:2], fields[2:]))
+fields = tuple(TensorSpec(name, "float32", (64,)) for name in ("left", "right", "product", "sum"))
+model = OnnxModel(Path(sys.argv[1]), ModelSpec(fields[:2], fields[2:]))
 tiny = np.full((1, 64), 1e-39, np.float32)
 for _ in range(2):
     lane = threading.Thread(target=lambda: print(OnnxRuntimeBackend(model, 1).run((tiny, tiny))[1].max()))
@@ -206,7 +206,7 @@ def test_a_provider_that_does_not_start_is_an_error(path: Path, monkeypatch: pyt
 
 
 def test_a_value_that_points_beyond_a_table_is_the_clients_fault(tmp_path: Path) -> None:
-    spec = InputSpec((Field("ids", "int64", (2,)),), (Field("rows", "float32", (2, 3)),))
+    spec = ModelSpec((TensorSpec("ids", "int64", (2,)),), (TensorSpec("rows", "float32", (2, 3)),))
     table = onnx.numpy_helper.from_array(np.ones((5, 3), np.float32), "table")
     ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["rows", 2])
     rows = helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["rows", 2, 3])

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from leanserve.contracts import Backend, Field, InputSpec, TorchModel
+from leanserve.contracts import Backend, ModelSpec, TensorSpec, TorchModel
 from leanserve.errors import BadInput
 from leanserve.runtime.backends.pytorch import TorchBackend
 
-SPEC = InputSpec((Field("image", "float32", (1, 8, 8)),), (Field("logits", "float32", (3,)),))
+SPEC = ModelSpec((TensorSpec("image", "float32", (1, 8, 8)),), (TensorSpec("logits", "float32", (3,)),))
 Result = TypeVar("Result")
 
 
@@ -88,7 +88,7 @@ def test_outputs_have_the_dtypes_of_the_spec() -> None:
             flat = image.flatten(1).bfloat16()
             return flat, flat.argmax(1)
 
-    spec = InputSpec(SPEC.fields, (Field("flat", "float32", (64,)), Field("best", "int64", ())))
+    spec = ModelSpec(SPEC.inputs, (TensorSpec("flat", "float32", (64,)), TensorSpec("best", "int64", ())))
     flat, best = TorchBackend(TorchModel(Two(), spec), threads=1).run(spec.example(2))
     assert [str(array.dtype) for array in (flat, best)] == ["float32", "int64"]
     assert flat.shape == (2, 64)
@@ -99,7 +99,7 @@ def test_channels_last_weights_are_fed_channels_last_images() -> None:
     module.register_forward_pre_hook(
         lambda _, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
     )
-    spec = InputSpec((Field("image", "float32", (3, 8, 8)),), SPEC.outputs)
+    spec = ModelSpec((TensorSpec("image", "float32", (3, 8, 8)),), SPEC.outputs)
     module[0] = nn.Conv2d(3, 16, 3, padding=1)  # type: ignore[operator]
     batch = spec.example(2)
     (first,) = TorchBackend(TorchModel(module, spec), threads=1).run(batch)
@@ -142,7 +142,7 @@ class Mistaken(nn.Module):
 
 
 def test_a_value_that_points_beyond_a_table_is_the_clients_fault() -> None:
-    spec = InputSpec((Field("ids", "int64", (2,)),), (Field("rows", "float32", (2, 3)),))
+    spec = ModelSpec((TensorSpec("ids", "int64", (2,)),), (TensorSpec("rows", "float32", (2, 3)),))
 
     def run() -> None:
         backend = TorchBackend(TorchModel(nn.Embedding(5, 3), spec), threads=1)

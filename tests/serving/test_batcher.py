@@ -13,14 +13,16 @@ from leanserve.errors import BadInput, QueueFull
 from leanserve.serving.batcher import Batcher, QueueLimits, Ticket
 
 
-def ticket(name: str, rows: int = 1, deadline: float = math.inf, *, gone: bool = False) -> Ticket[str]:
+def ticket(name: str, rows: int = 1, deadline: float = math.inf, *, is_disconnected: bool = False) -> Ticket[str]:
     sample: Arrays = (np.zeros((rows, 1), np.float32),)
-    return Ticket(sample, name, deadline=deadline, gone=lambda: gone)
+    return Ticket(sample, name, deadline=deadline, is_disconnected=lambda: is_disconnected)
 
 
-def of_level(name: str, level: int, rows: int = 1, deadline: float = math.inf, *, gone: bool = False) -> Ticket[str]:
+def of_level(
+    name: str, level: int, rows: int = 1, deadline: float = math.inf, *, is_disconnected: bool = False
+) -> Ticket[str]:
     sample: Arrays = (np.zeros((rows, 1), np.float32),)
-    return Ticket(sample, name, deadline=deadline, gone=lambda: gone, level=level)
+    return Ticket(sample, name, deadline=deadline, is_disconnected=lambda: is_disconnected, level=level)
 
 
 def names(tickets: list[Ticket[str]]) -> list[str]:
@@ -29,7 +31,7 @@ def names(tickets: list[Ticket[str]]) -> list[str]:
 
 @dataclass
 class Case:
-    """Arrivals (name, rows, deadline, gone) at time 0; batches taken at the given times."""
+    """Arrivals (name, rows, deadline, is_disconnected) at time 0; batches taken at the given times."""
 
     arrivals: list[tuple[str, int, float, bool]]
     batches: list[list[str]]
@@ -63,8 +65,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_arrivals_become_batches(case: Case) -> None:
     batcher: Batcher[str] = Batcher(QueueLimits(max_rows=4, queue_rows=100))
-    for name, rows, deadline, gone in case.arrivals:
-        batcher.offer([ticket(name, rows, deadline, gone=gone)], now=0.0)
+    for name, rows, deadline, is_disconnected in case.arrivals:
+        batcher.offer([ticket(name, rows, deadline, is_disconnected=is_disconnected)], now=0.0)
     formed = [batcher.take(case.now) for _ in case.batches]
     assert [names(item.batch) for item in formed] == case.batches
     assert [name for item in formed for name in names(item.expired)] == case.expired
@@ -174,7 +176,7 @@ PRIORITIES: dict[str, tuple[list[Ticket[str]], list[list[str]]]] = {
         [["a"], ["b", "c"]],
     ),
     "who left or expired makes room for the next level": (
-        [of_level("gone", 1, gone=True), of_level("late", 1, deadline=0.5), of_level("c", 3, 4)],
+        [of_level("gone", 1, is_disconnected=True), of_level("late", 1, deadline=0.5), of_level("c", 3, 4)],
         [["c"]],
     ),
 }
@@ -337,7 +339,13 @@ def test_what_is_joined_ahead_is_of_one_company_too() -> None:
 
 def test_who_left_or_came_too_late_is_found_among_those_passed_over() -> None:
     batcher: Batcher[str] = Batcher(QueueLimits(max_rows=4, queue_rows=100))
-    arrivals = [ticket("a"), ticket("b"), ticket("late", deadline=0.5), ticket("left", gone=True), ticket("c")]
+    arrivals = [
+        ticket("a"),
+        ticket("b"),
+        ticket("late", deadline=0.5),
+        ticket("left", is_disconnected=True),
+        ticket("c"),
+    ]
     for item, company in zip(arrivals, (1, 2, 2, 2, 1), strict=True):
         item.company = company
         batcher.offer([item], 0.0)

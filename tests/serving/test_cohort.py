@@ -7,17 +7,17 @@ import asyncio
 import numpy as np
 import pytest
 
-from leanserve.serving.batch_runner import Batch, Reply
+from leanserve.serving.batch_runner import CompletedBatch, PendingResult
 from leanserve.serving.batcher import QueueLimits, Ticket
-from leanserve.serving.cohort import SHARE, TICK_S, Group
+from leanserve.serving.cohort import SHARE, TICK_S, Cohort
 from leanserve.serving.variant import Variant
 from scripted import ScriptedBackend, Slow, play, sample, stay
 
 
-def answered(requests: int, seconds: float) -> Batch:
+def answered(requests: int, seconds: float) -> CompletedBatch:
     """One batch of so many requests of one row that ran for so long."""
-    ticket: Ticket[Reply] = Ticket((np.zeros(1),), None)  # type: ignore[arg-type]
-    return Batch([ticket] * requests, [()] * requests, requests, seconds)
+    ticket: Ticket[PendingResult] = Ticket((np.zeros(1),), None)  # type: ignore[arg-type]
+    return CompletedBatch([ticket] * requests, [()] * requests, requests, seconds)
 
 
 @pytest.mark.parametrize(
@@ -34,14 +34,14 @@ def answered(requests: int, seconds: float) -> Batch:
     ids=["first back", "some", "all", "waited for", "a full batch", "alone", "too short a batch"],
 )
 def test_a_group_is_waited_for(requests: int, seconds: float, waiting: int, later: float, pause: float) -> None:
-    group = Group(most=8)
+    group = Cohort(most=8)
     assert group.pause(1, 100.0) == 0.0
     group.answered(answered(requests, seconds), 0, 100.0)
     assert group.pause(waiting, 100.0 + later) == pytest.approx(pause)
 
 
 def test_who_came_meanwhile_belongs_to_the_group() -> None:
-    group = Group(most=8)
+    group = Cohort(most=8)
     group.answered(answered(2, 1.0), 2, 100.0)
     assert group.pause(3, 100.0) == pytest.approx(SHARE)
     assert group.pause(4, 100.0) == 0.0

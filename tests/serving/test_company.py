@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from leanserve.contracts import Arrays, Field, InputSpec
+from leanserve.contracts import Arrays, ModelSpec, TensorSpec
 from leanserve.serving.company import company_by
 
-FLOATS = InputSpec((Field("x", "float32", (None, 2)), Field("n", "int64", ())), ())
-TOKENS = InputSpec((Field("ids", "int64", (None,)),), ())
+FLOATS = ModelSpec((TensorSpec("x", "float32", (None, 2)), TensorSpec("n", "int64", ())), ())
+TOKENS = ModelSpec((TensorSpec("ids", "int64", (None,)),), ())
 
 
 def sample(length: int, value: float = 1.0) -> Arrays:

@@ -18,11 +18,11 @@ from scripted import ScriptedBackend, play, sample, stay
 @pytest.fixture(autouse=True)
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that takes any time is quick."""
-    monkeypatch.setattr(tally, "QUICK_S", 0.0)
+    monkeypatch.setattr(tally, "IMMEDIATE_MAX_S", 0.0)
 
 
 def test_quick_batches_are_counted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tally, "QUICK_S", 10.0)
+    monkeypatch.setattr(tally, "IMMEDIATE_MAX_S", 10.0)
     monkeypatch.setattr(tally, "LATER_S", 60.0)
 
     async def scenario(variant: Variant, _: ScriptedBackend) -> None:

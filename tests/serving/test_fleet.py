@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from leanserve.config.schema import BatchConfig, ServiceConfig
-from leanserve.contracts import Arrays, Backend, Field, InputSpec
+from leanserve.contracts import Arrays, Backend, ModelSpec, TensorSpec
 from leanserve.runtime.costs import CostTable
 from leanserve.runtime.device import Device
 from leanserve.runtime.warm_up import (
@@ -26,7 +26,7 @@ from leanserve.runtime.warm_up import (
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.reload import LoadingThreads, open_again
 
-SPEC = InputSpec((Field("x", "float32", (2,)),), (Field("y", "float32", (2,)),))
+SPEC = ModelSpec((TensorSpec("x", "float32", (2,)),), (TensorSpec("y", "float32", (2,)),))
 
 
 class CompiledBackend:
@@ -117,7 +117,7 @@ class TextBackend:
     def close(self) -> None: ...
 
 
-TEXT = InputSpec((Field("ids", "int64", (None,)),), (Field("y", "int64", (None,)),), max_length=100)
+TEXT = ModelSpec((TensorSpec("ids", "int64", (None,)),), (TensorSpec("y", "int64", (None,)),), max_length=100)
 
 
 def test_a_variant_of_varying_length_is_warmed_on_a_sparse_grid() -> None:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leanserve.contracts import Arrays, Field, InputSpec
+from leanserve.contracts import Arrays, ModelSpec, TensorSpec
 from leanserve.errors import ClientGone, QueueTimeout
 from leanserve.runtime import assembly
 from leanserve.serving import batch_runner as execution
@@ -34,7 +34,7 @@ def joins(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Who joined how many rows: the name of the thread. However few they are, they are worth it."""
     seen: list[tuple[str, int]] = []
 
-    def join(samples: Sequence[Arrays], spec: InputSpec, rows: int) -> Arrays:
+    def join(samples: Sequence[Arrays], spec: ModelSpec, rows: int) -> Arrays:
         joined = assembly.join(samples, spec, rows)
         seen.append((threading.current_thread().name, rows))
         return joined
@@ -223,7 +223,7 @@ def test_nothing_that_was_joined_is_kept(joins: list[tuple[str, int]]) -> None:
 def test_what_was_joined_too_late_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     began, go_on = threading.Event(), threading.Event()
 
-    def join(samples: Sequence[Arrays], spec: InputSpec, rows: int) -> Arrays:
+    def join(samples: Sequence[Arrays], spec: ModelSpec, rows: int) -> Arrays:
         if threading.current_thread().name == ASIDE:
             began.set()
             assert go_on.wait(5)
@@ -256,8 +256,8 @@ def test_what_was_joined_too_late_is_not_kept(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_bytes_of_a_row_are_those_of_the_longest() -> None:
     assert SPEC.row_bytes == 2 * 4
-    ids, mask = Field("ids", "int64", (None,)), Field("mask", "uint8", (None, 2))
-    assert InputSpec((ids, mask), (), max_length=100).row_bytes == 100 * 8 + 100 * 2
+    ids, mask = TensorSpec("ids", "int64", (None,)), TensorSpec("mask", "uint8", (None, 2))
+    assert ModelSpec((ids, mask), (), max_length=100).row_bytes == 100 * 8 + 100 * 2
 
 
 ARRIVALS = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 2), st.sampled_from(["alive", "gone", "late"])))
@@ -269,7 +269,9 @@ def test_what_is_joined_is_what_would_be_taken_if_that_is_full(arrivals: list[tu
     for rows, level, fate in arrivals:
         deadline = 0.5 if fate == "late" else 9.0
         array = np.zeros((rows, 1), np.float32)
-        batcher.offer([Ticket((array,), fate, deadline=deadline, gone=partial(eq, fate, "gone"), level=level)], 0.0)
+        batcher.offer(
+            [Ticket((array,), fate, deadline=deadline, is_disconnected=partial(eq, fate, "gone"), level=level)], 0.0
+        )
     waiting = batcher.waiting_rows
     ahead_of_time = batcher.next_full(1.0)
     assert batcher.waiting_rows == waiting

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from leanserve.config.schema import ServiceConfig
-from leanserve.contracts import Arrays, Field, InputSpec
+from leanserve.contracts import Arrays, ModelSpec, TensorSpec
 from leanserve.errors import BadInput, NotFound, NotReady, ServiceError
 from leanserve.runtime.device import Device
 from leanserve.serving.batch_runner import Prediction
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.scheduler import SHORT_S
 
-SPEC = InputSpec((Field("x", "float32", (2,)),), (Field("y", "float32", (2,)),))
+SPEC = ModelSpec((TensorSpec("x", "float32", (2,)),), (TensorSpec("y", "float32", (2,)),))
 ROW = (np.ones((1, 2), np.float32),)
 WEIGHTS = {"a": 2, "b": 1, "c": 1}
 
@@ -175,7 +175,7 @@ def test_others_are_answered_while_a_variant_is_loaded() -> None:
         backends["b"].gate.clear()
         loading = asyncio.create_task(fleet.load("b"))
         await until(backends["b"].held.is_set)
-        assert fleet.standing["b"].state == shown(fleet) == "loading"
+        assert fleet.status_of["b"].state == shown(fleet) == "loading"
         with pytest.raises(NotReady, match="variant 'b' is loading"):
             fleet.choose("b", None)
         again = asyncio.create_task(fleet.load("b"))
@@ -200,7 +200,7 @@ def test_the_queue_is_finished_before_the_backend_is_closed() -> None:
         )  # chosen in this turn of the loop, queued in the next
         unloading = asyncio.create_task(fleet.unload("b"))
         await asyncio.sleep(0.02)
-        assert fleet.standing["b"].state == "unloading"
+        assert fleet.status_of["b"].state == "unloading"
         assert not backends["b"].opened[0].closed
         waiting[-1].cancel()
         backends["b"].gate.set()

@@ -13,7 +13,8 @@ from leanserve.contracts import Arrays
 from leanserve.errors import BackendFailed
 from leanserve.runtime.costs import Costs, CostTable
 from leanserve.runtime.device import Device, Lane
-from leanserve.serving.batch_runner import Execution, Prediction, Reply, Running, Way
+from leanserve.runtime.lanes import LanePlacement, LoadedVariant
+from leanserve.serving.batch_runner import BatchRunner, PendingResult, Prediction
 from leanserve.serving.batcher import Batcher, QueueLimits
 from leanserve.serving.scheduler import SHORT_S
 from leanserve.serving.variant import Variant
@@ -75,10 +76,10 @@ def test_an_idle_lane_takes_its_share_if_that_is_as_quick(
         lane.held.acquire()
     device.lanes[0].held.acquire()  # the one that asks
     backend = ScriptedBackend()
-    way = Way(backend, Costs([CostTable({8: wide_s})])) if wide_s else None
-    running = Running(device, (backend,) * 4, Costs([CostTable({size: 0.01 * size for size in (1, 8)}, 8)]), way)
+    way = LanePlacement(backend, Costs([CostTable({8: wide_s})])) if wide_s else None
+    running = LoadedVariant(device, (backend,) * 4, Costs([CostTable({size: 0.01 * size for size in (1, 8)}, 8)]), way)
     running.costs.tables[0].knee = 8
-    execution = Execution("v", SPEC, running)
+    execution = BatchRunner("v", SPEC, running)
     assert execution.portion(0, rows) == portion
 
 
@@ -118,8 +119,8 @@ def test_a_neighbour_that_came_meanwhile_goes_before_the_rest_of_a_burst() -> No
         backends = {label: Named(label) for label in "ab"}
         variants = {}
         for label, backend in backends.items():
-            running = Running(device, (backend,), Costs([CostTable({1: 0.001})]))
-            variants[label] = Variant(label, SPEC, running, Batcher[Reply](QueueLimits(1, 100)))
+            running = LoadedVariant(device, (backend,), Costs([CostTable({1: 0.001})]))
+            variants[label] = Variant(label, SPEC, running, Batcher[PendingResult](QueueLimits(1, 100)))
         for variant in variants.values():
             others = [other for other in variants.values() if other is not variant]
             variant.bind(asyncio.get_running_loop(), VariantMetrics(variant.name, VariantFacts()), others)
@@ -234,8 +235,8 @@ def play_wide(scenario: Callable[[Variant, ScriptedBackend, ScriptedBackend], Aw
     narrow, wide = ScriptedBackend(), ScriptedBackend()
     device = Device("test", 2, 2)
     costs, alone = (Costs([CostTable(dict.fromkeys((1, 4), seconds))]) for seconds in (0.08, 0.04))
-    running = Running(device, (narrow, narrow), costs, Way(wide, alone))
-    variant = Variant("v", SPEC, running, Batcher[Reply](QueueLimits(4, 100)))
+    running = LoadedVariant(device, (narrow, narrow), costs, LanePlacement(wide, alone))
+    variant = Variant("v", SPEC, running, Batcher[PendingResult](QueueLimits(4, 100)))
 
     act(variant, device, lambda: scenario(variant, narrow, wide), narrow.gate, wide.gate)
     assert not any(lane.held.locked() for lane in device.lanes)

@@ -10,19 +10,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from leanserve.contracts import Arrays, Field, InputSpec
+from leanserve.contracts import Arrays, ModelSpec, TensorSpec
 from leanserve.errors import BadInput, DeadlineUnreachable
 from leanserve.runtime.costs import Costs, CostTable
 from leanserve.runtime.device import Device
-from leanserve.serving.batch_runner import Reply, Running
+from leanserve.runtime.lanes import LoadedVariant
+from leanserve.serving.batch_runner import PendingResult
 from leanserve.serving.batcher import Batcher, QueueLimits
 from leanserve.serving.company import company_by
 from leanserve.serving.variant import Variant
 from scripted import act, stay
 
-TOKENS = InputSpec(
-    (Field("ids", "int64", (None,), pad=9),),
-    (Field("tags", "int64", (None,)), Field("total", "int64", ())),
+TOKENS = ModelSpec(
+    (TensorSpec("ids", "int64", (None,), pad=9),),
+    (TensorSpec("tags", "int64", (None,)), TensorSpec("total", "int64", ())),
     max_length=64,
 )
 
@@ -53,13 +54,13 @@ def tokens(length: int, rows: int = 1) -> Arrays:
     return (np.full((rows, length), length, np.int64),)
 
 
-def play_tokens(scenario: Callable[[Variant, Tagger], Awaitable[None]], spec: InputSpec = TOKENS) -> Variant:
+def play_tokens(scenario: Callable[[Variant, Tagger], Awaitable[None]], spec: ModelSpec = TOKENS) -> Variant:
     """Length buckets to 16 of four rows, to 32 of two, to 64 of one; a batch costs as many s."""
     backend, device = Tagger(), Device("test", 1)
     costs = Costs([CostTable({rows: float(length)}) for length, rows in ((16, 4), (32, 2), (64, 1))], (16, 32, 64))
     limits = QueueLimits(4, 100, timeout_s=1000, lengths=(16, 32, 64), rows_at=(4, 2, 1))
     company = company_by(spec, trusts_rows=True)
-    variant = Variant("v", spec, Running(device, (backend,), costs), Batcher[Reply](limits), company)
+    variant = Variant("v", spec, LoadedVariant(device, (backend,), costs), Batcher[PendingResult](limits), company)
 
     act(variant, device, lambda: scenario(variant, backend), backend.gate)
     return variant

@@ -11,7 +11,7 @@ import pytest
 
 from fakes import report
 from leanserve.config.schema import BatchConfig, ServiceConfig
-from leanserve.contracts import Arrays, Field, InputSpec
+from leanserve.contracts import Arrays, ModelSpec, TensorSpec
 from leanserve.errors import BackendFailed, OutOfMemory, StartupError
 from leanserve.runtime.device import Device
 from leanserve.runtime.warm_up import compare_again, measure_grid, warm_up
@@ -21,7 +21,7 @@ from leanserve.serving.variant import Variant
 from scripted import SPEC, ScriptedBackend, play, sample, stay
 
 OUT = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
-TEXT = InputSpec((Field("ids", "int64", (None,)),), (Field("y", "int64", (None,)),), max_length=100)
+TEXT = ModelSpec((TensorSpec("ids", "int64", (None,)),), (TensorSpec("y", "int64", (None,)),), max_length=100)
 
 
 POISON = 1e6

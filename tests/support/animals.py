@@ -1,4 +1,4 @@
-"""A base of pictures of animals, and rows for it."""
+"""A base of images of animals, and rows for it."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def rows(declared: dict[str, Any], folder: Path, description: Description = ANIM
     return open_rows(data, description, codec(ANIMALS if description.image is None else description), folder)
 
 
-def picture(seed: int, size: tuple[int, int] = (9, 7)) -> Array:
+def image(seed: int, size: tuple[int, int] = (9, 7)) -> Array:
     return np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
 
 
 def save(folder: Path, name: str, seed: int) -> bytes:
-    """A picture as a file of this name; its bytes."""
+    """An image as a file of this name; its bytes."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = BytesIO()
-    Image.fromarray(picture(seed)).save(buffer, "PNG" if name.endswith("png") else "JPEG")
+    Image.fromarray(image(seed)).save(buffer, "PNG" if name.endswith("png") else "JPEG")
     path.write_bytes(buffer.getvalue())
     return buffer.getvalue()
 

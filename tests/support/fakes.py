@@ -15,17 +15,19 @@ import uvicorn
 
 from leanserve.api.server import Address, Server
 from leanserve.artifacts.manifest import Manifest, OutputFidelity, Quality, VariantReport
-from leanserve.codecs.answers import Answers
+from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
 from leanserve.config.schema import ServiceConfig
-from leanserve.contracts import Array, Arrays, Codec, Data, Field, InputSpec, Model, Split
+from leanserve.contracts import Array, Arrays, Codec, Data, Model, ModelSpec, Split, TensorSpec
 from leanserve.runtime.device import Device
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.scheduler import SHORT_S
 from leanserve.telemetry.startup import Startup
 
 LABELS = ("zero", "one", "two", "three")
-SPEC = InputSpec((Field("image", "float32", (1, 2, 2)),), (Field("logits", "float32", (4,), meaning="logits"),), LABELS)
+SPEC = ModelSpec(
+    (TensorSpec("image", "float32", (1, 2, 2)),), (TensorSpec("logits", "float32", (4,), meaning="logits"),), LABELS
+)
 
 
 class PixelBase:
@@ -33,7 +35,7 @@ class PixelBase:
 
     name = "pixels"
     spec = SPEC
-    codec: Codec = ImageCodec(mode="L", size=(2, 2), mean=(0.0,), std=(1.0,), answers=Answers(SPEC))
+    codec: Codec = ImageCodec(mode="L", size=(2, 2), mean=(0.0,), std=(1.0,), answers=AnswerEncoder(SPEC))
     digest = "0"
     origin = "pixels"
     caveats = ()
@@ -127,7 +129,7 @@ CONFIG = {
 }
 
 
-def open_fleet(gate: threading.Event, spec: InputSpec = SPEC, **changes: Any) -> Fleet:
+def open_fleet(gate: threading.Event, spec: ModelSpec = SPEC, **changes: Any) -> Fleet:
     """`a`, `b` answer, `broken` fails on rows with a 1, `held` waits for the gate to open, `poor` is excluded."""
     config = ServiceConfig.model_validate(CONFIG | changes)
     reports = [report(item.name, POOR if item.name == "poor" else None) for item in config.variants]
@@ -171,7 +173,7 @@ class Opened:
 
 
 @contextmanager
-def live_server(spec: InputSpec = SPEC, **changes: Any) -> Iterator[Live]:
+def live_server(spec: ModelSpec = SPEC, **changes: Any) -> Iterator[Live]:
     """HTTP and gRPC on free ports, served from a thread."""
     gate = threading.Event()
     gate.set()

@@ -17,7 +17,7 @@ HOST = "127.0.0.1"
 JSON_LENGTH = "inference-header-content-length"
 
 
-class Reply(NamedTuple):
+class PendingResult(NamedTuple):
     """One whole reply; header names in lower case."""
 
     status: int
@@ -62,11 +62,11 @@ def binary_request(variant: str, rows: Array, reply: Literal["binary", "json"] =
     return post(path, head + rows.tobytes(), f"{JSON_LENGTH}: {len(head)}")
 
 
-async def read_reply(reader: asyncio.StreamReader) -> Reply:
+async def read_reply(reader: asyncio.StreamReader) -> PendingResult:
     """The next reply on a connection."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)}
-    return Reply(int(head[0].split()[1]), headers, await reader.readexactly(int(headers["content-length"])))
+    return PendingResult(int(head[0].split()[1]), headers, await reader.readexactly(int(headers["content-length"])))
 
 
 @asynccontextmanager
@@ -79,7 +79,7 @@ async def connected(port: int) -> AsyncIterator[Connection]:
         writer.close()
 
 
-async def ask(port: int, request: bytes) -> Reply:
+async def ask(port: int, request: bytes) -> PendingResult:
     """Send one request on a connection of its own."""
     async with asyncio.timeout(30), connected(port) as (reader, writer):
         writer.write(request)

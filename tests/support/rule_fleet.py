@@ -21,7 +21,7 @@ from onnx import TensorProto, helper
 
 from fakes import Opened, PixelBase, report
 from leanserve.api.server import Address, listen, serve
-from leanserve.codecs.answers import Answers
+from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Backend, BuildContext, OnnxModel
@@ -38,11 +38,11 @@ LANE_BATCH_S, SLOW_BATCH_S = 2 * SHORT_S, 0.01
 
 
 class RuleBase(PixelBase):
-    """Pictures of 4 x 2 pixels, or eight numbers."""
+    """Images of 4 x 2 pixels, or eight numbers."""
 
     name = "rules"
     spec = SPEC
-    codec = ImageCodec(mode="L", size=(4, 2), mean=(0.0,), std=(1.0,), answers=Answers(SPEC))
+    codec = ImageCodec(mode="L", size=(4, 2), mean=(0.0,), std=(1.0,), answers=AnswerEncoder(SPEC))
 
 
 def write_network(path: Path, hidden: int) -> None:

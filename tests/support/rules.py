@@ -1,7 +1,7 @@
 """What a row may order the scripted backend to do, so that a test decides from outside what a server process meets.
 
 The first number of a row is its order; an ordinary row has none and is answered with ten times itself. Orders are
-far below zero: no picture and no warm-up row reaches them.
+far below zero: no image and no warm-up row reaches them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from leanserve.contracts import Array, Arrays, Field, InputSpec
+from leanserve.contracts import Array, Arrays, ModelSpec, TensorSpec
 
 RAISE = -1001.0
 """The batch raises, as a model does on a row that it cannot take."""
@@ -23,14 +23,16 @@ EXIT = -1002.0
 GARBAGE = -1003.0
 """The batch returns something that is no tuple of arrays."""
 HOLD = -1004.0
-"""The batch takes until the file `gate` is gone: the device is busy meanwhile, and the file `holding` is there."""
+"""The batch takes until the file `gate` is is_disconnected: the device is busy meanwhile, and the file `holding` is there."""  # noqa: E501
 CENSUS = -1005.0
 """The row is answered with how many requests, tickets, connections and tasks the process holds (`COUNTED`)."""
 
 COUNTED = ("Ticket", "Caller", "Exchange", "RequestResponseCycle", "Connection", "Task")
 WIDTH = 8
 LABELS = tuple("abcdefgh")
-SPEC = InputSpec((Field("x", "float32", (1, 2, 4)),), (Field("y", "float32", (WIDTH,), meaning="logits"),), LABELS)
+SPEC = ModelSpec(
+    (TensorSpec("x", "float32", (1, 2, 4)),), (TensorSpec("y", "float32", (WIDTH,), meaning="logits"),), LABELS
+)
 
 
 class RuleBackend:

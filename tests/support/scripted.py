@@ -9,15 +9,16 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 
-from leanserve.contracts import Arrays, Field, InputSpec
+from leanserve.contracts import Arrays, ModelSpec, TensorSpec
 from leanserve.runtime.costs import Costs, CostTable
 from leanserve.runtime.device import Device
-from leanserve.serving.batch_runner import Prediction, Reply, Running
+from leanserve.runtime.lanes import LoadedVariant
+from leanserve.serving.batch_runner import PendingResult, Prediction
 from leanserve.serving.batcher import Batcher, QueueLimits
 from leanserve.serving.variant import Variant
 from leanserve.telemetry.observations import VariantFacts, VariantMetrics
 
-SPEC = InputSpec((Field("x", "float32", (2,)),), (Field("y", "float32", (2,)),))
+SPEC = ModelSpec((TensorSpec("x", "float32", (2,)),), (TensorSpec("y", "float32", (2,)),))
 
 
 class ScriptedBackend:
@@ -82,7 +83,7 @@ def play(
     device = Device("test", lanes, lanes, spare=spare)
     sizes = (1, 2, limits.max_rows)
     costs = Costs([CostTable({rows: seconds(rows) if callable(seconds) else seconds for rows in sizes})])
-    variant = Variant("v", SPEC, Running(device, (backend,) * lanes, costs), Batcher[Reply](limits))
+    variant = Variant("v", SPEC, LoadedVariant(device, (backend,) * lanes, costs), Batcher[PendingResult](limits))
 
     act(variant, device, lambda: scenario(variant, backend), backend.gate)
     return variant

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from leanserve.contracts import Field, InputSpec
+from leanserve.contracts import ModelSpec, TensorSpec
 from tiny_base import TinyBase, lively
 
 SIDE = 12
@@ -85,12 +85,12 @@ class Reshaping(nn.Module):
 
 
 def image_base(module: nn.Module, rows: int = 70) -> TinyBase:
-    """A base around `module` with neighbouring pixels and colours that are correlated, as in pictures."""
+    """A base around `module` with neighbouring pixels and colours that are correlated, as in images."""
     random = np.random.default_rng(0)
     coarse = random.standard_normal((rows, 3, SIDE // 3, SIDE // 3))
     images = coarse.repeat(3, 2).repeat(3, 3) + 0.3 * random.standard_normal((rows, 3, SIDE, SIDE))
-    spec = InputSpec(
-        (Field("image", "float32", (3, SIDE, SIDE)),), (Field("logits", "float32", (10,), meaning="logits"),)
+    spec = ModelSpec(
+        (TensorSpec("image", "float32", (3, SIDE, SIDE)),), (TensorSpec("logits", "float32", (10,), meaning="logits"),)
     )
     return TinyBase(lively(module, seed=1), (images.astype(np.float32),), random.integers(0, 10, rows), spec)
 
@@ -100,7 +100,9 @@ def row_base(rows: int = 70) -> TinyBase:
     random = np.random.default_rng(0)
     values = random.standard_normal((rows, 6)) @ random.standard_normal((6, 24))
     values += 0.05 * random.standard_normal((rows, 24))
-    spec = InputSpec((Field("row", "float32", (24,)),), (Field("logits", "float32", (10,), meaning="logits"),))
+    spec = ModelSpec(
+        (TensorSpec("row", "float32", (24,)),), (TensorSpec("logits", "float32", (10,), meaning="logits"),)
+    )
     return TinyBase(lively(Perceptron(), seed=2), (values.astype(np.float32),), random.integers(0, 10, rows), spec)
 
 

@@ -13,10 +13,10 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from fakes import Live, PixelBase, report, serving
-from leanserve.codecs.answers import Answers
+from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.text import TextCodec
 from leanserve.config.schema import ServiceConfig
-from leanserve.contracts import Arrays, Field, InputSpec
+from leanserve.contracts import Arrays, ModelSpec, TensorSpec
 from leanserve.runtime.device import Device
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.scheduler import SHORT_S
@@ -24,8 +24,8 @@ from leanserve.serving.scheduler import SHORT_S
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "one", "two", "three", "four", "five"]
 CLS, SEP, A, B = 2, 3, 4, 5
 FATAL = WORDS.index("five")
-FIELDS = (Field("input_ids", "int64", (None,)), Field("attention_mask", "int64", (None,)))
-SPEC = InputSpec(FIELDS, (Field("embedding", "float32", (4,), meaning="embedding"),))
+FIELDS = (TensorSpec("input_ids", "int64", (None,)), TensorSpec("attention_mask", "int64", (None,)))
+SPEC = ModelSpec(FIELDS, (TensorSpec("embedding", "float32", (4,), meaning="embedding"),))
 MAX_LENGTH = 64
 
 
@@ -71,7 +71,7 @@ class ReadingBackend:
         """Holds nothing."""
 
 
-def text_fleet(folder: Path, gate: threading.Event, spec: InputSpec = SPEC, **changes: Any) -> Fleet:
+def text_fleet(folder: Path, gate: threading.Event, spec: ModelSpec = SPEC, **changes: Any) -> Fleet:
     """`a` and `b` answer, `held` waits for the gate to open, `poor` is excluded by its gate. `five` is a fatal word."""
     names = ("a", "b", "held", "poor")
     settings = {
@@ -82,7 +82,7 @@ def text_fleet(folder: Path, gate: threading.Event, spec: InputSpec = SPEC, **ch
     config = ServiceConfig.model_validate(settings | {"drain": {"delay_s": 0, "timeout_s": 5}} | changes)
     base = PixelBase()
     base.name, base.spec = "words", spec
-    base.codec = TextCodec(tokenizer_file(folder), MAX_LENGTH, Answers(spec))
+    base.codec = TextCodec(tokenizer_file(folder), MAX_LENGTH, AnswerEncoder(spec))
     reports = [report(name, "its cosine is 0.5" if name == "poor" else None) for name in names]
     fleet = Fleet(base, config, reports, Device("cpu", 1))  # type: ignore[arg-type]
     for name in names[:3]:

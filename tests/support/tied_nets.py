@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from leanserve.contracts import Field, InputSpec
+from leanserve.contracts import ModelSpec, TensorSpec
 from tiny_base import TinyBase, lively
 from tiny_encoder import TOKENS, VOCABULARY
 
-LANGUAGE = InputSpec(TOKENS.fields, (Field("logits", "float32", (VOCABULARY,)),))
+LANGUAGE = ModelSpec(TOKENS.inputs, (TensorSpec("logits", "float32", (VOCABULARY,)),))
 
 
 class TiedLanguage(nn.Module):

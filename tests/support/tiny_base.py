@@ -16,15 +16,17 @@ from leanserve.contracts import (
     Arrays,
     BuildContext,
     Codec,
-    Field,
-    InputSpec,
+    ModelSpec,
     Progress,
     Split,
+    TensorSpec,
     TorchModel,
 )
 
-IMAGES = InputSpec(
-    (Field("image", "float32", (1, 8, 8)),), (Field("logits", "float32", (2,), meaning="logits"),), ("left", "right")
+IMAGES = ModelSpec(
+    (TensorSpec("image", "float32", (1, 8, 8)),),
+    (TensorSpec("logits", "float32", (2,), meaning="logits"),),
+    ("left", "right"),
 )
 
 
@@ -53,7 +55,7 @@ class TinyBase:
     teacher: nn.Module
     inputs: Arrays
     labels: Array | None
-    spec: InputSpec = IMAGES
+    spec: ModelSpec = IMAGES
     name: str = "tiny"
     origin: str = "tiny"
     digest: str = "0"
@@ -65,9 +67,9 @@ class TinyBase:
         raise NotImplementedError("no test of a pass decodes requests")
 
     def model(self) -> TorchModel:
-        return TorchModel(self.build(), self.spec)
+        return TorchModel(self.torch_module(), self.spec)
 
-    def build(self) -> nn.Module:
+    def torch_module(self) -> nn.Module:
         return copy.deepcopy(self.teacher).eval()
 
     def data(self, split: Split, n: int | None = None) -> ArrayData:

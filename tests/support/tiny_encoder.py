@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from leanserve.contracts import Field, InputSpec
+from leanserve.contracts import ModelSpec, TensorSpec
 from tiny_base import TinyBase, lively
 
-TOKENS = InputSpec(
-    (Field("ids", "int64", (None,)), Field("mask", "int64", (None,))), (Field("embedding", "float32", (16,)),)
+TOKENS = ModelSpec(
+    (TensorSpec("ids", "int64", (None,)), TensorSpec("mask", "int64", (None,))),
+    (TensorSpec("embedding", "float32", (16,)),),
 )
 VOCABULARY = 50
 

@@ -67,7 +67,7 @@ def create_app(fleet: Fleet) -> HotPath:
 
 def _variant(fleet: Fleet, name: str) -> Json:
     report, variant = fleet.reports[name], fleet.variants.get(name)
-    (state, reason), weights = fleet.standing[name], fleet.weights
+    (state, reason), weights = fleet.status_of[name], fleet.weights
     return {
         "name": name,
         "state": state,

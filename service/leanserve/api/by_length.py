@@ -10,9 +10,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import TypeVar
 
-from leanserve.contracts import Arrays, Decoded, InputSpec, RowsTogether
+from leanserve.contracts import Arrays, Decoded, ModelSpec, RowsTogether
 from leanserve.serving.batch_runner import Prediction
-from leanserve.serving.variant import Gone, Variant
+from leanserve.serving.variant import IsDisconnected, Variant
 
 SHORTEST = 16
 """Tokens of the first group; that of each further group is twice as long."""
@@ -31,19 +31,19 @@ def length_groups(lengths: Sequence[int], rows: RowsTogether = "any") -> list[li
     return [groups[longest] for longest in sorted(groups)]
 
 
-def cut_to_length(decoded: Decoded, spec: InputSpec, group: Sequence[int]) -> Arrays:
+def cut_to_length(decoded: Decoded, spec: ModelSpec, group: Sequence[int]) -> Arrays:
     """The rows of a group, all as long as its first one, without what they were padded with."""
     length = decoded.lengths[group[0]]
     kept = [
         (list(group), *(slice(0, length) if size is None else slice(None) for size in item.shape))
         if item.shape.count(None) == 1
         else (list(group),)
-        for item in spec.fields
+        for item in spec.inputs
     ]
     return tuple(array[place] for array, place in zip(decoded.inputs, kept, strict=True))
 
 
-async def predict_groups(variant: Variant, samples: Sequence[Arrays], gone: Gone) -> list[Prediction]:
+async def predict_groups(variant: Variant, samples: Sequence[Arrays], gone: IsDisconnected) -> list[Prediction]:
     """The prediction of each sample.
 
     Raises:

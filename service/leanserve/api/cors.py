@@ -12,7 +12,7 @@ from typing import Any
 
 from leanserve.api.routes import App, HotPath
 from leanserve.config.schema import CorsConfig
-from leanserve.http.messages import Caller, Headers, Receive, Reply, Route, Scope, Send, send_reply
+from leanserve.http.messages import AsgiScope, Headers, Receive, Request, Response, Route, Send, send_response
 from leanserve.serving.fleet import Fleet
 
 METHODS = b"GET, HEAD, POST"
@@ -31,21 +31,21 @@ class CrossOriginHotPath(HotPath):
         super().__init__(fleet, partial(self._ask_app, app))
         self._grants = Grants(fleet.config.cors, fleet.sticky_header)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "OPTIONS":
             preflight = self._grants.preflight(dict(scope["headers"]))
             if preflight is not None:
-                return await send_reply(send, preflight)
+                return await send_response(send, preflight)
         return await super().__call__(scope, receive, send)
 
-    async def answer(self, route: Route, caller: Caller) -> Reply | None:
+    async def answer(self, route: Route, caller: Request) -> Response | None:
         """The reply to a request, with what its browser wants to know."""
         reply = await super().answer(route, caller)
         if reply is None:
             return None
         return reply._replace(headers=(*reply.headers, *self._grants.headers(caller.headers)))
 
-    async def _ask_app(self, app: App, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _ask_app(self, app: App, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """The same for what `app` answers."""
         if scope["type"] != "http":
             return await app(scope, receive, send)
@@ -84,7 +84,7 @@ class Grants:
             return [(b"vary", b"origin")]
         return [(b"vary", b"origin"), (b"access-control-allow-origin", origin), *self._always]
 
-    def preflight(self, request: Mapping[bytes, bytes]) -> Reply | None:
+    def preflight(self, request: Mapping[bytes, bytes]) -> Response | None:
         """The reply to a browser that asks whether its page may send a request; `None` where that is not asked."""
         origin = request.get(b"origin")
         if b"access-control-request-method" not in request or not (self._any or origin in self._origins):
@@ -95,4 +95,4 @@ class Grants:
             (b"access-control-allow-headers", wanted if self._sent is None else self._sent),
             (b"access-control-max-age", self._max_age),
         ]
-        return Reply(b"", [*self.headers(request), *told])
+        return Response(b"", [*self.headers(request), *told])

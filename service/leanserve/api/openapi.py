@@ -10,7 +10,7 @@ from leanserve.api.openai.models import gives_embeddings, served_models
 from leanserve.codecs.image_formats import FORMAT_NAMES, media_types
 from leanserve.codecs.open_inference import JSON_LENGTH_HEADER
 from leanserve.codecs.tensors import Port, ports
-from leanserve.contracts import InputSpec, Json
+from leanserve.contracts import Json, ModelSpec
 from leanserve.serving.fleet import Fleet
 
 _ERROR = {
@@ -137,9 +137,9 @@ def _embeddings(fleet: Fleet) -> Json:
     return {"application/json": {"schema": schema}}
 
 
-def _infer(spec: InputSpec) -> Json:
+def _infer(spec: ModelSpec) -> Json:
     """The schema of an infer request to this model; with an example where its rows are small."""
-    inputs, outputs = ports(spec.fields).values(), ports(spec.outputs)
+    inputs, outputs = ports(spec.inputs).values(), ports(spec.outputs)
     schema = {
         "type": "object",
         "required": ["inputs"],

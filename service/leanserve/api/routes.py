@@ -19,13 +19,13 @@ from leanserve.api.v1.predict import predict
 from leanserve.api.v2.rest import no_such_path, open_inference_routes
 from leanserve.errors import ClientGone, MethodNotAllowed, OutOfMemory, ServiceError
 from leanserve.http.connection import Answer
-from leanserve.http.messages import Caller, Receive, Reply, Route, Scope, Send, send_reply
+from leanserve.http.messages import AsgiScope, Receive, Request, Response, Route, Send, send_response
 from leanserve.memory import is_out_of_memory
 from leanserve.serving.fleet import Fleet
 
 logger = logging.getLogger(__name__)
 
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+App = Callable[[AsgiScope, Receive, Send], Awaitable[None]]
 PREDICT, EMBEDDINGS = "/v1/predict", "/v1/embeddings"
 
 
@@ -49,7 +49,7 @@ class HotPath:
             if route.counts == "prediction"
         }
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         path, method = scope["path"], scope["method"]
@@ -59,9 +59,9 @@ class HotPath:
         if method != route.method and not (method == "HEAD" and route.method == "GET"):
             route = route._replace(answer=partial(_wrong_method, method, route.method))
         # ASGI gives the names in lower case. A dict costs less than a second look through the list.
-        reply = await self.answer(route, Caller(path, dict(scope["headers"]), receive))
+        reply = await self.answer(route, Request(path, dict(scope["headers"]), receive))
         if reply is not None:
-            await send_reply(send, reply)
+            await send_response(send, reply)
         return None
 
     def _route_below(self, method: str, path: str) -> Route | None:
@@ -74,7 +74,7 @@ class HotPath:
         """What answers predictions on this path by this method."""
         return self._predictions.get(path) if method == b"POST" else None
 
-    async def answer(self, route: Route, caller: Caller) -> Reply | None:
+    async def answer(self, route: Route, caller: Request) -> Response | None:
         """The reply to a request, also where it is refused or fails; `None` where nobody is left to get it."""
         started = time.perf_counter()
         outcome = ServiceError.code
@@ -96,14 +96,14 @@ class HotPath:
                 counted = self._fleet.metrics.variants.get(caller.variant or "", self._fleet.metrics.unrouted)
                 counted.request_done(outcome, time.perf_counter() - started)
         if self._caveats and route.counts == "prediction":
-            return Reply(reply.body, (*reply.headers, *self._caveats), reply.status)
+            return Response(reply.body, (*reply.headers, *self._caveats), reply.status)
         return reply
 
-    async def _unknown(self, caller: Caller) -> Reply:
+    async def _unknown(self, caller: Request) -> Response:
         raise no_such_path(self._fleet, caller.path)
 
 
-async def _wrong_method(method: str, right: str, caller: Caller) -> Reply:
+async def _wrong_method(method: str, right: str, caller: Request) -> Response:
     allow = "GET, HEAD" if right == "GET" else right
     raise MethodNotAllowed(f"{caller.path} takes {right}, not {method}", allow)
 

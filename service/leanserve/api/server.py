@@ -125,7 +125,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 self._front,
-                http=connections_to(self._front),
+                http=connections_to(self._front.find, config.limits.body_bytes),
                 ws="none",
                 loop="auto",
                 lifespan="off",

@@ -14,15 +14,15 @@ from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Json
 from leanserve.errors import NotReady
 from leanserve.http.messages import (
-    Caller,
+    AsgiScope,
     Receive,
-    Reply,
-    Scope,
+    Request,
+    Response,
     Send,
     error_headers,
-    error_reply,
-    json_reply,
-    send_reply,
+    error_response,
+    json_response,
+    send_response,
 )
 from leanserve.telemetry.metrics import StartMetrics
 from leanserve.telemetry.startup import Startup
@@ -35,10 +35,10 @@ class StartingApp:
         self._startup = startup
         self._passes = {variant.name: [step.kind for step in variant.passes] for variant in config.variants}
         self._metrics = StartMetrics(startup)
-        self._routes: dict[str, Callable[[Caller], Reply]] = {
-            "/healthz": lambda _: json_reply({"live": True}),
-            "/v2/health/live": lambda _: json_reply({"live": True, "ready": False}),
-            "/v1/variants": lambda _: json_reply(self._variants()),
+        self._routes: dict[str, Callable[[Request], Response]] = {
+            "/healthz": lambda _: json_response({"live": True}),
+            "/v2/health/live": lambda _: json_response({"live": True, "ready": False}),
+            "/v1/variants": lambda _: json_response(self._variants()),
             "/metrics": self._page,
             "/readyz": lambda _: self._not_ready(),
             "/v2/health/ready": lambda _: self._not_ready(),
@@ -46,28 +46,28 @@ class StartingApp:
         sticky = config.traffic.sticky_header.lower().encode()
         self._grants = Grants(config.cors, sticky) if config.cors.origins else None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        caller, grants = Caller(scope["path"], dict(scope["headers"]), receive), self._grants
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        caller, grants = Request(scope["path"], dict(scope["headers"]), receive), self._grants
         if grants is None:
-            return await send_reply(send, self._reply(scope["method"], caller))
+            return await send_response(send, self._reply(scope["method"], caller))
         if scope["method"] == "OPTIONS" and (preflight := grants.preflight(caller.headers)):
-            return await send_reply(send, preflight)
+            return await send_response(send, preflight)
         reply = self._reply(scope["method"], caller)
-        return await send_reply(send, reply._replace(headers=(*reply.headers, *grants.headers(caller.headers))))
+        return await send_response(send, reply._replace(headers=(*reply.headers, *grants.headers(caller.headers))))
 
-    def _reply(self, method: str, caller: Caller) -> Reply:
+    def _reply(self, method: str, caller: Request) -> Response:
         route = self._routes.get(caller.path) if method in {"GET", "HEAD"} else None
         if route is not None:
             return route(caller)
         for_openai = caller.path in {EMBEDDINGS, MODELS} or caller.path.startswith(f"{MODELS}/")
-        return (refusal if for_openai else error_reply)(refused(self._startup))
+        return (refusal if for_openai else error_response)(refused(self._startup))
 
-    def _not_ready(self) -> Reply:
+    def _not_ready(self) -> Response:
         """A refusal with the progress beside the error's text."""
         error = refused(self._startup)
         body = {"error": str(error), "code": error.code, "ready": False, "progress": self._startup.progress()}
         headers = [(name.encode(), value.encode()) for name, value in error_headers(error).items()]
-        return json_reply(body, headers, error.status)
+        return json_response(body, headers, error.status)
 
     def _variants(self) -> Json:
         return {
@@ -79,9 +79,9 @@ class StartingApp:
             ],
         }
 
-    def _page(self, caller: Caller) -> Reply:
+    def _page(self, caller: Request) -> Response:
         content, content_type = self._metrics.render(caller.header(b"accept") or "")
-        return Reply(content, [(b"content-type", content_type.encode())])
+        return Response(content, [(b"content-type", content_type.encode())])
 
 
 def refused(startup: Startup) -> NotReady:

@@ -29,7 +29,7 @@ def load_model(store: ArtifactStore, base: Base, key: str) -> Model:
     model = _stored_model(store, base, chain)
     for recipe in chain:
         if recipe.kind is not None:
-            model = _pass_of(recipe).equip(model, recipe.decisions)
+            model = _pass_of(recipe).on_load(model, recipe.decisions)
     return model
 
 
@@ -50,9 +50,9 @@ def _stored_model(store: ArtifactStore, base: Base, chain: Sequence[Recipe]) -> 
         return OnnxModel(folder / ONNX_FILE, base.spec)
     from leanserve.passes.toolkit.ties import load_tensors, read_tensors
 
-    module = base.build()
+    module = base.torch_module()
     for recipe in chain[1 : chain.index(holder) + 1]:
-        module = _pass_of(recipe).restructure(module, recipe.decisions)
+        module = _pass_of(recipe).rebuild_structure(module, recipe.decisions)
     load_tensors(module, read_tensors(folder / TORCH_FILE)[0])
     return TorchModel(module.eval(), base.spec)
 

@@ -116,7 +116,7 @@ PAIR_GAIN = 0.97
 of two threads loses more to all else on its cores, for a thread that is interrupted makes the other wait."""
 
 
-class SideBySide(BaseModel):
+class BenchmarkResult(BaseModel):
     """Speed of several artifacts, interleaved in one run on one machine, so that its ratios can be trusted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

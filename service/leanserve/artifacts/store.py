@@ -30,7 +30,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from leanserve.artifacts.manifest import Manifest, Measurement, Quality, Recipe, SideBySide
+from leanserve.artifacts.manifest import BenchmarkResult, Manifest, Measurement, Quality, Recipe
 from leanserve.artifacts.sealed import Document, seal, unseal
 from leanserve.contracts import Model, TorchModel
 from leanserve.disk import may_write, sha256_of
@@ -95,7 +95,7 @@ class ArtifactStore:
         """
         return _found(self.folder(key) / "quality.json", key, Measurement)
 
-    def manifest(self, key: str, race: SideBySide) -> Manifest | None:
+    def manifest(self, key: str, race: BenchmarkResult) -> Manifest | None:
         """Recipe, answers and speed together; `None` unless all are there and, if that can be mended, of one machine.
 
         Raises:
@@ -110,24 +110,24 @@ class ArtifactStore:
         quality = Quality.model_validate(measured.fidelity.model_dump() | speed)
         return Manifest(**recipe.model_dump(), quality=quality, cpu=race.cpu, threads=race.threads)
 
-    def side_by_side(self, keys: Sequence[str], threads: int) -> SideBySide | None:
+    def benchmark(self, keys: Sequence[str], threads: int) -> BenchmarkResult | None:
         """The latencies of exactly these artifacts, if they were measured together on this machine.
 
         Raises:
             ArtifactCorrupt: the document is damaged, or belongs to other artifacts or another machine.
         """
         path = self._race(keys, cpu_name(), threads)
-        return _found(path, path.name, SideBySide)
+        return _found(path, path.name, BenchmarkResult)
 
-    def side_by_side_elsewhere(self, keys: Sequence[str]) -> list[SideBySide]:
+    def side_by_side_elsewhere(self, keys: Sequence[str]) -> list[BenchmarkResult]:
         """The same as measured on any machines, as far as it is intact."""
         found = []
         for path in sorted((self.root / "races").glob(f"{_digest(sorted(keys))}.*")):
             with suppress(ArtifactCorrupt):
-                found.append(unseal(path, path.name, SideBySide))
+                found.append(unseal(path, path.name, BenchmarkResult))
         return found
 
-    def keep_side_by_side(self, keys: Sequence[str], race: SideBySide) -> None:
+    def keep_benchmark(self, keys: Sequence[str], race: BenchmarkResult) -> None:
         """Store latencies that were measured together; call it under the lock `race`."""
         path = self._race(keys, race.cpu, race.threads)
         self._keep(path, path.name, race, "race")

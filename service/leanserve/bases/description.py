@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from leanserve.artifacts.sealed import seal, unseal
 from leanserve.config.base_section import ImageInput, TextInput
-from leanserve.contracts import Field, InputSpec, Meaning, RowsTogether
+from leanserve.contracts import Meaning, ModelSpec, RowsTogether, TensorSpec
 from leanserve.disk import may_write
 from leanserve.errors import ArtifactCorrupt, ConfigError
 
@@ -32,7 +32,7 @@ name, that it has as many numbers as there are labels, the kind of base it belon
 
 
 class Tensor(BaseModel):
-    """A `contracts.Field` as JSON. An output may have no name before `bases.meanings.settled` gave it one."""
+    """A `contracts.TensorSpec` as JSON. An output may have no name before `bases.meanings.settled` gave it one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,9 +43,9 @@ class Tensor(BaseModel):
     meaning: Meaning = "values"
     evidence: Evidence = "none"
 
-    def field(self) -> Field:
+    def field(self) -> TensorSpec:
         """As the contracts know it."""
-        return Field(self.name, self.dtype, self.shape, self.pad, meaning=self.meaning)
+        return TensorSpec(self.name, self.dtype, self.shape, self.pad, meaning=self.meaning)
 
 
 class Description(BaseModel):
@@ -70,9 +70,9 @@ class Description(BaseModel):
     caveats: tuple[str, ...] = ()
     """What everyone who sees a result must know, such as `untrained`."""
 
-    def spec(self) -> InputSpec:
+    def spec(self) -> ModelSpec:
         """The tensors and labels as the contracts know them."""
-        return InputSpec(
+        return ModelSpec(
             tuple(item.field() for item in self.inputs),
             tuple(item.field() for item in self.outputs),
             self.labels,

@@ -1,4 +1,4 @@
-"""The input tensors that the config declares: by a picture's size, by a tokenizer, or one by one."""
+"""The input tensors that the config declares: by an image's size, by a tokenizer, or one by one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MASKED_TEXT = (
 
 
 def image_tensor(image: ImageInput) -> Tensor:
-    """The input of a model of pictures, float32 [C, H, W]."""
+    """The input of a model of images, float32 [C, H, W]."""
     width, height = image.size
     return Tensor(name="image", dtype="float32", shape=(3 if image.mode == "RGB" else 1, height, width))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from leanserve.bases.description import Tensor
 from leanserve.codecs.text import TextCodec
-from leanserve.contracts import Array, Arrays, Batch, Codec, Data, InputSpec, Model, Split, TorchModel
+from leanserve.contracts import Array, Arrays, Batch, Codec, Data, Model, ModelSpec, Split, TorchModel
 from leanserve.errors import StartupError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class LoadedBase:
     """A `contracts.Base`."""
 
     name: str
-    spec: InputSpec
+    spec: ModelSpec
     codec: Codec
     origin: str
     digest: str
@@ -68,7 +68,7 @@ class LoadedBase:
     def model(self) -> Model:
         return self.load()
 
-    def build(self) -> nn.Module:
+    def torch_module(self) -> nn.Module:
         model = self.load()
         if not isinstance(model, TorchModel):
             raise StartupError(f"the base '{self.name}' is an ONNX file; there is no torch module of it")

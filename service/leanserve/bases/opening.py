@@ -18,7 +18,7 @@ from leanserve.bases.sources.onnx_file import OnnxSource
 from leanserve.bases.sources.python_module import PythonSource
 from leanserve.bases.sources.timm_model import TimmSource
 from leanserve.bases.sources.transformers_model import TransformersSource
-from leanserve.codecs.answers import Answers
+from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.arrays import ArrayCodec
 from leanserve.codecs.images import ImageCodec
 from leanserve.codecs.text import TextCodec
@@ -34,7 +34,7 @@ from leanserve.config.base_section import (
 )
 from leanserve.config.data_section import AnyData
 from leanserve.config.section import Section
-from leanserve.contracts import Codec, InputSpec, Model, RowsTogether
+from leanserve.contracts import Codec, Model, ModelSpec, RowsTogether
 from leanserve.errors import ConfigError
 from leanserve.scoring import score_of
 
@@ -52,7 +52,7 @@ class Source(Protocol):
             ConfigError: something cannot be found out; the text names the key that tells it.
         """
 
-    def model(self, spec: InputSpec) -> Model:
+    def model(self, spec: ModelSpec) -> Model:
         """The model itself, fresh: weights loaded, eval mode, float32, on the CPU."""
 
 
@@ -159,11 +159,11 @@ def _caveats(origin: Origin, description: Description) -> tuple[str, ...]:
     return description.caveats + apart + synthetic
 
 
-def _bounded(spec: InputSpec, codec: Codec) -> InputSpec:
+def _bounded(spec: ModelSpec, codec: Codec) -> ModelSpec:
     """With the values that tokens may have: clients of the tensor protocol send ids of their own."""
     if not isinstance(codec, TextCodec):
         return spec
-    return replace(spec, fields=tuple(replace(item, values=codec.values_of(item)) for item in spec.fields))
+    return replace(spec, inputs=tuple(replace(item, values=codec.values_of(item)) for item in spec.inputs))
 
 
 def open_source(base: ShippedBase | BroughtBase, folder: Path) -> Source:
@@ -177,9 +177,9 @@ def open_source(base: ShippedBase | BroughtBase, folder: Path) -> Source:
     return SOURCES[type(base)](base, folder)
 
 
-def codec_of(description: Description, spec: InputSpec) -> Codec:
+def codec_of(description: Description, spec: ModelSpec) -> Codec:
     """What turns requests into the inputs of the model, and its outputs into answers."""
-    answers = Answers(spec)
+    answers = AnswerEncoder(spec)
     if description.image is not None:
         return ImageCodec(answers=answers, **description.image.model_dump())
     if description.text is not None:

@@ -17,7 +17,7 @@ import numpy as np
 from leanserve.bases.description import Tensor
 from leanserve.bases.meanings import guessed
 from leanserve.comparison import largest_difference, largest_finite
-from leanserve.contracts import Array, Arrays, InputSpec, RowsTogether
+from leanserve.contracts import Array, Arrays, ModelSpec, RowsTogether
 from leanserve.errors import ConfigError
 from leanserve.runtime.assembly import dynamic_axes, join, trim
 
@@ -39,7 +39,7 @@ ONE = "Mend that, or say base.rows: one, and every row runs by itself"
 ONE_LENGTH = "Mend that, or say base.rows: one_length, and only rows of equal length share a batch"
 
 
-class Answer(NamedTuple):
+class OutputPair(NamedTuple):
     """One output of two models for the same rows."""
 
     name: str
@@ -59,7 +59,7 @@ def probe(
     Raises:
         ConfigError: it does not run on batches of 1 and of 3 rows, gives no arrays of numbers, or mixes up the rows.
     """
-    spec = InputSpec(tuple(item.field() for item in inputs), (), rows=rows)
+    spec = ModelSpec(tuple(item.field() for item in inputs), (), rows=rows)
     most = spec.most_rows(ROWS)
     together = or_row_by_row(lambda rows: _attempt(run, spec.example(rows, LENGTHS[0]), names), most)
     dynamic = any(None in item.shape for item in inputs)
@@ -98,7 +98,7 @@ def check_rows(
         ConfigError: it does not; the text says in which company, and which value of `base.rows` it can be served with.
     """
     fields = tuple(item.field() for item in inputs)
-    trial = _Trial(run, InputSpec(fields, ()), names, tolerance)
+    trial = _Trial(run, ModelSpec(fields, ()), names, tolerance)
     trial.answer_twice()
     if rows != "one":
         trial.share_a_batch()
@@ -109,7 +109,7 @@ def check_rows(
 class _Trial:
     """Two rows whose answers alone are known, and what becomes of these in company."""
 
-    def __init__(self, run: Run, spec: InputSpec, names: Sequence[str], tolerance: float) -> None:
+    def __init__(self, run: Run, spec: ModelSpec, names: Sequence[str], tolerance: float) -> None:
         self._run = run
         self._spec = spec
         self._names = names
@@ -164,7 +164,7 @@ class _Trial:
 
     def _row(self, length: int, seed: int) -> Arrays:
         drawn = self._spec.example(1, length, seed)
-        pairs = zip(self._spec.fields, drawn, strict=True)
+        pairs = zip(self._spec.inputs, drawn, strict=True)
         return tuple(np.ones_like(array) if item.name == MASK else array for item, array in pairs)
 
     def _answers(self, batch: Arrays) -> list[Array]:
@@ -172,7 +172,7 @@ class _Trial:
 
     def _change(self, one: Sequence[Array], other: Sequence[Array]) -> str | None:
         pairs = zip(self._names, one, other, strict=True)
-        reasons = (differs(Answer(name, theirs, ours), self._tolerance) for name, ours, theirs in pairs)
+        reasons = (differs(OutputPair(name, theirs, ours), self._tolerance) for name, ours, theirs in pairs)
         return next(filter(None, reasons), None)
 
 
@@ -186,7 +186,7 @@ def _varying(short: Sequence[Array], long: Sequence[Array]) -> list[tuple[int, i
     return [(index, axis) for index, (a, b) in pairs for axis in range(a.ndim) if a.shape[axis] != b.shape[axis]]
 
 
-def differs(answer: Answer, tolerance: float = TOLERANCE) -> str | None:
+def differs(answer: OutputPair, tolerance: float = TOLERANCE) -> str | None:
     """How one output differs from the other, as text; `None` if it does not."""
     if answer.one.shape != answer.other.shape:
         return f"output '{answer.name}' has shape {list(answer.one.shape)}, not {list(answer.other.shape)}"

@@ -18,7 +18,7 @@ from leanserve.bases.description import Description, Tensor
 from leanserve.bases.inputs import image_input
 from leanserve.bases.meanings import settled
 from leanserve.config.base_section import ImageFiles, ImageInput, ShippedBase, TextInput, TimmBase
-from leanserve.contracts import Array, ArrayData, Arrays, Data, InputSpec, Json, Split, TorchModel
+from leanserve.contracts import Array, ArrayData, Arrays, Data, Json, ModelSpec, Split, TorchModel
 from leanserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class ModuleSource:
             max_length=512 if text is None else text["max_length"],
         )
 
-    def model(self, spec: InputSpec) -> TorchModel:
+    def model(self, spec: ModelSpec) -> TorchModel:
         return TorchModel(self.module.build(), spec)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from leanserve.bases.description import Tensor
 from leanserve.bases.meanings import Operator, guessed, proven
 from leanserve.bases.probing import Run, check_rows, or_row_by_row
-from leanserve.contracts import Array, Arrays, InputSpec, RowsTogether
+from leanserve.contracts import Array, Arrays, ModelSpec, RowsTogether
 from leanserve.errors import ConfigError
 from leanserve.memory import is_out_of_memory
 
@@ -51,7 +51,7 @@ def traced_outputs(
     Raises:
         ConfigError: it does not run on these inputs, gives no tensors, or mixes up the rows.
     """
-    spec = InputSpec(tuple(item.field() for item in inputs), (), rows=rows)
+    spec = ModelSpec(tuple(item.field() for item in inputs), (), rows=rows)
     attempts = (partial(_run, module, spec, length, remedy) for _, length in RUNS)
     small, large = (
         or_row_by_row(attempt, spec.most_rows(most)) for attempt, (most, _) in zip(attempts, RUNS, strict=True)
@@ -92,7 +92,7 @@ def _unlike(name: str, others: Sequence[str]) -> str:
     return next(free for free in numbered if free not in others)
 
 
-def last_operators(module: nn.Module, spec: InputSpec, outputs: int) -> list[Operator | None]:
+def last_operators(module: nn.Module, spec: ModelSpec, outputs: int) -> list[Operator | None]:
     """The operator by which every output ends, where it is one that tells what the output means.
 
     Autograd remembers nothing unless some weight asks for a gradient, or without weights an input. A module that does
@@ -149,13 +149,13 @@ def _as_array(item: Any) -> Any:
     return (item.float() if item.dtype == torch.bfloat16 else item).numpy()  # numpy has no bfloat16
 
 
-def _run(module: nn.Module, spec: InputSpec, length: int, remedy: str, rows: int) -> list[tuple[str, Any]]:
+def _run(module: nn.Module, spec: ModelSpec, length: int, remedy: str, rows: int) -> list[tuple[str, Any]]:
     import torch
 
     from leanserve.bases.modules.tensor_outputs import named_tensors
 
     batch = spec.example(rows, length)
-    shapes = ", ".join(f"{item.name} {list(array.shape)}" for item, array in zip(spec.fields, batch, strict=True))
+    shapes = ", ".join(f"{item.name} {list(array.shape)}" for item, array in zip(spec.inputs, batch, strict=True))
     try:
         with torch.inference_mode():
             outputs = module(*(torch.from_numpy(array) for array in batch))

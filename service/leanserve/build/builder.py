@@ -12,27 +12,27 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from leanserve.artifacts.load import load_model
-from leanserve.artifacts.manifest import Manifest, Measurement, Recipe, SideBySide, VariantReport
+from leanserve.artifacts.manifest import BenchmarkResult, Manifest, Measurement, Recipe, VariantReport
 from leanserve.artifacts.store import ONNX_FILE, ArtifactStore, checksums, write_model
-from leanserve.build.cache_key import Step, steps_of, versions_of
+from leanserve.build.cache_key import RecipeStep, steps_of, versions_of
 from leanserve.build.model_size import model_size
 from leanserve.build.progress import BuildProgress
 from leanserve.config.schema import ServiceConfig, VariantConfig
 from leanserve.contracts import Base, BuildContext, Model, OnnxModel, TorchModel
 from leanserve.errors import ArtifactCorrupt, GateFailed, PassFailed, StartupError
-from leanserve.evaluation.quality import Answers, gate_reason, measure, race
+from leanserve.evaluation.quality import GateOutputs, gate_reason, measure, race
 from leanserve.hardware import cpu_name, isa_flags
 from leanserve.memory import is_out_of_memory
 from leanserve.passes.base import Applied, Pass
 
-Measured = TypeVar("Measured", Measurement, SideBySide)
+Measured = TypeVar("Measured", Measurement, BenchmarkResult)
 
 
 @dataclass(frozen=True)
 class Plan:
     """Every variant with its chain of steps."""
 
-    chains: tuple[tuple[VariantConfig, tuple[Step, ...]], ...]
+    chains: tuple[tuple[VariantConfig, tuple[RecipeStep, ...]], ...]
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -53,12 +53,12 @@ def plan(config: ServiceConfig, base: Base) -> Plan:
     """
     for variant in config.variants:
         for position, pass_ in enumerate(variant.passes, start=1):
-            if reason := pass_.refusal(isa_flags()):
+            if reason := pass_.unsupported_reason(isa_flags()):
                 raise PassFailed(f"{_where(variant, pass_, position)}: {reason}")
     return Plan(tuple((variant, steps_of(config, base, variant)) for variant in config.variants))
 
 
-def speeds(store: ArtifactStore, work: Plan, threads: int) -> SideBySide | None:
+def stored_benchmark(store: ArtifactStore, work: Plan, threads: int) -> BenchmarkResult | None:
     """What was measured side by side on this machine, with lanes too if there are threads for several.
 
     Where that is missing from a cache that cannot be written: what was measured on another machine, if possible with as
@@ -67,7 +67,7 @@ def speeds(store: ArtifactStore, work: Plan, threads: int) -> SideBySide | None:
     Raises:
         ArtifactCorrupt: the measurement of this machine is damaged.
     """
-    here = store.side_by_side(work.keys, threads)
+    here = store.benchmark(work.keys, threads)
     if here is not None and _with_lanes(here, work):
         return here
     elsewhere = [] if store.writable else store.side_by_side_elsewhere(work.keys)
@@ -78,7 +78,7 @@ def speeds(store: ArtifactStore, work: Plan, threads: int) -> SideBySide | None:
 def shortfall(store: ArtifactStore, work: Plan, threads: int) -> str | None:
     """What has to be built or measured before anything can be served, in words; `None`: nothing."""
     try:
-        race = speeds(store, work, threads)
+        race = stored_benchmark(store, work, threads)
         for variant, steps in work.chains:
             for step in steps:
                 if race is None or store.manifest(step.key, race) is None:
@@ -91,7 +91,7 @@ def shortfall(store: ArtifactStore, work: Plan, threads: int) -> str | None:
 
 def machines(store: ArtifactStore, work: Plan, threads: int) -> list[str]:
     """Where the reported numbers were measured, if not here: a processor and its threads each."""
-    race = speeds(store, work, threads)
+    race = stored_benchmark(store, work, threads)
     measured = [race, *(store.measurement(key) for key in work.keys)]
     found = {(item.cpu, item.threads) for item in measured if item is not None} - {(cpu_name(), threads)}
     return [f"{cpu} with {count} thread{'s' if count > 1 else ''}" for cpu, count in sorted(found)]
@@ -104,7 +104,7 @@ def reports(store: ArtifactStore, config: ServiceConfig, work: Plan, threads: in
         GateFailed: a variant fails a gate that says `on_fail: abort`.
         ArtifactCorrupt: an artifact is missing or damaged.
     """
-    race = speeds(store, work, threads)
+    race = stored_benchmark(store, work, threads)
     manifests = {key: store.manifest(key, race) for key in work.keys} if race else {}
     found = []
     for variant, steps in work.chains:
@@ -115,7 +115,7 @@ def reports(store: ArtifactStore, config: ServiceConfig, work: Plan, threads: in
     return found
 
 
-def _with_lanes(race: SideBySide, work: Plan) -> bool:
+def _with_lanes(race: BenchmarkResult, work: Plan) -> bool:
     return race.threads == 1 or set(work.served) <= race.lane_rates.keys()
 
 
@@ -139,7 +139,7 @@ class Builder:
         self._base = base
         self._threads = threads
         self._progress = progress
-        self._reference: Answers | None = None
+        self._reference: GateOutputs | None = None
 
     def build(self, work: Plan) -> None:
         """Build all variants; what exists is verified and used, what is damaged is rebuilt with a message.
@@ -159,7 +159,7 @@ class Builder:
                 try:
                     model = self._advance(step, model, variant.name)
                 except PassFailed as error:
-                    where = _where(variant, step.step, step.position) if step.step else f"base '{self._base.name}'"
+                    where = _where(variant, step.pass_, step.position) if step.pass_ else f"base '{self._base.name}'"
                     raise PassFailed(f"{where}: {error}") from error
                 done.add(step.key)
         self._compare(work)
@@ -167,11 +167,11 @@ class Builder:
     def _compare(self, work: Plan) -> None:
         """Time all artifacts side by side, unless that was done; two builders never time at once."""
         with self._store.lock("race"), self._progress.artifact(None, "all, side by side"):
-            if self._intact(lambda: speeds(self._store, work, self._threads)) is None:
+            if self._intact(lambda: stored_benchmark(self._store, work, self._threads)) is None:
                 measured = race(self._store, self._base, work.keys, work.served, self._threads)
-                self._store.keep_side_by_side(work.keys, measured)
+                self._store.keep_benchmark(work.keys, measured)
 
-    def _advance(self, step: Step, model: Model | None, variant: str) -> Model | None:
+    def _advance(self, step: RecipeStep, model: Model | None, variant: str) -> Model | None:
         """Make sure that one artifact exists and is measured; returns its model if it had to be made."""
         kind = _kind(step)
         with self._store.lock(step.key), self._progress.artifact(variant, kind):
@@ -204,10 +204,10 @@ class Builder:
             self._progress.say(f"damaged measurement is taken again: {error}")
             return None
 
-    def _make(self, step: Step, model: Model | None) -> Model:
+    def _make(self, step: RecipeStep, model: Model | None) -> Model:
         applied, seconds = self._apply(step, model)
         with self._store.workspace(step.key) as folder:
-            if step.step is None or step.step.phase == "build":
+            if step.pass_ is None or step.pass_.phase == "build":
                 write_model(applied.model, folder)
             self._store.publish(folder, self._recipe(step, applied, seconds, checksums(folder)))
         if isinstance(applied.model, OnnxModel):
@@ -215,9 +215,9 @@ class Builder:
             return replace(applied.model, path=self._store.folder(holder.key) / ONNX_FILE)
         return applied.model
 
-    def _apply(self, step: Step, model: Model | None) -> tuple[Applied, float]:
+    def _apply(self, step: RecipeStep, model: Model | None) -> tuple[Applied, float]:
         """The artifact's model and the seconds that making it took."""
-        if step.parent is None or step.step is None:
+        if step.parent is None or step.pass_ is None:
             started = time.perf_counter()
             return Applied(self._base.model()), time.perf_counter() - started
         parent = model or load_model(self._store, self._base, step.parent)
@@ -225,7 +225,7 @@ class Builder:
         context = BuildContext(self._base, self._config.seed, self._threads, scratch, self._progress)
         started = time.perf_counter()
         try:
-            return step.step.apply(parent, context), time.perf_counter() - started
+            return step.pass_.apply(parent, context), time.perf_counter() - started
         except StartupError:
             raise
         except ModuleNotFoundError as error:
@@ -235,7 +235,7 @@ class Builder:
             what = "memory ran out in the pass" if is_out_of_memory(error) else type(error).__name__
             raise PassFailed(f"{what}: {error}") from error
 
-    def _recipe(self, step: Step, applied: Applied, seconds: float, files: dict[str, str]) -> Recipe:
+    def _recipe(self, step: RecipeStep, applied: Applied, seconds: float, files: dict[str, str]) -> Recipe:
         parent = self._store.recipe(step.parent) if step.parent else None
         # Lowering to ONNX and what follows it change neither.
         same = parent if isinstance(applied.model, OnnxModel) else None
@@ -244,16 +244,16 @@ class Builder:
             key=step.key,
             parent=step.parent,
             base=self._base.name,
-            kind=step.step.kind if step.step else None,
-            options=step.step.model_dump(mode="json") if step.step else {},
+            kind=step.pass_.kind if step.pass_ else None,
+            options=step.pass_.model_dump(mode="json") if step.pass_ else {},
             decisions=dict(applied.decisions),
             facts=dict(applied.facts),
-            simulated=step.step.simulated if step.step else False,
+            simulated=step.pass_.simulated if step.pass_ else False,
             files=files,
             parameters=parameters,
             macs=macs,
             seconds=seconds,
-            versions=versions_of(("leanserve", *(step.step.libraries if step.step else _runtime(applied.model)))),
+            versions=versions_of(("leanserve", *(step.pass_.libraries if step.pass_ else _runtime(applied.model)))),
             isa=sorted(isa_flags()),
         )
 
@@ -265,7 +265,7 @@ class Builder:
         self._store.attach(recipe.key, measurement)
         return measurement
 
-    def _base_answers(self, recipe: Recipe) -> Answers:
+    def _base_answers(self, recipe: Recipe) -> GateOutputs:
         """The base's outputs on the gate split; run again if the base itself came from the cache."""
         if self._reference is None:
             root = self._store.chain(recipe.key)[0]
@@ -284,8 +284,8 @@ def _set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _kind(step: Step) -> str:
-    return step.step.kind if step.step else "base"
+def _kind(step: RecipeStep) -> str:
+    return step.pass_.kind if step.pass_ else "base"
 
 
 def _where(variant: VariantConfig, pass_: Pass, position: int) -> str:

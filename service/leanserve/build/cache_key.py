@@ -26,21 +26,21 @@ FORMAT = 2
 
 
 @dataclass(frozen=True)
-class Step:
-    """One prefix of a variant: the artifact `key` is made by `step` (`None` for the base) from `parent`."""
+class RecipeStep:
+    """One prefix of a variant: the artifact `key` is made by `pass_` (`None` for the base) from `parent`."""
 
     key: str
     parent: str | None
-    step: Pass | None
+    pass_: Pass | None
     position: int
 
 
-def steps_of(config: ServiceConfig, base: Base, variant: VariantConfig) -> tuple[Step, ...]:
+def steps_of(config: ServiceConfig, base: Base, variant: VariantConfig) -> tuple[RecipeStep, ...]:
     """The base and every prefix of the variant's passes, in building order."""
-    steps = [Step(_digest({"format": FORMAT, "base": base.digest}), None, None, 0)]
+    steps = [RecipeStep(_digest({"format": FORMAT, "base": base.digest}), None, None, 0)]
     for position, pass_ in enumerate(variant.passes, start=1):
         parent = steps[-1].key
-        steps.append(Step(_digest(_ingredients(pass_, parent, config.seed)), parent, pass_, position))
+        steps.append(RecipeStep(_digest(_ingredients(pass_, parent, config.seed)), parent, pass_, position))
     return tuple(steps)
 
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from leanserve.contracts import Array, Arrays, InputSpec, Json, Meaning
+from leanserve.contracts import Array, Arrays, Json, Meaning, ModelSpec
 from leanserve.errors import BackendFailed, ConfigError
 
 MANY_LABELS, BEST = 20, 5
@@ -16,14 +16,14 @@ MANY_LABELS, BEST = 20, 5
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
+class AnswerEncoder:
     """Encodes outputs by what the spec says they mean.
 
     With labels, the output that they name tells the best of them and the probabilities. Without labels, an embedding
     that is the only output is told as one; anything else by the names of the outputs.
     """
 
-    spec: InputSpec
+    spec: ModelSpec
 
     def __post_init__(self) -> None:
         spec = self.spec

@@ -1,4 +1,4 @@
-"""Arrays in: the codec of models that take neither pictures nor texts, but tensors as they are.
+"""Arrays in: the codec of models that take neither images nor texts, but tensors as they are.
 
 Bodies:
 - `application/json`: `{"inputs": nested lists}` for a model of one input, `{"inputs": {"name": nested lists, ...}}` for
@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
-from leanserve.codecs.answers import Answers
+from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.nested import array_of, refuse, sizes_of
 from leanserve.codecs.numpy_files import array_in, arrays_in
 from leanserve.codecs.tensors import clip
-from leanserve.contracts import Array, Arrays, Decoded, Field, Json
+from leanserve.contracts import Array, Arrays, Decoded, Json, TensorSpec
 from leanserve.errors import BadInput, BodyTooLarge, UnsupportedMediaType
 
 JSON = "application/json"
@@ -44,13 +44,13 @@ class Input(NamedTuple):
 class ArrayCodec:
     """Codec of a base with any inputs. `max_elements` bounds each of them, padding included."""
 
-    answers: Answers
+    answers: AnswerEncoder
     max_elements: int = 2**24
 
     @property
-    def fields(self) -> tuple[Field, ...]:
+    def fields(self) -> tuple[TensorSpec, ...]:
         """The inputs of the model, in its order."""
-        return self.answers.spec.fields
+        return self.answers.spec.inputs
 
     @property
     def media_types(self) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ class ArrayCodec:
         """One answer per row, see `leanserve.codecs.answers`."""
         return self.answers.encode(outputs)
 
-    def _by_name(self, inputs: Any) -> list[tuple[Field, Any, str]]:
+    def _by_name(self, inputs: Any) -> list[tuple[TensorSpec, Any, str]]:
         """Each field with what was sent for it and where that stands."""
         names = [item.name for item in self.fields]
         if not isinstance(inputs, Mapping):
@@ -97,7 +97,7 @@ class ArrayCodec:
                 raise BadInput(f"inputs: the input {name!r} is missing")
         return [(item, inputs[item.name], f"inputs.{item.name}") for item in self.fields]
 
-    def _parsed(self, item: Field, value: Json, where: str) -> Input:
+    def _parsed(self, item: TensorSpec, value: Json, where: str) -> Input:
         """Nested lists as one input."""
         sizes, axes = sizes_of(value), len(item.shape)
         if len(sizes) not in {axes, axes + 1} or 0 in sizes:
@@ -112,7 +112,7 @@ class ArrayCodec:
             return Input(whole, many, _lengths(item, [whole[0]] * len(rows)))
         return self._padded(item, [_row(item, row, f"{where}[{i}]" if many else where) for i, row in enumerate(rows)])
 
-    def _padded(self, item: Field, rows: Sequence[Array]) -> Input:
+    def _padded(self, item: TensorSpec, rows: Sequence[Array]) -> Input:
         """Rows that are right in themselves but differ in size."""
         if item.shape.count(None) > 1:
             differing = next((row for row in rows if row.shape != rows[0].shape), rows[0])
@@ -127,7 +127,7 @@ class ArrayCodec:
             place[tuple(slice(0, size) for size in row.shape)] = row
         return Input(batch, lengths=_lengths(item, rows), many=True)
 
-    def _checked(self, item: Field, array: Array, where: str) -> Input:
+    def _checked(self, item: TensorSpec, array: Array, where: str) -> Input:
         """An array from a file as one input."""
         axes = len(item.shape)
         if array.ndim not in {axes, axes + 1} or 0 in array.shape:
@@ -156,7 +156,7 @@ class ArrayCodec:
         batch = np.frombuffer(body, dtype).reshape(rows, *shape)
         return Decoded((_converted(item, batch, "the body"),), many=rows > 1)
 
-    def _bound(self, item: Field, shape: Sequence[int]) -> None:
+    def _bound(self, item: TensorSpec, shape: Sequence[int]) -> None:
         if prod(shape) > self.max_elements:
             raise BodyTooLarge(
                 f"input {item.name!r} has {prod(shape)} elements, padding included; at most {self.max_elements} are "
@@ -177,7 +177,7 @@ def _inputs(body: bytes) -> Json:
     return content["inputs"]
 
 
-def _row(item: Field, row: Json, where: str) -> Array:
+def _row(item: TensorSpec, row: Json, where: str) -> Array:
     sizes, dtype = sizes_of(row), np.dtype(item.dtype)
     if len(sizes) == len(item.shape) and 0 not in sizes:
         fitting = _fitting(item, sizes)
@@ -188,7 +188,7 @@ def _row(item: Field, row: Json, where: str) -> Array:
     raise BadInput(f"{where}: expected a row of shape {_shown(item)}, got {clip(row)}")
 
 
-def _joined(fields: Sequence[Field], inputs: Sequence[Input]) -> Decoded:
+def _joined(fields: Sequence[TensorSpec], inputs: Sequence[Input]) -> Decoded:
     """All inputs as one request: the same rows, of the same lengths."""
     first = inputs[0]
     for item, other in zip(fields, inputs, strict=True):
@@ -207,20 +207,20 @@ def _told(given: Input) -> str:
     return f"a list of {len(given.batch)} rows" if given.many else "a single row"
 
 
-def _fitting(item: Field, sizes: Sequence[int]) -> tuple[int, ...]:
+def _fitting(item: TensorSpec, sizes: Sequence[int]) -> tuple[int, ...]:
     """The sizes that a row must have; what the field leaves open is taken from the row."""
     padded = (*sizes, *[1] * len(item.shape))
     return tuple(found if size is None else size for size, found in zip(item.shape, padded, strict=False))
 
 
-def _lengths(item: Field, rows: Sequence[Array]) -> tuple[int, ...] | None:
+def _lengths(item: TensorSpec, rows: Sequence[Array]) -> tuple[int, ...] | None:
     if item.shape.count(None) != 1:
         return None
     axis = item.shape.index(None)
     return tuple(row.shape[axis] for row in rows)
 
 
-def _converted(item: Field, batch: Array, where: str) -> Array:
+def _converted(item: TensorSpec, batch: Array, where: str) -> Array:
     """To the field's dtype, as JSON numbers would be: floats from any number, integers from integers in range."""
     wanted = np.dtype(item.dtype)
     able = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[wanted.kind]
@@ -241,5 +241,5 @@ def _converted(item: Field, batch: Array, where: str) -> Array:
     return array
 
 
-def _shown(item: Field) -> str:
+def _shown(item: TensorSpec) -> str:
     return "[" + ", ".join("any" if size is None else str(size) for size in item.shape) + "]"

@@ -231,8 +231,8 @@ class _Bits:
 def _largest_frame(payload: bytes) -> int:
     """Pixels of the largest frame that a sequence header allows."""
     bits = _Bits(payload)
-    bits.take(4)  # profile, still picture
-    if bits.take(1):  # reduced header of a still picture
+    bits.take(4)  # profile, still image
+    if bits.take(1):  # reduced header of a still image
         bits.take(5)
     else:
         _skip_operating_points(bits)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from leanserve.codecs.tensors import Port, ports
-from leanserve.contracts import InputSpec, Json
+from leanserve.contracts import Json, ModelSpec
 
 
 @dataclass(slots=True)
@@ -64,19 +64,19 @@ class Counters:
     batches: dict[int, Compute] = field(default_factory=dict)
 
 
-def model_metadata(spec: InputSpec, name: str, versions: Sequence[str], platform: str) -> dict[str, Json]:
+def model_metadata(spec: ModelSpec, name: str, versions: Sequence[str], platform: str) -> dict[str, Json]:
     """`GET /v2/models/N`: the tensors with their whole shapes, the rows leading; -1 marks an axis that varies."""
     return {
         "name": name,
         "versions": list(versions),
         "platform": platform,
-        "inputs": [_metadata(port) for port in ports(spec.fields).values()],
+        "inputs": [_metadata(port) for port in ports(spec.inputs).values()],
         "outputs": [_metadata(port) for port in ports(spec.outputs).values()],
     }
 
 
 def model_config(
-    spec: InputSpec, name: str, platform: str, max_rows: int, batch_rows: Sequence[int] = (), max_delay_us: int = 0
+    spec: ModelSpec, name: str, platform: str, max_rows: int, batch_rows: Sequence[int] = (), max_delay_us: int = 0
 ) -> dict[str, Json]:
     """`GET /v2/models/N/config`: as the metadata, but `dims` are those of one row.
 
@@ -87,7 +87,7 @@ def model_config(
         "name": name,
         "platform": platform,
         "max_batch_size": max_rows,
-        "input": [_config(port) for port in ports(spec.fields).values()],
+        "input": [_config(port) for port in ports(spec.inputs).values()],
         "output": [_config(port) for port in ports(spec.outputs).values()],
         "dynamic_batching": {
             "preferred_batch_size": list(batch_rows),

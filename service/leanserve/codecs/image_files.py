@@ -38,7 +38,7 @@ _TURNS = {
 
 
 @dataclass(frozen=True, slots=True)
-class PictureFile:
+class EncodedImage:
     """A file as it was sent: what its sender says it is, its bytes, and where in the request it stands."""
 
     media_type: str
@@ -49,7 +49,7 @@ class PictureFile:
         return f"{self.where} ({len(self.content)} bytes)"
 
 
-class Picture(NamedTuple):
+class OpenedImage(NamedTuple):
     """An image whose size is known, decoded or not.
 
     `work`: pixels that decoding goes over, 0 for those that it has; `told`: why these are more, for an error.
@@ -61,7 +61,7 @@ class Picture(NamedTuple):
     told: str = ""
 
 
-def opened(file: PictureFile, names: Collection[FormatName]) -> Picture:
+def opened(file: EncodedImage, names: Collection[FormatName]) -> OpenedImage:
     """The image with its header read and no pixel decoded.
 
     Raises:
@@ -80,9 +80,9 @@ def opened(file: PictureFile, names: Collection[FormatName]) -> Picture:
     return _weighed(image, file, work)
 
 
-def decoded(picture: Picture, mode: str, orientation: Orientation) -> Image.Image:
+def decoded(received: OpenedImage, mode: str, orientation: Orientation) -> Image.Image:
     """All pixels, in 8 bits grey (`L`) or `RGB`; of an animation the first frame. Raises `BadInput`."""
-    image = picture.image
+    image = received.image
     try:
         image.load()
         return in_mode(upright(image) if orientation == "exif" else image, mode)
@@ -90,7 +90,7 @@ def decoded(picture: Picture, mode: str, orientation: Orientation) -> Image.Imag
         raise
     except Exception as error:
         raise BadInput(
-            f"{picture.where}: the {image.format} image ({image.width} x {image.height}) cannot be decoded: "
+            f"{received.where}: the {image.format} image ({image.width} x {image.height}) cannot be decoded: "
             f"{_reason(error)}"
         ) from error
 
@@ -119,7 +119,7 @@ def upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _weighed(image: ImageFile, file: PictureFile, work: int) -> Picture:
+def _weighed(image: ImageFile, file: EncodedImage, work: int) -> OpenedImage:
     """With the work that decoding it is."""
     size = f"{image.width} x {image.height} pixels"
     if image.format == "JPEG":
@@ -127,11 +127,11 @@ def _weighed(image: ImageFile, file: PictureFile, work: int) -> Picture:
         scans = max(1, file.content.count(_START_OF_SCAN))
         work = image.width * image.height * scans // USUAL_SCANS
         told = f"{size} in {scans} scans are as much work as {work} pixels in {USUAL_SCANS}"
-        return Picture(image, file.where, work, told)
-    return Picture(image, file.where, work, f"to decode its {size} is as much work as {work} of them are")
+        return OpenedImage(image, file.where, work, told)
+    return OpenedImage(image, file.where, work, f"to decode its {size} is as much work as {work} of them are")
 
 
-def _kind(file: PictureFile, names: Collection[FormatName]) -> ImageFormat:
+def _kind(file: EncodedImage, names: Collection[FormatName]) -> ImageFormat:
     """The format whose decoder gets this file."""
     declared, seen = BY_MEDIA_TYPE.get(file.media_type), recognised(file.content)
     if declared is None and file.media_type not in UNTOLD:

@@ -1,15 +1,15 @@
-"""Pictures in: the codec of models of images.
+"""Images in: the codec of models of images.
 
 A body is untrusted: sizes are read from the headers before a pixel is decoded, and whatever is wrong becomes an error
 that says where, before anything reaches a queue. Bodies:
 
-- `image/jpeg`, `image/png`, `image/webp` ... (`leanserve.codecs.image_formats`): one picture; `image/*`,
+- `image/jpeg`, `image/png`, `image/webp` ... (`leanserve.codecs.image_formats`): one image; `image/*`,
   `application/octet-stream` or no type: of these formats, the one that it begins like;
 - `multipart/form-data`: files, see `leanserve.codecs.uploads`;
 - `application/json`: `{"inputs": ...}` with pixels or files in base64, see `leanserve.codecs.pixels`.
 
-All take the same path (orientation -> mode -> resize -> scale -> normalise), so that a picture gets the same answer as
-PNG, as upload and as JSON pixels; docs/pictures.md says it to the bit. Transparency is composited on black, 16-bit grey
+All take the same path (orientation -> mode -> resize -> scale -> normalise), so that an image gets the same answer as
+PNG, as upload and as JSON pixels; docs/images.md says it to the bit. Transparency is composited on black, 16-bit grey
 keeps its upper 8 bits, colour profiles are not applied, and orientation tags are if the config says so.
 """
 
@@ -24,10 +24,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from leanserve.codecs.answers import Answers
-from leanserve.codecs.image_files import UNTOLD, Orientation, Picture, PictureFile, decoded, opened
+from leanserve.codecs.answers import AnswerEncoder
+from leanserve.codecs.image_files import UNTOLD, EncodedImage, OpenedImage, Orientation, decoded, opened
 from leanserve.codecs.image_formats import BY_MEDIA_TYPE, FORMAT_NAMES, FormatName, media_types
-from leanserve.codecs.pixels import Placed, parse_pictures, to_array
+from leanserve.codecs.pixels import Placed, parse_images, to_array
 from leanserve.codecs.uploads import FORM, file_of_json, files_of_form, holds_file
 from leanserve.contracts import Array, Arrays, Decoded, Json
 from leanserve.errors import BodyTooLarge, ConfigError, UnsupportedMediaType
@@ -46,7 +46,7 @@ class ImageCodec:
     """Codec of a base that takes one float32 image field [C, H, W].
 
     `size` is (width, height). `mean` and `std` are per channel, of pixels scaled to 0..1. `orientation` says whether
-    tags turn a picture before everything else, `formats` which files are read. `max_pixels` bounds the pictures of a
+    tags turn an image before everything else, `formats` which files are read. `max_pixels` bounds the images of a
     request together, as sent and while they are resized; each counts at least as much as the model sees.
     """
 
@@ -54,7 +54,7 @@ class ImageCodec:
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    answers: Answers
+    answers: AnswerEncoder
     resize: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
     fit: Literal["stretch", "crop"] = "stretch"
     crop: float = 1.0
@@ -65,7 +65,7 @@ class ImageCodec:
     def __post_init__(self) -> None:
         channels = {"L": 1, "RGB": 3}[self.mode]
         if not len(self.mean) == len(self.std) == channels:
-            raise ConfigError(f"a picture of mode {self.mode} needs {channels} values in mean and in std")
+            raise ConfigError(f"an image of mode {self.mode} needs {channels} values in mean and in std")
 
     @property
     def media_types(self) -> tuple[str, ...]:
@@ -76,36 +76,36 @@ class ImageCodec:
 
         Raises:
             BadInput: the body is not what its media type says; the text says where.
-            BodyTooLarge: the pictures are above `max_pixels`.
+            BodyTooLarge: the images are above `max_pixels`.
             UnsupportedMediaType: none of `media_types`; of parameters, only a form's `boundary` counts.
         """
         kind = media_type.partition(";")[0].strip().lower()
         if kind == JSON:
-            placed, many = parse_pictures(body)
+            placed, many = parse_images(body)
             self._require_room(len(placed))
             return Decoded((self._rows(map(self._from_json, placed)),), many)
         if kind == FORM:
             files = files_of_form(media_type, body, self._most_rows)
             return Decoded((self._rows(map(self._opened, files)),), many=len(files) > 1)
         self._require_taken(kind, media_type)
-        return Decoded((self._rows([self._opened(PictureFile(kind, body, "the body"))]),), many=False)
+        return Decoded((self._rows([self._opened(EncodedImage(kind, body, "the body"))]),), many=False)
 
     def encode(self, outputs: Arrays) -> list[dict[str, Json]]:
         """One answer per row, see `leanserve.codecs.answers`."""
         return self.answers.encode(outputs)
 
-    def row(self, picture: Image.Image) -> Array:
-        """Picture -> float32 [C, H, W], scaled and normalised."""
-        rows = self._rows([Picture(picture, "the picture")])
+    def row(self, image: Image.Image) -> Array:
+        """Image -> float32 [C, H, W], scaled and normalised."""
+        rows = self._rows([OpenedImage(image, "the image")])
         return np.asarray(rows[0])
 
-    def _rows(self, pictures: Iterable[Picture]) -> Array:
-        """Pictures -> float32 [rows, C, H, W]."""
-        waiting = self._bounded(pictures)
+    def _rows(self, images: Iterable[OpenedImage]) -> Array:
+        """Images -> float32 [rows, C, H, W]."""
+        waiting = self._bounded(images)
         mean, std = (np.array(values, dtype=np.float32)[:, None, None] for values in (self.mean, self.std))
         rows = np.empty((len(waiting), len(mean), self.size[1], self.size[0]), np.float32)
         for row in rows:
-            # Each picture goes as soon as it is done: decoded, it is larger than its row.
+            # Each image goes as soon as it is done: decoded, it is larger than its row.
             pixels = np.asarray(self._fitted(decoded(waiting.popleft(), self.mode, self.orientation)))
             planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
             np.divide(planes, np.float32(255), out=row, dtype=np.float32)
@@ -113,14 +113,14 @@ class ImageCodec:
             np.divide(row, std, out=row)
         return rows
 
-    def _opened(self, file: PictureFile) -> Picture:
+    def _opened(self, file: EncodedImage) -> OpenedImage:
         return opened(file, self.formats)
 
-    def _from_json(self, placed: Placed) -> Picture:
+    def _from_json(self, placed: Placed) -> OpenedImage:
         value, where = placed
         if holds_file(value):
             return self._opened(file_of_json(value, where))
-        return Picture(Image.fromarray(to_array(value, where)), where)
+        return OpenedImage(Image.fromarray(to_array(value, where)), where)
 
     def _require_taken(self, kind: str, media_type: str) -> None:
         format_ = BY_MEDIA_TYPE.get(kind)
@@ -132,54 +132,52 @@ class ImageCodec:
 
     def _require_room(self, rows: int) -> None:
         if rows > self._most_rows:
-            raise BodyTooLarge(f"{rows} pictures are more than the {self._most_rows} that one request may have")
+            raise BodyTooLarge(f"{rows} images are more than the {self._most_rows} that one request may have")
 
     @property
     def _most_rows(self) -> int:
         return self.max_pixels // (self.size[0] * self.size[1])
 
-    def _bounded(self, pictures: Iterable[Picture]) -> deque[Picture]:
-        """The pictures, none of them decoded; refuses what would take too much memory or time while they are opened."""
-        waiting: deque[Picture] = deque()
+    def _bounded(self, images: Iterable[OpenedImage]) -> deque[OpenedImage]:
+        """The images, none of them decoded; refuses what would take too much memory or time while they are opened."""
+        waiting: deque[OpenedImage] = deque()
         total = 0
-        for picture in pictures:
-            work = max(self._work(picture))
+        for image in images:
+            work = max(self._work(image))
             if work > self.max_pixels:
-                raise BodyTooLarge(
-                    f"{picture.where}: {self._reason(picture)}, above the limit of {self.max_pixels} pixels"
-                )
-            waiting.append(picture)
+                raise BodyTooLarge(f"{image.where}: {self._reason(image)}, above the limit of {self.max_pixels} pixels")
+            waiting.append(image)
             total += max(work, self.size[0] * self.size[1])
             if total > self.max_pixels:
-                raise BodyTooLarge(f"{len(waiting)} pictures are above the limit of {self.max_pixels} pixels together")
+                raise BodyTooLarge(f"{len(waiting)} images are above the limit of {self.max_pixels} pixels together")
         return waiting
 
-    def _work(self, picture: Picture) -> tuple[int, int, int]:
-        """What a picture costs, in pixels: to hold, to decode, to resize."""
-        width, height = picture.image.size
+    def _work(self, image: OpenedImage) -> tuple[int, int, int]:
+        """What an image costs, in pixels: to hold, to decode, to resize."""
+        width, height = image.image.size
         resizing = self._resizing(width, height)
         if self.orientation == "exif":  # the tag may stand behind the pixels, so that both ways count
             resizing = max(resizing, self._resizing(height, width))
-        return width * height, picture.work, resizing
+        return width * height, image.work, resizing
 
     def _resizing(self, width: int, height: int) -> int:
         """Pixels that resizing goes through: Pillow does it in two passes, first all rows to their new width."""
         wide, high = self._scaled(width, height)
         return wide * max(high, height)
 
-    def _reason(self, picture: Picture) -> str:
-        """What costs most in a picture."""
-        work = self._work(picture)
-        size = "{} x {} pixels".format(*picture.image.size)
+    def _reason(self, image: OpenedImage) -> str:
+        """What costs most in an image."""
+        work = self._work(image)
+        size = "{} x {} pixels".format(*image.image.size)
         reasons = (
-            f"the picture has {size}",
-            picture.told,
+            f"the image has {size}",
+            image.told,
             f"{size} become {work[2]} on the way to the size of the model's input",
         )
         return reasons[work.index(max(work))]
 
     def _scaled(self, width: int, height: int) -> tuple[int, int]:
-        """To which size a picture of this one is resized; with `fit: crop` the centre of that is cut out.
+        """To which size an image of this one is resized; with `fit: crop` the centre of that is cut out.
 
         Rounds as torchvision's Resize does, so that a checkpoint sees the pixels it was evaluated on.
         """
@@ -190,9 +188,9 @@ class ImageCodec:
             return wide, int(wide * height / width)
         return int(high * width / height), high
 
-    def _fitted(self, picture: Image.Image) -> Image.Image:
-        """A picture of `size`. The centre is rounded as in torchvision's CenterCrop."""
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        """An image of `size`. The centre is rounded as in torchvision's CenterCrop."""
         width, height = self.size
-        large = picture.resize(self._scaled(*picture.size), FILTERS[self.resize])
+        large = image.resize(self._scaled(*image.size), FILTERS[self.resize])
         left, top = round((large.width - width) / 2), round((large.height - height) / 2)
         return large if large.size == self.size else large.crop((left, top, left + width, top + height))

@@ -1,7 +1,7 @@
 """Reads the JSON part of an inference request into a plan: where each tensor lies in the body and what is wanted back.
 
 A client that sends the same kind of request again sends the same JSON bytes again; only the tensors behind them differ.
-So everything that depends on the JSON alone is checked and worked out here, once, and kept in a `Plan` that can be
+So everything that depends on the JSON alone is checked and worked out here, once, and kept in a `InferPlan` that can be
 applied to any number of bodies. Keys this server does not know are left alone, as the protocol asks (clients add
 their own); options it knows but does not offer are refused, never ignored. `null` counts as absent.
 """
@@ -56,7 +56,7 @@ class BinaryTensor(NamedTuple):
         return from_binary(self.datatype, body, base + self.start, self.port, self.shape, self.size)
 
 
-class Plan(NamedTuple):
+class InferPlan(NamedTuple):
     """A checked request but for its bytes: the inputs in the order of the spec (an array where the data came in the
     JSON), their rows, what is wanted, and how many bytes follow the JSON.
     """
@@ -96,7 +96,7 @@ class Plan(NamedTuple):
             raise BadInput(f"{size - self.size} bytes are left over behind the last input's binary data")
 
 
-def plan_json(text: Buffer, inputs: Mapping[str, Port], outputs: Mapping[str, Port]) -> Plan:
+def plan_json(text: Buffer, inputs: Mapping[str, Port], outputs: Mapping[str, Port]) -> InferPlan:
     """The plan of a request from its JSON part. Raises `BadInput`."""
     try:
         document = orjson.loads(text)
@@ -110,10 +110,10 @@ def plan_json(text: Buffer, inputs: Mapping[str, Port], outputs: Mapping[str, Po
     if any(tensor.shape[0] != rows for tensor in tensors):
         each = ", ".join(f"{name}: {tensor.shape[0]}" for name, tensor in zip(inputs, tensors, strict=True))
         raise BadInput(f"the inputs differ in their number of rows, which is the first axis ({each})")
-    return Plan(options, tensors, rows, size)
+    return InferPlan(options, tensors, rows, size)
 
 
-def plan_raw(size: int, inputs: Mapping[str, Port], outputs: Mapping[str, Port]) -> Plan:
+def plan_raw(size: int, inputs: Mapping[str, Port], outputs: Mapping[str, Port]) -> InferPlan:
     """The plan of a raw request: the `size` bytes of the body are rows of the only input, all outputs go back binary.
 
     Raises `BadInput` where the number of rows cannot be told from the size: several inputs, varying axes, BYTES.
@@ -133,7 +133,7 @@ def plan_raw(size: int, inputs: Mapping[str, Port], outputs: Mapping[str, Port])
         raise BadInput(f"input {port.name!r}: {size} raw bytes are not a whole number of rows of {row_size} bytes")
     wanted = tuple(WantedOutput(output, "binary") for output in outputs.values())
     options = InferOptions("", MappingProxyType({}), None, None, wanted)
-    return Plan(options, (BinaryTensor(port, datatype, (rows, *row), 0, size),), rows, size)
+    return InferPlan(options, (BinaryTensor(port, datatype, (rows, *row), 0, size),), rows, size)
 
 
 def _options(document: Mapping[str, Json], outputs: Mapping[str, Port]) -> InferOptions:

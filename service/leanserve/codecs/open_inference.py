@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import orjson
 
-from leanserve.codecs.infer_plan import InferOptions, Plan, WantedOutput, plan_json, plan_raw
+from leanserve.codecs.infer_plan import InferOptions, InferPlan, WantedOutput, plan_json, plan_raw
 from leanserve.codecs.tensors import Buffer, ports, to_binary, to_json
-from leanserve.contracts import Array, Arrays, InputSpec, Json
+from leanserve.contracts import Array, Arrays, Json, ModelSpec
 from leanserve.errors import BadInput
 
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
@@ -58,11 +58,11 @@ class InferDecoder:
     Headers that carry data or an id do not come again, so they are not kept.
     """
 
-    def __init__(self, spec: InputSpec) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         """Raises `StartupError` for a field whose dtype the protocol cannot carry."""
-        self._inputs = ports(spec.fields)
+        self._inputs = ports(spec.inputs)
         self._outputs = ports(spec.outputs)
-        self._plans: dict[bytes, Plan] = {}
+        self._plans: dict[bytes, InferPlan] = {}
 
     def decode(self, body: Buffer, json_length: int | None = None) -> InferRequest:
         """Check and decode a body whose first `json_length` bytes are JSON and whose rest is binary tensors.
@@ -84,7 +84,7 @@ class InferDecoder:
         plan = self._plans.get(begun[:json_length]) if json_length and json_length <= len(begun) else None
         return None if plan is None else plan.options
 
-    def _plan(self, body: Buffer, json_length: int) -> Plan:
+    def _plan(self, body: Buffer, json_length: int) -> InferPlan:
         if not 0 < json_length <= len(body):
             raise BadInput(f"header {JSON_LENGTH_HEADER} is {json_length}, the body has {len(body)} bytes")
         header = bytes(body[:json_length])

@@ -18,7 +18,7 @@ from leanserve.codecs.text import TextCodec, checked_texts, holds_token_ids
 from leanserve.contracts import Array, Json
 from leanserve.errors import BadInput, BodyTooLarge, NotFound, ServiceError
 
-Form = Literal["float", "base64"]
+EncodingFormat = Literal["float", "base64"]
 TokenIds = Literal["refuse", "own"]
 Tokens: TypeAlias = Sequence[Sequence[int]]
 REFUSED = (
@@ -42,7 +42,7 @@ class EmbeddingRequest(NamedTuple):
 
     input: Json
     model: str
-    form: Form
+    form: EncodingFormat
 
 
 def parse_request(body: bytes, width: int) -> EmbeddingRequest:
@@ -64,7 +64,7 @@ def parse_request(body: bytes, width: int) -> EmbeddingRequest:
     for key in ("input", "model"):
         if key not in content:
             raise WrongParameter(key, f"the key {key!r} is missing")
-    form: Form = content.get("encoding_format", "float")
+    form: EncodingFormat = content.get("encoding_format", "float")
     _require(form in ("float", "base64"), "encoding_format", "'float' or 'base64'")
     _require(isinstance(content["model"], str), "model", "a text")
     _require(isinstance(content.get("user"), str | None), "user", "a text; it is not used")
@@ -97,7 +97,7 @@ def token_rows(given: Json, codec: TextCodec, token_ids: TokenIds) -> Tokens:
     return codec.tokens(checked_texts(given, "input"))
 
 
-def encode_reply(embeddings: Array, form: Form, model: str, tokens: int) -> bytes:
+def encode_reply(embeddings: Array, form: EncodingFormat, model: str, tokens: int) -> bytes:
     """The reply for embeddings [rows, width]; `tokens` were read in all."""
     rows = np.ascontiguousarray(embeddings, np.float32)
     data = [
@@ -109,7 +109,7 @@ def encode_reply(embeddings: Array, form: Form, model: str, tokens: int) -> byte
     return orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def error_body(error: ServiceError) -> Mapping[str, Json]:
+def openai_error_body(error: ServiceError) -> Mapping[str, Json]:
     """An error as clients of OpenAI's API read it; `code` is ours, but for a model that does not exist."""
     kind = "rate_limit_error" if error.status == 429 else "invalid_request_error"
     missing = isinstance(error, NotFound)

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from leanserve.contracts import Array, Field, Json
+from leanserve.contracts import Array, Json, TensorSpec
 from leanserve.errors import BadInput, StartupError
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -113,12 +113,12 @@ def _axis_fits(size: Json, want: int) -> bool:
     return type(size) is int and size > 0 and want in (-1, size)
 
 
-def ports(fields: Iterable[Field]) -> dict[str, Port]:
+def ports(fields: Iterable[TensorSpec]) -> dict[str, Port]:
     """The fields by name, in the order of the spec. Raises `StartupError` for a dtype the protocol cannot carry."""
     return {field.name: _port(field, position) for position, field in enumerate(fields)}
 
 
-def _port(field: Field, position: int) -> Port:
+def _port(field: TensorSpec, position: int) -> Port:
     try:
         name = field.dtype if field.dtype == "bfloat16" else np.dtype(field.dtype).name
         datatypes = _OF_DTYPE[name]

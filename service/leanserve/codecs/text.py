@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import numpy as np
 import orjson
 
-from leanserve.codecs.answers import Answers
-from leanserve.contracts import Array, Arrays, Decoded, Field, Json
+from leanserve.codecs.answers import AnswerEncoder
+from leanserve.contracts import Array, Arrays, Decoded, Json, TensorSpec
 from leanserve.errors import BadInput, BodyTooLarge, ConfigError, UnsupportedMediaType
 
 JSON, PLAIN = "application/json", "text/plain"
@@ -37,7 +37,7 @@ class TextCodec:
 
     tokenizer: Path
     max_length: int
-    answers: Answers
+    answers: AnswerEncoder
     max_characters: int = 100_000
     max_total: int = 1_000_000
     max_rows: int = 2048
@@ -54,16 +54,16 @@ class TextCodec:
             )
 
     @property
-    def fields(self) -> tuple[Field, ...]:
+    def fields(self) -> tuple[TensorSpec, ...]:
         """The inputs of the model, in its order."""
-        return self.answers.spec.fields
+        return self.answers.spec.inputs
 
     @cached_property
     def token_ids(self) -> frozenset[int]:
         """All that the tokenizer has; there may be gaps between them."""
         return frozenset(_opened(self.tokenizer, self.max_length).get_vocab().values())
 
-    def values_of(self, field: Field) -> tuple[int, int]:
+    def values_of(self, field: TensorSpec) -> tuple[int, int]:
         """The least and the greatest value of an input's elements: token ids, or 0 and 1."""
         return (0, max(self.token_ids)) if field.name == IDS else (0, 1)
 
@@ -173,7 +173,7 @@ def _opened(path: Path, max_length: int) -> Any:
     return tokenizer
 
 
-def _padded(item: Field, rows: Sequence[Sequence[int]], length: int) -> Array:
+def _padded(item: TensorSpec, rows: Sequence[Sequence[int]], length: int) -> Array:
     padded = np.full((len(rows), length), item.pad, dtype=item.dtype)
     for target, ids in zip(padded, rows, strict=True):
         target[: len(ids)] = ids if item.name == IDS else item.name == MASK

@@ -1,4 +1,4 @@
-"""Picture files inside another format: the parts of a form, and base64 in JSON.
+"""Image files inside another format: the parts of a form, and base64 in JSON.
 
 Forms are `multipart/form-data` as browsers, `curl -F` and HTTP libraries send them; every part is one file, whatever
 its field is called. In JSON a file is `{"b64": "..."}`, or a `data:` URL in that place or alone.
@@ -7,12 +7,11 @@ its field is called. In JSON a file is `{"b64": "..."}`, or a `data:` URL in tha
 from __future__ import annotations
 
 import binascii
-import logging
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from leanserve.codecs.image_files import PictureFile
+from leanserve.codecs.image_files import EncodedImage
 from leanserve.contracts import Json
 from leanserve.errors import BadInput, BodyTooLarge
 
@@ -20,11 +19,8 @@ FORM = "multipart/form-data"
 MAX_HEADERS, MAX_HEADER_BYTES = 16, 4096
 """Of one part; browsers send two or three headers of some 100 bytes."""
 
-# It warns of every damaged form; the sender is told, and the log is not theirs to fill.
-logging.getLogger("python_multipart.multipart").setLevel(logging.ERROR)
 
-
-def files_of_form(content_type: str, body: bytes, max_parts: int) -> list[PictureFile]:
+def files_of_form(content_type: str, body: bytes, max_parts: int) -> list[EncodedImage]:
     """The files in a form, at least one.
 
     Raises:
@@ -42,7 +38,7 @@ def files_of_form(content_type: str, body: bytes, max_parts: int) -> list[Pictur
     if not parts.ended:
         raise BadInput("the form is cut short: its last boundary is missing")
     if not parts.files:
-        raise BadInput("the form has no part; send each picture as one")
+        raise BadInput("the form has no part; send each image as one")
     return parts.files
 
 
@@ -51,7 +47,7 @@ def holds_file(value: Json) -> bool:
     return isinstance(value, dict) or (isinstance(value, str) and value.startswith("data:"))
 
 
-def file_of_json(value: Json, where: str) -> PictureFile:
+def file_of_json(value: Json, where: str) -> EncodedImage:
     """A value for which `holds_file` is true, decoded. Raises `BadInput` naming the place."""
     if isinstance(value, dict):
         if value.keys() != {"b64"} or not isinstance(value["b64"], str):
@@ -70,14 +66,14 @@ def file_of_json(value: Json, where: str) -> PictureFile:
         content = binascii.a2b_base64("".join(text.split()), strict_mode=True)
     except ValueError as error:
         raise BadInput(f"{where}: not base64: {error}") from error
-    return PictureFile(media_type, content, where)
+    return EncodedImage(media_type, content, where)
 
 
 class _Parts:
     """Collects the parts while the parser reports them, within bounds."""
 
     def __init__(self, max_parts: int) -> None:
-        self.files: list[PictureFile] = []
+        self.files: list[EncodedImage] = []
         self.ended = False
         self._max_parts = max_parts
         self._headers: list[tuple[bytes, bytes]] = []
@@ -114,7 +110,7 @@ class _Parts:
         label = (told.get(b"filename") or told.get(b"name") or b"").decode("utf-8", "replace")
         where = f"part {len(self.files)} of the form" + (f" ({label[:60]})" if label else "")
         media_type = parse_options_header(headers.get(b"content-type"))[0].decode("latin-1")
-        self.files.append(PictureFile(media_type, b"".join(self._content), where))
+        self.files.append(EncodedImage(media_type, b"".join(self._content), where))
 
     def end(self) -> None:
         self.ended = True

@@ -44,7 +44,7 @@ class ImageInput(ImageFiles):
     def _one_value_per_channel(self) -> Self:
         channels = 3 if self.mode == "RGB" else 1
         if not len(self.mean) == len(self.std) == channels:
-            raise ValueError(f"a picture of mode {self.mode} needs {channels} values in mean and in std")
+            raise ValueError(f"an image of mode {self.mode} needs {channels} values in mean and in std")
         if min(self.size) < 1:
             raise ValueError("size is [width, height] in pixels, both at least 1")
         if min(self.std) <= 0:
@@ -77,7 +77,7 @@ class TextInput(Section):
 
 
 class TensorInput(Section):
-    """One input tensor of a model that takes neither pictures nor texts."""
+    """One input tensor of a model that takes neither images nor texts."""
 
     dtype: str = Field("float32", pattern="^(bool|u?int(8|16|32|64)|float(16|32|64))$", description="numpy's name")
     shape: tuple[Annotated[int, Field(ge=1)] | None, ...] = Field(description="of one row; null: any size")

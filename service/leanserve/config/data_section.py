@@ -40,7 +40,7 @@ class ImageData(_OwnData):
     images: Files = Field(description="a folder, or one per split")
     label: Literal["auto", "folder", "prefix", "none"] = Field(
         "auto",
-        description="of a picture: its folder's name, the number its name begins with; auto: folder if there are",
+        description="of an image: its folder's name, the number its name begins with; auto: folder if there are",
     )
 
 

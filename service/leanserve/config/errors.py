@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from leanserve.config.base_section import FORMS as BASE_FORMS
 from leanserve.config.base_section import IMAGE_FORMS
 from leanserve.config.data_section import DATA_FORMS
-from leanserve.config.yaml import Step, YamlSource
+from leanserve.config.yaml import PathStep, YamlSource
 from leanserve.passes import ALL
 from leanserve.passes.base import Pass
 
@@ -35,7 +35,7 @@ class _Problem(NamedTuple):
     """One of pydantic's errors, and the steps from the top of the file to what it is about."""
 
     item: ErrorDetails
-    steps: tuple[Step, ...]
+    steps: tuple[PathStep, ...]
 
     @property
     def of_member(self) -> bool:
@@ -70,12 +70,12 @@ def _line(source: YamlSource, said: Sequence[_Problem], root: type[BaseModel]) -
     return f"{place}: {where + ': ' if where else ''}{text}"
 
 
-def _steps(value: Any, item: ErrorDetails) -> tuple[Step, ...]:
+def _steps(value: Any, item: ErrorDetails) -> tuple[PathStep, ...]:
     """The part of pydantic's location that is in the file, which knows nothing of unions; and the key that is missing.
 
     Going by the file and not by names: a variant may have the name of a pass.
     """
-    steps: list[Step] = []
+    steps: list[PathStep] = []
     for step in item["loc"]:
         known = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
         if step in known:
@@ -84,7 +84,7 @@ def _steps(value: Any, item: ErrorDetails) -> tuple[Step, ...]:
     return (*steps, item["loc"][-1]) if item["type"] == "missing" else tuple(steps)
 
 
-def _text(item: ErrorDetails, steps: tuple[Step, ...], root: type[BaseModel]) -> str:
+def _text(item: ErrorDetails, steps: tuple[PathStep, ...], root: type[BaseModel]) -> str:
     kind, context = item["type"], item.get("ctx", {})
     if kind in {"base_form", "data_form"}:
         return item["msg"]
@@ -98,7 +98,7 @@ def _text(item: ErrorDetails, steps: tuple[Step, ...], root: type[BaseModel]) ->
     return text + _got(item) if steps else text
 
 
-def _text_of_key(item: ErrorDetails, steps: tuple[Step, ...], root: type[BaseModel]) -> str | None:
+def _text_of_key(item: ErrorDetails, steps: tuple[PathStep, ...], root: type[BaseModel]) -> str | None:
     """Of a problem with a key and not with its value."""
     if item["type"] == "missing":
         return f"the key '{steps[-1]}' is missing"
@@ -139,7 +139,7 @@ def _got(item: ErrorDetails) -> str:
     return "" if isinstance(item["input"], (dict, list)) else f" (got {item['input']!r})"
 
 
-def _is_form(step: Step) -> bool:
+def _is_form(step: PathStep) -> bool:
     """Tags of the forms of `base` and `data` look like `base.timm`."""
     return isinstance(step, str) and step.startswith(("base.", "data."))
 
@@ -149,7 +149,7 @@ def _near(wrong: str, known: list[str], otherwise: str) -> str:
     return f"; did you mean '{near[0]}'?" if near else f"; {otherwise} {', '.join(sorted(known))}"
 
 
-def _steps_in(message: str) -> tuple[Step, ...]:
+def _steps_in(message: str) -> tuple[PathStep, ...]:
     """Validators of a whole section cannot give a location; their texts name it in a fixed form or begin with a key."""
     if found := re.match(r"Value error, variants\[(\d+)\]\.passes\[(\d+)\]", message):
         return ("variants", int(found[1]), "passes", int(found[2]))
@@ -160,7 +160,7 @@ def _steps_in(message: str) -> tuple[Step, ...]:
     return tuple(re.findall(r"^Value error, (\w+)", message))
 
 
-def _keys_at(location: tuple[Step, ...], root: type[BaseModel]) -> list[str]:
+def _keys_at(location: tuple[PathStep, ...], root: type[BaseModel]) -> list[str]:
     """Keys of the section at a location, found by walking the models' fields."""
     section = root
     for step in location:

@@ -14,7 +14,7 @@ import yaml
 from leanserve.contracts import Json
 from leanserve.errors import ConfigError
 
-Step = str | int
+PathStep = str | int
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class YamlSource:
     value: Json
     root: yaml.Node | None
 
-    def place(self, steps: Iterable[Step]) -> str:
+    def place(self, steps: Iterable[PathStep]) -> str:
         """`file:line` of the deepest node on the way; steps that are not in the file (union tags) are skipped."""
         node, line = self.root, 1 if self.root is None else self.root.start_mark.line + 1
         for step in steps:
@@ -56,7 +56,7 @@ def read_yaml(path: Path) -> YamlSource:
         raise ConfigError(f"{path}:1: not valid YAML: {error}") from error
 
 
-def _child(node: yaml.Node | None, step: Step) -> tuple[yaml.Node, int] | None:
+def _child(node: yaml.Node | None, step: PathStep) -> tuple[yaml.Node, int] | None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if key.value == str(step):

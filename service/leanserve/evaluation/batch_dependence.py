@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from leanserve.contracts import Array, Arrays, Backend, Field, InputSpec
+from leanserve.contracts import Array, Arrays, Backend, ModelSpec, TensorSpec
 from leanserve.runtime.assembly import join
 
 GOLDEN = 8
@@ -30,7 +30,7 @@ PerRow = list[list[Array]]
 """The outputs of every row."""
 
 
-def batch_dependence(backend: Backend, spec: InputSpec, rows: Arrays, most: int = COMPANY) -> float:
+def batch_dependence(backend: Backend, spec: ModelSpec, rows: Arrays, most: int = COMPANY) -> float:
     """The largest change of an output by company, relative to the largest absolute value of that output alone.
 
     The first `GOLDEN` of the given rows run alone, then together, then in front of a batch of `most` rows (given rows
@@ -54,7 +54,7 @@ def batch_dependence(backend: Backend, spec: InputSpec, rows: Arrays, most: int 
     return max(changes)
 
 
-def _answers(backend: Backend, spec: InputSpec, samples: Sequence[Arrays]) -> PerRow:
+def _answers(backend: Backend, spec: ModelSpec, samples: Sequence[Arrays]) -> PerRow:
     """The outputs of every sample of one batch, which is filled up as when serving."""
     rows = next((size for size in backend.row_buckets if size >= len(samples)), len(samples))
     outputs = [np.array(output, np.float64) for output in backend.run(join(samples, spec, rows))]
@@ -85,12 +85,12 @@ def _difference(alone: Array, together: Array) -> float:
     return float(np.where(np.isnan(changes), np.inf, changes).max(initial=0.0))
 
 
-def _strangers(spec: InputSpec, rows: Arrays) -> Iterator[tuple[Arrays, Arrays]]:
+def _strangers(spec: ModelSpec, rows: Arrays) -> Iterator[tuple[Arrays, Arrays]]:
     """Pairs of rows that the golden ones have no say in."""
     random = np.random.default_rng(0)
 
     def row(size: float) -> Arrays:
-        pairs = zip(spec.fields, rows, strict=True)
+        pairs = zip(spec.inputs, rows, strict=True)
         return tuple(_stranger(random, item, array, size) for item, array in pairs)
 
     yield row(TIMES), row(HUGE)
@@ -98,7 +98,7 @@ def _strangers(spec: InputSpec, rows: Arrays) -> Iterator[tuple[Arrays, Arrays]]
         yield row(np.inf), row(np.nan)
 
 
-def _stranger(random: np.random.Generator, item: Field, rows: Array, size: float) -> Array:
+def _stranger(random: np.random.Generator, item: TensorSpec, rows: Array, size: float) -> Array:
     """One row: floats of that size, integers anywhere in the range of those that are given or allowed."""
     shape = (1, *rows.shape[1:])
     if rows.dtype.kind == "f":
@@ -113,12 +113,12 @@ def _stranger(random: np.random.Generator, item: Field, rows: Array, size: float
     return drawn
 
 
-def _sample(rows: Arrays, spec: InputSpec, index: int) -> Arrays:
+def _sample(rows: Arrays, spec: ModelSpec, index: int) -> Arrays:
     """One row; its dynamic axes keep between a half and all of their length, by its place among the golden rows."""
     kept = 1.0 if spec.rows == "one_length" else (GOLDEN + 1 + index % GOLDEN) / (2 * GOLDEN)
-    return tuple(_cut(array[index : index + 1], item, kept) for item, array in zip(spec.fields, rows, strict=True))
+    return tuple(_cut(array[index : index + 1], item, kept) for item, array in zip(spec.inputs, rows, strict=True))
 
 
-def _cut(row: Array, item: Field, kept: float) -> Array:
+def _cut(row: Array, item: TensorSpec, kept: float) -> Array:
     lengths = zip(item.shape, row.shape[1:], strict=True)
     return row[(slice(None), *(slice(math.ceil(has * kept) if size is None else has) for size, has in lengths))]

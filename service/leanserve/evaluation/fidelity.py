@@ -16,7 +16,7 @@ import numpy as np
 
 from leanserve.artifacts.manifest import OutputFidelity
 from leanserve.comparison import both_finite, compared, differ_in_kind, row_cosines
-from leanserve.contracts import Array, Arrays, Field, Meaning
+from leanserve.contracts import Array, Arrays, Meaning, TensorSpec
 from leanserve.passes.toolkit.spread import by_channel, channel_axis, channel_scales
 from leanserve.scoring import spearman
 
@@ -34,17 +34,17 @@ WHOLE = "biu"
 """Kinds of numpy dtypes that are compared by equality."""
 
 Measures = dict[str, float | int | None]
-Measure = Callable[[Array, Array, Field], Measures]
+Measure = Callable[[Array, Array, TensorSpec], Measures]
 Logarithms = Callable[[Array], Array]
 """Outputs [rows, classes] -> logarithms of probabilities."""
 
 
-def fidelity(outputs: Arrays, reference: Arrays, fields: Sequence[Field]) -> tuple[OutputFidelity, ...]:
+def fidelity(outputs: Arrays, reference: Arrays, fields: Sequence[TensorSpec]) -> tuple[OutputFidelity, ...]:
     """How near each output [rows, ...] is to that of the base, for the same rows."""
     return tuple(_compared(*each) for each in zip(fields, outputs, reference, strict=True))
 
 
-def _compared(field: Field, ours: Array, theirs: Array) -> OutputFidelity:
+def _compared(field: TensorSpec, ours: Array, theirs: Array) -> OutputFidelity:
     measure = _equal if theirs.dtype.kind in WHOLE else MEASURES[field.meaning]
     broken = sum(int(differ_in_kind(ours[rows], theirs[rows]).sum()) for rows in _pieces(theirs))
     found = {"name": field.name, "meaning": field.meaning, "not_finite": broken} | measure(ours, theirs, field)
@@ -57,14 +57,14 @@ def _pieces(array: Array) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(array), rows)]
 
 
-def _classes(ours: Array, theirs: Array, _: Field, logarithms: Logarithms) -> Measures:
+def _classes(ours: Array, theirs: Array, _: TensorSpec, logarithms: Logarithms) -> Measures:
     """Share of rows [rows, classes] with the same best class, and mean divergence from the base's probabilities."""
     both = _Rows.of(ours, theirs)
     divergence = _divergence(logarithms(both.ours), logarithms(both.theirs))
     return {"agreement": float(both.same_best.mean()), "kl": _mean(divergence)}
 
 
-def _independent(ours: Array, theirs: Array, _: Field) -> Measures:
+def _independent(ours: Array, theirs: Array, _: TensorSpec) -> Measures:
     """Share of rows with the same best class and the same classes at `TRUE` or above; divergences of classes add up."""
     both = _Rows.of(ours, theirs)
     same = both.same_best & ((np.asarray(ours) >= TRUE) == (np.asarray(theirs) >= TRUE)).all(axis=1)
@@ -118,7 +118,7 @@ def _within(logarithms: Array) -> Array:
     return np.clip(logarithms, math.log(LEAST), MOST)
 
 
-def _embedding(ours: Array, theirs: Array, _: Field) -> Measures:
+def _embedding(ours: Array, theirs: Array, _: TensorSpec) -> Measures:
     """Mean cosine of the rows, and how far the order of their similarities is kept."""
     ours, theirs = (np.asarray(array, np.float64).reshape(len(array), -1) for array in (ours, theirs))
     cosine, both = float(row_cosines(ours, theirs).mean()), compared(ours, theirs)
@@ -144,7 +144,7 @@ def _pair_cosines(rows: Array) -> Array:
     return np.asarray((unit @ unit.T)[np.triu_indices(len(rows), k=1)])
 
 
-def _values(ours: Array, theirs: Array, field: Field) -> Measures:
+def _values(ours: Array, theirs: Array, field: TensorSpec) -> Measures:
     """Root mean square error of the worst channel, relative to its scale in the base (`tools.spread`).
 
     A channel with a number that is not finite on one side only is wrong altogether: its error is at least 1.
@@ -162,7 +162,7 @@ def _values(ours: Array, theirs: Array, field: Field) -> Measures:
     return _worst(np.where(broken > 0, np.maximum(errors, 1.0), errors))
 
 
-def _equal(ours: Array, theirs: Array, field: Field) -> Measures:
+def _equal(ours: Array, theirs: Array, field: TensorSpec) -> Measures:
     """Share of whole numbers that are not those of the base, in the worst channel: no index is nearly right."""
     return _worst(by_channel(ours != theirs, channel_axis(field.shape)).mean(axis=1))
 

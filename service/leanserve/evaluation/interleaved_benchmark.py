@@ -18,7 +18,7 @@ from pathlib import Path
 from leanserve.artifacts.load import load_model
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.bases.opening import reopen_base
-from leanserve.contracts import Arrays, Backend, InputSpec
+from leanserve.contracts import Arrays, Backend, ModelSpec
 from leanserve.memory import exit_when_out, forget, is_out_of_memory
 from leanserve.runtime.backends.choose import open_backend
 from leanserve.runtime.costs import TYPICAL
@@ -37,7 +37,7 @@ def sizes_up_to(limits: Iterable[int]) -> list[int]:
     return sorted({min(rows, limit) for limit in limits for rows in BATCHES})
 
 
-def examples(spec: InputSpec, sizes: Iterable[int]) -> list[Arrays]:
+def examples(spec: ModelSpec, sizes: Iterable[int]) -> list[Arrays]:
     """The batches that are timed, one of each number of rows that one may have; dynamic axes have a typical length."""
     allowed = dict.fromkeys(map(spec.most_rows, sizes))
     return [spec.example(rows, min(TYPICAL, spec.max_length)) for rows in allowed]

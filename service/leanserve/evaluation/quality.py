@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from leanserve import child, memory
-from leanserve.artifacts.manifest import Fidelity, Measurement, OutputFidelity, Quality, Recipe, SideBySide
+from leanserve.artifacts.manifest import BenchmarkResult, Fidelity, Measurement, OutputFidelity, Quality, Recipe
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.config.schema import GateConfig
 from leanserve.contracts import Array, Arrays, Base, Json
@@ -30,7 +30,7 @@ RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
-class Answers:
+class GateOutputs:
     """Outputs on the gate split, and its labels if there are any."""
 
     outputs: Arrays
@@ -38,8 +38,8 @@ class Answers:
 
 
 def measure(
-    store: ArtifactStore, base: Base, recipe: Recipe, reference: Answers | None, threads: int
-) -> tuple[Measurement, Answers]:
+    store: ArtifactStore, base: Base, recipe: Recipe, reference: GateOutputs | None, threads: int
+) -> tuple[Measurement, GateOutputs]:
     """Measure a published artifact in a fresh process; compare its answers with `reference` (`None`: it is the base).
 
     Raises:
@@ -48,7 +48,7 @@ def measure(
     path = store.root / "tmp" / f"{recipe.key}.{os.getpid()}.npz"
     known = _measured(str(store.root), recipe.key, base.origin, str(threads), answers=str(path))
     with np.load(path, allow_pickle=False) as stored:
-        answers = Answers(tuple(stored[name] for name in stored.files), labels_of(base))
+        answers = GateOutputs(tuple(stored[name] for name in stored.files), labels_of(base))
     path.unlink()
     size = {"disk_bytes": _disk_bytes(store, recipe), "parameters": recipe.parameters, "macs": recipe.macs}
     right = scored(base, answers)
@@ -58,7 +58,7 @@ def measure(
     return Measurement(fidelity=found, cpu=cpu_name(), threads=threads), answers
 
 
-def race(store: ArtifactStore, base: Base, keys: Sequence[str], served: Sequence[str], threads: int) -> SideBySide:
+def race(store: ArtifactStore, base: Base, keys: Sequence[str], served: Sequence[str], threads: int) -> BenchmarkResult:
     """Time published and measured artifacts side by side in a fresh process, and those that are `served` also with a
     lane per thread.
 
@@ -74,7 +74,7 @@ def race(store: ArtifactStore, base: Base, keys: Sequence[str], served: Sequence
             raise
         remedy = "give the build more memory, or list fewer variants"
         raise PassFailed(f"all variants are timed side by side, and memory ran out: {error.last}; {remedy}") from error
-    timed = SideBySide(cpu=cpu_name(), threads=threads, latency_ms=latencies, lane_rates={})
+    timed = BenchmarkResult(cpu=cpu_name(), threads=threads, latency_ms=latencies, lane_rates={})
     if threads == 1:
         return timed
     try:
@@ -83,7 +83,7 @@ def race(store: ArtifactStore, base: Base, keys: Sequence[str], served: Sequence
         if not error.out_of_memory:
             raise
         rates = {key: {1: timed.throughput(key), threads: 0.0} for key in served}
-    return SideBySide(cpu=cpu_name(), threads=threads, latency_ms=latencies, lane_rates=rates)
+    return BenchmarkResult(cpu=cpu_name(), threads=threads, latency_ms=latencies, lane_rates=rates)
 
 
 def _largest_batch(measured: Measurement | None) -> int:
@@ -129,12 +129,12 @@ def _in_fresh_process(module: str, *arguments: str) -> Json:
 
 def labels_of(base: Base) -> Array | None:
     """Labels of the whole gate split."""
-    parts = [batch.labels for batch in base.data("gate").batches(64)]  # pictures are decoded for it
+    parts = [batch.labels for batch in base.data("gate").batches(64)]  # images are decoded for it
     known = [part for part in parts if part is not None]
     return np.concatenate(known) if known and len(known) == len(parts) else None
 
 
-def scored(base: Base, answers: Answers) -> dict[str, float | None]:
+def scored(base: Base, answers: GateOutputs) -> dict[str, float | None]:
     """The base's score with its 95 % confidence interval: Wilson for an accuracy, bootstrap for anything else."""
     if answers.labels is None:
         return {"score": None, "score_low": None, "score_high": None}
@@ -188,7 +188,7 @@ def _distance(output: OutputFidelity) -> str:
     return f"{agreement}: it is off by {100 * output.error:.1f} % of the base's spread (channel {output.channel})"
 
 
-def _bootstrap(base: Base, answers: Answers) -> tuple[float, float]:
+def _bootstrap(base: Base, answers: GateOutputs) -> tuple[float, float]:
     """Percentile bootstrap over rows (Efron 1979), seeded."""
     assert answers.labels is not None
     random = np.random.default_rng(0)

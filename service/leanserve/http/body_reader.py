@@ -18,8 +18,8 @@ LARGE = 2**16
 PIECE = 2**14
 """Bytes read at once where a head may begin. What follows it in the same piece is copied, as small bodies are."""
 _NOTHING = memoryview(b"")
-_WASTE = np.empty(2**22, np.uint8).data
-"""Where all readers put what nobody wants; memory only as far as something is put there."""
+_WASTE = 2**22
+"""Bytes thrown away at once."""
 _ROOM = 2**24
 """The most that the kernel is asked to take in before it is read."""
 _UNREAD = socket.MSG_DONTWAIT | socket.MSG_TRUNC
@@ -38,7 +38,7 @@ class BodyReader(asyncio.BufferedProtocol):
         """Takes the place of `connection` on `transport`, where bodies of about this length are to be expected."""
         self._connection = connection
         self._piece = memoryview(bytearray(PIECE))
-        self._body = self._rest = _NOTHING
+        self._body = self._rest = self._scrap = _NOTHING
         self._unwanted = 0
         self._came: Callable[[memoryview], None]
         self._transport = transport
@@ -57,6 +57,7 @@ class BodyReader(asyncio.BufferedProtocol):
 
     def skip(self, length: int, came: Callable[[memoryview], None]) -> None:
         """Read past so many bytes, then give nothing to `came`."""
+        self._scrap = self._scrap or np.empty(_WASTE, np.uint8).data  # memory only as far as something is put there
         self._unwanted = length
         self._came = came
         self._discard()
@@ -64,7 +65,7 @@ class BodyReader(asyncio.BufferedProtocol):
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's guess
         """Where the next bytes go."""
         if self._unwanted:
-            return _WASTE[: min(self._unwanted, _FIRST_WASTE)]
+            return self._scrap[: min(self._unwanted, _FIRST_WASTE)]
         return self._rest or self._piece
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -87,7 +88,7 @@ class BodyReader(asyncio.BufferedProtocol):
         try:
             thrown = 1
             while self._unwanted and thrown:
-                thrown = connection.recv_into(_WASTE, min(self._unwanted, len(_WASTE)), _UNREAD)
+                thrown = connection.recv_into(self._scrap, min(self._unwanted, _WASTE), _UNREAD)
                 self._unwanted -= thrown
         except OSError:  # no more for now, or no more at all: of that the loop will tell
             pass

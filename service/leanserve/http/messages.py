@@ -14,14 +14,14 @@ import orjson
 from leanserve.contracts import Json
 from leanserve.errors import BadInput, BodyTooLarge, ClientGone, MethodNotAllowed, ServiceError
 
-Scope = dict[str, Any]
+AsgiScope = dict[str, Any]
 Receive = Callable[[], Any]
 Send = Callable[[Any], Any]
 Headers = Iterable[tuple[bytes, bytes]]
 
 
 @dataclass(slots=True)
-class Caller:
+class Request:
     """One request; `variant` is the name of the variant that was chosen for it, once known.
 
     The names in `headers` are in lower case. `body` is there where it came with the head: whole, not compressed, and
@@ -41,7 +41,7 @@ class Caller:
         return None if value is None else value.decode("latin-1").strip() or None
 
 
-class Reply(NamedTuple):
+class Response(NamedTuple):
     """The body of a reply and its headers, but for the content length."""
 
     body: bytes
@@ -49,10 +49,10 @@ class Reply(NamedTuple):
     status: int = 200
 
 
-def error_reply(error: ServiceError) -> Reply:
+def error_response(error: ServiceError) -> Response:
     """The reply to a request that was refused or failed."""
     headers = [(name.encode(), value.encode()) for name, value in error_headers(error).items()]
-    return json_reply(error_body(str(error), error.code), headers, error.status)
+    return json_response(error_body(str(error), error.code), headers, error.status)
 
 
 class Route(NamedTuple):
@@ -63,16 +63,16 @@ class Route(NamedTuple):
 
     method: str
     counts: Literal["prediction", "description"]
-    answer: Callable[[Caller], Awaitable[Reply]]
-    refuse: Callable[[ServiceError], Reply] = error_reply
+    answer: Callable[[Request], Awaitable[Response]]
+    refuse: Callable[[ServiceError], Response] = error_response
 
 
-def json_reply(body: Json, headers: Headers = (), status: int = 200) -> Reply:
+def json_response(body: Json, headers: Headers = (), status: int = 200) -> Response:
     """A reply with a JSON body."""
-    return Reply(orjson.dumps(body), [(b"content-type", b"application/json"), *headers], status)
+    return Response(orjson.dumps(body), [(b"content-type", b"application/json"), *headers], status)
 
 
-async def read_body(caller: Caller, limit: int) -> bytes | memoryview:
+async def read_body(caller: Request, limit: int) -> bytes | memoryview:
     """The whole request body, chunked or not, as it was sent, if it did not come with the head.
 
     Raises:
@@ -129,7 +129,7 @@ def _too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body has more than {limit} bytes (limits.body_bytes)")
 
 
-def gone_check(receive: Receive) -> Callable[[], bool]:
+def disconnect_check(receive: Receive) -> Callable[[], bool]:
     """A cheap question, askable from any thread: did the client of this request leave?
 
     ASGI only offers to wait for a disconnect, which would cost a task per request. uvicorn's `receive` is a method of
@@ -141,7 +141,7 @@ def gone_check(receive: Receive) -> Callable[[], bool]:
     return lambda: cycle.disconnected
 
 
-async def send_reply(send: Send, reply: Reply) -> None:
+async def send_response(send: Send, reply: Response) -> None:
     """Send a reply in one go. For a HEAD request, too: the server leaves the body out."""
     headers = [(b"content-length", b"%d" % len(reply.body)), *reply.headers]
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})

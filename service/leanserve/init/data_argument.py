@@ -12,7 +12,7 @@ import numpy as np
 
 from leanserve.bases.datasets.image_folder import image_folder
 from leanserve.codecs.image_formats import FORMAT_NAMES
-from leanserve.contracts import InputSpec, Json
+from leanserve.contracts import Json, ModelSpec
 from leanserve.errors import ConfigError
 
 SYNTHETIC: Json = {"synthetic": 64}
@@ -21,8 +21,8 @@ LOOKED_AT = 50
 """Lines of a table that are looked at."""
 
 
-def data_section(path: Path | None, spec: InputSpec, folder: Path) -> dict[str, Json]:
-    """The `data:` section for a folder of pictures, an `.npz`, or a table of texts; without a path synthetic rows.
+def data_section(path: Path | None, spec: ModelSpec, folder: Path) -> dict[str, Json]:
+    """The `data:` section for a folder of images, an `.npz`, or a table of texts; without a path synthetic rows.
 
     Raises:
         ConfigError: none of these.
@@ -38,7 +38,7 @@ def data_section(path: Path | None, spec: InputSpec, folder: Path) -> dict[str, 
         return {"arrays": near, **_arrays(path, spec)}
     if path.suffix in {".csv", ".tsv", ".jsonl"}:
         return {"texts": near, **_columns(_head(path), classes=bool(spec.labels))}
-    raise ConfigError(f"--data {path}: give a folder of pictures, an .npz file, or texts as .csv, .tsv or .jsonl")
+    raise ConfigError(f"--data {path}: give a folder of images, an .npz file, or texts as .csv, .tsv or .jsonl")
 
 
 def data_seen(path: Path | None) -> str | None:
@@ -52,11 +52,11 @@ def data_seen(path: Path | None) -> str | None:
     return image_folder(path, FORMAT_NAMES, "--data").seen()
 
 
-def _arrays(path: Path, spec: InputSpec) -> dict[str, Json]:
+def _arrays(path: Path, spec: ModelSpec) -> dict[str, Json]:
     with np.load(path, allow_pickle=False) as stored:
         names = [name for name in stored.files if stored[name].ndim >= 1]
     labels = next((name for name in LABELS if name in names), None)
-    wanted = [item.name for item in spec.fields]
+    wanted = [item.name for item in spec.inputs]
     others = [name for name in names if name != labels]
     section: dict[str, Json] = {}
     if not set(wanted) <= set(others):

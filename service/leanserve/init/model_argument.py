@@ -30,7 +30,7 @@ class Hints:
     task: str | None = None
     labels: Path | None = None
     image: str | None = None
-    """`WIDTHxHEIGHT`, with `xL` behind it for grey pictures."""
+    """`WIDTHxHEIGHT`, with `xL` behind it for grey images."""
     tokenizer: Path | None = None
     shapes: tuple[str, ...] = ()
     """`NAME=3,224,224`, `?` for an axis of any size; one per input."""
@@ -92,7 +92,7 @@ def _near(path: str | Path, folder: Path) -> str:
 def _image(text: str) -> Mapping[str, Json]:
     found = re.fullmatch(r"(\d+)x(\d+)(xL)?", text)
     if found is None:
-        raise ConfigError(f"--image {text}: give WIDTHxHEIGHT, such as 224x224, or 28x28xL for grey pictures")
+        raise ConfigError(f"--image {text}: give WIDTHxHEIGHT, such as 224x224, or 28x28xL for grey images")
     size = {"size": [int(found[1]), int(found[2])]}
     return size | (GREY if found[3] else IMAGENET)
 

@@ -15,13 +15,13 @@ from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.opening import Origin, open_base
 from leanserve.bases.shipped import SHIPPED
 from leanserve.config.schema import read_config
-from leanserve.contracts import CLASSES, InputSpec, Json, Meaning
+from leanserve.contracts import CLASSES, Json, Meaning, ModelSpec
 from leanserve.errors import ConfigError
 from leanserve.hardware import isa_flags
 from leanserve.init.data_argument import SYNTHETIC, data_section
-from leanserve.init.inspection import Look, inspect
-from leanserve.init.ladder import Rung, ladder
 from leanserve.init.model_argument import Hints, base_section
+from leanserve.init.profile import ModelProfile, inspect
+from leanserve.init.suggestions import Suggestion, suggest
 
 TEMPLATE = Path(__file__).parent / "config.yaml.j2"
 AGREEMENT: Mapping[Meaning, float] = dict.fromkeys(CLASSES, 0.98) | {"embedding": 0.99, "values": 0.95}
@@ -29,7 +29,7 @@ AGREEMENT: Mapping[Meaning, float] = dict.fromkeys(CLASSES, 0.98) | {"embedding"
 WHY: Mapping[Evidence, str] = {
     "declared": "as you say",
     "operator": "its last operator is one for that",
-    "numbers": "a guess: on random rows its numbers look like that; check it",
+    "numbers": "a guess: on random rows its numbers profile like that; check it",
     "name": "a guess by its name; check it",
     "labels": "it has as many numbers per row as there are labels, and nothing says that they are probabilities",
     "form": "what such a model gives",
@@ -37,8 +37,10 @@ WHY: Mapping[Evidence, str] = {
 }
 
 
-def write_config(model: str, path: Path, hints: Hints, data: Path | None) -> tuple[Look, tuple[Rung, ...]]:
-    """Look at a model and write a config for it; also what was seen and suggested.
+def write_config(
+    model: str, path: Path, hints: Hints, data: Path | None
+) -> tuple[ModelProfile, tuple[Suggestion, ...]]:
+    """ModelProfile at a model and write a config for it; also what was seen and suggested.
 
     Raises:
         ConfigError: the model cannot be opened, or does not fit the data; the text names what to add.
@@ -52,13 +54,13 @@ def write_config(model: str, path: Path, hints: Hints, data: Path | None) -> tup
         opened = _open(base, rows, folder)
     if "shipped" not in base:
         base = {**base, "outputs": {item.name: item.meaning for item in opened.outputs}}
-    look = inspect(opened, next(iter(base)))
+    profile = inspect(opened, next(iter(base)))
     labelled = next(opened.data("gate", 2 * opened.unit).batches(8)).labels is not None
-    rungs = ladder(look, isa_flags(), trainable=rows != SYNTHETIC and look.spec.rows == "any")
-    text = _rendered(path, look, rungs, {"base": base, "data": rows}, labelled=labelled)
+    suggestions = suggest(profile, isa_flags(), trainable=rows != SYNTHETIC and profile.spec.rows == "any")
+    text = _rendered(path, profile, suggestions, {"base": base, "data": rows}, labelled=labelled)
     path.write_text(text, encoding="utf-8")
     read_config(path)
-    return look, rungs
+    return profile, suggestions
 
 
 def has_own_rows(base: Mapping[str, Json]) -> bool:
@@ -99,24 +101,26 @@ def _open_apart(
 Sections = Mapping[str, Mapping[str, Json] | None]
 
 
-def _rendered(path: Path, look: Look, rungs: tuple[Rung, ...], sections: Sections, *, labelled: bool) -> str:
+def _rendered(
+    path: Path, profile: ModelProfile, suggestions: tuple[Suggestion, ...], sections: Sections, *, labelled: bool
+) -> str:
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )
     return template.render(
-        look=look,
+        profile=profile,
         file=path.name,
-        parameters=_short(look.parameters),
+        parameters=_short(profile.parameters),
         sections=[(name, _block(section)) for name, section in sections.items() if section is not None],
-        remarks=_remarks(sections, look),
+        remarks=_remarks(sections, profile),
         labelled=labelled,
-        agreement=min(AGREEMENT[item.meaning] for item in look.spec.outputs),
-        meaning=_measured_by(look.spec),
-        rungs=[(rung, [_flow(step) for step in rung.passes]) for rung in rungs],
+        agreement=min(AGREEMENT[item.meaning] for item in profile.spec.outputs),
+        meaning=_measured_by(profile.spec),
+        suggestions=[(suggestion, [_flow(step) for step in suggestion.passes]) for suggestion in suggestions],
     )
 
 
-def _measured_by(spec: InputSpec) -> str:
+def _measured_by(spec: ModelSpec) -> str:
     """What the agreement of this model's outputs is."""
     words = {
         **dict.fromkeys(CLASSES, "the share of answers equal to the base's"),
@@ -126,14 +130,14 @@ def _measured_by(spec: InputSpec) -> str:
     return "least of every output: " + ", or ".join(dict.fromkeys(words[item.meaning] for item in spec.outputs))
 
 
-def _remarks(sections: Sections, look: Look) -> dict[str, list[str]]:
+def _remarks(sections: Sections, profile: ModelProfile) -> dict[str, list[str]]:
     """Per section, what to check or to replace before a result is believed."""
     base, data = (sections[name] or {} for name in ("base", "data"))
     found: dict[str, list[str]] = {"base": [], "data": []}
     if "image" in base:
         found["base"].append("Check mean, std, fit and resize: they must be those of the training.")
     if "outputs" in base:
-        found["base"] += [f"Output {item.name}: {item.meaning}, {WHY[item.evidence]}." for item in look.tensors]
+        found["base"] += [f"Output {item.name}: {item.meaning}, {WHY[item.evidence]}." for item in profile.tensors]
     if "rows" in base:
         found["base"].append(
             "The model lets rows of a batch change each other, so `rows` keeps them apart; see the docs."
@@ -142,7 +146,7 @@ def _remarks(sections: Sections, look: Look) -> dict[str, list[str]]:
         found["base"].append("Random weights: good for speed work only. Give a file, or `hub`.")
     if data == SYNTHETIC:
         found["data"] += [
-            "Random rows, good for a first look at speed. Put your own data here before you believe quality:",
+            "Random rows, good for a first profile at speed. Put your own data here before you believe quality:",
             "{images: FOLDER}, {arrays: FILE.npz, labels: NAME} or {texts: FILE.csv, text: COLUMN, label: COLUMN}.",
         ]
     return found

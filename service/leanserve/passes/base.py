@@ -43,8 +43,8 @@ EXPORTED: frozenset[Tag] = frozenset({"eager_module"})
 class Applied:
     """What `apply` gives back.
 
-    `decisions` is the JSON from which `restructure` and `equip` repeat the pass without data; `facts` are numbers for
-    the report (for example `macs_ratio`).
+    `decisions` is the JSON from which `rebuild_structure` and `on_load` repeat the pass without data; `facts` are
+    numbers for the report (for example `macs_ratio`).
     """
 
     model: Model
@@ -76,7 +76,7 @@ class Pass(BaseModel):
     simulated: ClassVar[bool] = False
     """Whether the gain is only simulated (zeros without a sparse kernel, fake quantization)."""
 
-    def refusal(self, isa: frozenset[str]) -> str | None:
+    def unsupported_reason(self, isa: frozenset[str]) -> str | None:
         """Why this pass cannot pay on a machine with these instruction-set flags; `None` if it can."""
         return None
 
@@ -88,10 +88,10 @@ class Pass(BaseModel):
         """
         raise NotImplementedError
 
-    def restructure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
+    def rebuild_structure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
         """Repeat the structural change on an untrained module, without data; weights are loaded afterwards."""
         return module
 
-    def equip(self, model: Model, decisions: Mapping[str, Json]) -> Model:
+    def on_load(self, model: Model, decisions: Mapping[str, Json]) -> Model:
         """Repeat what cannot be stored in a file (compilation, session options) on a loaded model."""
         return model

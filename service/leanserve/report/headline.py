@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from leanserve.report.columns import amount, milliseconds, ratio
-from leanserve.report.summary import Measure, Summary, Variant, Yardstick
+from leanserve.report.summary import Measure, Summary, VariantSummary, Yardstick
 
 RULES: Mapping[Measure, str] = {
     "score": "its score on the gate split is at most 0.5 points below that of the base",
@@ -89,7 +89,7 @@ def hardware(summary: Summary) -> tuple[str, ...]:
     return (*lines, ", ".join(f"{name} {version}" for name, version in versions))
 
 
-def _claim(summary: Summary, best: Variant) -> str:
+def _claim(summary: Summary, best: VariantSummary) -> str:
     item = best.measured
     smaller = f" and {ratio(item.shrinkage)} smaller on disk" if item.shrinkage >= 1.05 else ""
     return (
@@ -98,7 +98,7 @@ def _claim(summary: Summary, best: Variant) -> str:
     )
 
 
-def _price(yardstick: Yardstick, best: Variant) -> str:
+def _price(yardstick: Yardstick, best: VariantSummary) -> str:
     drop = best.measured.drop
     value = share_text(yardstick.value(best.measured.quality))
     if not yardstick.scored or drop is None:
@@ -131,7 +131,7 @@ def _caveat(summary: Summary) -> str:
     return f"Mind the base: {', '.join(summary.caveats)}." if summary.caveats else ""
 
 
-def _caution(yardstick: Yardstick, best: Variant) -> str:
+def _caution(yardstick: Yardstick, best: VariantSummary) -> str:
     """What the confidence interval leaves open."""
     quality = best.measured.quality
     interval, floor = yardstick.interval(quality), yardstick.floor(best.measured.base)

@@ -45,7 +45,7 @@ def render(summary: Summary, title: str) -> str:
         tradeoff=Markup(plots.tradeoff(summary)),
         sizes=Markup(plots.sizes(summary)),
         waterfalls={
-            variant.number: Markup(plots.waterfall(variant, summary.yardstick))
+            variant.number: Markup(plots.waterfall_plot(variant, summary.yardstick))
             for variant in summary.variants
             if variant.passes
         },

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from leanserve.report.columns import amount, milliseconds, ratio
 from leanserve.report.headline import noun, share_text
-from leanserve.report.summary import Step, Summary, Variant, Yardstick
+from leanserve.report.summary import StepSummary, Summary, VariantSummary, Yardstick
 from leanserve.report.svg import ACCENT, BAD, GOOD, INK, LINE, MUTED, SURFACE, bare, inline, new_figure
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def sizes(summary: Summary) -> str:
     return inline(figure, "sizes", f"size on disk: {facts}")
 
 
-def waterfall(variant: Variant, yardstick: Yardstick) -> str:
+def waterfall_plot(variant: VariantSummary, yardstick: Yardstick) -> str:
     """Throughput gain and answers after each pass; a bar spans what its pass added or took away."""
     figure = new_figure(0.75 + 0.3 * len(variant.steps))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
@@ -84,10 +84,10 @@ def waterfall(variant: Variant, yardstick: Yardstick) -> str:
         f"{share_text(yardstick.value(step.measured.quality))}"
         for step in variant.steps
     )
-    return inline(figure, f"waterfall-{variant.number}", f"{variant.name} pass by pass: {facts}")
+    return inline(figure, f"waterfall_plot-{variant.number}", f"{variant.name} pass by pass: {facts}")
 
 
-def _mark(axes: Axes, variant: Variant, summary: Summary, rows: int) -> None:
+def _mark(axes: Axes, variant: VariantSummary, summary: Summary, rows: int) -> None:
     quality, yardstick = variant.measured.quality, summary.yardstick
     latency, value = quality.latency_ms.get(rows), yardstick.value(quality)
     if latency is None or value is None:
@@ -121,7 +121,7 @@ def _latency_scale(axes: Axes, summary: Summary, rows: int) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _gain_bars(axes: Axes, steps: tuple[Step, ...]) -> None:
+def _gain_bars(axes: Axes, steps: tuple[StepSummary, ...]) -> None:
     before = 0.0
     for place, step in enumerate(steps):
         gain = step.measured.gain
@@ -144,7 +144,7 @@ def _gain_bars(axes: Axes, steps: tuple[Step, ...]) -> None:
     axes.set_xticks([])
 
 
-def _answer_line(axes: Axes, steps: tuple[Step, ...], yardstick: Yardstick) -> None:
+def _answer_line(axes: Axes, steps: tuple[StepSummary, ...], yardstick: Yardstick) -> None:
     points = [(yardstick.value(step.measured.quality), place) for place, step in enumerate(steps)]
     known = [(value, place) for value, place in points if value is not None]
     axes.plot(
@@ -168,11 +168,11 @@ def _rows(axes: Axes, names: list[str]) -> None:
     axes.yaxis.grid(visible=False)
 
 
-def _colour(variant: Variant, summary: Summary) -> str:
+def _colour(variant: VariantSummary, summary: Summary) -> str:
     return GOOD if variant is summary.cheapest else _COLOURS[variant.state]
 
 
-def _number(variant: Variant) -> str:
+def _number(variant: VariantSummary) -> str:
     """The mark that stands for a variant all over the page."""
     return str(variant.number or "B")
 

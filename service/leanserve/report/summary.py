@@ -55,7 +55,7 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class StepSummary:
     """One pass of a variant, and what the variant was worth after it."""
 
     measured: Measured
@@ -63,7 +63,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class VariantSummary:
     """A row of the report. `number` marks the variant in the plots; the reference row of the bare base has 0."""
 
     number: int
@@ -71,7 +71,7 @@ class Variant:
     state: State
     reason: str | None
     measured: Measured
-    steps: tuple[Step, ...]
+    steps: tuple[StepSummary, ...]
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -126,7 +126,7 @@ class Summary:
     """Everything that the report shows, in the order in which the variants were given."""
 
     base: str
-    variants: tuple[Variant, ...]
+    variants: tuple[VariantSummary, ...]
     yardstick: Yardstick
     caveats: tuple[str, ...] = ()
     """What is true of every number in it: the base is `untrained`, its rows are `synthetic data`."""
@@ -160,7 +160,7 @@ class Summary:
         return self.variants[0].steps[0].measured
 
     @cached_property
-    def cheapest(self) -> Variant | None:
+    def cheapest(self) -> VariantSummary | None:
         """The compressed variant with the most rows per second that serves, answers right and beats the base."""
         able = [item for item in self.variants if item.state == "serving" and self.yardstick.accepts(item.measured)]
         best = max(able, key=lambda item: item.measured.quality.throughput, default=None)
@@ -179,13 +179,13 @@ def summarise(reports: Sequence[VariantReport], caveats: Sequence[str] = (), els
     if all(variant.passes for variant in variants):
         reference = variants[0].steps[0]
         name = f"base ({reference.manifest.base})"
-        variants.insert(0, Variant(0, name, "reference", None, reference.measured, (reference,)))
+        variants.insert(0, VariantSummary(0, name, "reference", None, reference.measured, (reference,)))
     return Summary(reports[0].chain[0].base, tuple(variants), _yardstick(reports), tuple(caveats), elsewhere)
 
 
-def _variant(number: int, report: VariantReport) -> Variant:
+def _variant(number: int, report: VariantReport) -> VariantSummary:
     base = report.chain[0].quality
-    steps = tuple(Step(_measured(manifest, base), manifest) for manifest in report.chain)
+    steps = tuple(StepSummary(_measured(manifest, base), manifest) for manifest in report.chain)
     whole = Measured(
         label=report.name,
         quality=report.quality,
@@ -193,7 +193,7 @@ def _variant(number: int, report: VariantReport) -> Variant:
         seconds=sum(manifest.seconds for manifest in report.chain),
         simulated=any(manifest.simulated for manifest in report.chain),
     )
-    return Variant(number, report.name, report.state, report.reason, whole, steps)
+    return VariantSummary(number, report.name, report.state, report.reason, whole, steps)
 
 
 def _measured(manifest: Manifest, base: Quality) -> Measured:

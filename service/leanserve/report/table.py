@@ -17,7 +17,7 @@ from rich.text import Text
 from leanserve.artifacts.manifest import VariantReport
 from leanserve.report.columns import Column, OutputMeasure, answers, by_output, footprint, speed, waterfall
 from leanserve.report.headline import hardware, headline
-from leanserve.report.summary import Measured, Summary, Variant, summarise
+from leanserve.report.summary import Measured, Summary, VariantSummary, summarise
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,7 +109,7 @@ def _outputs_table(summary: Summary) -> Table:
     return table
 
 
-def _waterfall_table(variant: Variant, summary: Summary) -> Table:
+def _waterfall_table(variant: VariantSummary, summary: Summary) -> Table:
     columns = waterfall(summary.measured, summary.batches)
     table = _table(f"{variant.name}, pass by pass{summary.mark}", ("after",), columns)
     for step in variant.steps:
@@ -117,7 +117,7 @@ def _waterfall_table(variant: Variant, summary: Summary) -> Table:
     return table
 
 
-def _name(variant: Variant, summary: Summary) -> Text:
+def _name(variant: VariantSummary, summary: Summary) -> Text:
     return Text(variant.name, style="bold green" if variant is summary.cheapest else STYLES[variant.state])
 
 

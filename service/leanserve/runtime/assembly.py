@@ -10,15 +10,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from leanserve.contracts import Array, Arrays, Field, InputSpec
+from leanserve.contracts import Array, Arrays, ModelSpec, TensorSpec
 
 
-def join(samples: Sequence[Arrays], spec: InputSpec, rows: int) -> Arrays:
+def join(samples: Sequence[Arrays], spec: ModelSpec, rows: int) -> Arrays:
     """Concatenate samples along the row axis to exactly `rows` rows; a lone sample that fits is passed on uncopied."""
     if len(samples) == 1 and len(samples[0][0]) == rows:
         return samples[0]
     return tuple(
-        _join_field([sample[index] for sample in samples], item, rows) for index, item in enumerate(spec.fields)
+        _join_field([sample[index] for sample in samples], item, rows) for index, item in enumerate(spec.inputs)
     )
 
 
@@ -31,7 +31,7 @@ def split(outputs: Arrays, counts: Sequence[int]) -> list[Arrays]:
     return replies
 
 
-def dynamic_axes(fields: Sequence[Field]) -> tuple[tuple[int, int], ...]:
+def dynamic_axes(fields: Sequence[TensorSpec]) -> tuple[tuple[int, int], ...]:
     """Position of the field and axis of the batch (the first counts rows) for every axis whose size varies."""
     return tuple(
         (position, axis)
@@ -68,7 +68,7 @@ def cut(sample: Arrays, max_rows: int) -> list[Arrays]:
     return [tuple(array[start : start + max_rows] for array in sample) for start in range(0, rows, max_rows)]
 
 
-def _join_field(arrays: Sequence[Array], item: Field, rows: int) -> Array:
+def _join_field(arrays: Sequence[Array], item: TensorSpec, rows: int) -> Array:
     count = sum(len(array) for array in arrays)
     if count == rows and None not in item.shape:
         return np.concatenate(arrays)

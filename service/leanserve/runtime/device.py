@@ -58,7 +58,7 @@ Job: TypeAlias = Callable[[Lane], Afterwards | None]
 A job that waits already goes first: whoever is told would be in the way of its first steps, with Python's lock in hand.
 It calls `Lane.finish` when it needs the lock no more; else that is called when the job is done.
 """
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 class Device:
@@ -150,9 +150,9 @@ class Device:
         """Do something beside the lanes, on one thread that is there from the first such job on."""
         self._aside.submit(job)
 
-    def call(self, function: Callable[[Lane], Result]) -> Result:
+    def call(self, function: Callable[[Lane], _Result]) -> _Result:
         """Run a function on the next free lane and wait for it. Raises what it raises."""
-        done: Future[Result] = Future()
+        done: Future[_Result] = Future()
 
         def job(lane: Lane) -> None:
             _fulfil(done, function, lane)
@@ -160,13 +160,13 @@ class Device:
         self.post(job)
         return done.result()
 
-    def call_on_each(self, function: Callable[[Lane], Result]) -> list[Result]:
+    def call_on_each(self, function: Callable[[Lane], _Result]) -> list[_Result]:
         """Run a function on every lane, all at the same time, and wait; the results by lane.
 
         Raises:
             Exception: what the function raised, that of the first lane if there are several.
         """
-        futures: list[Future[Result]] = [Future() for _ in self.lanes]
+        futures: list[Future[_Result]] = [Future() for _ in self.lanes]
         together = threading.Barrier(len(self.lanes))
 
         def job(lane: Lane) -> None:
@@ -231,7 +231,7 @@ def _release(lanes: Iterable[Lane]) -> None:
         lane.held.release()
 
 
-def _fulfil(future: Future[Result], function: Callable[[Lane], Result], lane: Lane) -> None:
+def _fulfil(future: Future[_Result], function: Callable[[Lane], _Result], lane: Lane) -> None:
     try:
         future.set_result(function(lane))
     except BaseException as error:

@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal, TypeVar
 
-from leanserve.contracts import Arrays, Backend, InputSpec
+from leanserve.contracts import Arrays, Backend, ModelSpec
 from leanserve.memory import forget, is_out_of_memory
 from leanserve.runtime.assembly import dynamic_axes
 from leanserve.runtime.costs import Costs, CostTable, buckets_up_to, length_buckets, rate
 from leanserve.runtime.device import Device, Lane
+from leanserve.runtime.lanes import LanePlacement, LoadedVariant
 from leanserve.runtime.linux.denormals import flush_denormals
 from leanserve.runtime.linux.huge_pages import anonymous_bytes, gather_since
-from leanserve.serving.batch_runner import Running, Way
 
 Result = TypeVar("Result")
 
@@ -43,8 +43,8 @@ GRID_SECONDS, GRID_SECONDS_PER_LENGTH = 0.6, 0.3
 
 
 def warm_up(
-    device: Device, load: Callable[[int], Backend], spec: InputSpec, max_rows: int, variants: int = 1
-) -> Running:
+    device: Device, load: Callable[[int], Backend], spec: ModelSpec, max_rows: int, variants: int = 1
+) -> LoadedVariant:
     """Load (with that number of threads), run and measure on every lane one of so many `variants`.
 
     Batches for which memory runs out are left out, and so are all larger ones.
@@ -53,7 +53,7 @@ def warm_up(
         Exception: whatever loading or running raises; of a lack of memory only that for the smallest batch.
     """
     memory = _Memory()
-    lengths = length_buckets(spec.max_length) if dynamic_axes(spec.fields) else ()
+    lengths = length_buckets(spec.max_length) if dynamic_axes(spec.inputs) else ()
     loading = threading.Lock()
     opened: list[Backend] = []
 
@@ -92,7 +92,7 @@ def warm_up(
         compare_again(partial(measured, _timed), grid[0], ROUNDS_SECONDS / variants)
     costs = Costs([CostTable(known, max_rows, shapes) for known in grid], lengths)
     wide = _wide(device, open_with, spec, costs) if opened[0].self_contained else None
-    return Running(device, backends, costs, wide, memory.largest(grid, lengths or (0,)))
+    return LoadedVariant(device, backends, costs, wide, memory.largest(grid, lengths or (0,)))
 
 
 class _Memory:
@@ -125,7 +125,7 @@ class _Memory:
         return min((max(known[length]) for length in self._lacking), default=None)
 
 
-def _wide(device: Device, open_with: Callable[[int], Backend], spec: InputSpec, narrow: Costs) -> Way | None:
+def _wide(device: Device, open_with: Callable[[int], Backend], spec: ModelSpec, narrow: Costs) -> LanePlacement | None:
     """A backend with all threads, measured alone at one row and at the most of a batch, if it is quicker.
 
     One for which there is no memory is done without.
@@ -141,7 +141,9 @@ def _wide(device: Device, open_with: Callable[[int], Backend], spec: InputSpec, 
         return None
 
 
-def _if_quicker(device: Device, open_with: Callable[[int], Backend], spec: InputSpec, narrow: Costs) -> Way | None:
+def _if_quicker(
+    device: Device, open_with: Callable[[int], Backend], spec: ModelSpec, narrow: Costs
+) -> LanePlacement | None:
     backend = device.call(lambda _: open_with(device.threads))
 
     def seconds(rows: int, length: int) -> float:
@@ -155,7 +157,7 @@ def _if_quicker(device: Device, open_with: Callable[[int], Backend], spec: Input
     if alone[-1][1] * WIDE_GAIN > narrow.tables[-1].seconds(1):
         backend.close()
         return None
-    return Way(backend, Costs([CostTable(known) for known in alone], narrow.lengths))
+    return LanePlacement(backend, Costs([CostTable(known) for known in alone], narrow.lengths))
 
 
 def measure_grid(

@@ -11,26 +11,26 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from leanserve.contracts import Arrays, Backend, InputSpec
+from leanserve.contracts import Arrays, ModelSpec
 from leanserve.errors import BackendFailed, BadInput, OutOfMemory, ServiceError
 from leanserve.memory import forget, is_out_of_memory, run_in_parts
 from leanserve.runtime.assembly import dynamic_axes, join, rejoin, split, trim
-from leanserve.runtime.costs import Costs, CostTable
-from leanserve.runtime.device import Device, Lane
+from leanserve.runtime.costs import CostTable
+from leanserve.runtime.device import Lane
+from leanserve.runtime.lanes import LanePlacement, LoadedVariant
 from leanserve.serving.batcher import Ticket
 
 logger = logging.getLogger(__name__)
 
-LONE = 0.25
+IDLE_WAIT_SHARE = 0.25
 """A batch is alone if its foremost request waited for less than this share of the time that the batch takes."""
-DEARER, SLOWER, HANDOVER_S = 1.25, 1.05, 200e-6
+MAX_COST_RATIO, MAX_LATENCY_RATIO, HANDOVER_S = 1.25, 1.05, 200e-6
 """What waits is divided among idle lanes if that takes at most so many times the lanes' seconds, and so many times the
 clients'; another batch costs some on its way to a lane and back. Clients may wait a little longer, for lanes that are
 apart fill each other's gaps from then on: while the clients of one ask again, the other works."""
-Reply = asyncio.Future[tuple[Arrays, float, float, int]]
+PendingResult = asyncio.Future[tuple[Arrays, float, float, int]]
 """Outputs, seconds in the queue, seconds on the device, rows in the batch."""
 
 
@@ -44,10 +44,10 @@ class Prediction(NamedTuple):
     batch_size: int
 
 
-class Batch(NamedTuple):
+class CompletedBatch(NamedTuple):
     """Tickets that ran together, what became of each, and how long they ran. What failed was not timed."""
 
-    tickets: list[Ticket[Reply]]
+    tickets: list[Ticket[PendingResult]]
     outcomes: Sequence[Arrays | Exception]
     rows: int
     infer_s: float = 0.0
@@ -66,59 +66,25 @@ class Timed(NamedTuple):
     costs: CostTable
 
 
-class Way(NamedTuple):
-    """A warm backend, and what a batch costs when it is run there."""
-
-    backend: Backend
-    costs: Costs
-
-    def padded(self, rows: int, bucket: int) -> int:
-        """The rows of a batch of a length bucket there, with those that fill it up to what was compiled."""
-        return self.costs.tables[bucket].bucket(rows) if self.backend.row_buckets else rows
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """What runs a variant: a device, a warm backend for each of its lanes, and what a batch costs with all at work.
-
-    Lanes share a backend that is self-contained. `wide` is there where a batch that is alone is quicker on all threads.
-    `memory_rows` is the largest batch for which there was memory, where there was none for one that was wanted.
-    """
-
-    device: Device
-    backends: tuple[Backend, ...]
-    costs: Costs
-    wide: Way | None = None
-    memory_rows: int | None = None
-
-    def way(self, lane: Lane) -> Way:
-        """That of a lane by itself."""
-        return Way(self.backends[lane.index], self.costs)
-
-    @property
-    def opened(self) -> tuple[Backend, ...]:
-        """All backends, each once."""
-        every = (*self.backends, self.wide.backend) if self.wide else self.backends
-        return tuple({id(backend): backend for backend in every}.values())
-
-
-class Execution:
+class BatchRunner:
     """Runs the batches of one variant."""
 
-    def __init__(self, name: str, spec: InputSpec, running: Running) -> None:
+    def __init__(self, name: str, spec: ModelSpec, running: LoadedVariant) -> None:
         self._name = name
         self._spec = spec
         self._running = running
         self.row_bytes = spec.row_bytes
         self._output_axes = dynamic_axes(spec.outputs)
 
-    def join(self, tickets: list[Ticket[Reply]]) -> Arrays:
+    def join(self, tickets: list[Ticket[PendingResult]]) -> Arrays:
         """What `run` would join for any lane."""
         running = self._running
-        rows = running.way(running.device.lanes[0]).padded(_rows(tickets), tickets[0].bucket)
+        rows = running.placement(running.device.lanes[0]).padded(_rows(tickets), tickets[0].bucket)
         return join([ticket.sample for ticket in tickets], self._spec, rows)
 
-    def run(self, lane: Lane, tickets: list[Ticket[Reply]], taken: float, joined: Arrays | None = None) -> list[Batch]:
+    def run(
+        self, lane: Lane, tickets: list[Ticket[PendingResult]], taken: float, joined: Arrays | None = None
+    ) -> list[CompletedBatch]:
         """Run tickets, `taken` from their queue at that time, as one batch on this lane, or on all if these are idle.
 
         They may be `joined` already. Several batches are returned only where it failed and was run again in parts.
@@ -129,7 +95,7 @@ class Execution:
         running = self._running
         wide, device = running.wide, running.device
         if wide is None or _waited(wide, tickets, taken) or device.waiting() or not device.widen(lane):
-            return self._run((lane,), running.way(lane), tickets, taken, joined)
+            return self._run((lane,), running.placement(lane), tickets, taken, joined)
         try:
             return self._run(device.lanes, wide, tickets, taken, joined)
         finally:
@@ -152,17 +118,17 @@ class Execution:
         most = min(rows, table.knee)
         whole = (running.wide.costs if running.wide else running.costs).tables[bucket].seconds(most)
         apart = table.seconds(share)
-        cheap = apart * most / share <= DEARER * table.seconds(most)
-        return share if cheap and apart + HANDOVER_S < SLOWER * whole else rows
+        cheap = apart * most / share <= MAX_COST_RATIO * table.seconds(most)
+        return share if cheap and apart + HANDOVER_S < MAX_LATENCY_RATIO * whole else rows
 
     def _run(
         self,
         lanes: tuple[Lane, ...],
-        way: Way,
-        tickets: list[Ticket[Reply]],
+        way: LanePlacement,
+        tickets: list[Ticket[PendingResult]],
         taken: float,
         joined: Arrays | None = None,
-    ) -> list[Batch]:
+    ) -> list[CompletedBatch]:
         backend, costs = way.backend, way.costs.tables[tickets[0].bucket]
         rows = _rows(tickets)
         padded = way.padded(rows, tickets[0].bucket)
@@ -184,9 +150,9 @@ class Execution:
         finally:
             _set_due(lanes, 0.0)
         timed = Timed(taken, started, ended, time.perf_counter(), padded, len(lanes), costs)
-        return [Batch(tickets, replies, rows, ended - started, timed)]
+        return [CompletedBatch(tickets, replies, rows, ended - started, timed)]
 
-    def _split(self, outputs: Arrays, tickets: list[Ticket[Reply]]) -> list[Arrays]:
+    def _split(self, outputs: Arrays, tickets: list[Ticket[PendingResult]]) -> list[Arrays]:
         replies = split(outputs, [ticket.rows for ticket in tickets])
         if not self._output_axes:
             return replies
@@ -197,8 +163,13 @@ class Execution:
         ]
 
     def _run_apart(
-        self, lanes: tuple[Lane, ...], way: Way, tickets: list[Ticket[Reply]], taken: float, error: BaseException
-    ) -> list[Batch]:
+        self,
+        lanes: tuple[Lane, ...],
+        way: LanePlacement,
+        tickets: list[Ticket[PendingResult]],
+        taken: float,
+        error: BaseException,
+    ) -> list[CompletedBatch]:
         """Find the bad request by halving, or what fits into memory: its batch mates are answered, it alone fails."""
         if len(tickets) > 1:
             middle = len(tickets) // 2
@@ -206,9 +177,9 @@ class Execution:
             return [batch for half in halves for batch in half]
         if tickets[0].rows > 1 and is_out_of_memory(error):
             return [self._run_in_parts(way, tickets[0])]
-        return [Batch(tickets, [self._failure(error)], tickets[0].rows)]
+        return [CompletedBatch(tickets, [self._failure(error)], tickets[0].rows)]
 
-    def _run_in_parts(self, way: Way, ticket: Ticket[Reply]) -> Batch:
+    def _run_in_parts(self, way: LanePlacement, ticket: Ticket[PendingResult]) -> CompletedBatch:
         """A request for which there is no memory as a whole."""
 
         def run(part: Arrays) -> Arrays:
@@ -220,8 +191,8 @@ class Execution:
         try:
             [reply] = self._split(rejoin(run_in_parts(run, ticket.sample)), [ticket])
         except Exception as error:
-            return Batch([ticket], [self._failure(error)], ticket.rows)
-        return Batch([ticket], [reply], ticket.rows, time.perf_counter() - started)
+            return CompletedBatch([ticket], [self._failure(error)], ticket.rows)
+        return CompletedBatch([ticket], [reply], ticket.rows, time.perf_counter() - started)
 
     def _failure(self, error: BaseException) -> ServiceError:
         """What the client of a request is told on which the model failed."""
@@ -235,14 +206,14 @@ class Execution:
         return BackendFailed(f"the model failed on this request; the server's log has the details under id {incident}")
 
 
-def _rows(tickets: list[Ticket[Reply]]) -> int:
+def _rows(tickets: list[Ticket[PendingResult]]) -> int:
     return sum([ticket.rows for ticket in tickets])
 
 
-def _waited(wide: Way, tickets: list[Ticket[Reply]], taken: float) -> bool:
+def _waited(wide: LanePlacement, tickets: list[Ticket[PendingResult]], taken: float) -> bool:
     """Whether a batch had to wait for others, so that more will come while it runs, although no lane works now."""
     seconds = wide.costs.tables[tickets[0].bucket].seconds(_rows(tickets))
-    return taken - tickets[0].enqueued_at > LONE * seconds
+    return taken - tickets[0].enqueued_at > IDLE_WAIT_SHARE * seconds
 
 
 def _set_due(lanes: tuple[Lane, ...], due_at: float) -> None:

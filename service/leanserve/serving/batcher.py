@@ -31,26 +31,37 @@ def _never_gone() -> bool:
     return False
 
 
-Reply = TypeVar("Reply")
+Pending = TypeVar("Pending")
 Portion = Callable[[int, int], int]
 
 
-class Ticket(Generic[Reply]):
+class Ticket(Generic[Pending]):
     """One request (or one part of a split request) waiting in a queue. Times are seconds of the caller's clock.
 
     `length` is the longest dynamic axis of its rows, 0 if there is none; the queue finds its length `bucket`. `level`
     is its priority from 1, the most urgent, to the `levels` of the queue. Only those of equal `company` share a batch.
     """
 
-    __slots__ = ("bucket", "company", "deadline", "enqueued_at", "gone", "length", "level", "reply", "rows", "sample")
+    __slots__ = (
+        "bucket",
+        "company",
+        "deadline",
+        "enqueued_at",
+        "is_disconnected",
+        "length",
+        "level",
+        "reply",
+        "rows",
+        "sample",
+    )
 
     def __init__(
         self,
         sample: Arrays,
-        reply: Reply,
+        reply: Pending,
         *,
         deadline: float = math.inf,
-        gone: Callable[[], bool] = _never_gone,
+        is_disconnected: Callable[[], bool] = _never_gone,
         level: int = 1,
         length: int = 0,
     ) -> None:
@@ -58,7 +69,7 @@ class Ticket(Generic[Reply]):
         self.rows = len(sample[0])
         self.reply = reply
         self.deadline = deadline
-        self.gone = gone
+        self.is_disconnected = is_disconnected
         self.level = level
         self.length = length
         self.company: Hashable = ()
@@ -67,12 +78,12 @@ class Ticket(Generic[Reply]):
 
 
 @dataclass(slots=True)
-class Formed(Generic[Reply]):
+class Formed(Generic[Pending]):
     """What `take` found: tickets to run together, and those that are not run because they expired or are unwanted."""
 
-    batch: list[Ticket[Reply]]
-    expired: list[Ticket[Reply]]
-    left: list[Ticket[Reply]]
+    batch: list[Ticket[Pending]]
+    expired: list[Ticket[Pending]]
+    left: list[Ticket[Pending]]
     more: bool = False
     """Others are waiting: whoever took this batch sees to it that the next one is taken, too."""
 
@@ -114,7 +125,7 @@ class QueueLimits:
         return self.rows_at[bucket] if self.rows_at else self.max_rows
 
 
-class Batcher(Generic[Reply]):
+class Batcher(Generic[Pending]):
     """A bounded queue, first in first out within each priority level, that closes a batch as late as possible."""
 
     def __init__(self, limits: QueueLimits) -> None:
@@ -122,12 +133,12 @@ class Batcher(Generic[Reply]):
         self.waiting_rows = 0
         self._waiting = 0
         buckets = range(max(1, len(limits.lengths)))
-        self._queues: list[list[deque[Ticket[Reply]]]] = [[deque() for _ in buckets] for _ in range(limits.levels)]
+        self._queues: list[list[deque[Ticket[Pending]]]] = [[deque() for _ in buckets] for _ in range(limits.levels)]
         self._rows = [[0] * len(buckets) for _ in range(limits.levels)]
         self._lock = threading.Lock()
         self._claimed = False
 
-    def offer(self, tickets: list[Ticket[Reply]], now: float) -> bool:
+    def offer(self, tickets: list[Ticket[Pending]], now: float) -> bool:
         """Queue all tickets or none. True if nobody is on the way to `take` yet, so that the caller has to see to it.
 
         Raises:
@@ -173,7 +184,7 @@ class Batcher(Generic[Reply]):
             oldest = (queue[0].enqueued_at for queues in self._queues for queue in queues if queue)
             return max(0.0, min(oldest, default=now) + self.limits.max_delay_s - now) if self._waiting else 0.0
 
-    def take(self, now: float, portion: Portion | None = None) -> Formed[Reply]:
+    def take(self, now: float, portion: Portion | None = None) -> Formed[Pending]:
         """Form the next batch: the most urgent live tickets, of these the oldest, at most `rows_per_batch` rows.
 
         Or at most `portion(bucket, rows)`, of so many waiting rows of that length bucket, where that is less.
@@ -182,7 +193,7 @@ class Batcher(Generic[Reply]):
         over, but none of the same for a later one that would still fit. A single larger ticket goes alone. If `more`
         are waiting the caller has to see to it that they are taken; if not, the next offer will be told to.
         """
-        formed: Formed[Reply] = Formed([], [], [])
+        formed: Formed[Pending] = Formed([], [], [])
         with self._lock:
             while not formed.batch and self._waiting:
                 bucket = self._foremost()
@@ -193,9 +204,9 @@ class Batcher(Generic[Reply]):
             formed.more = self._claimed = self._waiting > 0
         return formed
 
-    def next_full(self, now: float) -> list[Ticket[Reply]]:
+    def next_full(self, now: float) -> list[Ticket[Pending]]:
         """The batch that `take` would form now, if it would be a full one. All of it stays in the queue."""
-        batch: list[Ticket[Reply]] = []
+        batch: list[Ticket[Pending]] = []
         rows = 0
         with self._lock:
             if not self._waiting:
@@ -203,7 +214,7 @@ class Batcher(Generic[Reply]):
             bucket = self._foremost()
             most = self.limits.rows_per_batch(bucket)
             for ticket in (ticket for queues in self._queues for ticket in queues[bucket]):
-                if ticket.gone() or ticket.deadline <= now or (batch and ticket.company != batch[0].company):
+                if ticket.is_disconnected() or ticket.deadline <= now or (batch and ticket.company != batch[0].company):
                     continue
                 if batch and rows + ticket.rows > most:
                     return batch
@@ -211,7 +222,7 @@ class Batcher(Generic[Reply]):
                 rows += ticket.rows
         return batch if rows >= most else []
 
-    def expire(self, now: float) -> tuple[list[Ticket[Reply]], float]:
+    def expire(self, now: float) -> tuple[list[Ticket[Pending]], float]:
         """Remove what waited past its deadline; also the earliest deadline among the rest (inf if none)."""
         with self._lock:
             waiting = [ticket for queues in self._queues for queue in queues for ticket in queue]
@@ -232,15 +243,15 @@ class Batcher(Generic[Reply]):
         queues = next(queues for queues in self._queues if any(queues))
         return min((queue[0].enqueued_at, bucket) for bucket, queue in enumerate(queues) if queue)[1]
 
-    def _fill(self, formed: Formed[Reply], bucket: int, most: int, now: float) -> None:
+    def _fill(self, formed: Formed[Pending], bucket: int, most: int, now: float) -> None:
         """Move tickets of a length bucket into the batch until it is full, or until its foremost turned out dead."""
         rows = 0
         for queues in self._queues:
             queue = queues[bucket]
-            passed: list[Ticket[Reply]] = []
+            passed: list[Ticket[Pending]] = []
             while queue:
                 ticket = queue[0]
-                if ticket.gone():
+                if ticket.is_disconnected():
                     formed.left.append(ticket)
                 elif ticket.deadline <= now:
                     formed.expired.append(ticket)
@@ -259,7 +270,7 @@ class Batcher(Generic[Reply]):
                     return  # the foremost may be in another bucket now
             queue.extendleft(reversed(passed))
 
-    def _forget(self, ticket: Ticket[Reply]) -> None:
+    def _forget(self, ticket: Ticket[Pending]) -> None:
         self._rows[ticket.level - 1][ticket.bucket] -= ticket.rows
         self.waiting_rows -= ticket.rows
         self._waiting -= 1

@@ -7,13 +7,13 @@ never waits for anybody.
 
 from __future__ import annotations
 
-from leanserve.serving.batch_runner import Batch
+from leanserve.serving.batch_runner import CompletedBatch
 
 SHARE, TICK_S = 0.05, 0.001
 """The share of a batch's time, and the shortest wait: the loop's timer is too coarse for less."""
 
 
-class Group:
+class Cohort:
     """The requests of a variant that were answered together last. Times are seconds of the caller's clock.
 
     Lanes tell what they answered, lanes and the loop ask; whoever asks sees the whole of one group.
@@ -24,7 +24,7 @@ class Group:
         self._most = most
         self._last = (0, 0.0)  # rows, and until when they are waited for
 
-    def answered(self, batch: Batch, waiting_rows: int, now: float) -> None:
+    def answered(self, batch: CompletedBatch, waiting_rows: int, now: float) -> None:
         """This batch is answered, while others are waiting: all of them are the group now."""
         if len(batch.tickets) > 1 and batch.infer_s * SHARE >= TICK_S:
             self._last = (min(batch.rows + waiting_rows, self._most), now + batch.infer_s * SHARE)

@@ -11,14 +11,14 @@ from collections.abc import Callable, Hashable
 
 import numpy as np
 
-from leanserve.contracts import Arrays, InputSpec
+from leanserve.contracts import Arrays, ModelSpec
 
 Company = Callable[[Arrays], Hashable]
 ANY: Hashable = ()
 """The company of requests that may share a batch with all others."""
 
 
-def company_by(spec: InputSpec, *, trusts_rows: bool) -> Company | None:
+def company_by(spec: ModelSpec, *, trusts_rows: bool) -> Company | None:
     """What tells the company of a request; `None` where any may share a batch.
 
     `trusts_rows`: whether the variant was measured to keep the rows of a batch apart, whatever their values.
@@ -26,7 +26,7 @@ def company_by(spec: InputSpec, *, trusts_rows: bool) -> Company | None:
     if spec.rows == "one":
         return None
     alike = _shape if spec.rows == "one_length" else None
-    if trusts_rows or not any(np.dtype(item.dtype).kind == "f" for item in spec.fields):
+    if trusts_rows or not any(np.dtype(item.dtype).kind == "f" for item in spec.inputs):
         return alike
     return lambda sample: (alike(sample) if alike else ANY) if _finite(sample) else object()
 

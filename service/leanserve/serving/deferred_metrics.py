@@ -10,13 +10,13 @@ import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from leanserve.serving.batch_runner import Batch, Reply, Timed
+from leanserve.serving.batch_runner import CompletedBatch, PendingResult, Timed
 from leanserve.serving.batcher import Ticket
 from leanserve.telemetry.observations import VariantMetrics
 
 LATER_S, MOST = 0.05, 64
 """How long batches wait to be counted, and how many of them."""
-QUICK_S = 0.001
+IMMEDIATE_MAX_S = 0.001
 """Batches that took no longer do not wait."""
 
 
@@ -30,7 +30,7 @@ class Record(NamedTuple):
     padding_tokens: int
 
 
-class Tally:
+class DeferredMetrics:
     """Counts the batches of one variant. All on the event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, metrics: VariantMetrics) -> None:
@@ -39,13 +39,13 @@ class Tally:
         self._records: list[Record] = []
         self._due = False
 
-    def add(self, batches: Sequence[Batch]) -> None:
+    def add(self, batches: Sequence[CompletedBatch]) -> None:
         """Count these, now or before long. What failed is not counted."""
         for batch in batches:
             if batch.timed is None:
                 continue
             record = _record(batch, batch.timed)
-            if batch.infer_s <= QUICK_S:
+            if batch.infer_s <= IMMEDIATE_MAX_S:
                 self._count(record)
             else:
                 self._records.append(record)
@@ -75,12 +75,12 @@ class Tally:
         self.catch_up()
 
 
-def _record(batch: Batch, timed: Timed) -> Record:
+def _record(batch: CompletedBatch, timed: Timed) -> Record:
     queue_seconds = [timed.taken - ticket.enqueued_at for ticket in batch.tickets]
     return Record(batch.rows, batch.infer_s, timed, queue_seconds, padding_tokens(batch.tickets))
 
 
-def padding_tokens(tickets: list[Ticket[Reply]]) -> int:
+def padding_tokens(tickets: list[Ticket[PendingResult]]) -> int:
     """Positions that are computed only because a row is shorter than the longest one of its batch."""
     if len(tickets) == 1 or not tickets[0].length:
         return 0

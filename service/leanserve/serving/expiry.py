@@ -15,7 +15,7 @@ REST = 20
 twentieth of the loop: 10,000 deadlines that pass within a second cost 0.05 s of it instead of 0.7 s."""
 
 
-class Sweep:
+class ExpiryTimer:
     """Calls `sweep(now)`, which returns the next deadline (seconds of `time.perf_counter`, inf for none), in time."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sweep: Callable[[float], float]) -> None:

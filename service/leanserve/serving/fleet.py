@@ -21,13 +21,14 @@ from leanserve.errors import BadInput, NotFound, NotReady, OutOfMemory, ServiceE
 from leanserve.memory import is_out_of_memory
 from leanserve.runtime.costs import Costs
 from leanserve.runtime.device import Device
+from leanserve.runtime.lanes import LoadedVariant
 from leanserve.runtime.linux.denormals import flush_denormals
 from leanserve.runtime.warm_up import warm_up
-from leanserve.serving.batch_runner import Reply, Running
+from leanserve.serving.batch_runner import PendingResult
 from leanserve.serving.batcher import Batcher, QueueLimits
 from leanserve.serving.company import company_by
 from leanserve.serving.reload import LoadingThreads, Open, Read, close_all, open_again
-from leanserve.serving.traffic import pick, weigh
+from leanserve.serving.traffic import choose_variant, normalize_weights
 from leanserve.serving.variant import Variant
 from leanserve.telemetry.metrics import Metrics
 from leanserve.telemetry.observations import VariantFacts, VariantState
@@ -35,7 +36,7 @@ from leanserve.telemetry.observations import VariantFacts, VariantState
 logger = logging.getLogger(__name__)
 
 
-class Standing(NamedTuple):
+class VariantStatus(NamedTuple):
     """Whether a variant serves, and if not, why."""
 
     state: VariantState
@@ -62,7 +63,7 @@ class Fleet:
         self.config = config
         self.reports = {report.name: report for report in reports}
         self.device = device
-        self.standing = {report.name: Standing(report.state, report.reason or "") for report in reports}
+        self.status_of = {report.name: VariantStatus(report.state, report.reason or "") for report in reports}
         self.variants: dict[str, Variant] = {}
         """Those that serve now."""
         self.metrics = Metrics(base.name, caveats=base.caveats, ready=self.is_ready)
@@ -96,13 +97,13 @@ class Fleet:
         except Exception as error:
             remedy = "; fewer variants, or lanes: 1, take less memory" if is_out_of_memory(error) else ""
             raise StartupError(f"variant '{name}' cannot be loaded and warmed up: {error}{remedy}") from error
-        batcher: Batcher[Reply] = Batcher(_limits(batch, running.costs))
+        batcher: Batcher[PendingResult] = Batcher(_limits(batch, running.costs))
         self._opened[name] = Variant(name, spec, running, batcher, company_by(spec, trusts_rows=measured.trusts_rows))
         self._reads[name] = read or (lambda: load)
-        self._split = weigh(self.config.traffic.weights, self._opened)
+        self._split = normalize_weights(self.config.traffic.weights, self._opened)
         self._enter(name, "serving")
 
-    def _warm_up(self, name: str, load: Open, max_rows: int, memory_rows: int | None) -> Running:
+    def _warm_up(self, name: str, load: Open, max_rows: int, memory_rows: int | None) -> LoadedVariant:
         fitting = min(memory_rows or max_rows, max_rows)
         running = warm_up(self.device, load, self.base.spec, fitting, len(self.config.variants))
         if running.memory_rows is None and fitting < max_rows:
@@ -132,7 +133,7 @@ class Fleet:
             NotFound: no such variant. NotReady: it was excluded by its gate, or is not loaded; or none is.
         """
         if name is None:
-            name = pick(self._split, self.weights, caller_key, self.base.name)
+            name = choose_variant(self._split, self.weights, caller_key, self.base.name)
         variant = self.variants.get(name)
         if variant is None:
             raise self._absence(name)
@@ -240,9 +241,9 @@ class Fleet:
 
     def _enter(self, name: str, state: VariantState, reason: str = "") -> None:
         """Change a variant's state, and with it who gets requests."""
-        self.standing[name] = Standing(state, reason)
-        self.variants = {each: self._opened[each] for each in self._opened if self.standing[each].state == "serving"}
-        self.weights = weigh(self.config.traffic.weights, self.variants)
+        self.status_of[name] = VariantStatus(state, reason)
+        self.variants = {each: self._opened[each] for each in self._opened if self.status_of[each].state == "serving"}
+        self.weights = normalize_weights(self.config.traffic.weights, self.variants)
         for variant in self.variants.values():
             variant.neighbours = [other for other in self.variants.values() if other is not variant]
         if name in self.metrics.variants:
@@ -256,7 +257,7 @@ class Fleet:
             return NotReady(f"no variant of '{self.base.name}' is loaded")
         if name not in self.reports:
             return NotFound(f"no variant '{name}'; there are {', '.join(self.reports)}")
-        state, reason = self.standing[name]
+        state, reason = self.status_of[name]
         return NotReady(f"variant '{name}' is {state}" + (f": {reason}" if reason else ""))
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 
 
-class Unsettled:
+class InFlightCount:
     """The number of tickets in the queue or on a lane."""
 
     def __init__(self) -> None:

@@ -11,7 +11,8 @@ import time
 from typing import NamedTuple
 
 from leanserve.contracts import Arrays
-from leanserve.serving.batch_runner import Execution, Reply, Running
+from leanserve.runtime.lanes import LoadedVariant
+from leanserve.serving.batch_runner import BatchRunner, PendingResult
 from leanserve.serving.batcher import Batcher, Ticket
 
 WORTH_BYTES = 2**19
@@ -21,17 +22,17 @@ WORTH_BYTES = 2**19
 class Joined(NamedTuple):
     """Tickets that still wait, and the rows of all of them."""
 
-    tickets: list[Ticket[Reply]]
+    tickets: list[Ticket[PendingResult]]
     rows: Arrays
 
 
-class Ahead:
+class Prefetcher:
     """Keeps the next batch of one variant ready, if a core is to be had for it.
 
     Where the lanes fill all cores, whoever joins ahead takes from them as much as it gives.
     """
 
-    def __init__(self, running: Running, execution: Execution, batcher: Batcher[Reply]) -> None:
+    def __init__(self, running: LoadedVariant, execution: BatchRunner, batcher: Batcher[PendingResult]) -> None:
         self._device = running.device
         self._execution = execution
         self._batcher = batcher
@@ -49,7 +50,7 @@ class Ahead:
             self._asked = True
             self._device.aside(self._join)
 
-    def taken(self, tickets: list[Ticket[Reply]]) -> Arrays | None:
+    def taken(self, tickets: list[Ticket[PendingResult]]) -> Arrays | None:
         """These were taken; their rows, if they are what was joined."""
         self._turn = object()
         joined, self._joined, self._asked = self._joined, None, False

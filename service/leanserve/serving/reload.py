@@ -25,17 +25,17 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Literal, TypeVar
 
-from leanserve.contracts import Backend, InputSpec
+from leanserve.contracts import Backend, ModelSpec
 from leanserve.runtime.costs import Costs
+from leanserve.runtime.lanes import LoadedVariant
 from leanserve.runtime.linux.huge_pages import anonymous_bytes, gather_since
-from leanserve.serving.batch_runner import Running
 
 Open = Callable[[int], Backend]
 """Creates a backend with so many threads."""
 Read = Callable[[], Open]
 """Reads a model, which may take long, and returns what is left to do: to open a backend for it."""
 Priority = Literal["low", "usual"]
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 NICE = 10
 """A tenth of the weight of a thread of the usual priority. At the lowest one, 19, a loading thread that holds Python's
@@ -56,12 +56,12 @@ class LoadingThreads:
     def __init__(self) -> None:
         self._jobs: dict[Priority, SimpleQueue[Callable[[], None] | None]] = {}
 
-    async def do(self, work: Callable[[], Result], priority: Priority = "low") -> Result:
+    async def do(self, work: Callable[[], _Result], priority: Priority = "low") -> _Result:
         """The result of the work, which is done to its end whoever waits for it. One work at a time.
 
         All threads of Python take shorter turns meanwhile.
         """
-        done: Future[Result] = Future()
+        done: Future[_Result] = Future()
         done.set_running_or_notify_cancel()  # from now on it cannot be cancelled
 
         def job() -> None:
@@ -105,7 +105,7 @@ def _step_back() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
-async def open_again(threads: LoadingThreads, running: Running, read: Read, spec: InputSpec) -> Running:
+async def open_again(threads: LoadingThreads, running: LoadedVariant, read: Read, spec: ModelSpec) -> LoadedVariant:
     """New backends like the closed ones, warm: for all lanes, shared where possible, and a wide one if there was.
 
     Raises:
@@ -139,7 +139,7 @@ async def close_all(threads: LoadingThreads, backends: Iterable[Backend]) -> Non
     await threads.do(partial(_close, backends))
 
 
-def _warm(costs: Costs, backends: list[Backend], spec: InputSpec) -> None:
+def _warm(costs: Costs, backends: list[Backend], spec: ModelSpec) -> None:
     """Run every backend in every shape that it will meet: up to the knee, beyond which no batch grows."""
     for table, length in zip(costs.tables, costs.lengths or (0,), strict=True):
         for rows in (size for size in table.buckets if size <= table.bucket(table.knee)):

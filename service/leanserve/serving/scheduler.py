@@ -13,34 +13,35 @@ from functools import partial
 
 from leanserve.contracts import Arrays
 from leanserve.runtime.device import Afterwards, Lane
-from leanserve.runtime.linux.loop_waker import Bell
-from leanserve.serving.batch_runner import Batch, Execution, Reply, Running
+from leanserve.runtime.lanes import LoadedVariant
+from leanserve.runtime.linux.loop_waker import LoopWaker
+from leanserve.serving.batch_runner import BatchRunner, CompletedBatch, PendingResult
 from leanserve.serving.batcher import Batcher, Formed, Portion
-from leanserve.serving.cohort import Group
-from leanserve.serving.deferred_metrics import Tally
-from leanserve.serving.prefetcher import Ahead
+from leanserve.serving.cohort import Cohort
+from leanserve.serving.deferred_metrics import DeferredMetrics
+from leanserve.serving.prefetcher import Prefetcher
 
 SHORT_S, LONG_S = 50e-6, 300e-6
 """The loop itself runs a variant whose largest batch took no longer at warm-up, until it turns out to take much longer:
 to wake a lane and be woken by it costs about as much."""
-Settle = Callable[[Formed[Reply], list[Batch], float], None]
+Settle = Callable[[Formed[PendingResult], list[CompletedBatch], float], None]
 
 
-class Dispatch:
+class Scheduler:
     """Sees to it that what waits in one queue is run. All but the lanes' own methods belong to the loop's thread."""
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        running: Running,
-        execution: Execution,
-        batcher: Batcher[Reply],
+        running: LoadedVariant,
+        execution: BatchRunner,
+        batcher: Batcher[PendingResult],
         settle: Settle,
-        tally: Tally,
+        tally: DeferredMetrics,
     ) -> None:
         """`settle` is called on the loop, once per batch, with what was taken, what became of it, and when it began."""
         self._loop = loop
-        self._bell = Bell(loop)
+        self._waker = LoopWaker(loop)
         self._running = running
         self._execution = execution
         self._batcher = batcher
@@ -48,15 +49,15 @@ class Dispatch:
         self._tally = tally
         # Decided by the warm-up, once: what is learnt beside a busy loop, or loaded anew, does not take it back.
         self._short = all(table.seconds(table.knee) <= SHORT_S for table in running.costs.tables)
-        self._group = Group(batcher.limits.max_rows)
+        self._cohort = Cohort(batcher.limits.max_rows)
         self._gathering: asyncio.TimerHandle | None = None
-        self._ahead = Ahead(running, execution, batcher)
+        self._ahead = Prefetcher(running, execution, batcher)
 
-    def reopen(self, running: Running, execution: Execution) -> None:
+    def reopen(self, running: LoadedVariant, execution: BatchRunner) -> None:
         """Go on with backends that were loaded anew; nothing is queued or run meanwhile."""
         self._running = running
         self._execution = execution
-        self._ahead = Ahead(running, execution, self._batcher)
+        self._ahead = Prefetcher(running, execution, self._batcher)
 
     def offered(self, *, unclaimed: bool) -> None:
         """Something was queued, and nobody is on the way for it if that is `unclaimed`."""
@@ -84,7 +85,7 @@ class Dispatch:
     def _pause(self) -> float:
         """Seconds for which it is worth waiting for company: `max_delay_s`, and until a group is together again."""
         now = time.perf_counter()
-        return max(self._batcher.due(now), self._group.pause(self._batcher.waiting_rows, now))
+        return max(self._batcher.due(now), self._cohort.pause(self._batcher.waiting_rows, now))
 
     def _begin(self) -> None:
         """Run the next batch here if it is short and a lane is free; else have a lane come for it."""
@@ -109,7 +110,7 @@ class Dispatch:
         But where this lane, or another, has just answered a group that will ask again, the loop waits for it first:
         taken alone, a few that came between would keep the group waiting, and stay apart from it ever after.
         """
-        if self._group.pause(self._batcher.waiting_rows, time.perf_counter()):
+        if self._cohort.pause(self._batcher.waiting_rows, time.perf_counter()):
             return partial(self._tell, lane, self._summon)
         device = self._running.device
         portion = self._execution.portion if len(device.lanes) > 1 else None
@@ -122,10 +123,10 @@ class Dispatch:
             self._ahead.look()
         batches = self._execution.run(lane, formed.batch, taken, joined)
         if len(batches) == 1:
-            self._group.answered(batches[0], self._batcher.waiting_rows, time.perf_counter())
+            self._cohort.answered(batches[0], self._batcher.waiting_rows, time.perf_counter())
         return partial(self._tell, lane, self._done, formed, batches, taken)
 
-    def _take(self, portion: Portion | None = None) -> tuple[Formed[Reply], float, Arrays | None]:
+    def _take(self, portion: Portion | None = None) -> tuple[Formed[PendingResult], float, Arrays | None]:
         """The next batch, when it was taken, and the rows of it if they were joined ahead."""
         formed = self._batcher.take(time.perf_counter(), portion)
         return formed, time.perf_counter(), self._ahead.taken(formed.batch)
@@ -145,11 +146,11 @@ class Dispatch:
     def _tell(self, lane: Lane, callback: Callable[..., object], *arguments: object) -> None:
         """From a lane: have the loop call this, without disturbing other lanes that work."""
         if self._running.device.others_work(lane):
-            self._bell.ring(callback, *arguments)
+            self._waker.wake_by_pipe(callback, *arguments)
         else:  # any core will do, and another one than that of this lane is quicker
-            self._bell.knock(callback, *arguments)
+            self._waker.wake_threadsafe(callback, *arguments)
 
-    def _done(self, formed: Formed[Reply], batches: list[Batch], taken: float) -> None:
+    def _done(self, formed: Formed[PendingResult], batches: list[CompletedBatch], taken: float) -> None:
         """Once per batch: hand out the outcomes; what is counted can wait until the replies are written."""
         self._settle(formed, batches, taken)
         self._loop.call_soon(self._tally.add, batches)

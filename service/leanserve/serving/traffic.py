@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from random import random
 
 
-def weigh(given: Mapping[str, float], names: Iterable[str]) -> Mapping[str, float]:
+def normalize_weights(given: Mapping[str, float], names: Iterable[str]) -> Mapping[str, float]:
     """The traffic split over these variants: as given, or equal where nothing was, or nothing of these."""
     weights = {name: given.get(name, 0.0) if given else 1.0 for name in names}
     return weights if any(weights.values()) else dict.fromkeys(weights, 1.0)
 
 
-def pick(split: Mapping[str, float], serving: Mapping[str, float], caller_key: str | None, salt: str) -> str:
+def choose_variant(split: Mapping[str, float], serving: Mapping[str, float], caller_key: str | None, salt: str) -> str:
     """A variant by the whole `split`, at random or as the key has it; by the weights of those `serving` if it is away.
 
     So a key whose variant is unloaded goes to one of the others, and no other key moves. Empty if none serves.
@@ -21,13 +21,13 @@ def pick(split: Mapping[str, float], serving: Mapping[str, float], caller_key: s
     if len(split) == 1:
         (chosen,) = split
     else:
-        chosen = share_out(split, random() if caller_key is None else sticky_point(caller_key, salt))
+        chosen = weighted_choice(split, random() if caller_key is None else sticky_point(caller_key, salt))
     if chosen in serving:
         return chosen
-    return share_out(serving, random() if caller_key is None else sticky_point(caller_key, f"stand-in {salt}"))
+    return weighted_choice(serving, random() if caller_key is None else sticky_point(caller_key, f"stand-in {salt}"))
 
 
-def share_out(weights: Mapping[str, float], point: float) -> str:
+def weighted_choice(weights: Mapping[str, float], point: float) -> str:
     """The variant at `point` in [0, 1) when the interval is divided in proportion to the weights."""
     target = point * sum(weights.values())
     chosen = ""

@@ -11,30 +11,36 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from leanserve.contracts import Arrays, Backend, InputSpec
+from leanserve.contracts import Arrays, Backend, ModelSpec
 from leanserve.errors import BadInput, ClientGone, DeadlineUnreachable, QueueFull, QueueTimeout
 from leanserve.runtime.assembly import cut, dynamic_axes, longest, rejoin
-from leanserve.serving.batch_runner import Batch, Execution, Prediction, Reply, Running
+from leanserve.runtime.lanes import LoadedVariant
+from leanserve.serving.batch_runner import BatchRunner, CompletedBatch, PendingResult, Prediction
 from leanserve.serving.batcher import Batcher, Formed, Ticket
 from leanserve.serving.company import Company
-from leanserve.serving.deferred_metrics import Tally
-from leanserve.serving.expiry import Sweep
-from leanserve.serving.in_flight import Unsettled
-from leanserve.serving.scheduler import Dispatch
+from leanserve.serving.deferred_metrics import DeferredMetrics
+from leanserve.serving.expiry import ExpiryTimer
+from leanserve.serving.in_flight import InFlightCount
+from leanserve.serving.scheduler import Scheduler
 from leanserve.telemetry.observations import VariantMetrics
 
-CAUTION = 1.12
+ADMISSION_MARGIN = 1.12
 """Admission expects waits longer than predicted by this factor. Under overload those who are admitted are predicted to
 wait almost as long as they may: at the prediction's word 4 % of them waited a little longer and got a 504, and batches
 take up to a tenth longer on cores that refuse hundreds of large requests a second meanwhile."""
-Gone = Callable[[], bool]
+IsDisconnected = Callable[[], bool]
 
 
 class Variant:
     """One warm variant on its device. Create it with its measured costs, `bind` it to the loop, then `predict`."""
 
     def __init__(
-        self, name: str, spec: InputSpec, running: Running, batcher: Batcher[Reply], company: Company | None = None
+        self,
+        name: str,
+        spec: ModelSpec,
+        running: LoadedVariant,
+        batcher: Batcher[PendingResult],
+        company: Company | None = None,
     ) -> None:
         """`company` tells which requests may share a batch: those of which it says the same; `None`: any may."""
         self.name = name
@@ -44,25 +50,25 @@ class Variant:
         self.neighbours: Sequence[Variant] = ()
         self._spec = spec
         self._company = company
-        self._axes = dynamic_axes(spec.fields)
+        self._axes = dynamic_axes(spec.inputs)
         self._device = running.device
         self.running = running
-        self._dispatch: Dispatch
+        self._scheduler: Scheduler
         self._loop: asyncio.AbstractEventLoop
-        self._sweep: Sweep
-        self._unsettled = Unsettled()
+        self._sweep: ExpiryTimer
+        self._unsettled = InFlightCount()
         self._expected = [0] * batcher.limits.levels
         """Requests that are being decoded, by level."""
 
     def bind(self, loop: asyncio.AbstractEventLoop, metrics: VariantMetrics, neighbours: Sequence[Variant]) -> None:
         """Connect to the loop that calls `predict`, to the metrics, and to the variants that share the device."""
         self._loop = loop
-        self._sweep = Sweep(loop, self._expire)
+        self._sweep = ExpiryTimer(loop, self._expire)
         self.metrics = metrics
         self.neighbours = neighbours
-        tally = Tally(loop, metrics)
+        tally = DeferredMetrics(loop, metrics)
         metrics.catch_up = tally.catch_up
-        self._dispatch = Dispatch(loop, self.running, self._execution(), self.batcher, self._settle, tally)
+        self._scheduler = Scheduler(loop, self.running, self._execution(), self.batcher, self._settle, tally)
 
     @property
     def backend(self) -> Backend:
@@ -73,16 +79,16 @@ class Variant:
         """Wait until every request has its outcome and no lane runs one. Nobody may be sent here any more."""
         await self._unsettled.none()
 
-    def reopen(self, running: Running) -> None:
+    def reopen(self, running: LoadedVariant) -> None:
         """Go on with backends that were loaded anew."""
         self.running = running
-        self._dispatch.reopen(running, self._execution())
+        self._scheduler.reopen(running, self._execution())
 
-    def _execution(self) -> Execution:
-        return Execution(self.name, self._spec, self.running)
+    def _execution(self) -> BatchRunner:
+        return BatchRunner(self.name, self._spec, self.running)
 
     async def predict(
-        self, sample: Arrays, gone: Gone, timeout_s: float | None = None, priority: int = 0
+        self, sample: Arrays, is_disconnected: IsDisconnected, timeout_s: float | None = None, priority: int = 0
     ) -> Prediction:
         """Queue a request, wait for its batch, return its outputs.
 
@@ -104,7 +110,7 @@ class Variant:
         level = limits.level(priority)
         self._admit(len(sample[0]), level, bucket, timeout_s)
         parts = cut(sample, limits.rows_per_batch(bucket))
-        tickets = [self._ticket(part, now + timeout_s, gone, level, length) for part in parts]
+        tickets = [self._ticket(part, now + timeout_s, is_disconnected, level, length) for part in parts]
         self._enqueue(tickets, now)
         if len(tickets) == 1:
             outputs, queue_s, infer_s, batch_size = await tickets[0].reply
@@ -133,7 +139,7 @@ class Variant:
         """While a request is decoded for this variant: it counts as a row for those who come after it, unless
         they are more urgent; of the default level where its `priority` is not known yet.
 
-        Else pictures would be let in and decoded by the hundred, to be refused then, at the cost of those who wait.
+        Else images would be let in and decoded by the hundred, to be refused then, at the cost of those who wait.
 
         Raises:
             QueueFull, DeadlineUnreachable: as `check_open`.
@@ -174,7 +180,7 @@ class Variant:
 
     def turn_s(self) -> float:
         """Predicted seconds of one lane for one batch of the queue, the costliest if their lengths differ."""
-        return self._dispatch.turn_s()
+        return self._scheduler.turn_s()
 
     def _length(self, sample: Arrays) -> int:
         length = longest(sample, self._axes)
@@ -183,35 +189,37 @@ class Variant:
         return length
 
     def _admit(self, rows: int, level: int, bucket: int, timeout_s: float, expected: int = 0) -> None:
-        wait = self.wait_s(rows, level, bucket, expected) * CAUTION
+        wait = self.wait_s(rows, level, bucket, expected) * ADMISSION_MARGIN
         if wait > timeout_s:
             text = f"predicted to wait {wait * 1000:.0f} ms in the queue; the request allows {timeout_s * 1000:.0f} ms"
             raise DeadlineUnreachable(text, retry_after_s=wait - timeout_s)
 
-    def _ticket(self, sample: Arrays, deadline: float, gone: Gone, level: int, length: int) -> Ticket[Reply]:
-        reply: Reply = self._loop.create_future()
+    def _ticket(
+        self, sample: Arrays, deadline: float, is_disconnected: IsDisconnected, level: int, length: int
+    ) -> Ticket[PendingResult]:
+        reply: PendingResult = self._loop.create_future()
 
         def left() -> bool:  # a cancelled caller is as gone as a closed connection
-            return reply.cancelled() or gone()
+            return reply.cancelled() or is_disconnected()
 
-        ticket = Ticket(sample, reply, deadline=deadline, gone=left, level=level, length=length)
+        ticket = Ticket(sample, reply, deadline=deadline, is_disconnected=left, level=level, length=length)
         if self._company is not None:
             ticket.company = self._company(sample)
         return ticket
 
-    def _enqueue(self, tickets: list[Ticket[Reply]], now: float) -> None:
+    def _enqueue(self, tickets: list[Ticket[PendingResult]], now: float) -> None:
         try:
             unclaimed = self.batcher.offer(tickets, now)
         except QueueFull as error:
             raise self._full(str(error)) from None
         self._unsettled.add(len(tickets))
-        self._dispatch.offered(unclaimed=unclaimed)
+        self._scheduler.offered(unclaimed=unclaimed)
         self._sweep.by(tickets[0].deadline)
 
     def _full(self, text: str) -> QueueFull:
         return QueueFull(text, retry_after_s=self.wait_s(0, self.batcher.limits.levels))
 
-    def _settle(self, formed: Formed[Reply], batches: list[Batch], taken: float) -> None:
+    def _settle(self, formed: Formed[PendingResult], batches: list[CompletedBatch], taken: float) -> None:
         """Hand every ticket its outcome."""
         for batch in batches:
             for ticket, outcome in zip(batch.tickets, batch.outcomes, strict=True):
@@ -234,7 +242,7 @@ class Variant:
         self._unsettled.settle(len(expired))
         return earliest
 
-    def _refuse(self, tickets: list[Ticket[Reply]]) -> None:
+    def _refuse(self, tickets: list[Ticket[PendingResult]]) -> None:
         for ticket in tickets:
             if not ticket.reply.done():
                 waited = time.perf_counter() - ticket.enqueued_at

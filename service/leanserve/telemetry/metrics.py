@@ -19,7 +19,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from leanserve.contracts import Json
-from leanserve.telemetry.observations import Histogram, VariantFacts, VariantMetrics, no_queue
+from leanserve.telemetry.observations import BucketCounts, VariantFacts, VariantMetrics, no_queue
 from leanserve.telemetry.startup import Startup
 
 TRITON_REASONS = {
@@ -32,7 +32,7 @@ TRITON_REASONS = {
 }
 """Our outcome -> Triton's failure reason; what is not listed is OTHER."""
 
-Samples: TypeAlias = list[tuple[dict[str, str], float | Histogram]]
+Samples: TypeAlias = list[tuple[dict[str, str], float | BucketCounts]]
 
 
 class Family(NamedTuple):
@@ -44,7 +44,7 @@ class Family(NamedTuple):
     read: Callable[[VariantMetrics], Samples]
 
 
-def _only(value: float | Histogram) -> Samples:
+def _only(value: float | BucketCounts) -> Samples:
     return [({}, value)]
 
 
@@ -284,8 +284,8 @@ def _page(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
     return encode(registry), content_type
 
 
-def _add(metric: Metric, labels: dict[str, str], value: float | Histogram) -> None:
-    if not isinstance(value, Histogram):
+def _add(metric: Metric, labels: dict[str, str], value: float | BucketCounts) -> None:
+    if not isinstance(value, BucketCounts):
         metric.add_sample(metric.name + ("_total" if metric.type == "counter" else ""), labels, value)
         return
     cumulative = list(accumulate(value.counts))

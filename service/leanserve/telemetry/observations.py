@@ -36,7 +36,7 @@ VariantState = Literal["serving", "loading", "unloading", "unloaded", "excluded"
 """Excluded: by its gate, since the start. The others have passed it and are loaded, or not, or on the way."""
 
 
-class Histogram:
+class BucketCounts:
     """Counts per bucket and the sum of the values. One thread writes and reads."""
 
     __slots__ = ("bounds", "counts", "total")
@@ -138,10 +138,10 @@ class VariantMetrics:
         self.catch_up = up_to_date
         self.queue_rows = queue_rows
         self.queue_requests = queue_requests
-        self.requests = {outcome: Histogram(SECONDS) for outcome in OUTCOMES}
-        self.queue = Histogram(SECONDS)
-        self.infer = Histogram(SECONDS)
-        self.rows = Histogram(ROWS)
+        self.requests = {outcome: BucketCounts(SECONDS) for outcome in OUTCOMES}
+        self.queue = BucketCounts(SECONDS)
+        self.infer = BucketCounts(SECONDS)
+        self.rows = BucketCounts(ROWS)
         self.padding_rows = 0
         self.padding_tokens = 0
         self.batches: dict[int, BatchTimes] = {}

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from leanserve.contracts import Arrays, Field, InputSpec, OnnxModel, TorchModel
+from leanserve.contracts import Arrays, ModelSpec, OnnxModel, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.toolkit import lowering
 from leanserve.passes.toolkit.lowering import export_onnx, feeds, open_session
 from tiny_base import IMAGES, TinyNet, lively
 from tiny_encoder import TOKENS, TinyEncoder
 
-SMALL = InputSpec((Field("values", "float32", (4,)),), (Field("sums", "float32", (4,)),))
+SMALL = ModelSpec((TensorSpec("values", "float32", (4,)),), (TensorSpec("sums", "float32", (4,)),))
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_the_same_model_gives_the_same_bytes_and_stays_as_it_was(
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.module.state_dict().items())
 
 
-SERIES = InputSpec((Field("series", "float32", (None, 3)),), (Field("logits", "float32", (4,)),))
+SERIES = ModelSpec((TensorSpec("series", "float32", (None, 3)),), (TensorSpec("logits", "float32", (4,)),))
 
 
 class Recurrent(nn.Module):

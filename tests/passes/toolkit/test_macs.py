@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from leanserve.contracts import Field, InputSpec, TorchModel
+from leanserve.contracts import ModelSpec, TensorSpec, TorchModel
 from leanserve.passes.toolkit.macs import count_macs, count_parameters, positions, trace_calls
 from structural_nets import Mobile, image_base
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     ids=lambda value: type(value).__name__,
 )
 def test_macs_per_row(module: nn.Module, shape: tuple[int | None, ...], macs: int) -> None:
-    model = TorchModel(module.eval(), InputSpec((Field("x", "float32", shape),), ()))
+    model = TorchModel(module.eval(), ModelSpec((TensorSpec("x", "float32", shape),), ()))
     fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     assert count_macs(model) == macs
     assert torch.backends.mha.get_fastpath_enabled() == fast
@@ -40,7 +40,7 @@ def test_macs_per_row(module: nn.Module, shape: tuple[int | None, ...], macs: in
 
 def test_a_shared_tensor_counts_once() -> None:
     layer = nn.Linear(4, 4)
-    model = TorchModel(nn.Sequential(layer, layer), InputSpec((Field("x", "float32", (4,)),), ()))
+    model = TorchModel(nn.Sequential(layer, layer), ModelSpec((TensorSpec("x", "float32", (4,)),), ()))
     assert count_parameters(model) == 20
     assert count_macs(model) == 32
     calls = trace_calls(model, {"0": layer})["0"]
@@ -50,7 +50,7 @@ def test_a_shared_tensor_counts_once() -> None:
 
 def test_the_sum_over_layers_is_the_whole() -> None:
     base = image_base(Mobile())
-    model = TorchModel(base.build(), base.spec)
+    model = TorchModel(base.torch_module(), base.spec)
     convs = {name: child for name, child in model.module.named_modules() if isinstance(child, nn.Conv2d)}
     calls = trace_calls(model, convs)
     total = sum(positions(calls[name], channel_axis=-3) * conv.weight.numel() for name, conv in convs.items())

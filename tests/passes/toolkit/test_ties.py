@@ -34,7 +34,7 @@ TIES = [["tokens.weight", "head.weight"], ["mix.weight", "again.weight"], ["mix.
 
 def applied(base: TinyBase, scratch: Path, **options: Any) -> Applied:
     pass_ = PASS.validate_python(options)
-    if reason := pass_.refusal(isa_flags()):
+    if reason := pass_.unsupported_reason(isa_flags()):
         pytest.skip(reason)
     return pass_.apply(base.model(), context_of(base, scratch))
 
@@ -176,7 +176,7 @@ def test_a_shared_layer_is_factorised_in_all_of_its_places(tmp_path: Path) -> No
     assert torch.allclose(module.mix(x), base.teacher.mix(x), atol=1e-4)
 
     write_tensors(module.state_dict(), tmp_path / "stored")
-    fresh = PASS.validate_python(options).restructure(base.build(), done.decisions)
+    fresh = PASS.validate_python(options).rebuild_structure(base.torch_module(), done.decisions)
     load_tensors(fresh, read_tensors(tmp_path / "stored")[0])
     np.testing.assert_array_equal(answers(TorchModel(fresh, base.spec), base)[0], answers(done.model, base)[0])
 
@@ -195,7 +195,9 @@ def test_pruning_takes_the_same_channels_wherever_a_tensor_is_used(tmp_path: Pat
     assert pruned.again is pruned.mix
 
     write_tensors(pruned.state_dict(), tmp_path / "stored")
-    fresh = PASS.validate_python({"kind": "prune_channels", "ratio": 0.3}).restructure(base.build(), done.decisions)
+    fresh = PASS.validate_python({"kind": "prune_channels", "ratio": 0.3}).rebuild_structure(
+        base.torch_module(), done.decisions
+    )
     load_tensors(fresh, read_tensors(tmp_path / "stored")[0])
     np.testing.assert_array_equal(answers(TorchModel(fresh, base.spec), base)[0], answers(done.model, base)[0])
 
@@ -236,9 +238,9 @@ def test_a_layer_that_shares_a_tensor_is_not_folded(
 
 @pytest.fixture
 def rows() -> Callable[[nn.Module], TinyBase]:
-    from leanserve.contracts import Field, InputSpec
+    from leanserve.contracts import ModelSpec, TensorSpec
 
-    spec = InputSpec((Field("x", "float32", (5,)),), (Field("y", "float32", (5,)),))
+    spec = ModelSpec((TensorSpec("x", "float32", (5,)),), (TensorSpec("y", "float32", (5,)),))
     return lambda module: TinyBase(lively(module, seed=3), spec.example(9), None, spec)
 
 

@@ -16,10 +16,10 @@ from leanserve.codecs.tensors import clip
 from leanserve.codecs.text import TextCodec
 from leanserve.contracts import Array
 from leanserve.errors import BackendFailed, BadInput, ConfigError
-from leanserve.http.messages import Caller, Reply, Route, gone_check
+from leanserve.http.messages import Request, Response, Route, disconnect_check
 from leanserve.serving.batch_runner import Prediction
 from leanserve.serving.fleet import Fleet
-from leanserve.serving.variant import Gone, Variant
+from leanserve.serving.variant import IsDisconnected, Variant
 
 SMALL = 2 * 2**10
 """Bytes of a body that is tokenized on the event loop: half a millisecond, where a thread costs 50 microseconds."""
@@ -39,7 +39,7 @@ def embeddings_route(fleet: Fleet) -> Route:
     if fleet.config.embeddings.token_ids != "refuse":
         raise ConfigError(f"embeddings.token_ids: the base '{fleet.base.name}' gives no embeddings of texts")
 
-    async def refuse(_: Caller) -> Reply:
+    async def refuse(_: Request) -> Response:
         raise no_embeddings(fleet)
 
     return Route("POST", "prediction", refuse, refusal)
@@ -52,7 +52,7 @@ class _Embeddings:
         self._width = fleet.base.spec.outputs[0].shape[0] or 0
         codec.open()
 
-    async def answer(self, caller: Caller) -> Reply:
+    async def answer(self, caller: Request) -> Response:
         body = bytes(await plain_body(caller, self._fleet.config.limits.body_bytes))
         request = await self._parsed(body)
         asked = self._asked(request.model, caller)
@@ -61,13 +61,13 @@ class _Embeddings:
         tokens = await self._tokenized(variant, request, len(body))
         variant = self._fleet.confirm(variant, *asked)
         caller.variant = variant.name
-        prediction = await predict_by_length(variant, self._codec, tokens, gone_check(caller.receive))
+        prediction = await predict_by_length(variant, self._codec, tokens, disconnect_check(caller.receive))
         text = await self._encoded(prediction, request, sum(map(len, tokens)))
         how = [
             (f"x-{name.replace('_', '-')}".encode(), str(value).encode())
             for name, value in how_it_ran(prediction).items()
         ]
-        return Reply(text, [(b"content-type", b"application/json"), (b"x-variant", variant.name.encode()), *how])
+        return Response(text, [(b"content-type", b"application/json"), (b"x-variant", variant.name.encode()), *how])
 
     async def _parsed(self, body: bytes) -> EmbeddingRequest:
         if len(body) <= SMALL:
@@ -80,7 +80,7 @@ class _Embeddings:
             return token_rows(*asked)
         return await decode_for(variant, DEFAULT_PRIORITY, token_rows, *asked)
 
-    def _asked(self, model: str, caller: Caller) -> tuple[str | None, str | None]:
+    def _asked(self, model: str, caller: Request) -> tuple[str | None, str | None]:
         """The name of the variant that `model` asks for, and the caller's key where it leaves the choice.
 
         Raises:
@@ -102,7 +102,7 @@ class _Embeddings:
         return await off_loop(encode_reply, embeddings, request.form, prediction.variant, tokens)
 
 
-async def predict_by_length(variant: Variant, codec: TextCodec, tokens: Tokens, gone: Gone) -> Prediction:
+async def predict_by_length(variant: Variant, codec: TextCodec, tokens: Tokens, gone: IsDisconnected) -> Prediction:
     """Predict the rows in groups of similar length; the outputs are in the order of the rows.
 
     Raises:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 
-from leanserve.codecs.openai import error_body
+from leanserve.codecs.openai import openai_error_body
 from leanserve.codecs.tensors import clip
 from leanserve.codecs.text import TextCodec
 from leanserve.contracts import Json
 from leanserve.errors import NotFound, ServiceError
-from leanserve.http.messages import Caller, Reply, Route, error_headers, json_reply
+from leanserve.http.messages import Request, Response, Route, error_headers, json_response
 from leanserve.serving.fleet import Fleet
 
 MODELS = "/v1/models"
@@ -28,15 +28,15 @@ class ModelList:
         self.all = Route("GET", "description", self._all, refusal)
         self.one = Route("GET", "description", self._one, refusal)
 
-    async def _all(self, _: Caller) -> Reply:
-        return json_reply({"object": "list", "data": [self._described(name) for name in served_models(self._fleet)]})
+    async def _all(self, _: Request) -> Response:
+        return json_response({"object": "list", "data": [self._described(name) for name in served_models(self._fleet)]})
 
-    async def _one(self, caller: Caller) -> Reply:
+    async def _one(self, caller: Request) -> Response:
         if not gives_embeddings(self._fleet):
             raise no_embeddings(self._fleet)
         model = caller.path.removeprefix(f"{MODELS}/")
         self._fleet.choose(variant_of(self._fleet, model), None)  # raises where it does not serve
-        return json_reply(self._described(model))
+        return json_response(self._described(model))
 
     def _described(self, model: str) -> Json:
         return {"id": model, "object": "model", "created": self._started, "owned_by": "leanserve"}
@@ -78,7 +78,7 @@ def no_embeddings(fleet: Fleet) -> NotFound:
     return NotFound(f"the base '{fleet.base.name}' gives no embeddings of texts; POST /v1/predict answers what it does")
 
 
-def refusal(error: ServiceError) -> Reply:
+def refusal(error: ServiceError) -> Response:
     """The reply to a request that was refused or failed, in OpenAI's shape."""
     headers = [(name.encode(), value.encode()) for name, value in error_headers(error).items()]
-    return json_reply(error_body(error), headers, error.status)
+    return json_response(openai_error_body(error), headers, error.status)

@@ -1,7 +1,7 @@
 """A prediction in the base's own formats, from request to reply: the straight line that every request walks.
 
 choose a variant -> body -> decode and check -> queue and run -> encode. Bad input never reaches a queue; bodies are
-decoded in a small thread pool, so that a large picture cannot hold up the event loop, and not at all for a variant that
+decoded in a small thread pool, so that a large image cannot hold up the event loop, and not at all for a variant that
 could not take the request anyway.
 """
 
@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, TypeVarTuple
 
 from leanserve.api.by_length import cut_to_length, in_order, joined, length_groups, predict_groups
 from leanserve.contracts import Base, Decoded, Json
 from leanserve.http.content_encoding import encoding_of_body, inflate
-from leanserve.http.messages import Caller, Reply, gone_check, json_reply, read_body
+from leanserve.http.messages import Request, Response, disconnect_check, json_response, read_body
 from leanserve.serving.batch_runner import Prediction
 from leanserve.serving.fleet import Fleet
-from leanserve.serving.variant import Gone, Variant
+from leanserve.serving.variant import IsDisconnected, Variant
 
-DECODERS = ThreadPoolExecutor(2, thread_name_prefix="decode")
-"""Threads start with the first picture, not with the import."""
+DECODER_THREADS = 2
+"""Threads of the loop's default executor, which decode and encode what would hold up the loop."""
 DEFAULT_PRIORITY = 0
 
 _Args = TypeVarTuple("_Args")
@@ -30,7 +29,7 @@ _Result = TypeVar("_Result")
 
 async def off_loop(work: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
     """Do work that takes more than a few hundred microseconds where it does not hold up the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(DECODERS, work, *args)
+    return await asyncio.get_running_loop().run_in_executor(None, work, *args)
 
 
 async def decode_for(
@@ -45,7 +44,7 @@ async def decode_for(
         return await off_loop(decode, *args)
 
 
-async def plain_body(caller: Caller, limit: int) -> bytes | memoryview:
+async def plain_body(caller: Request, limit: int) -> bytes | memoryview:
     """The whole request body, inflated if its `Content-Encoding` says that it is compressed.
 
     Raises:
@@ -59,7 +58,7 @@ async def plain_body(caller: Caller, limit: int) -> bytes | memoryview:
     return body if encoding is None else await off_loop(inflate, bytes(body), encoding, limit)
 
 
-async def predict(fleet: Fleet, caller: Caller) -> Reply:
+async def predict(fleet: Fleet, caller: Request) -> Response:
     """Answer one request.
 
     Raises:
@@ -75,16 +74,16 @@ async def predict(fleet: Fleet, caller: Caller) -> Reply:
     decoded: Decoded = await decode_for(variant, DEFAULT_PRIORITY, fleet.base.codec.decode, content_type, body)
     variant = fleet.confirm(variant, *asked)
     caller.variant = variant.name
-    prediction, answers = await _answered(variant, fleet.base, decoded, gone_check(caller.receive))
+    prediction, answers = await _answered(variant, fleet.base, decoded, disconnect_check(caller.receive))
     how: dict[str, Json] = {"variant": prediction.variant, **how_it_ran(prediction)}
-    return json_reply(
+    return json_response(
         {"predictions": answers, **how} if decoded.many else {**answers[0], **how},
         [(b"x-variant", variant.name.encode())],
     )
 
 
 async def _answered(
-    variant: Variant, base: Base, decoded: Decoded, gone: Gone
+    variant: Variant, base: Base, decoded: Decoded, gone: IsDisconnected
 ) -> tuple[Prediction, list[dict[str, Json]]]:
     """The prediction and one answer per row. Rows of different length run apart where they must."""
     spec = base.spec

@@ -18,10 +18,7 @@ from leanserve.errors import NotFound
 HEALTH = "grpc.health.v1.Health"
 SERVICES = ("", SERVICE)
 """Whose health may be asked for; the empty name is the whole server. Both are the same."""
-CheckRequest, CheckResponse = (
-    message("grpc.health.v1.HealthCheckRequest"),
-    message("grpc.health.v1.HealthCheckResponse"),
-)
+REQUEST, RESPONSE = "grpc.health.v1.HealthCheckRequest", "grpc.health.v1.HealthCheckResponse"
 
 
 class Health:
@@ -37,7 +34,7 @@ class Health:
         """The status now. Raises `NotFound` for a service that is not one of `SERVICES`."""
         if request.service not in SERVICES:
             raise NotFound(f"no service {clip(request.service)}; there is {SERVICE}")
-        return CheckResponse(status=self._status())
+        return message(RESPONSE)(status=self._status())
 
     async def watch(self, request: Any, _: Any) -> AsyncIterator[Any]:
         """The status now, and whenever it changes, until the client leaves or the server stops."""
@@ -46,7 +43,7 @@ class Health:
             changed = self._changed  # before the look, so that no change is missed
             status = self._status() if request.service in SERVICES else "SERVICE_UNKNOWN"
             if status != told:
-                yield CheckResponse(status=status)
+                yield message(RESPONSE)(status=status)
                 told = status
             await changed.wait()
 

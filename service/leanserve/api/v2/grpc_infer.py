@@ -14,14 +14,14 @@ from typing import Any, Literal
 import numpy as np
 import orjson
 
-from leanserve.api.v2.grpc_messages import ModelInferResponse
+from leanserve.api.v2.grpc_messages import message
 from leanserve.codecs.infer_plan import BinaryTensor, InferOptions, plan_json
 from leanserve.codecs.open_inference import InferRequest
 from leanserve.codecs.tensors import DATATYPES, Datatype, ports, to_binary
-from leanserve.contracts import Array, Arrays, InputSpec, Json
+from leanserve.contracts import Array, Arrays, Json, ModelSpec
 from leanserve.errors import BadInput
 
-Form = Literal["raw", "typed"]
+ContentsForm = Literal["raw", "typed"]
 _CONTENTS = {
     "BOOL": "bool_contents",
     "INT8": "int_contents",
@@ -39,7 +39,7 @@ _CONTENTS = {
 """Which field holds a datatype's elements; FP16 and BF16 have none."""
 
 
-def form_of(request: Any) -> Form:
+def form_of(request: Any) -> ContentsForm:
     """How the request carries its tensors."""
     return "raw" if request.raw_input_contents else "typed"
 
@@ -47,8 +47,8 @@ def form_of(request: Any) -> Form:
 class GrpcInferDecoder:
     """Decodes the infer requests of one model. Thread-safe."""
 
-    def __init__(self, spec: InputSpec) -> None:
-        self._inputs = ports(spec.fields)
+    def __init__(self, spec: ModelSpec) -> None:
+        self._inputs = ports(spec.inputs)
         self._outputs = ports(spec.outputs)
 
     def decode(self, request: Any) -> InferRequest:
@@ -130,12 +130,14 @@ def _parameters(sent: Any) -> dict[str, Json]:
     return {name: getattr(value, choice) for name, (value, choice) in chosen.items() if choice}
 
 
-def encode(options: InferOptions, outputs: Arrays, form: Form, names: tuple[str, str], how: Mapping[str, float]) -> Any:
+def encode(
+    options: InferOptions, outputs: Arrays, form: ContentsForm, names: tuple[str, str], how: Mapping[str, float]
+) -> Any:
     """The `ModelInferResponse` with the outputs that were asked for; `names` are those of model and version.
 
     Outputs that have no typed contents (FP16, BF16) make the whole reply raw, as the protocol wants one form for all.
     """
-    reply = ModelInferResponse(model_name=names[0], model_version=names[1], id=options.id)
+    reply = message("ModelInferResponse")(model_name=names[0], model_version=names[1], id=options.id)
     for name, value in how.items():
         setattr(reply.parameters[name], "int64_param" if isinstance(value, int) else "double_param", value)
     typed = form == "typed" and all(wanted.port.datatypes[0].name in _CONTENTS for wanted in options.outputs)

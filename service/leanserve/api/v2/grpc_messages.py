@@ -1,4 +1,4 @@
-"""The messages of the files in `protocol/`, made at import from their compiled descriptors.
+"""The messages of the files in `protocol/`, made from their compiled descriptors.
 
 They live in a descriptor pool of their own, not in protobuf's global one: `tritonclient` and `kserve` register messages
 of the same names there, and a process could otherwise not hold both a client and this server.
@@ -6,6 +6,7 @@ of the same names there, and a process could otherwise not hold both a client an
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,17 @@ PROTOCOL = Path(__file__).parent / "proto"
 SERVICE = "inference.GRPCInferenceService"
 
 
-def _load(*names: str) -> descriptor_pool.DescriptorPool:
+@cache
+def _pool() -> descriptor_pool.DescriptorPool:
     pool = descriptor_pool.DescriptorPool()
-    for name in names:
+    for name in ("open_inference.binpb", "health.binpb"):
         for file in descriptor_pb2.FileDescriptorSet.FromString((PROTOCOL / name).read_bytes()).file:
             pool.Add(file)
     return pool
 
 
-POOL = _load("open_inference.binpb", "health.binpb")
-
-
+@cache
 def message(name: str) -> Any:
     """The class of the message of that full name, or of `inference.<name>`."""
     full_name = name if "." in name else f"inference.{name}"
-    return message_factory.GetMessageClass(POOL.FindMessageTypeByName(full_name))
-
-
-ModelInferResponse = message("ModelInferResponse")
+    return message_factory.GetMessageClass(_pool().FindMessageTypeByName(full_name))

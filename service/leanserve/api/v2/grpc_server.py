@@ -21,7 +21,7 @@ from grpc import aio
 from leanserve.api.routes import confession
 from leanserve.api.starting import refused
 from leanserve.api.v1.predict import decode_for, how_it_ran
-from leanserve.api.v2.grpc_health import HEALTH, CheckRequest, CheckResponse, Health
+from leanserve.api.v2.grpc_health import HEALTH, REQUEST, RESPONSE, Health
 from leanserve.api.v2.grpc_infer import GrpcInferDecoder, encode, form_of
 from leanserve.api.v2.grpc_messages import SERVICE, message
 from leanserve.api.v2.open_inference import OpenInference
@@ -34,7 +34,7 @@ from leanserve.telemetry.startup import Startup
 logger = logging.getLogger(__name__)
 
 Context: TypeAlias = Any
-Answer: TypeAlias = Callable[[Any, Context], Awaitable[Any]]
+GrpcAnswer: TypeAlias = Callable[[Any, Context], Awaitable[Any]]
 
 SMALL_RAW = 2**20
 """Bytes of raw tensors that are decoded on the event loop, as in REST."""
@@ -119,12 +119,14 @@ async def start_grpc(host: str, port: int, body_bytes: int, startup: Startup) ->
 
 def _health_methods(health: Health) -> dict[str, grpc.RpcMethodHandler]:
     watch = grpc.unary_stream_rpc_method_handler(
-        health.watch, request_deserializer=CheckRequest.FromString, response_serializer=CheckResponse.SerializeToString
+        health.watch,
+        request_deserializer=message(REQUEST).FromString,
+        response_serializer=message(RESPONSE).SerializeToString,
     )
-    return {"Check": _handler("Check", health.check, CheckRequest, CheckResponse), "Watch": watch}
+    return {"Check": _handler("Check", health.check, message(REQUEST), message(RESPONSE)), "Watch": watch}
 
 
-def _handler(name: str, answer: Answer, asked: Any, told: Any) -> grpc.RpcMethodHandler:
+def _handler(name: str, answer: GrpcAnswer, asked: Any, told: Any) -> grpc.RpcMethodHandler:
     async def call(request: Any, context: Context) -> Any:
         try:
             return await answer(request, context)
@@ -157,7 +159,7 @@ class _Calls:
             "ServerLive": _described("ServerLive", lambda _: {"live": True}),
             "ServerReady": _described("ServerReady", lambda _: {"ready": self.ready()}),
         }
-        self._answers: dict[str, Answer] = dict.fromkeys(METHODS, refuse) | self._health
+        self._answers: dict[str, GrpcAnswer] = dict.fromkeys(METHODS, refuse) | self._health
 
     async def answer(self, name: str, request: Any, context: Context) -> Any:
         """The reply to a call of that name."""
@@ -179,7 +181,7 @@ class _Service:
         self._fleet = fleet
         self._protocol = protocol = OpenInference(fleet)
         self._decoder = GrpcInferDecoder(fleet.base.spec)
-        self.answers: dict[str, Answer] = {
+        self.answers: dict[str, GrpcAnswer] = {
             "ModelReady": _described("ModelReady", self._model_ready),
             "ServerMetadata": _described("ServerMetadata", lambda _: protocol.server_metadata()),
             "ModelMetadata": _described("ModelMetadata", lambda r: protocol.metadata(r.name, r.version)),
@@ -235,7 +237,7 @@ def _stays() -> bool:
     return False
 
 
-def _swapped(name: str, swap: Callable[[str, str | None, Iterable[str]], Awaitable[None]]) -> Answer:
+def _swapped(name: str, swap: Callable[[str, str | None, Iterable[str]], Awaitable[None]]) -> GrpcAnswer:
     reply = message(f"{name}Response")
 
     async def answer(request: Any, _context: Context) -> Any:
@@ -247,7 +249,7 @@ def _swapped(name: str, swap: Callable[[str, str | None, Iterable[str]], Awaitab
     return answer
 
 
-def _described(name: str, describe: Callable[[Any], Json]) -> Answer:
+def _described(name: str, describe: Callable[[Any], Json]) -> GrpcAnswer:
     reply = message(f"{name}Response")
 
     async def answer(request: Any, _: Context) -> Any:

@@ -18,7 +18,7 @@ from leanserve.contracts import Arrays, Json
 from leanserve.errors import BadInput, NotFound
 from leanserve.serving.batch_runner import Prediction
 from leanserve.serving.fleet import Fleet
-from leanserve.serving.variant import Gone, Variant
+from leanserve.serving.variant import IsDisconnected, Variant
 from leanserve.telemetry.observations import BatchTimes, VariantMetrics
 
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "parameters", "schedule_policy")
@@ -78,7 +78,7 @@ class OpenInference:
         await swap(version or None)
 
     def infer(
-        self, variant: Variant, inputs: Arrays, options: InferOptions, gone: Gone
+        self, variant: Variant, inputs: Arrays, options: InferOptions, gone: IsDisconnected
     ) -> Coroutine[Any, Any, Prediction]:
         """Run a checked request at its `priority`. Its `timeout` may shorten the queue's limit, not lengthen it.
 
@@ -146,7 +146,7 @@ class OpenInference:
     def repository_index(self, *, ready_only: bool) -> list[dict[str, Json]]:
         """All variants; those excluded by their gate, and those unloaded, are `UNAVAILABLE`, with the reason."""
         index = []
-        for name, (standing, reason) in self.fleet.standing.items():
+        for name, (standing, reason) in self.fleet.status_of.items():
             state = INDEX_STATES.get(standing, "UNAVAILABLE")
             if state == "READY" or not ready_only:
                 told = reason or ("unloaded" if standing == "unloaded" else "")

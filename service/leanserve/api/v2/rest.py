@@ -20,7 +20,7 @@ from leanserve.codecs.tensors import Buffer
 from leanserve.contracts import Json
 from leanserve.errors import BadInput, NotFound
 from leanserve.http.content_encoding import compress, encoding_of_reply
-from leanserve.http.messages import Caller, Reply, Route, gone_check, json_reply
+from leanserve.http.messages import Request, Response, Route, disconnect_check, json_response
 from leanserve.serving.fleet import Fleet
 
 SMALL = 64 * 2**10
@@ -70,8 +70,8 @@ def no_such_path(fleet: Fleet, path: str) -> NotFound:
 
 
 def _described(describe: Callable[[], Json]) -> Route:
-    async def answer(_: Caller) -> Reply:
-        return json_reply(describe())
+    async def answer(_: Request) -> Response:
+        return json_response(describe())
 
     return Route("GET", "description", answer)
 
@@ -86,27 +86,27 @@ def _model_ready(protocol: OpenInference, version: str | None) -> Json:
     return {"name": protocol.name, "ready": True}
 
 
-async def _index(protocol: OpenInference, caller: Caller) -> Reply:
+async def _index(protocol: OpenInference, caller: Request) -> Response:
     asked = await _asked(caller)
     ready = asked.get("ready", False) if isinstance(asked, dict) else None
     if type(ready) is not bool:
         raise BadInput("the request must be a JSON object; its only key 'ready' is true or false")
-    return json_reply(protocol.repository_index(ready_only=ready))
+    return json_response(protocol.repository_index(ready_only=ready))
 
 
 def _swapped(swap: Callable[[Iterable[str]], Awaitable[None]]) -> Route:
-    async def answer(caller: Caller) -> Reply:
+    async def answer(caller: Request) -> Response:
         asked = await _asked(caller)
         parameters = asked.get("parameters", {}) if isinstance(asked, dict) else None
         if not isinstance(parameters, dict):
             raise BadInput("the request must be a JSON object; its only key 'parameters' is one, too")
         await swap(parameters)
-        return json_reply({})
+        return json_response({})
 
     return Route("POST", "description", answer)
 
 
-async def _asked(caller: Caller) -> Json:
+async def _asked(caller: Request) -> Json:
     """The JSON of a small request; no body stands for an empty object."""
     body = await plain_body(caller, SMALL)
     try:
@@ -122,9 +122,9 @@ class _Infer:
         spec = protocol.fleet.base.spec
         self._protocol = protocol
         self._decoder = InferDecoder(spec)
-        self._strings = any(field.dtype == "object" for field in spec.fields)
+        self._strings = any(field.dtype == "object" for field in spec.inputs)
 
-    async def answer(self, version: str | None, caller: Caller) -> Reply:
+    async def answer(self, version: str | None, caller: Request) -> Response:
         protocol, fleet = self._protocol, self._protocol.fleet
         asked = version or caller.header(b"x-variant"), caller.header(fleet.sticky_header)
         variant = fleet.choose(*asked)
@@ -146,15 +146,15 @@ class _Infer:
             request = await decode_for(variant, None, self._decoder.decode, body, json_length)
             variant = fleet.confirm(variant, *asked)
             caller.variant = variant.name
-        prediction = await protocol.infer(variant, request.inputs, request.options, gone_check(caller.receive))
+        prediction = await protocol.infer(variant, request.inputs, request.options, disconnect_check(caller.receive))
         parts = (request.options, prediction.outputs, protocol.name, variant.name, how_it_ran(prediction))
         small = sum([output.nbytes for output in prediction.outputs]) <= SMALL
         reply = encode_infer(*parts) if small else await off_loop(encode_infer, *parts)
         encoding = encoding_of_reply(caller.header(b"accept-encoding"))
         if encoding is None:
-            return Reply(reply.body, _headers(reply, variant.name))
+            return Response(reply.body, _headers(reply, variant.name))
         body = await off_loop(compress, reply.body, encoding)
-        return Reply(body, (*_headers(reply, variant.name), (b"content-encoding", encoding.encode())))
+        return Response(body, (*_headers(reply, variant.name), (b"content-encoding", encoding.encode())))
 
     def _is_small(self, body: Buffer, json_length: int | None) -> bool:
         parsed = len(body) if json_length is None or self._strings else json_length

@@ -1,4 +1,4 @@
-"""`data: {arrays: FILE.npz}`: rows that are arrays already, or pictures as an array of pixels.
+"""`data: {arrays: FILE.npz}`: rows that are arrays already, or images as an array of pixels.
 
 Names, shapes and dtypes are read from the headers alone, so that a wrong file is refused at once and a start from the
 cache loads no rows. Pickled objects in the file are refused: loading one can run any code.
@@ -19,13 +19,13 @@ import numpy as np
 from PIL import Image
 
 from leanserve.bases.checkpoints import file_digest
-from leanserve.bases.datasets.class_labels import Column
+from leanserve.bases.datasets.class_labels import LabelColumn
 from leanserve.bases.datasets.labels import LabelFiles, require_target, understanding
-from leanserve.bases.datasets.splits import Rows
+from leanserve.bases.datasets.splits import RowSource
 from leanserve.bases.datasets.tables import PreparedData, TableRows
 from leanserve.codecs.images import ImageCodec
 from leanserve.config.data_section import ArrayFileData
-from leanserve.contracts import Array, Arrays, Codec, Field, InputSpec
+from leanserve.contracts import Array, Arrays, Codec, ModelSpec, TensorSpec
 from leanserve.errors import ConfigError
 
 
@@ -39,7 +39,7 @@ class Header(NamedTuple):
         return f"{self.dtype} {list(self.shape)}"
 
 
-def open_arrays(declared: ArrayFileData, spec: InputSpec, codec: Codec, folder: Path) -> TableRows:
+def open_arrays(declared: ArrayFileData, spec: ModelSpec, codec: Codec, folder: Path) -> TableRows:
     """The arrays that the config declares.
 
     Raises:
@@ -57,7 +57,7 @@ def open_arrays(declared: ArrayFileData, spec: InputSpec, codec: Codec, folder: 
     return TableRows("data.arrays", tables, declared.splits, declared.seed)
 
 
-def _labels(paths: Iterable[Path], declared: ArrayFileData, spec: InputSpec) -> LabelFiles | None:
+def _labels(paths: Iterable[Path], declared: ArrayFileData, spec: ModelSpec) -> LabelFiles | None:
     if declared.labels is None:
         return None
     understood = understanding(spec, "data.labels")
@@ -65,7 +65,7 @@ def _labels(paths: Iterable[Path], declared: ArrayFileData, spec: InputSpec) -> 
 
 
 def _opened(
-    path: Path, key: str, declared: ArrayFileData, labels: LabelFiles | None, spec: InputSpec, codec: Codec
+    path: Path, key: str, declared: ArrayFileData, labels: LabelFiles | None, spec: ModelSpec, codec: Codec
 ) -> ArrayTable:
     found = headers(path, key)
     names = _array_names(declared, spec)
@@ -80,12 +80,12 @@ def _opened(
         _require_labels(found[declared.labels], spec, f"data.labels: the array '{declared.labels}' of {path}")
     pixels = codec if isinstance(codec, ImageCodec) and _are_pixels(found[names[0]]) else None
     if pixels is None:
-        for name, field in zip(names, spec.fields, strict=True):
+        for name, field in zip(names, spec.inputs, strict=True):
             _require_fit(found[name], field, f"data.inputs: the array '{name}' of {path}")
     return ArrayTable(path, names, declared.labels, labels, spec, pixels)
 
 
-def _require_labels(header: Header, spec: InputSpec, what: str) -> None:
+def _require_labels(header: Header, spec: ModelSpec, what: str) -> None:
     """Check that the labels are a class per row, or numbers that an output should be."""
     if not spec.labels and header.dtype.kind in "iuf":
         require_target(spec, header.shape[1:], what)
@@ -123,9 +123,9 @@ def _header(archive: zipfile.ZipFile, name: str) -> Header:
     return Header(shape, dtype)
 
 
-def _array_names(declared: ArrayFileData, spec: InputSpec) -> tuple[str, ...]:
+def _array_names(declared: ArrayFileData, spec: ModelSpec) -> tuple[str, ...]:
     """The name of the array for every input of the model, in its order."""
-    inputs = [field.name for field in spec.fields]
+    inputs = [field.name for field in spec.inputs]
     if isinstance(declared.inputs, str):
         if len(inputs) > 1:
             raise ConfigError(f"data.inputs: the model takes {', '.join(inputs)}; name the array of each in a mapping")
@@ -142,7 +142,7 @@ def _are_pixels(header: Header) -> bool:
     return header.dtype == np.uint8 and (colour or len(header.shape) == 3)
 
 
-def _require_fit(header: Header, field: Field, what: str) -> None:
+def _require_fit(header: Header, field: TensorSpec, what: str) -> None:
     """Check that rows are the input `field` as they are; nothing is converted that could lose a digit."""
     fits = len(header.shape) == len(field.shape) + 1 and all(
         wanted in (None, size) for size, wanted in zip(header.shape[1:], field.shape, strict=True)
@@ -150,7 +150,7 @@ def _require_fit(header: Header, field: Field, what: str) -> None:
     if fits and np.can_cast(header.dtype, field.dtype, "safe"):
         return
     wanted = ", ".join("any" if size is None else str(size) for size in field.shape)
-    pixels = ", or pictures uint8 [rows, height, width, 3] if base.image tells how" if len(field.shape) == 3 else ""
+    pixels = ", or images uint8 [rows, height, width, 3] if base.image tells how" if len(field.shape) == 3 else ""
     raise ConfigError(f"{what} is {header}; the input '{field.name}' takes {field.dtype} [rows, {wanted}]{pixels}")
 
 
@@ -164,9 +164,9 @@ class ArrayTable:
     label: str | None
     """Name of the array of labels."""
     labels: LabelFiles | None
-    spec: InputSpec
+    spec: ModelSpec
     pixels: ImageCodec | None
-    """What prepares the rows if they are pictures of uint8; `None`: they are inputs already."""
+    """What prepares the rows if they are images of uint8; `None`: they are inputs already."""
 
     @cached_property
     def digest(self) -> str:
@@ -182,14 +182,14 @@ class ArrayTable:
     def names(self) -> tuple[str, ...]:
         return tuple(f"row {row}" for row in range(len(self._arrays[0])))
 
-    def data(self, rows: Rows) -> PreparedData:
+    def data(self, rows: RowSource) -> PreparedData:
         return PreparedData(rows, self._prepare, None if self.labels is None else self.labels.of(self.path))
 
-    def _prepare(self, rows: Rows) -> Arrays:
+    def _prepare(self, rows: RowSource) -> Arrays:
         if self.pixels is not None:
-            pictures = self._arrays[0][rows]
-            return (np.stack([self.pixels.row(Image.fromarray(_plain(picture))) for picture in pictures]),)
-        parts = zip(self._arrays, self.spec.fields, strict=True)
+            images = self._arrays[0][rows]
+            return (np.stack([self.pixels.row(Image.fromarray(_plain(image))) for image in images]),)
+        parts = zip(self._arrays, self.spec.inputs, strict=True)
         return tuple(array[rows].astype(field.dtype, copy=False) for array, field in parts)
 
     @cached_property
@@ -197,15 +197,15 @@ class ArrayTable:
         return tuple(_load(self.path, name) for name in self.inputs)
 
 
-def _column(path: Path, name: str) -> Column:
+def _column(path: Path, name: str) -> LabelColumn:
     found = _load(path, name)
     found = found.astype(str) if found.dtype.kind == "S" else found
-    return Column(found, lambda row: f"data.labels: the array '{name}' of {path}: row {row}")
+    return LabelColumn(found, lambda row: f"data.labels: the array '{name}' of {path}: row {row}")
 
 
-def _plain(picture: Array) -> Array:
-    """Grey pictures without an axis of channels, as Pillow takes them."""
-    return picture[:, :, 0] if picture.shape[2:] == (1,) else picture
+def _plain(image: Array) -> Array:
+    """Grey images without an axis of channels, as Pillow takes them."""
+    return image[:, :, 0] if image.shape[2:] == (1,) else image
 
 
 def _load(path: Path, name: str) -> Array:

@@ -30,14 +30,14 @@ Reading = Mapping[Any, int | None]
 """Value -> class number, `None` where it has none."""
 
 
-class Column(NamedTuple):
+class LabelColumn(NamedTuple):
     """The labels of one file as they stand in it, [rows, ...], and how an error names the place of a row."""
 
     values: Array
     place: Callable[[int], str]
 
 
-def class_numbers(columns: Sequence[Column], labels: Sequence[str]) -> list[NDArray[np.int64]]:
+def class_numbers(columns: Sequence[LabelColumn], labels: Sequence[str]) -> list[NDArray[np.int64]]:
     """Per column the class numbers int64 [rows].
 
     They are what stands there if that are whole numbers below the number of labels that are no names of other labels,

@@ -19,9 +19,9 @@ from typing import Literal
 import numpy as np
 
 from leanserve.bases.checkpoints import file_digest
-from leanserve.bases.datasets.class_labels import Column, class_numbers, require_labels
+from leanserve.bases.datasets.class_labels import LabelColumn, class_numbers, require_labels
 from leanserve.bases.datasets.image_folder import ImageFolder, by_ending, image_folder, some
-from leanserve.bases.datasets.splits import Rows
+from leanserve.bases.datasets.splits import RowSource
 from leanserve.bases.datasets.tables import PreparedData, TableRows
 from leanserve.codecs.image_formats import endings
 from leanserve.config.base_section import ImageFiles
@@ -60,8 +60,8 @@ def open_images(
         if found.skipped:
             _log.info("%s: %s", key, found.seen())
     tables = [ImageTable(found.root, found.files, classes.get(found.root), codec) for found in folders.values()]
-    cut = tables[0] if isinstance(declared.images, Path) else dict(zip(declared.images, tables, strict=True))
-    return TableRows("data.images", cut, declared.splits, declared.seed)
+    cut_splits = tables[0] if isinstance(declared.images, Path) else dict(zip(declared.images, tables, strict=True))
+    return TableRows("data.images", cut_splits, declared.splits, declared.seed)
 
 
 def _require_images(found: ImageFolder, read: str, key: str) -> None:
@@ -90,7 +90,7 @@ def _require_full_classes(found: ImageFolder, labels: tuple[str, ...], read: str
 
 def _is_class(name: str, labels: tuple[str, ...]) -> bool:
     try:
-        class_numbers([Column(np.array([name]), lambda _: name)], labels)
+        class_numbers([LabelColumn(np.array([name]), lambda _: name)], labels)
     except ConfigError:
         return False
     return True
@@ -108,7 +108,7 @@ def _classes(folders: Sequence[ImageFolder], label: Label, labels: tuple[str, ..
     return dict(zip(columns, class_numbers(list(columns.values()), labels), strict=True))
 
 
-def _column(folder: Path, files: tuple[Path, ...], label: Label, labels: tuple[str, ...]) -> Column | None:
+def _column(folder: Path, files: tuple[Path, ...], label: Label, labels: tuple[str, ...]) -> LabelColumn | None:
     """What names the class of every file, or `None` without classes."""
     nested = any(path.parent != folder for path in files)
     if label == "none" or (label == "auto" and not (nested and labels)):
@@ -116,14 +116,14 @@ def _column(folder: Path, files: tuple[Path, ...], label: Label, labels: tuple[s
     require_labels(labels, "data.label")
     if label == "prefix":
         numbers = np.array([_number(path) for path in files])
-        return Column(numbers, lambda row: f"data.label: the number at the beginning of {files[row]}")
+        return LabelColumn(numbers, lambda row: f"data.label: the number at the beginning of {files[row]}")
     loose = [path for path in files if path.parent == folder]
     if loose:
         raise ConfigError(
             f"data.label: {loose[0]} lies in no folder of a class; move it, or set data.label to prefix or none"
         )
     names = np.array([path.parent.name for path in files])
-    return Column(names, lambda _: f"data.label: folders in {folder} are taken for classes (`none` ignores them)")
+    return LabelColumn(names, lambda _: f"data.label: folders in {folder} are taken for classes (`none` ignores them)")
 
 
 def _number(path: Path) -> str:
@@ -135,7 +135,7 @@ def _number(path: Path) -> str:
 
 @dataclass(frozen=True)
 class ImageTable:
-    """A `tables.Table` of picture files; `classes` has a number per file."""
+    """A `tables.Table` of image files; `classes` has a number per file."""
 
     folder: Path
     files: tuple[Path, ...]
@@ -156,10 +156,10 @@ class ImageTable:
         total.update(b"none" if self.classes is None else self.classes.tobytes())
         return total.hexdigest()
 
-    def data(self, rows: Rows) -> PreparedData:
+    def data(self, rows: RowSource) -> PreparedData:
         return PreparedData(rows, self._prepare, self.classes)
 
-    def _prepare(self, rows: Rows) -> Arrays:
+    def _prepare(self, rows: RowSource) -> Arrays:
         try:
             return (np.concatenate([self._decoded(self.files[row]) for row in rows]),)
         except REFUSALS as error:

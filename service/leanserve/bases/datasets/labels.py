@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from leanserve.bases.datasets.class_labels import Column, class_numbers
-from leanserve.contracts import Array, InputSpec
+from leanserve.bases.datasets.class_labels import LabelColumn, class_numbers
+from leanserve.contracts import Array, ModelSpec
 from leanserve.errors import ConfigError
 from leanserve.scoring import regressed
 
@@ -20,8 +20,8 @@ from leanserve.scoring import regressed
 class LabelFiles:
     """Label columns by their file, and what makes class numbers, or numbers to be hit, of them together."""
 
-    columns: Mapping[Path, Callable[[], Column]]
-    understood: Callable[[Sequence[Column]], Sequence[Array]]
+    columns: Mapping[Path, Callable[[], LabelColumn]]
+    understood: Callable[[Sequence[LabelColumn]], Sequence[Array]]
 
     def of(self, path: Path) -> Array:
         """The labels of one file, per row.
@@ -37,7 +37,7 @@ class LabelFiles:
         return dict(zip(self.columns, self.understood(columns), strict=True))
 
 
-def understanding(spec: InputSpec, key: str) -> Callable[[Sequence[Column]], Sequence[Array]]:
+def understanding(spec: ModelSpec, key: str) -> Callable[[Sequence[LabelColumn]], Sequence[Array]]:
     """How labels are read that belong to this model: as its classes, or as the numbers that it should give.
 
     Raises:
@@ -53,7 +53,7 @@ def understanding(spec: InputSpec, key: str) -> Callable[[Sequence[Column]], Seq
     )
 
 
-def targets(columns: Sequence[Column]) -> list[NDArray[np.float64]]:
+def targets(columns: Sequence[LabelColumn]) -> list[NDArray[np.float64]]:
     """Per column the numbers that a regressor should give, float64 [rows, ...].
 
     Raises:
@@ -62,7 +62,7 @@ def targets(columns: Sequence[Column]) -> list[NDArray[np.float64]]:
     return [_numbers(column) for column in columns]
 
 
-def require_target(spec: InputSpec, shape: tuple[int, ...], key: str) -> None:
+def require_target(spec: ModelSpec, shape: tuple[int, ...], key: str) -> None:
     """Check that labels of this shape per row belong to one output of a model without classes.
 
     Raises:
@@ -78,7 +78,7 @@ def require_target(spec: InputSpec, shape: tuple[int, ...], key: str) -> None:
     )
 
 
-def _numbers(column: Column) -> NDArray[np.float64]:
+def _numbers(column: LabelColumn) -> NDArray[np.float64]:
     values = column.values
     if values.dtype.kind == "U":
         return np.array([_number(str(text), row, column) for row, text in enumerate(values)], np.float64)
@@ -89,7 +89,7 @@ def _numbers(column: Column) -> NDArray[np.float64]:
     return found
 
 
-def _number(text: str, row: int, column: Column) -> float:
+def _number(text: str, row: int, column: LabelColumn) -> float:
     try:
         number = float(text)
     except ValueError:
@@ -102,5 +102,5 @@ def _number(text: str, row: int, column: Column) -> float:
     return number
 
 
-def _shown(spec: InputSpec) -> str:
+def _shown(spec: ModelSpec) -> str:
     return ", ".join(f"'{item.name}' {list(item.shape)} ({item.meaning})" for item in spec.outputs)

@@ -30,7 +30,7 @@ def open_rows(data: AnyData, description: Description, codec: Codec, folder: Pat
         return open_arrays(data, description.spec(), codec, folder)
     if isinstance(data, ImageData):
         if description.image is None:
-            raise ConfigError("data.images: the model takes no pictures; if it does, say how with base.image")
+            raise ConfigError("data.images: the model takes no images; if it does, say how with base.image")
         return open_images(data, description.labels, description.image, codec, folder)
     if isinstance(data, TextData):
         return open_texts(data, description.spec(), codec, folder)

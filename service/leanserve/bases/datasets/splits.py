@@ -23,14 +23,15 @@ LEAST = 8
 SHARE = 0.8
 """Of a source that is too small for its splits: what they get together; the rest is `train`."""
 SHOWN = 2
-Rows = NDArray[np.int64]
+RowSource = NDArray[np.int64]
 
 
-def cut(digests: Sequence[bytes], sizes: SplitSizes | None, seed: int) -> dict[Split, Rows]:
+def cut_splits(digests: Sequence[bytes], sizes: SplitSizes | None, seed: int) -> dict[Split, RowSource]:
     """Row numbers of each split of one source; rows with equal digests share a split.
 
-    Calibration, gate and test get their sizes and `train` the rest. A source that is too small is cut in proportion, so
-    that neither calibration, gate nor train is empty. Sizes that the user did not choose leave a fifth for `train`.
+    Calibration, gate and test get their sizes and `train` the rest. A source that is too small is cut_splits in
+    proportion, so that neither calibration, gate nor train is empty. Sizes that the user did not choose leave a fifth
+    for `train`.
 
     Raises:
         ConfigError: fewer than 8 rows differ.
@@ -38,9 +39,9 @@ def cut(digests: Sequence[bytes], sizes: SplitSizes | None, seed: int) -> dict[S
     waiting = _groups(digests, seed)
     if len(waiting) < LEAST:
         raise ConfigError(
-            f"data: {len(waiting)} different rows are too few to cut into splits; at least {LEAST} are needed"
+            f"data: {len(waiting)} different rows are too few to cut_splits into splits; at least {LEAST} are needed"
         )
-    splits: dict[Split, Rows] = {}
+    splits: dict[Split, RowSource] = {}
     for split, size in _sizes(len(digests), sizes).items():
         taken, waiting = _take(waiting, size)
         splits[split] = np.array(taken, dtype=np.int64)
@@ -54,11 +55,12 @@ def deal(
     seed: int,
     key: str,
     names: Mapping[Split, Sequence[str]] | None = None,
-) -> dict[Split, tuple[Split, Rows]]:
+) -> dict[Split, tuple[Split, RowSource]]:
     """Splits that have files of their own: whose file has the rows of a split, and which rows of it.
 
     Without files for calibration, its rows are taken out of those of train, half of them at most. Train and test may be
-    empty. The rows are shuffled as by `cut`, since files are often sorted by class and passes take the first rows.
+    empty. The rows are shuffled as by `cut_splits`, since files are often sorted by class and passes take the first
+    rows.
 
     Raises:
         ConfigError: there are no files for the gate, or splits share rows.
@@ -68,7 +70,7 @@ def deal(
             f"{key}: there are no files for the split 'gate', on which variants are compared with the base"
         )
     refuse_shared(digests, key, names)
-    dealt: dict[Split, tuple[Split, Rows]] = {split: ("gate", _joined([])) for split in ("train", "test")}
+    dealt: dict[Split, tuple[Split, RowSource]] = {split: ("gate", _joined([])) for split in ("train", "test")}
     dealt |= {split: (split, _joined(_groups(rows, seed))) for split, rows in digests.items()}
     if "calibration" not in digests and digests.get("train"):
         groups = _groups(digests["train"], seed)
@@ -87,7 +89,7 @@ def _groups(digests: Sequence[bytes], seed: int) -> list[list[int]]:
     return [groups[digest] for digest in order]
 
 
-def _joined(groups: list[list[int]]) -> Rows:
+def _joined(groups: list[list[int]]) -> RowSource:
     return np.array([row for group in groups for row in group], dtype=np.int64)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from leanserve.contracts import ArrayData, InputSpec, Split
+from leanserve.contracts import ArrayData, ModelSpec, Split
 
 SEEDS: dict[Split, int] = {"train": 1, "calibration": 2, "gate": 3, "test": 4}
 
@@ -14,7 +14,7 @@ SEEDS: dict[Split, int] = {"train": 1, "calibration": 2, "gate": 3, "test": 4}
 class SyntheticRows:
     """A `bases.loaded.Rows` without labels; every split is drawn with a seed of its own."""
 
-    spec: InputSpec
+    spec: ModelSpec
     count: int
     length: int
 

@@ -1,7 +1,7 @@
 """What all kinds of files have in common: rows by number, prepared for the model only when a batch is drawn.
 
-A file is a `Table`; `TableRows` deals its rows out to the splits and is the `Rows` of a base. Nothing is decoded before
-somebody asks for a batch, and never more than that batch: a folder of photos may be larger than the memory.
+A file is a `Table`; `TableRows` deals its rows out to the splits and is the `RowSource` of a base. Nothing is decoded
+before somebody asks for a batch, and never more than that batch: a folder of photos may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-from leanserve.bases.datasets.splits import Rows as Numbers
-from leanserve.bases.datasets.splits import cut, deal
+from leanserve.bases.datasets.splits import RowSource as Numbers
+from leanserve.bases.datasets.splits import cut_splits, deal
 from leanserve.config.data_section import SplitSizes
 from leanserve.contracts import Array, Arrays, Batch, Data, Split
 from leanserve.errors import ConfigError
@@ -64,7 +64,7 @@ class PreparedData:
 
 @dataclass(frozen=True)
 class TableRows:
-    """A `bases.loaded.Rows` over one table that is cut, or over one per split."""
+    """A `bases.loaded.RowSource` over one table that is cut_splits, or over one per split."""
 
     key: str
     tables: Table | Mapping[Split, Table]
@@ -93,7 +93,7 @@ class TableRows:
         """Per split, the table that has its rows, and which these are."""
         tables = self.tables
         if not isinstance(tables, Mapping):
-            return {split: (tables, rows) for split, rows in cut(tables.digests, self.sizes, self.seed).items()}
+            return {split: (tables, rows) for split, rows in cut_splits(tables.digests, self.sizes, self.seed).items()}
         digests = {split: table.digests for split, table in tables.items()}
         names = {split: table.names for split, table in tables.items()}
         dealt = deal(digests, self.sizes, self.seed, self.key, names)

@@ -17,7 +17,7 @@ from leanserve.contracts import Json
 from leanserve.errors import ConfigError
 
 FORMATS = (".csv", ".tsv", ".jsonl")
-Column = str | int
+ColumnName = str | int
 
 
 class Line(NamedTuple):
@@ -27,7 +27,7 @@ class Line(NamedTuple):
     values: tuple[str, ...]
 
 
-def read_lines(path: Path, columns: Sequence[Column]) -> list[Line]:
+def read_lines(path: Path, columns: Sequence[ColumnName]) -> list[Line]:
     """All lines of a file that are not blank. Columns by name need a header, or objects in JSONL.
 
     Raises:
@@ -70,7 +70,7 @@ def _rows(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
         raise ConfigError(f"{path}:{begin}: {error}") from error
 
 
-def _places(rows: Iterator[tuple[int, list[str]]], columns: Sequence[Column], path: Path) -> list[int]:
+def _places(rows: Iterator[tuple[int, list[str]]], columns: Sequence[ColumnName], path: Path) -> list[int]:
     """The columns as numbers; the header is taken off the rows if one of them is a name."""
     if not any(isinstance(column, str) for column in columns):
         return [int(column) for column in columns]
@@ -94,11 +94,11 @@ def _objects(text: str, path: Path) -> Iterator[tuple[int, Json]]:
             raise ConfigError(f"{path}:{number}: not JSON: {error}") from error
 
 
-def _picked(row: Json, columns: Sequence[Column], path: Path, number: int) -> tuple[str, ...]:
+def _picked(row: Json, columns: Sequence[ColumnName], path: Path, number: int) -> tuple[str, ...]:
     return tuple(_value(row, column, f"{path}:{number}") for column in columns)
 
 
-def _value(row: Json, column: Column, where: str) -> str:
+def _value(row: Json, column: ColumnName, where: str) -> str:
     try:
         value = row[column]
     except (LookupError, TypeError):

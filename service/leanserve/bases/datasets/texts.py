@@ -16,18 +16,18 @@ from pathlib import Path
 import numpy as np
 
 from leanserve.bases.checkpoints import file_digest
-from leanserve.bases.datasets.class_labels import Column
+from leanserve.bases.datasets.class_labels import LabelColumn
 from leanserve.bases.datasets.labels import LabelFiles, require_target, targets, understanding
-from leanserve.bases.datasets.splits import Rows as Numbers
+from leanserve.bases.datasets.splits import RowSource as Numbers
 from leanserve.bases.datasets.tables import TableRows
 from leanserve.bases.datasets.text_files import FORMATS, Line, read_lines
 from leanserve.codecs.text import TextCodec
 from leanserve.config.data_section import TextData
-from leanserve.contracts import Array, Batch, Codec, Data, InputSpec, Split
+from leanserve.contracts import Array, Batch, Codec, Data, ModelSpec, Split
 from leanserve.errors import BadInput, ConfigError
 
 
-def open_texts(declared: TextData, spec: InputSpec, codec: Codec, folder: Path) -> TextRows:
+def open_texts(declared: TextData, spec: ModelSpec, codec: Codec, folder: Path) -> TextRows:
     """The texts that the config declares, for a model of these outputs and labels.
 
     Raises:
@@ -47,7 +47,7 @@ def open_texts(declared: TextData, spec: InputSpec, codec: Codec, folder: Path) 
     return TextRows(TableRows("data.texts", tables, declared.splits, declared.seed), unit)
 
 
-def _require_labels(declared: TextData, spec: InputSpec) -> None:
+def _require_labels(declared: TextData, spec: ModelSpec) -> None:
     if declared.pair is not None:
         if spec.labels:
             raise ConfigError("data.pair: the model classifies single texts; pairs are for models of embeddings")
@@ -61,7 +61,7 @@ def _require_labels(declared: TextData, spec: InputSpec) -> None:
         require_target(spec, (), "data.label")
 
 
-def _tables(paths: Mapping[str, Path], declared: TextData, spec: InputSpec, codec: TextCodec) -> list[TextTable]:
+def _tables(paths: Mapping[str, Path], declared: TextData, spec: ModelSpec, codec: TextCodec) -> list[TextTable]:
     """A table per file, by the key that names it; the labels of all of them are read in the same way."""
     for key, path in paths.items():
         if path.suffix not in FORMATS:
@@ -78,7 +78,7 @@ def _tables(paths: Mapping[str, Path], declared: TextData, spec: InputSpec, code
 
 @dataclass(frozen=True)
 class TextRows:
-    """A `bases.loaded.Rows`; every line of the files is `unit` rows."""
+    """A `bases.loaded.RowSource`; every line of the files is `unit` rows."""
 
     lines: TableRows
     unit: int
@@ -113,10 +113,10 @@ class TextFile:
     def texts(self) -> list[tuple[str, ...]]:
         return [line.values[: len(self.columns)] for line in self.lines]
 
-    def column(self) -> Column:
+    def column(self) -> LabelColumn:
         """The labels."""
         values = np.array([line.values[-1] for line in self.lines], dtype=str)
-        return Column(values, lambda row: f"{self.path}:{self.lines[row].number}: column {self.declared.label}")
+        return LabelColumn(values, lambda row: f"{self.path}:{self.lines[row].number}: column {self.declared.label}")
 
 
 @dataclass(frozen=True)

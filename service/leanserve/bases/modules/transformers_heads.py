@@ -68,8 +68,8 @@ class EndTokenLogits(nn.Module):
         return logits
 
 
-class PictureLogits(nn.Module):
-    """Pictures [rows, channels, height, width] -> logits [rows, classes]."""
+class ImageLogits(nn.Module):
+    """Images [rows, channels, height, width] -> logits [rows, classes]."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

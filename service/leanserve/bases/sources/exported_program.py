@@ -22,7 +22,7 @@ from leanserve.bases.probing import probe
 from leanserve.bases.sources.exported_archive import safe_copy
 from leanserve.bases.tracing import last_operators, runner
 from leanserve.config.base_section import TorchExportBase
-from leanserve.contracts import InputSpec, RowsTogether, TorchModel
+from leanserve.contracts import ModelSpec, RowsTogether, TorchModel
 from leanserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class ExportedSource:
             outputs = probe(runner(module), inputs, names, self.declared.rows)
         except ConfigError as error:
             raise ConfigError(f"base.torch_export: {self._path} cannot be served: {error}") from error
-        spec = InputSpec(tuple(item.field() for item in inputs), (), rows=self.declared.rows)
+        spec = ModelSpec(tuple(item.field() for item in inputs), (), rows=self.declared.rows)
         operators = last_operators(module, spec, len(outputs))
         outputs = tuple(
             proven(output.model_copy(update={"name": ""}), operator)
@@ -61,7 +61,7 @@ class ExportedSource:
         )
         return described(self.declared, self.folder, served_name(self._path), inputs, outputs)
 
-    def model(self, spec: InputSpec) -> TorchModel:
+    def model(self, spec: ModelSpec) -> TorchModel:
         return TorchModel(_module(self._program()), spec)
 
     @property

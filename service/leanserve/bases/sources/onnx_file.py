@@ -26,7 +26,7 @@ from leanserve.bases.sources.onnx_preparation import Prepared, prepared
 from leanserve.bases.sources.onnx_reading import files_of, modern, nodes_of, read_onnx
 from leanserve.bases.sources.onnx_trial import Trial, tried
 from leanserve.config.base_section import OnnxBase
-from leanserve.contracts import InputSpec, OnnxModel
+from leanserve.contracts import ModelSpec, OnnxModel
 from leanserve.errors import ConfigError
 from leanserve.hardware import library_version
 
@@ -59,7 +59,7 @@ class OnnxSource:
             inputs, outputs = self._tensors(Path(folder))
         return described(self.declared, self.folder, served_name(self._path), inputs, outputs)
 
-    def model(self, spec: InputSpec) -> OnnxModel:
+    def model(self, spec: ModelSpec) -> OnnxModel:
         """The prepared graph as one file, which lives as long as this source does."""
         import onnx
 

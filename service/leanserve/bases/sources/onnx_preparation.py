@@ -75,7 +75,7 @@ def _wishes(declared: BroughtBase, names: Sequence[str]) -> Declared:
     """What the config says of each input; the names are the graph's own."""
     if isinstance(declared.image, ImageInput):
         if len(names) != 1:
-            raise ConfigError(f"base.image: the model takes {len(names)} inputs ({', '.join(names)}), not one picture")
+            raise ConfigError(f"base.image: the model takes {len(names)} inputs ({', '.join(names)}), not one image")
         return {names[0]: image_tensor(declared.image)}
     if declared.inputs is None:
         return {}

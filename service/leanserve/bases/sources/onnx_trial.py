@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from leanserve import child
 from leanserve.bases.description import Tensor
-from leanserve.bases.probing import TOLERANCE, Answer, Run, differs, probe
-from leanserve.contracts import Array, Arrays, InputSpec, RowsTogether
+from leanserve.bases.probing import TOLERANCE, OutputPair, Run, differs, probe
+from leanserve.contracts import Array, Arrays, ModelSpec, RowsTogether
 from leanserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -97,14 +97,14 @@ def _outputs(trial: Trial) -> tuple[Tensor, ...]:
 
 
 def _compare(original: Run, candidate: Run, trial: Trial, tolerance: float) -> None:
-    spec = InputSpec(tuple(item.field() for item in trial.inputs), ())
+    spec = ModelSpec(tuple(item.field() for item in trial.inputs), ())
     batch = spec.example(trial.fixed_rows or 1, seed=2)
     try:
         expected = original(batch)
     except Exception as error:  # whatever the runtime raises
         raise ConfigError(f"the file itself does not run: {str(error).splitlines()[0]}") from error
     for name, one, other in zip(trial.outputs, candidate(batch), expected, strict=True):
-        if reason := differs(Answer(name, one, other), tolerance):
+        if reason := differs(OutputPair(name, one, other), tolerance):
             raise ConfigError(f"made ready for any number of rows it answers otherwise than the file: {reason}")
 
 

@@ -36,7 +36,7 @@ from leanserve.bases.sources.python_imports import Imports, spec_of
 from leanserve.bases.sources.torchvision_import import make_torchvision_importable
 from leanserve.bases.tracing import traced_outputs
 from leanserve.config.base_section import PythonBase
-from leanserve.contracts import InputSpec, Json, TorchModel
+from leanserve.contracts import Json, ModelSpec, TorchModel
 from leanserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class PythonSource:
             caveats += (f"weights drawn at random ({some(drawn)})",)
         return description.model_copy(update={"caveats": caveats})
 
-    def model(self, spec: InputSpec) -> TorchModel:
+    def model(self, spec: ModelSpec) -> TorchModel:
         """The model; whatever its module returns, it gives tensors.
 
         Raises:
@@ -172,7 +172,7 @@ class PythonSource:
         declared = getattr(self._imported(), "INPUTS", None)
         if declared is None:
             raise ConfigError(
-                "base: the input of the model is not known; declare base.image (pictures), base.text (token ids) or "
+                "base: the input of the model is not known; declare base.image (images), base.text (token ids) or "
                 f"base.inputs (any tensors), or INPUTS in {self._names()[0]}"
             )
         return tuple(Tensor.model_validate(item) for item in declared)

@@ -1,6 +1,6 @@
 """`base: {timm: NAME}`: a model of timm, with the preprocessing its weights were evaluated with.
 
-timm knows of every set of weights how pictures were resized, cropped and normalised for it; that becomes the codec of
+timm knows of every set of weights how images were resized, cropped and normalised for it; that becomes the codec of
 the base, so that nobody copies these numbers. Weights are a file, timm's own on the hub (`hub`), or `random` ones of
 the right shapes, which run as fast as real ones and know nothing.
 """
@@ -23,7 +23,7 @@ from leanserve.bases.sources.hub import hub_file, is_repository
 from leanserve.bases.sources.torchvision_import import make_torchvision_importable
 from leanserve.bases.tracing import traced_outputs
 from leanserve.config.base_section import ImageInput, TimmBase
-from leanserve.contracts import CLASSES, Field, InputSpec, TorchModel
+from leanserve.contracts import CLASSES, ModelSpec, TensorSpec, TorchModel
 from leanserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,11 +68,11 @@ class TimmSource:
         description = described(declared, self.folder, self.declared.timm.partition(".")[0], inputs, outputs)
         return description.model_copy(update={"caveats": caveats})
 
-    def model(self, spec: InputSpec) -> TorchModel:
-        module, _ = self._module(self._classes(_pretrained_config(self.declared.timm)), spec.fields[0])
+    def model(self, spec: ModelSpec) -> TorchModel:
+        module, _ = self._module(self._classes(_pretrained_config(self.declared.timm)), spec.inputs[0])
         return TorchModel(module, spec)
 
-    def _module(self, classes: int, picture: Field) -> tuple[nn.Module, tuple[str, ...]]:
+    def _module(self, classes: int, image: TensorSpec) -> tuple[nn.Module, tuple[str, ...]]:
         """A fresh module with its weights, in eval mode, and what everyone must know of these.
 
         Without classes it gives pooled features.
@@ -81,7 +81,7 @@ class TimmSource:
 
         timm = imported_timm()
         config = _pretrained_config(self.declared.timm)
-        shape = picture.shape
+        shape = image.shape
         options: dict[str, Any] = {"num_classes": classes, "in_chans": shape[0]}
         if config.fixed_input_size and tuple(shape) != tuple(config.input_size):
             options["img_size"] = shape[1:]
@@ -135,7 +135,7 @@ def imported_timm() -> Any:
 
 
 def preprocessing(name: str, config: Any) -> ImageInput:
-    """How timm prepares pictures for the evaluation of these weights.
+    """How timm prepares images for the evaluation of these weights.
 
     Raises:
         ConfigError: it is none of the ways that `base.image` can express.
@@ -148,7 +148,7 @@ def preprocessing(name: str, config: Any) -> ImageInput:
     centre = found["crop_mode"] == "center" and found["crop_pct"] <= 1 and height == width
     if channels != 3 or not (whole or centre):
         raise ConfigError(
-            f"base.image: timm prepares pictures for {name} in a way of its own (input {channels} x {height} x "
+            f"base.image: timm prepares images for {name} in a way of its own (input {channels} x {height} x "
             f"{width}, crop mode {found['crop_mode']}, crop {found['crop_pct']}); declare base.image"
         )
     return ImageInput(

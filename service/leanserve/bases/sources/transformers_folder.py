@@ -18,7 +18,7 @@ from leanserve.bases.checkpoints import file_digest
 from leanserve.contracts import Json
 from leanserve.errors import ConfigError
 
-Task = Literal["text classification", "picture classification", "embedding"]
+Task = Literal["text classification", "image classification", "embedding"]
 Pooling = Literal["mean", "cls"]
 
 WEIGHTS, SHARDS = "model.safetensors", "model.safetensors.index.json"
@@ -96,7 +96,7 @@ class TransformersFolder:
         if self._modules or not saved_as:
             return "embedding"
         if saved_as.endswith("ForImageClassification"):
-            return "picture classification"
+            return "image classification"
         if saved_as.endswith("ForSequenceClassification"):
             return "text classification"
         if saved_as.endswith("Model") and "Head" not in saved_as:

@@ -17,7 +17,7 @@ from leanserve.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-INPUTS = {"embedding": "input_ids", "text classification": "input_ids", "picture classification": "pixel_values"}
+INPUTS = {"embedding": "input_ids", "text classification": "input_ids", "image classification": "pixel_values"}
 """What the library calls the main input of a model for a task."""
 ENCODERS = {
     "t5": "T5EncoderModel",
@@ -39,12 +39,12 @@ def plain_module(found: TransformersFolder, task: Task, pooling: Pooling | Liter
     Raises:
         ConfigError: it cannot be loaded, was saved for another task, or takes what is not served.
     """
-    from leanserve.bases.modules.transformers_heads import PictureLogits, TextEmbedding
+    from leanserve.bases.modules.transformers_heads import ImageLogits, TextEmbedding
 
     model = _pretrained(found, task)
     _without_caches(model)
-    if task == "picture classification":
-        return PictureLogits(model).eval()
+    if task == "image classification":
+        return ImageLogits(model).eval()
     if task == "text classification":
         return _text_logits(model).eval()
     if getattr(model, "pooler", None) is not None:
@@ -140,7 +140,7 @@ def _loader(found: TransformersFolder, task: Task) -> Any:
         raise ConfigError("base.transformers needs the extra 'text': pip install 'leanserve[text]'") from error
     if task == "text classification":
         return transformers.AutoModelForSequenceClassification
-    if task == "picture classification":
+    if task == "image classification":
         return transformers.AutoModelForImageClassification
     return getattr(transformers, ENCODERS.get(found.config.get("model_type", ""), "AutoModel"))
 

@@ -1,6 +1,6 @@
 """`base: {transformers: FOLDER_OR_NAME}`: a checkpoint of the transformers library.
 
-Texts become class logits or one pooled embedding, pictures become class logits. Weights are safetensors, and code that
+Texts become class logits or one pooled embedding, images become class logits. Weights are safetensors, and code that
 a checkpoint brings is never run. The library takes seconds to import, so that everything but running the model is read
 from the checkpoint's JSON files.
 """
@@ -22,13 +22,13 @@ from leanserve.bases.inputs import MASKED_TEXT, image_input, image_tensor, read_
 from leanserve.bases.meanings import settled
 from leanserve.bases.sources.hub import hub_folder, is_repository
 from leanserve.bases.sources.transformers_folder import Task, TransformersFolder
+from leanserve.bases.sources.transformers_images import preprocessor_input
 from leanserve.bases.sources.transformers_loading import padding_of, plain_module
-from leanserve.bases.sources.transformers_pictures import picture_input
 from leanserve.bases.tracing import traced_outputs
-from leanserve.codecs.answers import Answers
+from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.text import TextCodec
 from leanserve.config.base_section import ImageInput, TextInput, TransformersBase
-from leanserve.contracts import InputSpec, TorchModel
+from leanserve.contracts import ModelSpec, TorchModel
 from leanserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class TransformersSource:
 
     def describe(self) -> Description:
         task = self._task()
-        image = self._image() if task == "picture classification" else None
+        image = self._image() if task == "image classification" else None
         if image is None and self.declared.image is not None:
             raise ConfigError("base.image: the checkpoint takes texts, no images")
         module = self._module()
@@ -78,7 +78,7 @@ class TransformersSource:
             caveats=(f"texts are not preceded by the checkpoint's prompt '{prompt}'",) if prompt else (),
         )
 
-    def model(self, spec: InputSpec) -> TorchModel:
+    def model(self, spec: ModelSpec) -> TorchModel:
         return TorchModel(self._module(), spec)
 
     @cached_property
@@ -92,13 +92,13 @@ class TransformersSource:
 
     def _task(self) -> Task:
         if self.declared.inputs is not None:
-            raise ConfigError("base.inputs: a model of transformers takes texts or pictures; see base.text, base.image")
+            raise ConfigError("base.inputs: a model of transformers takes texts or images; see base.text, base.image")
         if self.declared.task == "auto":
             return self._found.task
         if self.declared.task == "embedding":
             return "embedding"
-        pictures = self._found.architecture.endswith("ForImageClassification")
-        return "picture classification" if pictures else "text classification"
+        images = self._found.architecture.endswith("ForImageClassification")
+        return "image classification" if images else "text classification"
 
     def _described(self, module: nn.Module, inputs: Sequence[Tensor], **how: Any) -> Description:
         """With the outputs found by running the module."""
@@ -132,7 +132,7 @@ class TransformersSource:
         return labels
 
     def _image(self) -> ImageInput:
-        return image_input(self.declared.image, lambda: picture_input(self._found.preprocessor()))
+        return image_input(self.declared.image, lambda: preprocessor_input(self._found.preprocessor()))
 
     def _text(self, module: nn.Module) -> TextInput:
         """The tokenizer, and the length that model, tokenizer and config agree on."""
@@ -157,8 +157,8 @@ def _check_end(module: nn.Module, text: TextInput) -> None:
     end = getattr(module, "end", None)
     if end is None:
         return
-    spec = InputSpec(tuple(item.field() for item in MASKED_TEXT), ())
-    if end not in TextCodec(text.tokenizer, text.max_length, Answers(spec)).tokens(["a"])[0]:
+    spec = ModelSpec(tuple(item.field() for item in MASKED_TEXT), ())
+    if end not in TextCodec(text.tokenizer, text.max_length, AnswerEncoder(spec)).tokens(["a"])[0]:
         raise ConfigError(
             f"base.text.tokenizer: the model answers at the end token ({end}), which {text.tokenizer} does not put "
             "behind texts; give it a post-processor that does (TemplateProcessing of the library tokenizers)"

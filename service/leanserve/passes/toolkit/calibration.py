@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from leanserve.contracts import Array, Arrays, Data, InputSpec, Progress
+from leanserve.contracts import Array, Arrays, Data, ModelSpec, Progress
 from leanserve.errors import PassFailed
 from leanserve.memory import run_in_parts
 from leanserve.passes.toolkit.histograms import Extent, FindRange, Histogram, Range
@@ -25,7 +25,7 @@ class Recording:
     """The activations `tensors` of a float graph on `data`, `batch` rows at a time or as fit; may be replayed."""
 
     model: onnx.ModelProto
-    spec: InputSpec
+    spec: ModelSpec
     tensors: Sequence[str]
     data: Data
     batch: int

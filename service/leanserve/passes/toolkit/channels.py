@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from leanserve.contracts import InputSpec, TorchModel
+from leanserve.contracts import ModelSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.toolkit.importance import Importance
 from leanserve.passes.toolkit.macs import example
@@ -137,7 +137,7 @@ def _check_outputs(model: TorchModel, pruned: Sequence[str]) -> None:
             )
 
 
-def _graph(module: nn.Module, spec: InputSpec) -> Any:
+def _graph(module: nn.Module, spec: ModelSpec) -> Any:
     import torch_pruning
 
     module.requires_grad_(requires_grad=True)  # the tracing follows gradients

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-from leanserve.contracts import InputSpec
+from leanserve.contracts import ModelSpec
 
 Tensors: TypeAlias = tuple[torch.Tensor, ...]
 
@@ -38,7 +38,7 @@ class CompiledModule(nn.Module):
     the largest. Compile and run it on one thread with the same thread count and under `torch.inference_mode`.
     """
 
-    def __init__(self, module: nn.Module, spec: InputSpec, buckets: Sequence[int], options: Mapping[str, Any]) -> None:
+    def __init__(self, module: nn.Module, spec: ModelSpec, buckets: Sequence[int], options: Mapping[str, Any]) -> None:
         super().__init__()
         self.inner = module
         self.row_buckets = tuple(sorted(buckets))
@@ -94,7 +94,7 @@ class CompiledModule(nn.Module):
 
     def _mark_dynamic(self, inputs: Tensors) -> None:
         """Make it an error, at warm-up, if the model fixes an axis that must be free."""
-        for item, tensor in zip(self._spec.fields, inputs, strict=True):
+        for item, tensor in zip(self._spec.inputs, inputs, strict=True):
             axes = [axis for axis, size in enumerate(item.shape, start=1) if size is None]
             for axis in axes if len(tensor) == 1 else [0, *axes]:
                 torch._dynamo.mark_dynamic(tensor, axis)

@@ -37,7 +37,7 @@ def pixels(y: Tensor) -> Tensor:
     return y.movedim(1, -1).reshape(-1, y.shape[1])
 
 
-class Split(ABC):
+class ConvSplit(ABC):
     """One convolution on its way to a chain of cheaper ones, and what calibration data says about it."""
 
     ranks: ClassVar[int] = 1
@@ -147,14 +147,14 @@ class Split(ABC):
         )
 
 
-class Spatial(Split):
+class Spatial(ConvSplit):
     """A column of kernels, then a row of kernels."""
 
     looks_at_input = True
 
     @staticmethod
     def unfit(conv: nn.Conv2d) -> str | None:
-        return Split.unfit(conv) or ("its kernel has one row or column" if 1 in conv.kernel_size else None)
+        return ConvSplit.unfit(conv) or ("its kernel has one row or column" if 1 in conv.kernel_size else None)
 
     def chain(self, ranks: Ranks, **factory: Any) -> list[nn.Conv2d]:
         (rank,) = ranks
@@ -176,7 +176,7 @@ class Spatial(Split):
         return self.weight.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
 
 
-class Channel(Split):
+class Channel(ConvSplit):
     """The same kernels for fewer outputs, then their mixture."""
 
     looks_at_output = True
@@ -195,7 +195,7 @@ class Channel(Split):
         return [kernels, basis.encode[:, :rank, None, None]]
 
 
-class Tucker2(Split):
+class Tucker2(ConvSplit):
     """Fewer inputs, small kernels between few channels, then their mixture."""
 
     ranks = 2
@@ -204,7 +204,7 @@ class Tucker2(Split):
 
     @staticmethod
     def unfit(conv: nn.Conv2d) -> str | None:
-        return Split.unfit(conv) or ("its kernel is 1 x 1" if tuple(conv.kernel_size) == (1, 1) else None)
+        return ConvSplit.unfit(conv) or ("its kernel is 1 x 1" if tuple(conv.kernel_size) == (1, 1) else None)
 
     def chain(self, ranks: Ranks, **factory: Any) -> list[nn.Conv2d]:
         rank_in, rank_out = ranks
@@ -226,4 +226,4 @@ class Tucker2(Split):
         return [inputs.encode[:, :rank_in].T[:, :, None, None], core, outputs.encode[:, :rank_out, None, None]]
 
 
-SCHEMES: Mapping[str, type[Split]] = {"spatial": Spatial, "channel": Channel, "tucker2": Tucker2}
+SCHEMES: Mapping[str, type[ConvSplit]] = {"spatial": Spatial, "channel": Channel, "tucker2": Tucker2}

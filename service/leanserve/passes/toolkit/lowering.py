@@ -25,7 +25,7 @@ import onnxruntime
 import torch
 
 from leanserve.comparison import largest_difference, largest_finite
-from leanserve.contracts import Arrays, Field, InputSpec, Model, OnnxModel, RowsTogether, TorchModel
+from leanserve.contracts import Arrays, Model, ModelSpec, OnnxModel, RowsTogether, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.toolkit.recurrent_shapes import recurrent_shapes
 
@@ -97,9 +97,9 @@ def _exported(model: TorchModel) -> onnx.ModelProto:
                 dynamo=True,
                 verbose=False,
                 opset_version=OPSET,
-                input_names=[PREFIX + item.name for item in spec.fields],
+                input_names=[PREFIX + item.name for item in spec.inputs],
                 output_names=[PREFIX + item.name for item in spec.outputs],
-                dynamic_shapes=tuple(_dynamic_axes(item, spec.rows) for item in spec.fields),
+                dynamic_shapes=tuple(_dynamic_axes(item, spec.rows) for item in spec.inputs),
             )
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
             raise PassFailed(f"the model cannot be exported to ONNX: {_reason(error)}{_remedy(model)}") from error
@@ -119,12 +119,12 @@ def _reason(error: BaseException) -> str:
 def _remedy(model: TorchModel) -> str:
     """What to do about layers that are known not to be exportable; nothing for others."""
     plain = any(type(layer) is torch.nn.RNN for layer in model.module.modules())
-    if plain and any(None in item.shape for item in model.spec.fields):
+    if plain and any(None in item.shape for item in model.spec.inputs):
         return ". torch exports nn.LSTM and nn.GRU for any length, nn.RNN only for a fixed one"
     return ""
 
 
-def _dynamic_axes(item: Field, rows: RowsTogether) -> dict[int, str]:
+def _dynamic_axes(item: TensorSpec, rows: RowsTogether) -> dict[int, str]:
     """Names of the axes that may vary; axes found to be always equal end up with one name."""
     open_axes = {axis: f"{item.name}_{axis}" for axis, size in enumerate(item.shape, start=1) if size is None}
     return open_axes if rows == "one" else {0: "rows", **open_axes}
@@ -216,9 +216,9 @@ def _check(model: TorchModel, exported: OnnxModel) -> None:
         _compare(model.spec, rows, expected, got)
 
 
-def feeds(spec: InputSpec, batch: Arrays) -> dict[str, Any]:
+def feeds(spec: ModelSpec, batch: Arrays) -> dict[str, Any]:
     """The batch by the names of its fields, as a session wants it."""
-    return {item.name: array for item, array in zip(spec.fields, batch, strict=True)}
+    return {item.name: array for item, array in zip(spec.inputs, batch, strict=True)}
 
 
 def _torch_outputs(module: torch.nn.Module, batch: Arrays) -> list[Any]:
@@ -227,7 +227,7 @@ def _torch_outputs(module: torch.nn.Module, batch: Arrays) -> list[Any]:
     return [item.numpy() for item in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
 
-def _compare(spec: InputSpec, rows: int, expected: Sequence[Any], got: Sequence[Any]) -> None:
+def _compare(spec: ModelSpec, rows: int, expected: Sequence[Any], got: Sequence[Any]) -> None:
     for item, right, found in zip(spec.outputs, expected, got, strict=True):
         if right.shape != found.shape:
             raise PassFailed(

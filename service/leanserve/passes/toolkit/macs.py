@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanserve.contracts import InputSpec, TorchModel
+from leanserve.contracts import ModelSpec, TorchModel
 
 
 class Call(NamedTuple):
@@ -56,7 +56,7 @@ def positions(calls: Sequence[Call], channel_axis: int) -> int:
     return sum(math.prod(call.output) // call.output[channel_axis] for call in calls)
 
 
-def example(spec: InputSpec, length: int = 16, rows: int = 1) -> tuple[torch.Tensor, ...]:
+def example(spec: ModelSpec, length: int = 16, rows: int = 1) -> tuple[torch.Tensor, ...]:
     """A batch of random rows as tensors."""
     return tuple(torch.from_numpy(array) for array in spec.example(rows, length))
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from leanserve.contracts import Meaning
 
-Measure = Literal["kl", "mse", "cosine"]
+LossKind = Literal["kl", "mse", "cosine"]
 
-BY_MEANING: Final[Mapping[Meaning, Measure]] = {
+BY_MEANING: Final[Mapping[Meaning, LossKind]] = {
     "logits": "kl",
     "probabilities": "kl",
     "log_probabilities": "kl",
@@ -65,7 +65,11 @@ def mse(given: Tensor, wanted: Tensor, output: Output) -> Tensor:
     return ((given - wanted) / output.scales).square().mean()
 
 
-MEASURES: Final[Mapping[Measure, Callable[[Tensor, Tensor, Output], Tensor]]] = {"kl": kl, "mse": mse, "cosine": cosine}
+MEASURES: Final[Mapping[LossKind, Callable[[Tensor, Tensor, Output], Tensor]]] = {
+    "kl": kl,
+    "mse": mse,
+    "cosine": cosine,
+}
 
 
 def logits(output: Tensor, meaning: Meaning) -> Tensor:

@@ -59,7 +59,7 @@ class OnnxRuntimeBackend:
         )
         _require(provider, self._session.get_providers())
         flush_denormals()
-        self._inputs = [item.name for item in model.spec.fields]
+        self._inputs = [item.name for item in model.spec.inputs]
         self._outputs = [item.name for item in model.spec.outputs]
 
     @property

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 
 
-class Bell:
+class LoopWaker:
     """Runs callbacks on a loop, in the order in which threads asked for them. It lives as long as its loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -29,14 +29,14 @@ class Bell:
         loop.add_reader(self._read, self._answer)
         self._loop = loop
 
-    def ring(self, callback: Callable[..., object], *arguments: object) -> None:
+    def wake_by_pipe(self, callback: Callable[..., object], *arguments: object) -> None:
         """Have the loop call this soon. Callable from any thread; nothing happens once the loop is closed."""
         self._callbacks.append(partial(callback, *arguments))
         if not self._rung:  # else the loop has yet to look, and will find this
             self._rung = True
             os.write(self._write, b"!")
 
-    def knock(self, callback: Callable[..., object], *arguments: object) -> None:
+    def wake_threadsafe(self, callback: Callable[..., object], *arguments: object) -> None:
         """The same by the loop's own way: sooner heard by a core that has nothing to do.
 
         Raises:

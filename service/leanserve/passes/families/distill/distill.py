@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
-from leanserve.contracts import Base, BuildContext, InputSpec, Model, TorchModel
+from leanserve.contracts import Base, BuildContext, Model, ModelSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.hardware import isa_flags
 from leanserve.passes.base import Applied, Need, Pass, Tag
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from leanserve.passes.toolkit.objectives import Measure, Output
+    from leanserve.passes.toolkit.objectives import LossKind, Output
     from leanserve.passes.toolkit.training import Loss
 
 SPREAD_ROWS = 256
@@ -52,7 +52,7 @@ class Distill(TrainingOptions, Pass):
         if not isinstance(model, TorchModel):
             raise PassFailed("distill trains torch modules; put it before the pass that exports the model")
         self._check(model.spec)
-        student, teacher = copy.deepcopy(model.module), context.base.build().eval()
+        student, teacher = copy.deepcopy(model.module), context.base.torch_module().eval()
         measures = self._measures(model.spec)
         outputs = self._outputs(teacher, model.spec, context.base)
         outcome = train(student, self._loss(student, teacher, model.spec, outputs), self, context)
@@ -61,14 +61,14 @@ class Distill(TrainingOptions, Pass):
         facts = {"first_loss": outcome.first_loss, "last_loss": outcome.last_loss}
         return Applied(TorchModel(student, model.spec), decisions, facts)
 
-    def _measures(self, spec: InputSpec) -> dict[int, Measure]:
+    def _measures(self, spec: ModelSpec) -> dict[int, LossKind]:
         """By position, how each output is compared; whole numbers have no gradient and are left out."""
         from leanserve.passes.toolkit.objectives import BY_MEANING
 
         floats = ((index, item) for index, item in enumerate(spec.outputs) if item.dtype.startswith("float"))
         return {index: BY_MEANING[item.meaning] if self.loss == "auto" else self.loss for index, item in floats}
 
-    def _outputs(self, teacher: nn.Module, spec: InputSpec, base: Base) -> list[Output]:
+    def _outputs(self, teacher: nn.Module, spec: ModelSpec, base: Base) -> list[Output]:
         """All outputs of the teacher, with the scales of their channels."""
         import torch
 
@@ -80,16 +80,16 @@ class Distill(TrainingOptions, Pass):
             for index, item in enumerate(spec.outputs)
         ]
 
-    def _check(self, spec: InputSpec) -> None:
+    def _check(self, spec: ModelSpec) -> None:
         if not self._measures(spec):
             raise PassFailed("distill trains on outputs of floats, and the base gives whole numbers only")
         if self.alpha and not spec.labels:
             raise PassFailed(f"distill.alpha is {self.alpha}, but the base has no classes; set it to 0")
-        if self.augment != "none" and not any(len(item.shape) == 3 for item in spec.fields):
-            names = ", ".join(f"{item.name} {list(item.shape)}" for item in spec.fields)
+        if self.augment != "none" and not any(len(item.shape) == 3 for item in spec.inputs):
+            names = ", ".join(f"{item.name} {list(item.shape)}" for item in spec.inputs)
             raise PassFailed(f"distill.augment is '{self.augment}', but no input is an image (C, H, W): {names}")
 
-    def _loss(self, student: nn.Module, teacher: nn.Module, spec: InputSpec, outputs: Sequence[Output]) -> Loss:
+    def _loss(self, student: nn.Module, teacher: nn.Module, spec: ModelSpec, outputs: Sequence[Output]) -> Loss:
         import torch
 
         from leanserve.passes.toolkit.objectives import MEASURES, cross_entropy
@@ -117,7 +117,7 @@ def _floats(outputs: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tenso
     return tuple(item.float() for item in (outputs if isinstance(outputs, tuple | list) else (outputs,)))
 
 
-def _scales(teacher: nn.Module, spec: InputSpec, base: Base) -> dict[int, torch.Tensor]:
+def _scales(teacher: nn.Module, spec: ModelSpec, base: Base) -> dict[int, torch.Tensor]:
     """By position of the output, what an error of each channel is relative to, shaped to be divided by."""
     import torch
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from leanserve.contracts import TorchModel
-    from leanserve.passes.toolkit.conv_splits import Split
+    from leanserve.passes.toolkit.conv_splits import ConvSplit
     from leanserve.passes.toolkit.factors import Basis
 
 
@@ -69,7 +69,7 @@ class LowrankConv(RankRule, Pass):
             },
         )
 
-    def restructure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
+    def rebuild_structure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
         from torch import nn
 
         from leanserve.passes.toolkit.conv_splits import SCHEMES
@@ -81,7 +81,7 @@ class LowrankConv(RankRule, Pass):
             replace(module, conv, nn.Sequential(*chain).eval())
         return module
 
-    def _splits(self, model: TorchModel) -> tuple[dict[str, Split], dict[str, str]]:
+    def _splits(self, model: TorchModel) -> tuple[dict[str, ConvSplit], dict[str, str]]:
         """The convolutions that the scheme can split, and why the others cannot be."""
         from torch import nn
 
@@ -96,7 +96,7 @@ class LowrankConv(RankRule, Pass):
         return {name: scheme(conv, calls[name]) for name, conv in layers.items() if name not in left}, left
 
     def _bases(
-        self, model: TorchModel, splits: Mapping[str, Split], context: BuildContext
+        self, model: TorchModel, splits: Mapping[str, ConvSplit], context: BuildContext
     ) -> dict[str, tuple[Basis, ...]]:
         if self.approximate == "output":
             self._watch(model, splits, context, "look")
@@ -105,7 +105,7 @@ class LowrankConv(RankRule, Pass):
     def _replace(
         self,
         model: TorchModel,
-        splits: Mapping[str, Split],
+        splits: Mapping[str, ConvSplit],
         bases: Mapping[str, tuple[Basis, ...]],
         choice: Choice,
         context: BuildContext,
@@ -124,7 +124,11 @@ class LowrankConv(RankRule, Pass):
             replace(model.module, split.conv, nn.Sequential(*split.convs).eval())
 
     def _watch(
-        self, model: TorchModel, splits: Mapping[str, Split], context: BuildContext, step: Literal["look", "compare"]
+        self,
+        model: TorchModel,
+        splits: Mapping[str, ConvSplit],
+        context: BuildContext,
+        step: Literal["look", "compare"],
     ) -> None:
         from leanserve.passes.toolkit.activations import observe
 

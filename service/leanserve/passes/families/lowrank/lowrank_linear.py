@@ -65,7 +65,7 @@ class LowrankLinear(RankRule, Pass):
             },
         )
 
-    def restructure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
+    def rebuild_structure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
         from torch import nn
 
         from leanserve.passes.toolkit.structure import replace

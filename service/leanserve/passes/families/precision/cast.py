@@ -47,7 +47,7 @@ class Cast(Pass):
     removes: ClassVar[frozenset[Tag]] = frozenset({"float_weights", "exportable"})
     order: ClassVar[int] = 7
 
-    def refusal(self, isa: frozenset[str]) -> str | None:
+    def unsupported_reason(self, isa: frozenset[str]) -> str | None:
         if INSTRUCTIONS[self.dtype] & isa:
             return None
         wanted = ", ".join(sorted(INSTRUCTIONS[self.dtype]))
@@ -59,7 +59,7 @@ class Cast(Pass):
         if not isinstance(model, TorchModel):
             raise PassFailed("cast changes torch modules; put it before the pass that exports the model")
         kept = self._kept(model.module)
-        module = self.restructure(copy.deepcopy(model.module), {"keep": kept})
+        module = self.rebuild_structure(copy.deepcopy(model.module), {"keep": kept})
         rows = model.spec.most_rows(ROWS)
         example = tuple(torch.from_numpy(array) for array in model.spec.example(rows, seed=context.seed))
         with inference(context.threads):
@@ -68,7 +68,7 @@ class Cast(Pass):
         facts = {"speedup": seconds["before"] / seconds["after"], "kept_layers": len(kept)}
         return Applied(TorchModel(module, model.spec), {"keep": kept}, facts)
 
-    def restructure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
+    def rebuild_structure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
         import torch
 
         narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.dtype]

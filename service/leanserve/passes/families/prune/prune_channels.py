@@ -96,7 +96,7 @@ class PruneChannels(Pass):
             },
         )
 
-    def restructure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
+    def rebuild_structure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
         from leanserve.passes.toolkit.structure import reshape
 
         return reshape(module, decisions["layers"])

@@ -41,12 +41,12 @@ class ChannelsLast(Pass):
             raise PassFailed(
                 "channels_last changes torch modules; an ONNX runtime chooses its own layout: drop the pass"
             )
-        images = [item.name for item in model.spec.fields if len(item.shape) == 3]
+        images = [item.name for item in model.spec.inputs if len(item.shape) == 3]
         kernels = [weight for weight in model.module.parameters() if weight.ndim == 4]
         if not images or not kernels:
             lack = "takes no images (C, H, W)" if not images else "has no 2-D convolutions"
             raise PassFailed(f"channels_last: the model {lack}; drop the pass")
-        module = self.restructure(copy.deepcopy(model.module), {})
+        module = self.rebuild_structure(copy.deepcopy(model.module), {})
         rows = model.spec.most_rows(ROWS)
         first = tuple(torch.from_numpy(array) for array in model.spec.example(rows, seed=context.seed))
         last = tuple(item.contiguous(memory_format=torch.channels_last) if item.ndim == 4 else item for item in first)
@@ -54,7 +54,7 @@ class ChannelsLast(Pass):
             seconds = seconds_per_call({"before": lambda: model.module(*first), "after": lambda: module(*last)})
         return Applied(TorchModel(module, model.spec), facts={"speedup": seconds["before"] / seconds["after"]})
 
-    def restructure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:  # noqa: ARG002
+    def rebuild_structure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:  # noqa: ARG002
         import torch
 
         # Not `module.to(memory_format=...)`, which torch's type stubs do not know.

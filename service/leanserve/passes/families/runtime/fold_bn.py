@@ -60,7 +60,7 @@ class FoldBn(Pass):
             TorchModel(module, model.spec), {"pairs": pairs}, {"folded": len(pairs), "relative_change": change}
         )
 
-    def restructure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
+    def rebuild_structure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
         self._join(module, decisions["pairs"])
         return module
 

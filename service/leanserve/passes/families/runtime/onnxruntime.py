@@ -43,7 +43,7 @@ class OnnxRuntime(Pass):
 
         return Applied(self._with_options(as_onnx(model, context.scratch / "model.onnx")))
 
-    def equip(self, model: Model, decisions: Mapping[str, Json]) -> Model:  # noqa: ARG002
+    def on_load(self, model: Model, decisions: Mapping[str, Json]) -> Model:  # noqa: ARG002
         """Hand the options to the backend."""
         assert isinstance(model, OnnxModel)
         return self._with_options(model)

@@ -52,7 +52,7 @@ class TorchCompile(Pass):
     isa_bound: ClassVar[bool] = True
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
-        """Decide about freezing. The model comes back as it was: `equip` compiles, where it will run."""
+        """Decide about freezing. The model comes back as it was: `on_load` compiles, where it will run."""
         import torch
 
         if not isinstance(model, TorchModel):
@@ -79,7 +79,7 @@ class TorchCompile(Pass):
             facts["freezing_speedup"] = seconds["off"] / seconds["on"]
         return Applied(model, {"freezing": best}, facts)
 
-    def equip(self, model: Model, decisions: Mapping[str, Json]) -> Model:
+    def on_load(self, model: Model, decisions: Mapping[str, Json]) -> Model:
         """Wrap the module so that its first batch in each bucket compiles it."""
         assert isinstance(model, TorchModel)
         return TorchModel(self._compiled(model, decisions["freezing"]).eval(), model.spec)
@@ -103,7 +103,7 @@ class TorchCompile(Pass):
             )
         if self.buckets and not self._row_counts(model):
             raise PassFailed("torch_compile.buckets have no 1, and base.rows: one gives every row a batch to itself")
-        free = [item.name for item in model.spec.fields if None in item.shape]
+        free = [item.name for item in model.spec.inputs if None in item.shape]
         if self.buckets and free:
             raise PassFailed(
                 f"torch_compile.buckets fix the rows, but {', '.join(free)} also vary in length and every length would "

@@ -1,4 +1,4 @@
-"""A look at a model: what it is made of decides which passes are worth trying."""
+"""A profile at a model: what it is made of decides which passes are worth trying."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Literal
 
 from leanserve.bases.description import Tensor
 from leanserve.bases.loaded import LoadedBase
-from leanserve.contracts import InputSpec, OnnxModel, TorchModel
+from leanserve.contracts import ModelSpec, OnnxModel, TorchModel
 
 if TYPE_CHECKING:
     from torch import nn
 
-Shape = Literal["convolutional", "depthwise", "attention", "dense", "graph", "program"]
+RowShape = Literal["convolutional", "depthwise", "attention", "dense", "graph", "program"]
 
 
 @dataclass(frozen=True)
-class Look:
+class ModelProfile:
     """What was seen."""
 
     name: str
-    spec: InputSpec
-    shape: Shape
+    spec: ModelSpec
+    shape: RowShape
     """What dominates it; `graph`: an ONNX file, `program`: an exported program, both without layers to replace."""
     parameters: int
     norms: bool
@@ -44,18 +44,20 @@ class Look:
     @property
     def inputs(self) -> str:
         """What it takes, in words."""
-        return ", ".join(f"{item.name} {item.dtype} {_sizes(item.shape)}" for item in self.spec.fields)
+        return ", ".join(f"{item.name} {item.dtype} {_sizes(item.shape)}" for item in self.spec.inputs)
 
 
-def inspect(base: LoadedBase, form: str) -> Look:
+def inspect(base: LoadedBase, form: str) -> ModelProfile:
     """Load the model and count what it consists of."""
     model = base.model()
     seen = _seen_in_graph(model) if isinstance(model, OnnxModel) else _seen_in_module(model, form)
     shape, parameters, norms, convolves, multiplies = seen
-    return Look(base.name, base.spec, shape, parameters, norms, convolves, multiplies, base.caveats, base.outputs)
+    return ModelProfile(
+        base.name, base.spec, shape, parameters, norms, convolves, multiplies, base.caveats, base.outputs
+    )
 
 
-def _seen_in_module(model: TorchModel, form: str) -> tuple[Shape, int, bool, bool, bool]:
+def _seen_in_module(model: TorchModel, form: str) -> tuple[RowShape, int, bool, bool, bool]:
     from torch import nn
 
     layers: Counter[str] = Counter()
@@ -69,7 +71,7 @@ def _seen_in_module(model: TorchModel, form: str) -> tuple[Shape, int, bool, boo
     return _shape_of(model.module, model.spec), parameters, norms, convolves, multiplies
 
 
-def _shape_of(module: nn.Module, spec: InputSpec) -> Shape:
+def _shape_of(module: nn.Module, spec: ModelSpec) -> RowShape:
     from torch import nn
 
     convolutions = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
@@ -77,12 +79,12 @@ def _shape_of(module: nn.Module, spec: InputSpec) -> Shape:
     if len(convolutions) >= 4:
         # Where most spatial kernels see one channel, there is no rank to lower.
         return "depthwise" if 2 * sum(layer.groups > 1 for layer in inner) > len(inner) else "convolutional"
-    sequence = any(None in item.shape for item in spec.fields)
+    sequence = any(None in item.shape for item in spec.inputs)
     normed = any(isinstance(layer, nn.LayerNorm) for layer in module.modules())
     return "attention" if sequence or normed else "dense"
 
 
-def _seen_in_graph(model: OnnxModel) -> tuple[Shape, int, bool, bool, bool]:
+def _seen_in_graph(model: OnnxModel) -> tuple[RowShape, int, bool, bool, bool]:
     import onnx
 
     graph = onnx.load(model.path, load_external_data=False).graph

@@ -1,4 +1,4 @@
-"""Pictures as people send them: by curl, by browsers' forms, from JSON; decoded off the event loop."""
+"""Images as people send them: by curl, by browsers' forms, from JSON; decoded off the event loop."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def live() -> Iterator[Live]:
         yield server
 
 
-def picture(brightest: int, form: str = "PNG") -> bytes:
-    """A picture of the class `brightest`; four pixels, each of which a JPEG sees as a block of 8 x 8."""
+def image(brightest: int, form: str = "PNG") -> bytes:
+    """An image of the class `brightest`; four pixels, each of which a JPEG sees as a block of 8 x 8."""
     small = Image.new("L", (2, 2))
     small.putpixel((brightest % 2, brightest // 2), 255)
     stream = BytesIO()
@@ -44,11 +44,11 @@ def post(live: Live, **request: Any) -> Any:
 
 
 def test_a_form_with_one_file_gets_one_answer(live: Live) -> None:
-    assert post(live, files={"file": ("photo.jpg", picture(2, "JPEG"))})["label"] == "two"
+    assert post(live, files={"file": ("photo.jpg", image(2, "JPEG"))})["label"] == "two"
 
 
 def test_a_form_with_files_gets_a_list_of_answers(live: Live) -> None:
-    files = [("a", ("1.png", picture(1))), ("a", ("3.jpg", picture(3, "JPEG"))), ("b", ("x", picture(0)))]
+    files = [("a", ("1.png", image(1))), ("a", ("3.jpg", image(3, "JPEG"))), ("b", ("x", image(0)))]
     answer = post(live, files=files)
     assert [item["label"] for item in answer["predictions"]] == ["one", "three", "zero"]
     assert answer["variant"] == "a"
@@ -58,7 +58,7 @@ def test_a_form_with_files_gets_a_list_of_answers(live: Live) -> None:
 def test_every_format_is_answered_over_http(live: Live, form: str) -> None:
     if form == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow was built without AVIF")
-    body, media_type = picture(2, form), f"image/{form.lower()}"
+    body, media_type = image(2, form), f"image/{form.lower()}"
     assert post(live, content=body, headers={"content-type": media_type})["label"] == "two"
     assert post(live, files={"file": (f"x.{form}", body, media_type)})["label"] == "two"
     assert post(live, json={"inputs": f"data:{media_type};base64,{base64.b64encode(body).decode()}"})["label"] == "two"
@@ -66,11 +66,11 @@ def test_every_format_is_answered_over_http(live: Live, form: str) -> None:
 
 @pytest.mark.parametrize("headers", [{}, {"content-type": "application/octet-stream"}, {"content-type": "image/*"}])
 def test_a_body_without_a_certain_type_is_recognised(live: Live, headers: dict[str, str]) -> None:
-    assert post(live, content=picture(3), headers=headers)["label"] == "three"
+    assert post(live, content=image(3), headers=headers)["label"] == "three"
 
 
 def test_base64_in_json(live: Live) -> None:
-    files = [{"b64": base64.b64encode(picture(index)).decode()} for index in (2, 1)]
+    files = [{"b64": base64.b64encode(image(index)).decode()} for index in (2, 1)]
     assert post(live, json={"inputs": files[0]})["label"] == "two"
     assert [item["label"] for item in post(live, json={"inputs": files})["predictions"]] == ["two", "one"]
 
@@ -85,13 +85,13 @@ def test_base64_in_json(live: Live) -> None:
             "the body (5 bytes) is sent as image/jpeg, but does not",
         ),
         ({"content": b"hello"}, 400, "the body (5 bytes) begins like none of image/png, image/jpeg, image/webp"),
-        ({"content": picture(1)[:-30], "headers": {"content-type": "image/png"}}, 400, "cannot be decoded"),
+        ({"content": image(1)[:-30], "headers": {"content-type": "image/png"}}, 400, "cannot be decoded"),
         ({"content": b"hello", "headers": {"content-type": "text/plain"}}, 415, "is none of image/png, image/jpeg"),
         ({"json": {"inputs": {"b64": "?"}}}, 400, "inputs: not base64"),
     ],
     ids=["text in a form", "text as jpeg", "text", "truncated", "text/plain", "base64"],
 )
-def test_what_is_no_picture_is_refused_with_the_reason(live: Live, request_: Any, status: int, text: str) -> None:
+def test_what_is_no_image_is_refused_with_the_reason(live: Live, request_: Any, status: int, text: str) -> None:
     reply = httpx.post(f"http://{live.http}/v1/predict", **request_)
     assert reply.status_code == status
     assert text in reply.json()["error"]
@@ -102,7 +102,7 @@ def test_curl_as_in_the_docs(live: Live, tmp_path: Path) -> None:
     if shutil.which("curl") is None:
         pytest.skip("there is no curl")
     photo = tmp_path / "photo.jpg"
-    photo.write_bytes(picture(2, "JPEG"))
+    photo.write_bytes(image(2, "JPEG"))
     for arguments in (["-F", f"file=@{photo}"], ["--data-binary", f"@{photo}", "-H", "content-type: image/jpeg"]):
         command = ["curl", "-s", "-H", "x-variant: a", *arguments, f"http://{live.http}/v1/predict"]
         done = subprocess.run(command, capture_output=True, check=True)
@@ -118,7 +118,7 @@ def test_the_openapi_page_offers_files(live: Live) -> None:
     assert set(content) == set(live.fleet.base.codec.media_types)
 
 
-def test_pictures_are_decoded_off_the_event_loop(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_decoded_off_the_event_loop(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = []
     codec = live.fleet.base.codec
 
@@ -130,5 +130,5 @@ def test_pictures_are_decoded_off_the_event_loop(live: Live, monkeypatch: pytest
             return codec.decode(media_type, body)
 
     monkeypatch.setattr(live.fleet.base, "codec", Watched())
-    post(live, files={"file": ("photo.png", picture(1))})
+    post(live, files={"file": ("photo.png", image(1))})
     assert [name.partition("_")[0] for name in threads] == ["decode"]

@@ -1,4 +1,4 @@
-"""Picture classifiers of transformers: logits and pixels are the library's own, and guesses are not made."""
+"""Image classifiers of transformers: logits and pixels are the library's own, and guesses are not made."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from PIL import Image
 
 from leanserve.bases.opening import Origin, open_base
 from leanserve.bases.sources.torchvision_import import make_torchvision_importable
-from leanserve.bases.sources.transformers_pictures import picture_input
-from leanserve.codecs.answers import Answers
+from leanserve.bases.sources.transformers_images import preprocessor_input
+from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
-from leanserve.contracts import Field, InputSpec
+from leanserve.contracts import ModelSpec, TensorSpec
 from leanserve.errors import ConfigError
 
 SIDE = 24
@@ -45,7 +45,7 @@ def photo(width: int, height: int) -> Image.Image:
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def test_a_classifier_of_pictures(tmp_path: Path) -> None:
+def test_a_classifier_of_images(tmp_path: Path) -> None:
     make_torchvision_importable()
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -57,14 +57,14 @@ def test_a_classifier_of_pictures(tmp_path: Path) -> None:
     (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(VIT))
     origin = {"base": {"transformers": "vit"}, "data": {"synthetic": 8}, "folder": tmp_path}
     base = open_base(Origin.model_validate(origin))
-    assert base.spec.fields == (Field("image", "float32", (3, SIDE, SIDE)),)
+    assert base.spec.inputs == (TensorSpec("image", "float32", (3, SIDE, SIDE)),)
     assert base.spec.labels == ("cat", "dog", "cow")
     turned = {"base": {"transformers": "vit", "image": {"orientation": "exif"}}}
     assert open_base(Origin.model_validate(origin | turned)).codec == replace(base.codec, orientation="exif")  # type: ignore[type-var]
     assert isinstance(base.codec, ImageCodec)
     pixels = torch.from_numpy(base.codec.row(photo(40, 50))[None])
     with torch.inference_mode():
-        np.testing.assert_allclose(base.build()(pixels), library(pixel_values=pixels).logits, atol=1e-6)
+        np.testing.assert_allclose(base.torch_module()(pixels), library(pixel_values=pixels).logits, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_pixels_are_those_of_the_library(kind: str, said: dict[str, Any], size: 
     module, _, name = kind.rpartition(".")
     processor = getattr(importlib.import_module(f"transformers.models.{module}"), name)(**said)
     expected = np.asarray(processor(photo(*size), return_tensors="np")["pixel_values"][0])
-    codec = ImageCodec(**picture_input(said).model_dump(), answers=Answers(InputSpec((), ())))
+    codec = ImageCodec(**preprocessor_input(said).model_dump(), answers=AnswerEncoder(ModelSpec((), ())))
     found = codec.row(photo(*size))
     assert found.shape == expected.shape
     # One step of 255 is at most 0.008 here; the library rounds and crops the same way.
@@ -107,21 +107,21 @@ def test_pixels_are_those_of_the_library(kind: str, said: dict[str, Any], size: 
         (VIT | {"do_rescale": False}, "it does not scale pixels by 1/255"),
         (VIT | {"resample": None}, r"it does not say by which filter \(resample\)"),
         (VIT | {"image_mean": 0.5}, "it does not give mean and standard deviation of three channels"),
-        (VIT | {"do_center_crop": True}, "it distorts pictures before it cuts"),
+        (VIT | {"do_center_crop": True}, "it distorts images before it cuts"),
         (VIT | {"size": {"longest_edge": 9}}, "its size is {'longest_edge': 9}"),
-        (CLIP | {"do_center_crop": False}, "it leaves pictures in different shapes"),
-        (CLIP | {"size": {"shortest_edge": 20}}, "it pads pictures"),
+        (CLIP | {"do_center_crop": False}, "it leaves images in different shapes"),
+        (CLIP | {"size": {"shortest_edge": 20}}, "it pads images"),
         (CONVNEXT | {"size": {"height": 9, "width": 9}}, "its size is"),
     ],
 )
 def test_what_cannot_be_followed_is_asked_for(said: dict[str, Any], error: str) -> None:
     with pytest.raises(ConfigError, match=rf"base.image: .*preprocessor_config.json cannot be followed, {error}"):
-        picture_input(said)
+        preprocessor_input(said)
 
 
 @pytest.mark.parametrize("short", [*range(225, 300), 342])
 def test_the_crop_leads_back_to_the_short_side(short: int) -> None:
-    image = picture_input(CLIP | {"size": {"shortest_edge": short}, "crop_size": 224})
+    image = preprocessor_input(CLIP | {"size": {"shortest_edge": short}, "crop_size": 224})
     assert int(224 / image.crop) == short
 
 
@@ -134,7 +134,7 @@ def test_old_files_of_the_library(tmp_path: Path) -> None:
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
     }
-    assert (picture_input(old).size, picture_input(old).fit) == ((224, 224), "stretch")
+    assert (preprocessor_input(old).size, preprocessor_input(old).fit) == ((224, 224), "stretch")
     convnext = old | {"feature_extractor_type": "ConvNextFeatureExtractor"}
-    assert (picture_input(convnext).size, picture_input(convnext).fit) == ((224, 224), "crop")
-    assert picture_input(convnext).crop == 0.875
+    assert (preprocessor_input(convnext).size, preprocessor_input(convnext).fit) == ((224, 224), "crop")
+    assert preprocessor_input(convnext).crop == 0.875

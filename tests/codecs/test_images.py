@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from leanserve.bases.opening import Origin, open_base
-from leanserve.codecs.answers import Answers
+from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
-from leanserve.contracts import Array, Field, InputSpec
+from leanserve.contracts import Array, ModelSpec, TensorSpec
 from leanserve.errors import BackendFailed, BadInput, BodyTooLarge, ConfigError, UnsupportedMediaType
 from leanserve_models import digits
 
 
-def of(labels: tuple[str, ...]) -> Answers:
-    return Answers(InputSpec((), (Field("logits", "float32", (len(labels),), meaning="logits"),), labels))
+def of(labels: tuple[str, ...]) -> AnswerEncoder:
+    return AnswerEncoder(ModelSpec((), (TensorSpec("logits", "float32", (len(labels),), meaning="logits"),), labels))
 
 
 CODEC = open_base(Origin.shipped("digits")).codec
@@ -32,9 +32,9 @@ PLAIN = ImageCodec(mode="L", size=(2, 1), mean=(0,), std=(1,), answers=of(("a", 
 COLOUR = ImageCodec(mode="RGB", size=(2, 1), mean=(0, 0, 0), std=(1, 1, 1), answers=of(("a", "b")), resize="nearest")
 
 
-def encoded(picture: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
     stream = BytesIO()
-    picture.save(stream, form, **options)
+    image.save(stream, form, **options)
     return stream.getvalue()
 
 
@@ -43,7 +43,7 @@ def as_json(inputs: Any) -> bytes:
 
 
 def levels(codec: ImageCodec, body: bytes, media_type: str = "image/png") -> list[Any]:
-    """Decoded pixels of one picture, back on the scale 0..255."""
+    """Decoded pixels of one image, back on the scale 0..255."""
     return np.round(codec.decode(media_type, body).inputs[0][0] * 255).astype(int).tolist()  # type: ignore[no-any-return]
 
 
@@ -57,21 +57,21 @@ def header_only(width: int, height: int) -> bytes:
 @pytest.fixture(scope="module")
 def samples() -> tuple[Array, Array]:
     """Some digits as sent, uint8 [rows, 8, 8], and as the base's data, float32 [rows, 1, 32, 32]."""
-    return digits.pictures("test", 20)[0], digits.data("test", 20)[0][0]
+    return digits.images("test", 20)[0], digits.data("test", 20)[0][0]
 
 
 def test_png_decodes_to_the_bits_of_the_data(samples: tuple[Array, Array]) -> None:
-    for picture, row in zip(*samples, strict=True):
-        decoded = CODEC.decode("image/png", encoded(Image.fromarray(picture)))
+    for image, row in zip(*samples, strict=True):
+        decoded = CODEC.decode("image/png", encoded(Image.fromarray(image)))
         assert not decoded.many
         assert decoded.inputs[0].dtype == np.float32
         np.testing.assert_array_equal(decoded.inputs[0], row[None])
 
 
 def test_json_pixels_decode_to_the_bits_of_the_data(samples: tuple[Array, Array]) -> None:
-    pictures, rows = samples
-    one = CODEC.decode("application/json", as_json(pictures[0].tolist()))
-    many = CODEC.decode("Application/JSON; charset=utf-8", as_json(pictures.tolist()))
+    images, rows = samples
+    one = CODEC.decode("application/json", as_json(images[0].tolist()))
+    many = CODEC.decode("Application/JSON; charset=utf-8", as_json(images.tolist()))
     assert not one.many
     assert many.many
     np.testing.assert_array_equal(one.inputs[0], rows[:1])
@@ -96,7 +96,7 @@ RED_AND_CLEAR = Image.fromarray(np.array([[[255, 0, 0, 255], [255, 255, 255, 0]]
 
 
 @pytest.mark.parametrize(
-    ("picture", "expected"),
+    ("image", "expected"),
     [
         (Image.fromarray(np.array([[256 * 200, 65535]], dtype=np.uint16)), [200, 255]),
         (Image.fromarray(np.array([[True, False]])), [255, 0]),
@@ -106,8 +106,8 @@ RED_AND_CLEAR = Image.fromarray(np.array([[[255, 0, 0, 255], [255, 255, 255, 0]]
     ],
     ids=["16-bit", "1-bit", "alpha", "grey-alpha", "palette"],
 )
-def test_every_kind_of_png_becomes_grey(picture: Image.Image, expected: list[int]) -> None:
-    assert levels(PLAIN, encoded(picture)) == [[expected]]
+def test_every_kind_of_png_becomes_grey(image: Image.Image, expected: list[int]) -> None:
+    assert levels(PLAIN, encoded(image)) == [[expected]]
 
 
 def test_a_transparent_palette_colour_is_black() -> None:
@@ -133,18 +133,18 @@ def test_a_cmyk_jpeg_becomes_colour() -> None:
         ([[[1, 2, 3, 255], [4, 5, 6, 0]]], [[[1, 0]], [[2, 0]], [[3, 0]]]),
     ],
 )
-def test_json_pictures_of_one_three_or_four_channels(inputs: Any, expected: Any) -> None:
+def test_json_images_of_one_three_or_four_channels(inputs: Any, expected: Any) -> None:
     decoded = COLOUR.decode("application/json", as_json(inputs))
     assert not decoded.many
     assert np.round(decoded.inputs[0][0] * 255).tolist() == expected
 
 
-def test_json_lists_hold_pictures_of_different_size_and_kind() -> None:
-    pictures = [[[9, 9], [9, 9]], [[[8, 8, 8], [8, 8, 8]]]]
-    decoded = PLAIN.decode("application/json", as_json(pictures))
+def test_json_lists_hold_images_of_different_size_and_kind() -> None:
+    images = [[[9, 9], [9, 9]], [[[8, 8, 8], [8, 8, 8]]]]
+    decoded = PLAIN.decode("application/json", as_json(images))
     assert decoded.many
     assert np.round(decoded.inputs[0] * 255).tolist() == [[[[9, 9]]], [[[8, 8]]]]
-    assert PLAIN.decode("application/json", as_json([pictures[1]])).many
+    assert PLAIN.decode("application/json", as_json([images[1]])).many
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_json_lists_hold_pictures_of_different_size_and_kind() -> None:
         (b"[[1, 2]]", 'a JSON object with the key "inputs"'),
         (b'{"input": [[1, 2]]}', 'a JSON object with the key "inputs"'),
         (b'{"inputs": [[1, 2]], "labels": 1}', "unknown key 'labels'"),
-        (as_json("picture"), "inputs: expected rows of pixels .* got a single value"),
+        (as_json("image"), "inputs: expected rows of pixels .* got a single value"),
         (as_json([]), "inputs: .* got an empty list"),
         (as_json([[]]), "inputs: .* got an empty list"),
         (as_json([[[]]]), r"inputs\[0\]: .* got an empty list"),
@@ -202,15 +202,15 @@ def test_bad_files_are_refused_with_the_reason(media_type: str, body: bytes, mes
 
 
 @pytest.mark.parametrize(("width", "height"), [(8000, 8000), (20_000, 20_000), (2**31 - 1, 2**31 - 1)])
-def test_a_huge_picture_is_refused_from_its_header(width: int, height: int) -> None:
-    with pytest.raises(BodyTooLarge, match=f"the body: the picture has {width} x {height} pixels, above the limit"):
+def test_a_huge_image_is_refused_from_its_header(width: int, height: int) -> None:
+    with pytest.raises(BodyTooLarge, match=f"the body: the image has {width} x {height} pixels, above the limit"):
         PLAIN.decode("image/png", header_only(width, height))
 
 
-def test_json_pictures_are_bounded_by_what_they_inflate_to() -> None:
+def test_json_images_are_bounded_by_what_they_inflate_to() -> None:
     codec = ImageCodec(mode="L", size=(32, 32), mean=(0,), std=(1,), answers=of(("a",)), max_pixels=3 * 32 * 32)
     assert len(codec.decode("application/json", as_json([[[0, 0]]] * 3)).inputs[0]) == 3
-    with pytest.raises(BodyTooLarge, match="4 pictures"):
+    with pytest.raises(BodyTooLarge, match="4 images"):
         codec.decode("application/json", as_json([[[0, 0]]] * 4))
 
 

@@ -10,16 +10,16 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from leanserve.codecs import image_files as picture_files
+from leanserve.codecs import image_files
 from leanserve.codecs import images as image
-from leanserve.codecs.answers import Answers
-from leanserve.codecs.image_files import Picture
+from leanserve.codecs.answers import AnswerEncoder
+from leanserve.codecs.image_files import OpenedImage
 from leanserve.codecs.images import ImageCodec
-from leanserve.contracts import Field, InputSpec
+from leanserve.contracts import ModelSpec, TensorSpec
 from leanserve.errors import BadInput, BodyTooLarge
 
 LABELS = ("a", "b")
-ANSWERS = Answers(InputSpec((), (Field("logits", "float32", (2,), meaning="logits"),), LABELS))
+ANSWERS = AnswerEncoder(ModelSpec((), (TensorSpec("logits", "float32", (2,), meaning="logits"),), LABELS))
 LIMIT = 1_000_000
 STRETCHED = ImageCodec(mode="L", size=(32, 32), mean=(0,), std=(1,), answers=ANSWERS, max_pixels=LIMIT)
 CROPPED = ImageCodec(mode="L", size=(32, 32), mean=(0,), std=(1,), answers=ANSWERS, max_pixels=LIMIT, fit="crop")
@@ -46,30 +46,30 @@ def with_scans(scans: int, side: int) -> bytes:
 
 
 @pytest.mark.parametrize("codec", [STRETCHED, CROPPED])
-def test_the_limit_is_for_the_pixels_of_a_picture_as_sent(codec: ImageCodec) -> None:
+def test_the_limit_is_for_the_pixels_of_an_image_as_sent(codec: ImageCodec) -> None:
     codec.decode("image/png", encoded(1000, 1000))
-    with pytest.raises(BodyTooLarge, match="the picture has 1001 x 1000 pixels, above the limit of 1000000 pixels"):
+    with pytest.raises(BodyTooLarge, match="the image has 1001 x 1000 pixels, above the limit of 1000000 pixels"):
         codec.decode("image/png", encoded(1001, 1000))
 
 
-def test_all_pictures_of_a_request_share_the_limit() -> None:
+def test_all_images_of_a_request_share_the_limit() -> None:
     half = encoded(700, 700)
     assert STRETCHED.decode(*form_of(half, half)).inputs[0].shape == (2, 1, 32, 32)
-    with pytest.raises(BodyTooLarge, match="3 pictures are above the limit of 1000000 pixels together"):
+    with pytest.raises(BodyTooLarge, match="3 images are above the limit of 1000000 pixels together"):
         STRETCHED.decode(*form_of(half, half, half))
 
 
-def test_a_tiny_picture_counts_as_much_as_the_model_sees() -> None:
+def test_a_tiny_image_counts_as_much_as_the_model_sees() -> None:
     most = LIMIT // (32 * 32)
     tiny = encoded(1, 1)
     assert len(STRETCHED.decode(*form_of(*[tiny] * most)).inputs[0]) == most
     with pytest.raises(BodyTooLarge, match=f"more parts than the {most}"):
         STRETCHED.decode(*form_of(*[tiny] * (most + 1)))
-    with pytest.raises(BodyTooLarge, match=f"{most + 1} pictures are more than the {most}"):
+    with pytest.raises(BodyTooLarge, match=f"{most + 1} images are more than the {most}"):
         STRETCHED.decode("application/json", orjson.dumps({"inputs": [{"b64": ""}] * (most + 1)}))
 
 
-def test_a_tall_picture_is_refused_before_its_rows_are_widened() -> None:
+def test_a_tall_image_is_refused_before_its_rows_are_widened() -> None:
     STRETCHED.decode("image/png", encoded(1, LIMIT // 32))
     with pytest.raises(BodyTooLarge, match="1 x 40000 pixels become 1280000 on the way to the size of the model's"):
         STRETCHED.decode("image/png", encoded(1, 40_000))
@@ -100,7 +100,7 @@ def test_a_bomb_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch) -> Non
         STRETCHED.decode("image/png", bomb)
 
 
-def test_a_picture_without_pixels_is_refused() -> None:
+def test_an_image_without_pixels_is_refused() -> None:
     body = bytearray(encoded(5, 7, "JPEG"))
     frame = body.index(b"\xff\xc0")
     body[frame + 7 : frame + 9] = bytes(2)
@@ -108,14 +108,14 @@ def test_a_picture_without_pixels_is_refused() -> None:
         STRETCHED.decode("image/jpeg", bytes(body))
 
 
-def test_pictures_are_let_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_let_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[weakref.ref[Image.Image]] = []
     alive: list[int] = []
 
-    def watched(picture: Picture, mode: str, orientation: picture_files.Orientation) -> Image.Image:
+    def watched(image: OpenedImage, mode: str, orientation: image_files.Orientation) -> Image.Image:
         alive.append(sum(reference() is not None for reference in seen))
-        seen.append(weakref.ref(picture.image))
-        return picture_files.decoded(picture, mode, orientation)
+        seen.append(weakref.ref(image.image))
+        return image_files.decoded(image, mode, orientation)
 
     monkeypatch.setattr(image, "decoded", watched)
     STRETCHED.decode(*form_of(*[encoded(200, 200)] * 12))

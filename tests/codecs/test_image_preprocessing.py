@@ -1,4 +1,4 @@
-"""docs/pictures.md to the bit: an implementation of its own, and what timm evaluates checkpoints with."""
+"""docs/images.md to the bit: an implementation of its own, and what timm evaluates checkpoints with."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from leanserve.codecs.answers import Answers
+from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
-from leanserve.contracts import Array, Field, InputSpec
+from leanserve.contracts import Array, ModelSpec, TensorSpec
 
-ANSWERS = Answers(InputSpec((), (Field("logits", "float32", (2,), meaning="logits"),), ("a", "b")))
+ANSWERS = AnswerEncoder(ModelSpec((), (TensorSpec("logits", "float32", (2,), meaning="logits"),), ("a", "b")))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = [(300, 200), (200, 300), (97, 131), (224, 224), (225, 500), (1, 60), (511, 64)]
 
@@ -29,27 +29,27 @@ def photo(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode)
 
 
-def encoded(picture: Image.Image, form: str, **options: Any) -> bytes:
+def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
     stream = BytesIO()
-    picture.save(stream, form, **options)
+    image.save(stream, form, **options)
     return stream.getvalue()
 
 
-def cropped(picture: Image.Image, side: int, share: float, resample: Image.Resampling) -> Image.Image:
-    """Steps 3 and 4 of docs/pictures.md for a square input."""
-    width, height = picture.size
+def cropped(image: Image.Image, side: int, share: float, resample: Image.Resampling) -> Image.Image:
+    """Steps 3 and 4 of docs/images.md for a square input."""
+    width, height = image.size
     short = int(np.floor(side / share))
     if width <= height:
-        picture = picture.resize((short, int(short * height / width)), resample)
+        image = image.resize((short, int(short * height / width)), resample)
     else:
-        picture = picture.resize((int(short * width / height), short), resample)
-    left, top = round((picture.width - side) / 2), round((picture.height - side) / 2)
-    return picture.crop((left, top, left + side, top + side))
+        image = image.resize((int(short * width / height), short), resample)
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    return image.crop((left, top, left + side, top + side))
 
 
-def normalised(picture: Image.Image) -> Array:
+def normalised(image: Image.Image) -> Array:
     """Step 5, pixel by pixel in float32."""
-    pixels = np.asarray(picture).astype(np.float32)
+    pixels = np.asarray(image).astype(np.float32)
     planes = [
         (pixels[:, :, channel] / np.float32(255) - np.float32(MEAN[channel])) / np.float32(STD[channel])
         for channel in range(3)
@@ -63,18 +63,18 @@ def normalised(picture: Image.Image) -> Array:
     [(0.875, "bicubic", Image.Resampling.BICUBIC), (1.0, "bilinear", Image.Resampling.BILINEAR)],
 )
 def test_crop_is_as_documented(size: tuple[int, int], share: float, name: Any, resample: Image.Resampling) -> None:
-    picture = photo(size)
-    decoded = codec(fit="crop", crop=share, resize=name).decode("image/png", encoded(picture, "PNG")).inputs[0]
+    image = photo(size)
+    decoded = codec(fit="crop", crop=share, resize=name).decode("image/png", encoded(image, "PNG")).inputs[0]
     assert decoded.dtype == np.float32
     assert decoded.flags.c_contiguous
-    np.testing.assert_array_equal(decoded[0], normalised(cropped(picture, 224, share, resample)))
+    np.testing.assert_array_equal(decoded[0], normalised(cropped(image, 224, share, resample)))
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_stretch_is_as_documented(size: tuple[int, int]) -> None:
-    picture = photo(size)
-    decoded = codec((50, 30)).decode("image/png", encoded(picture, "PNG")).inputs[0]
-    np.testing.assert_array_equal(decoded[0], normalised(picture.resize((50, 30), Image.Resampling.BILINEAR)))
+    image = photo(size)
+    decoded = codec((50, 30)).decode("image/png", encoded(image, "PNG")).inputs[0]
+    np.testing.assert_array_equal(decoded[0], normalised(image.resize((50, 30), Image.Resampling.BILINEAR)))
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (100, 100)])
@@ -112,9 +112,9 @@ def test_transparency_is_composited_on_black() -> None:
 
 
 def test_grey_is_the_luma_of_bt_601() -> None:
-    picture = photo((60, 40))
-    decoded = codec((60, 40), "L").decode("image/png", encoded(picture, "PNG")).inputs[0]
-    red, green, blue = np.asarray(picture).astype(np.int64).transpose(2, 0, 1)
+    image = photo((60, 40))
+    decoded = codec((60, 40), "L").decode("image/png", encoded(image, "PNG")).inputs[0]
+    red, green, blue = np.asarray(image).astype(np.int64).transpose(2, 0, 1)
     luma = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
     expected = (luma.astype(np.float32) / np.float32(255) - np.float32(0.3)) / np.float32(0.7)
     np.testing.assert_array_equal(decoded[0, 0], expected)
@@ -129,8 +129,8 @@ def test_timm_prepares_the_same_bits(size: tuple[int, int], share: float) -> Non
     from timm.data import create_transform
 
     transform = create_transform((3, 224, 224), interpolation="bicubic", mean=MEAN, std=STD, crop_pct=share)
-    picture = photo(size)
-    body = encoded(picture, "JPEG")
+    image = photo(size)
+    body = encoded(image, "JPEG")
     decoded = codec(fit="crop", crop=share, resize="bicubic").decode("image/jpeg", body).inputs[0]
     theirs = transform(Image.open(BytesIO(body)).convert("RGB")).numpy()
     np.testing.assert_array_equal(decoded[0], theirs)

@@ -1,4 +1,4 @@
-"""`preprocessor_config.json` of a transformers checkpoint as the picture's way into the model.
+"""`preprocessor_config.json` of a transformers checkpoint as the image's way into the model.
 
 The library has one class per architecture, each with defaults and habits of its own. Those of the common ones are read
 here; of others, and where the file leaves something open, the config is asked, because a guess would only show as
@@ -23,8 +23,8 @@ LARGE, CROP = 384, 224 / 256
 """ConvNext's stretches to sizes from the first on; below, the second is the share that it keeps (Liu et al. 2022)."""
 
 
-def picture_input(said: Mapping[str, Json]) -> ImageInput:
-    """How a picture becomes the input, by the file's content.
+def preprocessor_input(said: Mapping[str, Json]) -> ImageInput:
+    """How an image becomes the input, by the file's content.
 
     Raises:
         ConfigError: not everything is said, or something is asked for that the service does not do.
@@ -36,7 +36,7 @@ def picture_input(said: Mapping[str, Json]) -> ImageInput:
     if not said.get("do_rescale", True) or not math.isclose(scale, 1 / 255, rel_tol=1e-3):
         raise _ask("it does not scale pixels by 1/255")
     if said.get("resample") not in FILTERS:
-        raise _ask("it does not say by which filter (resample) pictures are resized")
+        raise _ask("it does not say by which filter (resample) images are resized")
     mean, std = _statistics(said) if said.get("do_normalize", True) else ([0.0] * 3, [1.0] * 3)
     width, height, short = _convnext_sizes(said) if kind == "ConvNext" else _sizes(said)
     return ImageInput(
@@ -65,17 +65,17 @@ def _statistics(said: Mapping[str, Json]) -> tuple[list[float], list[float]]:
 
 
 def _sizes(said: Mapping[str, Json]) -> tuple[int, int, int | None]:
-    """Width and height of the input, and the short side to which pictures are resized before the centre is cut out."""
+    """Width and height of the input, and the short side to which images are resized before the centre is cut out."""
     size, cropped = said.get("size"), said.get("do_center_crop", False)
     if not isinstance(size, dict) or "shortest_edge" not in size:
         if cropped:
-            raise _ask("it distorts pictures before it cuts out the centre")
+            raise _ask("it distorts images before it cuts out the centre")
         return *_box(size), None
     if not cropped:
-        raise _ask("it leaves pictures in different shapes")
+        raise _ask("it leaves images in different shapes")
     width, height = _box(said.get("crop_size"))
     if max(width, height) > int(size["shortest_edge"]):
-        raise _ask("it pads pictures")
+        raise _ask("it pads images")
     return width, height, int(size["shortest_edge"])
 
 

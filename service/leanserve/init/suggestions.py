@@ -1,0 +1,146 @@
+"""Which variants to try first on this model and this machine, from safe to bold, with what to expect of each.
+
+The expectations are what docs/passes.md measured; the build measures the model itself and says what came of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from pydantic import TypeAdapter
+
+from leanserve.contracts import Json
+from leanserve.init.profile import ModelProfile
+from leanserve.passes import AnyPass
+from leanserve.passes.base import Pass
+
+_PASS: TypeAdapter[Pass] = TypeAdapter(AnyPass)
+INT8 = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
+
+FOLD: Json = {"kind": "fold_bn"}
+RUNTIME: Json = {"kind": "onnxruntime"}
+BUSY: Json = {"kind": "onnxruntime", "spinning": "on"}
+STATIC: Json = {"kind": "quantize_static", "observer": "mse"}
+CAUTIOUS: Json = {"kind": "quantize_static", "observer": "percentile"}
+WIDE: Json = {"kind": "quantize_static", "observer": "minmax"}
+DYNAMIC: Json = {"kind": "quantize_dynamic"}
+BFLOAT: Json = {"kind": "cast", "dtype": "bf16"}
+LAYOUT: Json = {"kind": "channels_last"}
+
+
+class Suggestion(NamedTuple):
+    """A suggested variant, and what to expect of it against the baseline or the float graph."""
+
+    name: str
+    passes: tuple[Json, ...]
+    expect: str
+
+
+def suggest(profile: ModelProfile, isa: frozenset[str], *, trainable: bool) -> tuple[Suggestion, ...]:
+    """The variants for a model on a CPU with these flags; what cannot pay there is left out.
+
+    `trainable`: there is data of the user's own, so that compression that needs training is worth suggesting.
+    """
+    fast = "fast int8 instructions found: " if INT8 & isa else "no fast int8 instructions found, expect less than: "
+    suggestions = {
+        "convolutional": _convolutional,
+        "depthwise": _depthwise,
+        "attention": _linear,
+        "dense": _linear,
+        "graph": _graph,
+        "program": _program,
+    }[profile.shape](profile, fast)
+    if trainable and profile.shape == "convolutional":
+        suggestions = (*suggestions, *_trained(profile))
+    return tuple(
+        suggestion
+        for suggestion in suggestions
+        if not any(_PASS.validate_python(step).unsupported_reason(isa) for step in suggestion.passes)
+    )
+
+
+def _convolutional(profile: ModelProfile, fast: str) -> tuple[Suggestion, ...]:
+    fold = _fold(profile)
+    return (
+        Suggestion("float", (), "the baseline: torch, float32, as brought"),
+        Suggestion("onnx", (*fold, RUNTIME), "the same answers, 1.5-2.5x torch"),
+        Suggestion("int8", (*fold, STATIC, RUNTIME), f"{fast}2-2.5x the variant onnx, a quarter of its size"),
+        Suggestion(
+            "lowrank-int8",
+            ({"kind": "lowrank_conv", "macs": 0.6}, *fold, STATIC, RUNTIME),
+            "fewer operations, no training; up to 1.5x int8 where layers have rank to spare",
+        ),
+        Suggestion("bf16", (*fold, BFLOAT, LAYOUT), "1.5-4x torch, most at larger batches; nearly the same answers"),
+        Suggestion("channels-last", (*fold, LAYOUT), "the same answers, about 1.2x torch"),
+    )
+
+
+def _depthwise(profile: ModelProfile, fast: str) -> tuple[Suggestion, ...]:
+    fold = _fold(profile)
+    return (
+        Suggestion("float", (), "the baseline: torch, float32, as brought"),
+        Suggestion("channels-last", (*fold, LAYOUT), "the same answers, about 1.2x torch"),
+        Suggestion("onnx", (*fold, RUNTIME), "the same answers, 1.5-2.5x torch"),
+        Suggestion(
+            "int8", (*fold, STATIC, RUNTIME), f"{fast}1.5-2.5x the variant onnx; depthwise layers are easily hurt"
+        ),
+        Suggestion("int8-percentile", (*fold, CAUTIOUS, RUNTIME), "the same speed, ranges without outliers"),
+        Suggestion("bf16", (*fold, BFLOAT, LAYOUT), "1.5-4x torch, most at larger batches; nearly the same answers"),
+    )
+
+
+def _linear(profile: ModelProfile, fast: str) -> tuple[Suggestion, ...]:
+    fold = _fold(profile)
+    return (
+        Suggestion("float", (), "the baseline: torch, float32, as brought"),
+        Suggestion("onnx", (*fold, RUNTIME), "the same answers, 1.2-2x torch"),
+        Suggestion("int8", (*fold, DYNAMIC, RUNTIME), f"{fast}1.5-1.8x the variant onnx, no calibration needed"),
+        Suggestion(
+            "int8-static", (*fold, STATIC, RUNTIME), "ranges fixed by calibration data, not found while running"
+        ),
+        Suggestion("bf16", (*fold, BFLOAT), "1.3-2.5x torch, most at larger batches; nearly the same answers"),
+        Suggestion(
+            "lowrank",
+            ({"kind": "lowrank_linear", "macs": 0.8}, *fold, RUNTIME),
+            "fewer operations, no training; pays where layers have rank to spare",
+        ),
+    )
+
+
+def _graph(profile: ModelProfile, fast: str) -> tuple[Suggestion, ...]:
+    return (
+        Suggestion("float", (), "the baseline: the file as brought, in onnxruntime"),
+        Suggestion("busy", (BUSY,), "the same answers, 1.1-1.5x alone on idle cores, slower in company"),
+        *_quantized(profile, fast),
+    )
+
+
+def _program(profile: ModelProfile, fast: str) -> tuple[Suggestion, ...]:
+    return (
+        Suggestion("float", (), "the baseline: the program as brought, in torch"),
+        Suggestion("onnx", (RUNTIME,), "the same answers, 1.2-2.5x torch"),
+        Suggestion(
+            "busy", (BUSY,), "the same answers, 1.1-1.5x the variant onnx alone on idle cores, slower in company"
+        ),
+        *_quantized(profile, fast),
+    )
+
+
+def _quantized(profile: ModelProfile, fast: str) -> Iterable[Suggestion]:
+    yield Suggestion("int8", (STATIC, RUNTIME), f"{fast}2-2.5x float, a quarter of its size")
+    yield Suggestion("int8-percentile", (CAUTIOUS, RUNTIME), "the same speed, ranges without outliers")
+    yield Suggestion("int8-minmax", (WIDE, RUNTIME), "the same speed, ranges of all that was seen")
+    if profile.multiplies and not profile.convolves:
+        yield Suggestion("int8-dynamic", (DYNAMIC, RUNTIME), "ranges found while running: no calibration needed")
+
+
+def _trained(profile: ModelProfile) -> Iterable[Suggestion]:
+    fold = _fold(profile)
+    pruned: tuple[Json, ...] = ({"kind": "prune_channels", "macs": 0.5}, {"kind": "distill"})
+    expect = "half the operations, then trained to answer like the base: the slowest build, often the fastest variant"
+    yield Suggestion("pruned-int8", (*pruned, *fold, STATIC, RUNTIME), expect)
+
+
+def _fold(profile: ModelProfile) -> tuple[Json, ...]:
+    return (FOLD,) if profile.norms else ()
