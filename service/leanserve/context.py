@@ -112,7 +112,7 @@ class AppContext:
         from leanserve.config.schema import MAX_BATCH_DEPENDENCE
         from leanserve.runtime.backends.choose import open_backend
         from leanserve.runtime.device import Device
-        from leanserve.serving.fleet import Fleet, Measured
+        from leanserve.serving.fleet import Fleet, MeasuredLimits
         from leanserve.telemetry.startup import Startup
 
         reports = self.reports()
@@ -138,7 +138,7 @@ class AppContext:
             if report.state == "serving":
                 key, name, batch = steps[-1].key, variant.name, self.config.batch_of(variant)
                 trusts_rows = report.quality.batch_dependence <= MAX_BATCH_DEPENDENCE
-                measured = Measured(trusts_rows, report.quality.memory_rows)
+                measured = MeasuredLimits(trusts_rows, report.quality.memory_rows)
                 startup.enter(name, "loading")
                 fleet.open(name, partial(load, name, key), batch, partial(read, key), measured)
                 startup.enter(name, "warm")

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from leanserve.contracts import Arrays
 
-Result = TypeVar("Result")
+Outcome = TypeVar("Outcome")
 
 EXIT_STATUS = 3
 """Of a child in which memory ran out; the reason is the last line of its stderr."""
@@ -57,7 +57,7 @@ def exit_when_out() -> Iterator[None]:
         sys.exit(EXIT_STATUS)
 
 
-def largest_that_fits(rows: int, run: Callable[[int], Result]) -> tuple[int, Result]:
+def largest_that_fits(rows: int, run: Callable[[int], Outcome]) -> tuple[int, Outcome]:
     """The largest of `rows`, its half, its quarter and so on for which there is memory, and what `run` gave for it.
 
     Raises:
@@ -73,7 +73,7 @@ def largest_that_fits(rows: int, run: Callable[[int], Result]) -> tuple[int, Res
         rows //= 2
 
 
-def run_in_parts(run: Callable[[Arrays], Result], batch: Arrays) -> list[Result]:
+def run_in_parts(run: Callable[[Arrays], Outcome], batch: Arrays) -> list[Outcome]:
     """What `run` gives for a batch; where there is no memory for it, for its halves, or for theirs, in their order.
 
     Raises:

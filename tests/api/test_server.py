@@ -16,7 +16,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from fakes import Opened, open_fleet
-from leanserve.api.server import Address, Interrupted, listen, serve
+from leanserve.api.server import Address, Interrupted, listen, run_server
 from leanserve.serving.fleet import Fleet
 
 
@@ -51,7 +51,7 @@ def test_who_is_told_that_it_is_ready_finds_somebody(fleet: Fleet) -> None:
         for _ in range(2):  # the second one skips the delay of the drain
             os.kill(os.getpid(), signal.SIGTERM)
 
-    serve(fleet.config, Address(claimed), Opened(fleet), announce)
+    run_server(fleet.config, Address(claimed), Opened(fleet), announce)
     assert told == [fleet]
 
 
@@ -80,7 +80,7 @@ def test_a_start_and_a_drain_are_told_to_who_watches_over_grpc_and_not_held_up_b
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        serve(fleet.config, Address(listen("127.0.0.1", 0), grpc_at), Watched(fleet))
+        run_server(fleet.config, Address(listen("127.0.0.1", 0), grpc_at), Watched(fleet))
     finally:
         watcher.join(20)
         fleet.close()
@@ -102,6 +102,6 @@ def test_a_signal_while_starting_ends_it_at_once(fleet: Fleet, number: signal.Si
 
     began = time.monotonic()
     with pytest.raises(Interrupted) as ended:
-        serve(fleet.config, Address(listen("127.0.0.1", 0)), Slow(fleet))
+        run_server(fleet.config, Address(listen("127.0.0.1", 0)), Slow(fleet))
     assert ended.value.number == number
     assert time.monotonic() - began < 2

@@ -18,7 +18,7 @@ from leanserve.bases.description import Tensor
 from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.meanings import guessed, proven, settled
 from leanserve.bases.opening import Origin, open_base
-from leanserve.bases.sources.onnx_endings import last_operators
+from leanserve.bases.sources.onnx_endings import last_nodes
 from leanserve.bases.tracing import traced_outputs
 from leanserve.config.schema import read_config
 from leanserve.contracts import Array, Meaning
@@ -140,7 +140,7 @@ def test_a_graph_tells_how_it_ends(nodes: str, meaning: Meaning) -> None:
     model = graph(HEAD.format(outputs="float[rows, 3] p", nodes=nodes), WEIGHTS)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     [values] = session.run(None, {"x": random(3, 4, seed=1)})
-    [operator] = last_operators(model.graph)
+    [operator] = last_nodes(model.graph)
     assert settle(proven(guessed(output("p"), (np.asarray(values),)), operator)) == ([("p", meaning)], 0)
 
 
@@ -185,7 +185,7 @@ def forest(transform: str, values: list[float]) -> onnx.ModelProto:
 
 
 def test_classifiers_of_scikit_learn_answer_by_their_second_output(tmp_path: Path) -> None:
-    assert last_operators(forest("SOFTMAX", [0.0] * 6).graph)[1] == "softmax"
+    assert last_nodes(forest("SOFTMAX", [0.0] * 6).graph)[1] == "softmax"
     write(tmp_path / "m.onnx", forest("NONE", [0.7, 0.2, 0.1, 0.0, 0.5, 0.5]))
     base = opened(tmp_path, onnx="m.onnx", labels=LABELS)
     assert meanings(base) == {"label": "values", "probabilities": "probabilities"}

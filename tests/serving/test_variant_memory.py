@@ -16,7 +16,7 @@ from leanserve.errors import BackendFailed, OutOfMemory, StartupError
 from leanserve.runtime.device import Device
 from leanserve.runtime.warm_up import compare_again, measure_grid, warm_up
 from leanserve.serving.batcher import QueueLimits
-from leanserve.serving.fleet import Fleet, Measured
+from leanserve.serving.fleet import Fleet, MeasuredLimits
 from leanserve.serving.variant import Variant
 from scripted import SPEC, ScriptedBackend, play, sample, stay
 
@@ -118,7 +118,11 @@ def test_a_batch_is_bound_by_the_config_by_what_was_measured_and_by_what_fits_he
     opened = fleet()
     with caplog.at_level(logging.WARNING):
         opened.open(
-            "a", lambda threads: Small(elements), BatchConfig(max_rows=max_rows), None, Measured(memory_rows=measured)
+            "a",
+            lambda threads: Small(elements),
+            BatchConfig(max_rows=max_rows),
+            None,
+            MeasuredLimits(memory_rows=measured),
         )
     opened.close()
     variant = opened.variants["a"]

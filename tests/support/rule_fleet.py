@@ -20,14 +20,14 @@ import onnx
 from onnx import TensorProto, helper
 
 from fakes import Opened, PixelBase, report
-from leanserve.api.server import Address, listen, serve
+from leanserve.api.server import Address, listen, run_server
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Backend, BuildContext, OnnxModel
 from leanserve.runtime.backends.onnx_runtime import OnnxRuntimeBackend
 from leanserve.runtime.device import Device
-from leanserve.serving.fleet import Fleet, Measured
+from leanserve.serving.fleet import Fleet, MeasuredLimits
 from leanserve.serving.scheduler import SHORT_S
 from rules import SPEC, WIDTH, RuleBackend
 
@@ -95,8 +95,8 @@ def main(folder: Path, port: int, config: ServiceConfig) -> None:
     fleet = Fleet(RuleBase(), config, reports, Device("cpu", 2))  # type: ignore[arg-type]
     for item in config.variants:
         trusted = not item.name.startswith("tensor")
-        fleet.open(item.name, loader(item.name, folder), config.batch_of(item), measured=Measured(trusted))
-    serve(config, Address(claimed), Opened(fleet))
+        fleet.open(item.name, loader(item.name, folder), config.batch_of(item), measured=MeasuredLimits(trusted))
+    run_server(config, Address(claimed), Opened(fleet))
 
 
 if __name__ == "__main__":

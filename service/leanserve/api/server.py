@@ -100,7 +100,9 @@ def _nobody(_: Fleet) -> None:
     """Nobody waits to be told."""
 
 
-def serve(config: ServiceConfig, address: Address, start: Start, announce: Callable[[Fleet], None] = _nobody) -> None:
+def run_server(
+    config: ServiceConfig, address: Address, start: Start, announce: Callable[[Fleet], None] = _nobody
+) -> None:
     """Listen, start, and serve until a signal ends it; then drain. Blocks.
 
     `announce` is called once the fleet answers: who is told by it and asks at once finds somebody.

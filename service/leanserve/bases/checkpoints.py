@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanserve.bases.fitting import closest, copy_weights, some
+from leanserve.bases.fitting import closest, copy_weights, shortened
 from leanserve.bases.weight_files import SAVE, read_file
 from leanserve.disk import sha256_of
 from leanserve.errors import ConfigError
@@ -70,14 +70,14 @@ def read_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
     content = read_file(path)
     everything = dict(_named(content))
     if not everything:
-        keys = some(list(map(str, content)))
+        keys = shortened(list(map(str, content)))
         raise ConfigError(f"base.weights: {path} holds no tensors with names (its keys: {keys}). {SAVE}")
     if key is None:
         return Checkpoint(path, everything, *_preferred(content))
     if not Checkpoint(path, everything).under(key):
         there = list(dict.fromkeys(name.partition(".")[0] for name in everything if "." in name))
         raise ConfigError(
-            f"base.weights_key: {path} has no weights under '{key}'; there are {some(there) or 'no keys'}"
+            f"base.weights_key: {path} has no weights under '{key}'; there are {shortened(there) or 'no keys'}"
         )
     return Checkpoint(path, everything, key)
 
@@ -104,7 +104,7 @@ def load_weights(module: nn.Module, path: Path, key: str | None = None) -> tuple
     if not problems:
         return checkpoint.caveats
     others = checkpoint.places_of(wanted) or list(checkpoint.others)
-    remedy = f". base.weights_key can choose others of this file: {some(others)}" if others else ""
+    remedy = f". base.weights_key can choose others of this file: {shortened(others)}" if others else ""
     raise ConfigError(f"base.weights: {path} does not fit the model: {'; '.join(problems)}{remedy}")
 
 

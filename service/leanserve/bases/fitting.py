@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-State: TypeAlias = "dict[str, Tensor]"
+StateDict: TypeAlias = "dict[str, Tensor]"
 
 PREFIXES = ("module.", "model.", "net.")
 """What DataParallel and AveragedModel, Lightning and scripts put before every name."""
@@ -24,7 +24,7 @@ COUNTERS = frozenset({"n_averaged"})
 SHOWN = 4
 
 
-def closest(states: Iterable[State], wanted: Mapping[str, Tensor]) -> State:
+def closest(states: Iterable[StateDict], wanted: Mapping[str, Tensor]) -> StateDict:
     """Of all states, with and without the names of wrappers, the one whose names are most like those wanted."""
     unwrapped = [stage for state in states for stage in _unwrapped(state, wanted)]
     return max(unwrapped, key=lambda state: (len(state.keys() & wanted.keys()), -len(state)))
@@ -48,16 +48,16 @@ def copy_weights(state: Mapping[str, Tensor], module: nn.Module) -> list[str]:
         ("shapes differ:", list(unlike.values())),
         ("differ, though they are one tensor in the model:", _torn(state, ties)),
     )
-    return [f"{what} {some(names)}" for what, names in listed if names]
+    return [f"{what} {shortened(names)}" for what, names in listed if names]
 
 
-def some(names: list[str]) -> str:
+def shortened(names: list[str]) -> str:
     """The first few, and how many more there are."""
     more = len(names) - SHOWN
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _unwrapped(state: State, wanted: Mapping[str, Tensor]) -> Iterator[State]:
+def _unwrapped(state: StateDict, wanted: Mapping[str, Tensor]) -> Iterator[StateDict]:
     """The state as it is, and with one more wrapper taken off the names each time."""
     yield state
     state = {".".join(part for part in name.split(".") if part not in INNER): state[name] for name in state}

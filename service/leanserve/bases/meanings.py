@@ -20,7 +20,7 @@ from leanserve.errors import ConfigError
 
 Declared = Meanings | None
 """Outputs without a name, as those of a torch module, get it from a mapping, in its order."""
-Operator = Literal["softmax", "log_softmax", "sigmoid"]
+LastOperator = Literal["softmax", "log_softmax", "sigmoid"]
 
 SUM_TOLERANCE = 5e-3
 """How far probabilities may sum up beside 1: half precision and 8 bits round."""
@@ -50,7 +50,7 @@ def guessed(tensor: Tensor, samples: Sequence[Array]) -> Tensor:
     return _meaning(tensor, "logits", "name") if "logit" in name else tensor
 
 
-def proven(tensor: Tensor, operator: Operator | None) -> Tensor:
+def proven(tensor: Tensor, operator: LastOperator | None) -> Tensor:
     """The output, of which the values were looked at, with the meaning that its last operator gives it.
 
     A softmax counts where rows do sum up to 1: two of them side by side are no distribution any more.

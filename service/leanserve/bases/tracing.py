@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from leanserve.bases.description import Tensor
-from leanserve.bases.meanings import Operator, guessed, proven
+from leanserve.bases.meanings import LastOperator, guessed, proven
 from leanserve.bases.probing import Run, check_rows, or_row_by_row
 from leanserve.contracts import Array, Arrays, ModelSpec, RowsTogether
 from leanserve.errors import ConfigError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 RUNS = ((2, 16), (3, 24))
 """Rows and length of dynamic axes."""
 DECLARE = "Its inputs are declared by base.image, base.text or base.inputs"
-OPERATORS: Final[Mapping[str, Operator]] = {
+OPERATORS: Final[Mapping[str, LastOperator]] = {
     "SoftmaxBackward": "softmax",
     "LogSoftmaxBackward": "log_softmax",
     "SigmoidBackward": "sigmoid",
@@ -92,7 +92,7 @@ def _unlike(name: str, others: Sequence[str]) -> str:
     return next(free for free in numbered if free not in others)
 
 
-def last_operators(module: nn.Module, spec: ModelSpec, outputs: int) -> list[Operator | None]:
+def last_operators(module: nn.Module, spec: ModelSpec, outputs: int) -> list[LastOperator | None]:
     """The operator by which every output ends, where it is one that tells what the output means.
 
     Autograd remembers nothing unless some weight asks for a gradient, or without weights an input. A module that does
@@ -119,7 +119,7 @@ def last_operators(module: nn.Module, spec: ModelSpec, outputs: int) -> list[Ope
     return [_operator(item.grad_fn) for _, item in given]
 
 
-def _operator(node: Any) -> Operator | None:
+def _operator(node: Any) -> LastOperator | None:
     """The operator of a node of autograd's graph, or of the one whose numbers it hands on."""
     while node is not None:
         name = type(node).__name__.rstrip("0123456789")

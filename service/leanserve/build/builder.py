@@ -25,7 +25,7 @@ from leanserve.hardware import cpu_name, isa_flags
 from leanserve.memory import is_out_of_memory
 from leanserve.passes.base import Applied, Pass
 
-Measured = TypeVar("Measured", Measurement, BenchmarkResult)
+_Measured = TypeVar("_Measured", Measurement, BenchmarkResult)
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Builder:
             self._store.discard(key)
             return None
 
-    def _intact(self, read: Callable[[], Measured | None]) -> Measured | None:
+    def _intact(self, read: Callable[[], _Measured | None]) -> _Measured | None:
         """What was measured; `None`, with a message, if that is damaged."""
         try:
             return read()

@@ -38,7 +38,7 @@ _NUMBERS: Final = {1: "B", 3: "H", 4: "I", 16: "Q"}
 """Types of whole numbers, as `struct` calls them."""
 
 
-class Tag(NamedTuple):
+class TiffTag(NamedTuple):
     """How many values a tag has, and the first of them."""
 
     values: int
@@ -65,7 +65,7 @@ def tiff_work(content: bytes) -> int:
     return pixels * max(32, samples * bits) // 32
 
 
-def first_page(content: bytes) -> Mapping[int, Tag]:
+def first_page(content: bytes) -> Mapping[int, TiffTag]:
     """The tags of the first page that decide how much work it is.
 
     Raises:
@@ -81,13 +81,13 @@ def first_page(content: bytes) -> Mapping[int, Tag]:
         start = at + (8 if big else 2)
         if start + count * entry.size > len(content):
             raise ValueError("its first page is cut short")
-        found: dict[int, Tag] = {}
+        found: dict[int, TiffTag] = {}
         for tag, kind, values, field in entry.iter_unpack(content[start : start + count * entry.size]):
             if tag not in CHECKED:
                 continue
             if tag in found or kind not in _NUMBERS:
                 raise ValueError(f"its first page has the tag {tag} twice, or not as a whole number")
-            found[tag] = Tag(values, _value(content, order, _NUMBERS[kind], values, field))
+            found[tag] = TiffTag(values, _value(content, order, _NUMBERS[kind], values, field))
     except (error, OverflowError) as damage:
         raise ValueError("its header is cut short") from damage
     return found
@@ -106,11 +106,11 @@ def _value(content: bytes, order: str, kind: str, values: int, field: bytes) -> 
     return int(unpack_from(order + kind, content, at)[0])
 
 
-def _first(tags: Mapping[int, Tag], tag: int, otherwise: int = 0) -> int:
+def _first(tags: Mapping[int, TiffTag], tag: int, otherwise: int = 0) -> int:
     return tags[tag].first if tag in tags else otherwise
 
 
-def _require_known_kind(tags: Mapping[int, Tag]) -> None:
+def _require_known_kind(tags: Mapping[int, TiffTag]) -> None:
     compression, photometric = _first(tags, COMPRESSION, 1), _first(tags, PHOTOMETRIC)
     bits, form = _first(tags, BITS, 1), _first(tags, SAMPLE_FORMAT, 1)
     if _first(tags, SUBFILE) & 1:
@@ -127,7 +127,7 @@ def _require_known_kind(tags: Mapping[int, Tag]) -> None:
         raise ValueError(f"its pixels have {bits} bits per channel, {PHOTOMETRICS[photometric]}; {wanted}")
 
 
-def _covered(tags: Mapping[int, Tag]) -> tuple[int, int]:
+def _covered(tags: Mapping[int, TiffTag]) -> tuple[int, int]:
     """Pixels of all strips or tiles, and how many of these cover the image once; tiles are whole at its edges too."""
     width, height = _first(tags, WIDTH), _first(tags, HEIGHT)
     if {TILE_WIDTH, TILES} & tags.keys():

@@ -34,7 +34,7 @@ WHOLE = "biu"
 """Kinds of numpy dtypes that are compared by equality."""
 
 Measures = dict[str, float | int | None]
-Measure = Callable[[Array, Array, TensorSpec], Measures]
+MeasureOf = Callable[[Array, Array, TensorSpec], Measures]
 Logarithms = Callable[[Array], Array]
 """Outputs [rows, classes] -> logarithms of probabilities."""
 
@@ -176,7 +176,7 @@ def _share(value: float) -> float:
     return min(1.0, max(0.0, float(value)))
 
 
-MEASURES: Final[Mapping[Meaning, Measure]] = {
+MEASURES: Final[Mapping[Meaning, MeasureOf]] = {
     "logits": partial(_classes, logarithms=_log_softmax),
     "probabilities": partial(_classes, logarithms=_log),
     "log_probabilities": partial(_classes, logarithms=_within),

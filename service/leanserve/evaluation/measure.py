@@ -29,7 +29,7 @@ ROWS = 32
 """Rows of the batch whose memory is measured, where there is memory for it."""
 
 
-class Task(NamedTuple):
+class MeasuringTask(NamedTuple):
     """What is measured: an artifact of a store, on so many threads, with batches of at most `rows` rows."""
 
     store: ArtifactStore
@@ -41,7 +41,7 @@ class Task(NamedTuple):
 
 def main(cache: str, key: str, origin: str, threads: str, rows: str, answers: str) -> None:
     """Measure the artifact `key`: write its outputs on the gate split to `answers` (.npz), print the rest as JSON."""
-    task = Task(ArtifactStore(Path(cache)), reopen_base(origin), key, int(threads), int(rows))
+    task = MeasuringTask(ArtifactStore(Path(cache)), reopen_base(origin), key, int(threads), int(rows))
     device = Device("measure", task.threads)
     try:
         [cost] = device.call_on_each(lambda _: _measure(task, Path(answers)))
@@ -69,7 +69,7 @@ def _joined(parts: Sequence[Array]) -> Array:
     return joined
 
 
-def _measure(task: Task, answers: Path) -> dict[str, object]:
+def _measure(task: MeasuringTask, answers: Path) -> dict[str, object]:
     gate, spec = task.base.data("gate"), task.base.spec
     first = _first_rows(gate)  # reading and decoding files is not the artifact's memory
     wanted = spec.most_rows(task.rows)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from leanserve.artifacts.manifest import OutputFidelity
-from leanserve.report.summary import Measured
+from leanserve.report.summary import MeasuredArtifact
 
 ABSENT = "–"
 
@@ -17,7 +17,7 @@ class Column:
 
     title: str
     meaning: str
-    cell: Callable[[Measured], str]
+    cell: Callable[[MeasuredArtifact], str]
 
 
 def share(value: float | None) -> str:
@@ -45,7 +45,7 @@ def duration(seconds: float) -> str:
     return f"{int(round(seconds) // 60)} min {int(round(seconds) % 60)} s"
 
 
-def score(measured: Measured) -> str:
+def score(measured: MeasuredArtifact) -> str:
     """The score with its 95 % confidence interval, in per cent."""
     quality = measured.quality
     if quality.score is None:
@@ -55,7 +55,7 @@ def score(measured: Measured) -> str:
     return f"{100 * quality.score:.2f} [{100 * quality.score_low:.2f}, {100 * quality.score_high:.2f}]"
 
 
-def drop(measured: Measured) -> str:
+def drop(measured: MeasuredArtifact) -> str:
     """Points lost against the base; a gain has a minus sign."""
     return ABSENT if measured.drop is None else f"{measured.drop + 0.0:.2f}".replace("-0.00", "0.00").replace("-", "−")
 
@@ -120,7 +120,7 @@ class OutputMeasure:
         """That of the worst output of a variant."""
         return Column(self.title, self.meaning, self._worst_cell)
 
-    def _worst_cell(self, measured: Measured) -> str:
+    def _worst_cell(self, measured: MeasuredArtifact) -> str:
         known = [value for output in measured.quality.outputs if (value := self.read(output)) is not None]
         return self.show(self.worst(known) if known else None)
 
@@ -194,12 +194,12 @@ BUILD = Column(
 ANSWERS = (SCORE, DROP, AGREEMENT, KL, RANKS, ERROR, DEPENDENCE)
 
 
-def answers(measured: Sequence[Measured]) -> tuple[Column, ...]:
+def answers(measured: Sequence[MeasuredArtifact]) -> tuple[Column, ...]:
     """Whether variants still answer right; what was measured of none of them (no labels, no classes) has no column."""
     return tuple(column for column in ANSWERS if any(column.cell(item) != ABSENT for item in measured))
 
 
-def by_output(measured: Sequence[Measured]) -> tuple[OutputMeasure, ...]:
+def by_output(measured: Sequence[MeasuredArtifact]) -> tuple[OutputMeasure, ...]:
     """What tells the outputs of variants apart; none where there is a single output, of which `answers` tells all."""
     outputs = [output for item in measured for output in item.quality.outputs]
     if all(len(item.quality.outputs) == 1 for item in measured):
@@ -212,13 +212,13 @@ def speed(batches: Sequence[int]) -> tuple[Column, ...]:
     return (*map(_latency, batches), THROUGHPUT, GAIN)
 
 
-def footprint(measured: Sequence[Measured]) -> tuple[Column, ...]:
+def footprint(measured: Sequence[MeasuredArtifact]) -> tuple[Column, ...]:
     """What a variant takes besides time to answer; how many rows fit into memory only where that bounds one."""
     limit = (FITTING,) if any(FITTING.cell(item) != ABSENT for item in measured) else ()
     return (SIZE, PARAMETERS, MACS, MEMORY, *limit, BUILD)
 
 
-def waterfall(measured: Sequence[Measured], batches: Sequence[int]) -> tuple[Column, ...]:
+def waterfall(measured: Sequence[MeasuredArtifact], batches: Sequence[int]) -> tuple[Column, ...]:
     """What each pass brought; latency at 8 rows, or at the batch size next to it."""
     quality = [column for column in answers(measured) if column in {SCORE, AGREEMENT, RANKS, ERROR}][:2]
     nearest = sorted(batches, key=lambda rows: (abs(rows - 8), rows))[:1]

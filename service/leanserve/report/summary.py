@@ -27,7 +27,7 @@ TOLERANCES: Mapping[Measure, float] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredArtifact:
     """The quality of one artifact beside that of its base; `seconds` is the time that building it took."""
 
     label: str
@@ -58,7 +58,7 @@ class Measured:
 class StepSummary:
     """One pass of a variant, and what the variant was worth after it."""
 
-    measured: Measured
+    measured: MeasuredArtifact
     manifest: Manifest
 
 
@@ -70,7 +70,7 @@ class VariantSummary:
     name: str
     state: State
     reason: str | None
-    measured: Measured
+    measured: MeasuredArtifact
     steps: tuple[StepSummary, ...]
 
     @property
@@ -113,7 +113,7 @@ class Yardstick:
         value = self.value(base) if self.scored else 100.0
         return None if value is None else value - self.tolerance
 
-    def accepts(self, measured: Measured) -> bool:
+    def accepts(self, measured: MeasuredArtifact) -> bool:
         """Whether the variant still answers right; rounding of the stored numbers is forgiven."""
         value, floor = self.value(measured.quality), self.floor(measured.base)
         if self.measure == "score of one" and 100 * measured.quality.agreement < 100 - TOLERANCES["outputs"] - 1e-9:
@@ -145,7 +145,7 @@ class Summary:
         return tuple({manifest.key: manifest for manifest in every}.values())
 
     @cached_property
-    def measured(self) -> tuple[Measured, ...]:
+    def measured(self) -> tuple[MeasuredArtifact, ...]:
         """Every variant as a whole."""
         return tuple(variant.measured for variant in self.variants)
 
@@ -155,7 +155,7 @@ class Summary:
         return tuple(sorted({rows for variant in self.variants for rows in variant.measured.quality.latency_ms}))
 
     @cached_property
-    def reference(self) -> Measured:
+    def reference(self) -> MeasuredArtifact:
         """The uncompressed base, as the first variant met it."""
         return self.variants[0].steps[0].measured
 
@@ -186,7 +186,7 @@ def summarise(reports: Sequence[VariantReport], caveats: Sequence[str] = (), els
 def _variant(number: int, report: VariantReport) -> VariantSummary:
     base = report.chain[0].quality
     steps = tuple(StepSummary(_measured(manifest, base), manifest) for manifest in report.chain)
-    whole = Measured(
+    whole = MeasuredArtifact(
         label=report.name,
         quality=report.quality,
         base=base,
@@ -196,9 +196,9 @@ def _variant(number: int, report: VariantReport) -> VariantSummary:
     return VariantSummary(number, report.name, report.state, report.reason, whole, steps)
 
 
-def _measured(manifest: Manifest, base: Quality) -> Measured:
+def _measured(manifest: Manifest, base: Quality) -> MeasuredArtifact:
     label = manifest.kind or "base"
-    return Measured(
+    return MeasuredArtifact(
         label=f"{label} (simulated)" if manifest.simulated else label,
         quality=manifest.quality,
         base=base,

@@ -17,7 +17,7 @@ from rich.text import Text
 from leanserve.artifacts.manifest import VariantReport
 from leanserve.report.columns import Column, OutputMeasure, answers, by_output, footprint, speed, waterfall
 from leanserve.report.headline import hardware, headline
-from leanserve.report.summary import Measured, Summary, VariantSummary, summarise
+from leanserve.report.summary import MeasuredArtifact, Summary, VariantSummary, summarise
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -121,7 +121,7 @@ def _name(variant: VariantSummary, summary: Summary) -> Text:
     return Text(variant.name, style="bold green" if variant is summary.cheapest else STYLES[variant.state])
 
 
-def _cells(columns: Iterable[Column], measured: Measured) -> list[str]:
+def _cells(columns: Iterable[Column], measured: MeasuredArtifact) -> list[str]:
     return [column.cell(measured) for column in columns]
 
 

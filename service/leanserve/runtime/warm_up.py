@@ -23,7 +23,7 @@ from leanserve.runtime.lanes import LanePlacement, LoadedVariant
 from leanserve.runtime.linux.denormals import flush_denormals
 from leanserve.runtime.linux.huge_pages import anonymous_bytes, gather_since
 
-Result = TypeVar("Result")
+_Outcome = TypeVar("_Outcome")
 
 WIDE_GAIN = 1.1
 """A backend with all threads is kept if it answers a lone row at least this many times as soon as one of a lane."""
@@ -102,7 +102,7 @@ class _Memory:
         self._lacking: dict[int, int] = {}
         """Length -> rows of the smallest batch for which there was none."""
 
-    def attempt(self, rows: int, length: int, run: Callable[[], Result]) -> Result | None:
+    def attempt(self, rows: int, length: int, run: Callable[[], _Outcome]) -> _Outcome | None:
         """What `run` gives for a batch of that shape; `None` where memory runs out, or did for fewer rows.
 
         Raises:

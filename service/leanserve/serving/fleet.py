@@ -43,7 +43,7 @@ class VariantStatus(NamedTuple):
     reason: str = ""
 
 
-class Measured(NamedTuple):
+class MeasuredLimits(NamedTuple):
     """What the build has found out about the batches of a variant."""
 
     trusts_rows: bool = True
@@ -52,7 +52,7 @@ class Measured(NamedTuple):
     """Rows of the largest batch for which there was memory, where that is a limit."""
 
 
-UNLIMITED = Measured()
+UNLIMITED = MeasuredLimits()
 
 
 class Fleet:
@@ -80,7 +80,7 @@ class Fleet:
         self._listeners: list[Callable[[], None]] = []
 
     def open(
-        self, name: str, load: Open, batch: BatchConfig, read: Read | None = None, measured: Measured = UNLIMITED
+        self, name: str, load: Open, batch: BatchConfig, read: Read | None = None, measured: MeasuredLimits = UNLIMITED
     ) -> None:
         """Load a variant for every lane (`load` is called there) and warm it in every shape that it will meet.
 

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, Self
 from leanserve.contracts import Json
 
 Phase = Literal["opening", "building", "measuring", "loading", "warming"]
-State = Literal["waiting", "building", "built", "loading", "warming", "warm", "excluded"]
+StartState = Literal["waiting", "building", "built", "loading", "warming", "warm", "excluded"]
 
 SOON_S, LATER_S = 1.0, 5.0
 """After which time it is worth while to ask again: when variants are being loaded, and before."""
@@ -47,7 +47,7 @@ class BuildNews:
 class VariantStart(NamedTuple):
     """How far a variant is; if it is excluded, why."""
 
-    state: State
+    state: StartState
     reason: str = ""
 
 
@@ -76,7 +76,7 @@ class Startup:
         self.built = (news.done + news.share) / news.total
         reached = list(self.variants).index(news.variant) if news.variant in self.variants else len(self.variants)
         for place, name in enumerate(self.variants):
-            state: State = "built" if place < reached else "building" if place == reached else "waiting"
+            state: StartState = "built" if place < reached else "building" if place == reached else "waiting"
             self.variants[name] = VariantStart(state)
         phase: Phase = "measuring" if news.variant is None else "building"
         self._now = _Now(phase, news.variant, news.step, news.done, news.total)

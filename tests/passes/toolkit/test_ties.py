@@ -20,7 +20,7 @@ from leanserve.errors import PassFailed
 from leanserve.hardware import isa_flags
 from leanserve.passes import AnyPass
 from leanserve.passes.base import Applied, Pass
-from leanserve.passes.toolkit.checkpoint import read_checkpoint, write_checkpoint
+from leanserve.passes.toolkit.checkpoint import read_training_checkpoint, write_checkpoint
 from leanserve.passes.toolkit.ties import load_tensors, read_tensors, ties_of, write_tensors
 from leanserve.runtime.backends.choose import open_backend
 from tied_nets import TiedLanguage, tied_base
@@ -129,7 +129,7 @@ def test_training_goes_on_from_a_tied_checkpoint_and_not_from_a_damaged_one(tmp_
     module, path = lively(TiedLanguage(), seed=1), tmp_path / "training.safetensors"
     write_checkpoint(path, module, torch.optim.SGD(module.parameters()), {"epoch": 3})
     fresh = lively(TiedLanguage(), seed=2)
-    found = read_checkpoint(path)
+    found = read_training_checkpoint(path)
     assert found is not None
     assert found.notes == {"epoch": 3}
     found.restore(fresh, torch.optim.SGD(fresh.parameters()))
@@ -138,7 +138,7 @@ def test_training_goes_on_from_a_tied_checkpoint_and_not_from_a_damaged_one(tmp_
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    assert read_checkpoint(path) is None
+    assert read_training_checkpoint(path) is None
 
 
 LOSSLESS: Mapping[str, tuple[Mapping[str, Any], float]] = {

@@ -41,7 +41,7 @@ class ImageFolder:
     def seen(self) -> str:
         """On one line: how many images, by ending, in which folders, and what is skipped."""
         folders = sorted({path.parent.relative_to(self.root).as_posix() for path in self.files} - {"."})
-        places = f" in {len(folders)} folders ({some(folders)})" if folders else ""
+        places = f" in {len(folders)} folders ({counted(folders)})" if folders else ""
         found = f"{len(self.files)} images{places}: {by_ending(self.files)}"
         if self.skipped:
             found += f"; {len(self.skipped)} other files are skipped: {by_ending(self.skipped)}"
@@ -81,7 +81,7 @@ def by_ending(paths: Iterable[Path]) -> str:
     return ", ".join(f"{number} {ending}" for ending, number in ordered)
 
 
-def some(items: Collection[str], between: str = ", ") -> str:
+def counted(items: Collection[str], between: str = ", ") -> str:
     """The first of them, and how many more there are."""
     more = len(items) - SHOWN
     return between.join(list(items)[:SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -20,7 +20,7 @@ import numpy as np
 
 from leanserve.bases.checkpoints import file_digest
 from leanserve.bases.datasets.class_labels import LabelColumn, class_numbers, require_labels
-from leanserve.bases.datasets.image_folder import ImageFolder, by_ending, image_folder, some
+from leanserve.bases.datasets.image_folder import ImageFolder, by_ending, counted, image_folder
 from leanserve.bases.datasets.splits import RowSource
 from leanserve.bases.datasets.tables import PreparedData, TableRows
 from leanserve.codecs.image_formats import endings
@@ -83,7 +83,7 @@ def _require_full_classes(found: ImageFolder, labels: tuple[str, ...], read: str
             _log.warning("%s: the folder of the class '%s' is empty: %s", key, folder.name, folder)
     if lost:
         raise ConfigError(
-            f"{key}: folders of classes have no image that is read: {some(lost)}. Convert their files, or remove them; "
+            f"{key}: folders of classes have no image that is read: {counted(lost)}. Convert their files, or remove them; "
             f"read are {read}"
         )
 
@@ -97,7 +97,7 @@ def _is_class(name: str, labels: tuple[str, ...]) -> bool:
 
 
 def _unusable(reasons: Mapping[Path, str], key: str) -> ConfigError:
-    listed = some([f"{path}: {reason}" for path, reason in reasons.items()], "; ")
+    listed = counted([f"{path}: {reason}" for path, reason in reasons.items()], "; ")
     return ConfigError(f"{key}: image files cannot be used: {listed}. Repair or remove them")
 
 

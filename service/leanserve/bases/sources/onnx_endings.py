@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
-from leanserve.bases.meanings import Operator
+from leanserve.bases.meanings import LastOperator
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
 
-OPERATORS: Final[Mapping[str, Operator]] = {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Sigmoid": "sigmoid"}
+OPERATORS: Final[Mapping[str, LastOperator]] = {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Sigmoid": "sigmoid"}
 UNCHANGING = frozenset(
     {
         *("Cast", "CastLike", "DequantizeLinear", "Dropout", "Flatten", "Identity", "Normalizer", "QuantizeLinear"),
@@ -22,17 +22,17 @@ UNCHANGING = frozenset(
     }
 )
 """Operators that hand the numbers of their first input on: to `Normalizer`, probabilities sum up to 1 already."""
-POST_TRANSFORM: Final[Mapping[bytes, Operator]] = {b"SOFTMAX": "softmax"}
+POST_TRANSFORM: Final[Mapping[bytes, LastOperator]] = {b"SOFTMAX": "softmax"}
 """What classifiers of `ai.onnx.ml` do to their scores at the end."""
 
 
-def last_operators(graph: GraphProto) -> list[Operator | None]:
+def last_nodes(graph: GraphProto) -> list[LastOperator | None]:
     """Per output, the operator by which it ends, where that is one that tells what the output means."""
     made_by = {name: node for node in graph.node for name in node.output}
     return [_operator(item.name, made_by) for item in graph.output]
 
 
-def _operator(name: str, made_by: Mapping[str, NodeProto]) -> Operator | None:
+def _operator(name: str, made_by: Mapping[str, NodeProto]) -> LastOperator | None:
     node = made_by.get(name)
     while node is not None and node.op_type in UNCHANGING:
         node = made_by.get(node.input[0])

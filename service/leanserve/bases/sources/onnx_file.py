@@ -21,7 +21,7 @@ from leanserve.bases.description import Description, Tensor
 from leanserve.bases.inputs import described
 from leanserve.bases.meanings import proven
 from leanserve.bases.naming import served_name
-from leanserve.bases.sources.onnx_endings import last_operators
+from leanserve.bases.sources.onnx_endings import last_nodes
 from leanserve.bases.sources.onnx_preparation import Prepared, prepared
 from leanserve.bases.sources.onnx_reading import files_of, modern, nodes_of, read_onnx
 from leanserve.bases.sources.onnx_trial import Trial, tried
@@ -103,7 +103,7 @@ class OnnxSource:
             outputs = tried(trial)
         except ConfigError as error:
             raise ConfigError(f"base.onnx: {self._path} cannot be served: {error}") from error
-        operators = last_operators(ready.model.graph)
+        operators = last_nodes(ready.model.graph)
         return ready.inputs, tuple(proven(*pair) for pair in zip(outputs, operators, strict=True))
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, ValueInfoProto
 
 ROWS = "rows"
-Declared = Mapping[str, Tensor]
+DeclaredBase = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _keep_true_inputs(model: ModelProto) -> None:
         raise ConfigError("base.onnx: the model takes no input")
 
 
-def _wishes(declared: BroughtBase, names: Sequence[str]) -> Declared:
+def _wishes(declared: BroughtBase, names: Sequence[str]) -> DeclaredBase:
     """What the config says of each input; the names are the graph's own."""
     if isinstance(declared.image, ImageInput):
         if len(names) != 1:
@@ -84,7 +84,7 @@ def _wishes(declared: BroughtBase, names: Sequence[str]) -> Declared:
     return {name: Tensor(name=name, dtype=item.dtype, shape=item.shape) for name, item in declared.inputs.items()}
 
 
-def _settled(value: ValueInfoProto, wishes: Declared) -> Tensor:
+def _settled(value: ValueInfoProto, wishes: DeclaredBase) -> Tensor:
     """One input: what the graph says of it, narrowed to what the config says; the graph is changed accordingly."""
     wish = wishes.get(value.name)
     dtype = _dtype(value)

@@ -30,7 +30,7 @@ import numpy as np
 from leanserve import child
 from leanserve.bases.checkpoints import file_digest, load_weights
 from leanserve.bases.description import Description, Tensor
-from leanserve.bases.fitting import some
+from leanserve.bases.fitting import shortened
 from leanserve.bases.inputs import declared_inputs, described
 from leanserve.bases.sources.python_imports import Imports, spec_of
 from leanserve.bases.sources.torchvision_import import make_torchvision_importable
@@ -75,7 +75,7 @@ class PythonSource:
         drawn = unlike(self._first[0].inside, self._held(self._module(SEED + 1)[0]).inside)
         description = described(self.declared, self.folder, self._names()[0].rpartition(".")[2], inputs, outputs)
         if drawn:
-            caveats += (f"weights drawn at random ({some(drawn)})",)
+            caveats += (f"weights drawn at random ({shortened(drawn)})",)
         return description.model_copy(update={"caveats": caveats})
 
     def model(self, spec: ModelSpec) -> TorchModel:
@@ -130,8 +130,8 @@ class PythonSource:
         if different := unlike(self._first[0].inside, held.inside):
             raise ConfigError(
                 f"base.python: {self.declared.python} makes another model every time, or its files have changed "
-                f"meanwhile: {some(different)} differ; seed every generator of its own, and keep out of the module "
-                "what changes by itself"
+                f"meanwhile: {shortened(different)} differ; seed every generator of its own, and keep out of the "
+                "module what changes by itself"
             )
         return module
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MODULE, OPTIMISER = "module.", "optimiser."
 
 
-class Checkpoint(NamedTuple):
+class TrainingCheckpoint(NamedTuple):
     """An interrupted training: what the loop noted, and the state to go on from."""
 
     notes: Json
@@ -66,7 +66,7 @@ def write_checkpoint(path: Path, module: nn.Module, optimiser: torch.optim.Optim
     partial.replace(path)
 
 
-def read_checkpoint(path: Path) -> Checkpoint | None:
+def read_training_checkpoint(path: Path) -> TrainingCheckpoint | None:
     """A checkpoint; `None` if there is none, or none that is as it was written: then training starts anew."""
     from safetensors import SafetensorError
 
@@ -79,7 +79,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         told = json.loads(header["told"])
         if told["sha256"] != _checksum(tensors):
             return None
-        return Checkpoint(told["notes"], tensors, told["plain"], told["groups"])
+        return TrainingCheckpoint(told["notes"], tensors, told["plain"], told["groups"])
     except (SafetensorError, ValueError, KeyError):
         return None
 

@@ -20,7 +20,7 @@ from leanserve.errors import PassFailed
 from leanserve.hardware import isa_flags
 from leanserve.memory import is_out_of_memory
 from leanserve.passes.toolkit.augmentation import AUGMENTATIONS, Augment
-from leanserve.passes.toolkit.checkpoint import read_checkpoint, write_checkpoint
+from leanserve.passes.toolkit.checkpoint import read_training_checkpoint, write_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -183,7 +183,7 @@ class _Run:
         write_checkpoint(self._checkpoint, self._module, self._optimiser, notes)
 
     def _resume(self) -> None:
-        found = read_checkpoint(self._checkpoint)
+        found = read_training_checkpoint(self._checkpoint)
         if found is None or found.notes["options"] != self._options.model_dump_json():
             return
         found.restore(self._module, self._optimiser)
