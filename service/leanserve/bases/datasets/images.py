@@ -83,8 +83,8 @@ def _require_full_classes(found: ImageFolder, labels: tuple[str, ...], read: str
             _log.warning("%s: the folder of the class '%s' is empty: %s", key, folder.name, folder)
     if lost:
         raise ConfigError(
-            f"{key}: folders of classes have no image that is read: {counted(lost)}. Convert their files, or remove them; "
-            f"read are {read}"
+            f"{key}: folders of classes have no image that is read: {counted(lost)}. Convert their files, or remove "
+            f"them; read are {read}"
         )
 
 
