@@ -139,8 +139,8 @@ def test_a_cold_start_is_alive_tells_its_progress_and_serves_what_fits_into_memo
             (variant,) = listed["variants"]
             states += [variant["state"]] if variant["state"] not in states else []
         time.sleep(0.01)
-    assert {"building", "measuring"} <= set(phases)
-    assert phases == sorted(phases, key=["opening", "building", "measuring", "loading", "warming"].index)
+    assert phases.index("building") < phases.index("measuring")
+    assert set(phases) <= {"opening", "building", "measuring", "loading", "warming"}
     assert {"building", "built"} <= set(states)
     assert start.get("/readyz").json() == {"ready": True}
 

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 _YOUNG = 10_000
 """Objects that may be new before the garbage collector looks for cycles among them (Python's own value is 700)."""
+_NEVER = 1_000_000
+"""Collections of the middle generation before one of the oldest."""
 _SWITCH_S = 0.001
 """While the service starts, a thread that runs Python gives way after this time to another that wants to; Python's own
 is 5 ms, several times per probe."""
@@ -167,17 +169,14 @@ class Server(uvicorn.Server):
     def _run_start(self, loop: asyncio.AbstractEventLoop) -> None:
         """On the thread of the start: what takes long is done here, and the loop is told what came of it."""
         then: Callable[[], None]
-        usual = sys.getswitchinterval()
-        sys.setswitchinterval(_SWITCH_S)
         try:
-            fleet = self._start.run()
-            from leanserve.api.app import create_app
+            with _giving_way():
+                fleet = self._start.run()
+                from leanserve.api.app import create_app
 
-            then = partial(self._take_over, fleet, create_app(fleet))
+                then = partial(self._take_over, fleet, create_app(fleet))
         except BaseException as error:
             then = partial(self._fail, error)
-        finally:
-            sys.setswitchinterval(usual)
         with suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits for it
             loop.call_soon_threadsafe(then)
 
@@ -227,6 +226,24 @@ class Server(uvicorn.Server):
 
     def _stop(self) -> None:
         self.should_exit = True
+
+
+@contextmanager
+def _giving_way() -> Iterator[None]:
+    """So that the loop answers while other threads import and load.
+
+    Nothing is done about what libraries need Python's lock for: 0.1 to 0.2 s until torch's own is loaded.
+    """
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(_SWITCH_S)
+    # What is imported stays. Looking through all of it for cycles, again and again, stops the loop for 0.1 s each time
+    # and takes a fifth of the time that importing torch takes; it is done once, in the end.
+    gc.set_threshold(_YOUNG, thresholds[1], _NEVER)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
 
 
 def _settle() -> None:
