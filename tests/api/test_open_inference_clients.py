@@ -85,9 +85,9 @@ def test_triton_client_shows_our_error_texts(live: Live) -> None:
     with triton.InferenceServerClient(live.http) as client:
         with pytest.raises(utils.InferenceServerException, match="no version '9' of 'pixels'"):
             client.infer("pixels", [image("binary")], model_version="9")
-        wrong = triton.InferInput("image", list(PIXELS.shape), "FP32")
+        wrong = triton.InferInput("photo", list(PIXELS.shape), "FP32")
         wrong.set_data_from_numpy(PIXELS)
-        with pytest.raises(utils.InferenceServerException, match="unknown input 'image'; the model has image"):
+        with pytest.raises(utils.InferenceServerException, match="unknown input 'photo'; the model has image"):
             client.infer("pixels", [wrong])
 
 

@@ -185,8 +185,8 @@ def test_what_json_does_not_have_is_refused_when_it_is_written(tmp_path: Path, v
     with store.workspace(KEY) as folder, pytest.raises(PassFailed, match=r"cannot be stored: facts\.gain is"):
         store.publish(folder, recipe_of(KEY, {}).model_copy(update={"facts": {"gain": value}}))
     publish(store)
-    odd = measurement().fidelity.model_copy(update={"kl": value})
-    with pytest.raises(PassFailed, match=r"cannot be stored: fidelity\.kl is"):
+    odd = measurement().fidelity.model_copy(update={"score": value})
+    with pytest.raises(PassFailed, match=r"cannot be stored: fidelity\.score is"):
         store.attach(KEY, Measurement(fidelity=odd, cpu="x", threads=1))
     assert store.measurement(KEY) is None
     race = BenchmarkResult(cpu="x", threads=1, latency_ms={KEY: {1: value}}, lane_rates={})

@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -27,6 +28,7 @@ import uvicorn
 from leanserve.api.front import Front
 from leanserve.api.routes import HotPath
 from leanserve.api.starting import StartingApp
+from leanserve.api.v1.predict import DECODER_THREADS
 from leanserve.config.schema import ServiceConfig
 from leanserve.http.connection import connections_to
 from leanserve.serving.fleet import Fleet
@@ -188,7 +190,9 @@ class Server(uvicorn.Server):
     def _take_over(self, fleet: Fleet, app: HotPath) -> None:
         if self.should_exit:
             return
-        fleet.start(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(DECODER_THREADS, thread_name_prefix="decode"))
+        fleet.start(loop)
         _settle()
         self.fleet = fleet
         self._front.serve(app)
