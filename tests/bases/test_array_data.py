@@ -58,7 +58,7 @@ MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "dtype": ({"image": IMAGES.astype(np.float64)}, {}, r"is float64 .*or images uint8"),
     "lengths": ({"image": IMAGES, "y": np.zeros(8, int)}, {"labels": "y"}, r"differ in length: .*'image': 9, 'y': 8"),
     "objects": ({"image": IMAGES, "y": np.array([{}] * 9)}, {}, r"'y' .*holds pickled Python objects"),
-    "unknown input": ({"image": IMAGES}, {"inputs": {"image": "image"}}, r"the model has no input 'image'"),
+    "unknown input": ({"image": IMAGES}, {"inputs": {"photo": "image"}}, r"the model has no input 'photo'"),
 }  # fmt: skip
 
 

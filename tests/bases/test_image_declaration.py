@@ -62,7 +62,7 @@ def test_in_full_it_replaces_what_the_model_brings(tmp_path: Path, form: str) ->
         ("{timm: x, image: {size: [2, 2], orientation: exif}}", "base.image.mean: the key 'mean' is missing"),
         (f"{{timm: x, image: {{{WHOLE}, crp: 1}}}}", "unknown key 'crp'; did you mean 'crop'"),
         ("{timm: x, image: {formats: [heic]}}", "base.image.formats.0: Input should be 'png', 'jpeg'"),
-        ("{timm: x, image: {formats: []}}", "base.image.formats: Tuple should have at least 1 item"),
+        ("{timm: x, image: {formats: []}}", "base.image.formats: must have at least 1 entry"),
         ("{shipped: digits, image: {size: [2, 2]}}", "unknown key 'size'; known keys are formats, orientation"),
     ],
 )

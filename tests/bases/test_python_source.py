@@ -267,10 +267,11 @@ def test_a_factory_in_a_module_that_is_called_like_another_one_is_refused(folder
 
 
 def test_an_import_from_a_folder_that_is_called_like_ours_is_explained(folder: Path) -> None:
-    (folder / "models").mkdir()
-    (folder / "models" / "blocks.py").write_text(BLOCKS)
-    (folder / "bring_model.py").write_text("import models.blocks\n" + SOURCE)
-    with pytest.raises(ConfigError, match=r"No module named 'models\.blocks' \(models is a package of leanserve's"):
+    (folder / "leanserve_models").mkdir()
+    (folder / "leanserve_models" / "blocks.py").write_text(BLOCKS)
+    (folder / "bring_model.py").write_text("import leanserve_models.blocks\n" + SOURCE)
+    named = r"No module named 'leanserve_models\.blocks' \(leanserve_models is a package of leanserve's"
+    with pytest.raises(ConfigError, match=named):
         open_base(origin(folder, "linear", **VECTOR))
 
 

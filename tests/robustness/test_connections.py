@@ -97,7 +97,7 @@ def test_who_drops_a_pipeline_is_forgotten_and_the_others_go_on(service: RuleSer
     asyncio.run(scenario())
     assert service.queued() == 0
     empty = service.census()
-    assert (empty["Ticket"], empty["Caller"]) == (1, 1)  # the question's own
+    assert (empty["Ticket"], empty["Request"]) == (1, 1)  # the question's own
 
 
 def test_kept_connections_that_are_dropped_between_requests_hold_up_nobody(service: RuleService) -> None:

@@ -17,7 +17,7 @@ from raw_http import connected, infer_request, read_reply
 from rule_service import RuleService, needs_proc, serving, until
 from rules import row
 
-OURS = ("Ticket", "Caller", "Task")
+OURS = ("Ticket", "Request", "Task")
 CLIENTS, ROUNDS = 1000, 10
 WARM_ROUNDS = 15
 LEAKED_BYTES = 2 * 2**20
@@ -102,7 +102,7 @@ def test_thousands_of_leavers_leave_nothing_behind(service: RuleService) -> None
         await until(lambda: service.connections() == 0)
 
     empty = service.census()
-    assert (empty["Ticket"], empty["Caller"], empty["Exchange"]) == (1, 1, 1)  # the question's own
+    assert (empty["Ticket"], empty["Request"], empty["Exchange"]) == (1, 1, 1)  # the question's own
     resident = []
     for seed in range(WARM_ROUNDS + ROUNDS):
         asyncio.run(one_round(seed))

@@ -27,7 +27,7 @@ HOLD = -1004.0
 CENSUS = -1005.0
 """The row is answered with how many requests, tickets, connections and tasks the process holds (`COUNTED`)."""
 
-COUNTED = ("Ticket", "Caller", "Exchange", "RequestResponseCycle", "Connection", "Task")
+COUNTED = ("Ticket", "Request", "Exchange", "RequestResponseCycle", "Connection", "Task")
 WIDTH = 8
 LABELS = tuple("abcdefgh")
 SPEC = ModelSpec(
