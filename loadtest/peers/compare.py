@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 from rich.console import Console
@@ -30,7 +30,7 @@ from loadtest.peers.network import SPECS, example, write_network
 from loadtest.peers.process import PeerError, Running, ask, serving
 from loadtest.peers.quiet import PATIENCE_S, quietly
 from loadtest.peers.roster import PEERS, Request
-from loadtest.peers.wrk import Load, load
+from loadtest.peers.wrk import Heads, Load, load
 
 CACHE = Path(".leanserve/peers")
 WARM_S, STARTS_S = 1.0, 60.0
@@ -77,6 +77,7 @@ class Plan(NamedTuple):
     rounds: int
     seconds: float
     patience_s: float
+    heads: Heads = "equal"
 
 
 def measure(peers: Sequence[Running], requests: Mapping[str, Request], plan: Plan) -> Rounds:
@@ -87,14 +88,14 @@ def measure(peers: Sequence[Running], requests: Mapping[str, Request], plan: Pla
         for count in plan.connections:
             turn = number % len(peers)
             for running in (*peers[turn:], *peers[:turn]):
-                under_load = partial(_cell, running, requests[running.peer.name], count, plan.seconds)
+                under_load = partial(_cell, running, requests[running.peer.name], count, plan)
                 cells[count][running.peer.name].append(quietly(under_load, running.cpu_s, plan.patience_s))
     return cells
 
 
-def _cell(running: Running, request: Request, connections: int, seconds: float) -> Cell:
+def _cell(running: Running, request: Request, connections: int, plan: Plan) -> Cell:
     before = running.cpu_s()
-    found = load(running.port, request, connections, seconds)
+    found = load(running.port, request, connections, plan.seconds, plan.heads)
     if found.failed:
         raise PeerError(f"{running.peer.name} failed {found.failed} of {found.requests} requests")
     return Cell(found, running.cpu_s() - before)
@@ -140,6 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3, help="per measurement, whole ones")
     parser.add_argument(
+        "--heads", choices=get_args(Heads), default="equal", help="unique: another x-request-id with every request"
+    )
+    parser.add_argument(
         "--patience", type=float, default=PATIENCE_S, help="seconds to wait for a quiet machine; 0: none"
     )
     parser.add_argument("--cache", type=Path, default=CACHE, help="environments of the peers, networks, logs")
@@ -158,12 +162,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 running.append(stack.enter_context(serving(PEERS[name], network, options.cache)))
                 check(running[-1], requests[name], right)
                 load(running[-1].port, requests[name], max(options.connections), WARM_S)
-            plan = Plan(options.connections, options.rounds, options.seconds, options.patience)
+            plan = Plan(options.connections, options.rounds, options.seconds, options.patience, options.heads)
             cells = measure(running, requests, plan)
         except PeerError as error:
             err.print(f"error: {error}", markup=False)
             return 1
-    title = f"{options.network}, one row per request, median of {options.rounds} interleaved rounds"
+    title = f"{options.network}, one row per request, {options.heads} heads, median of {options.rounds} rounds"
     Console(width=WIDTH).print(table(cells, title))
     return 0
 

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from loadtest.peers.process import HOST, PeerError
 from loadtest.peers.roster import Request
@@ -22,6 +22,7 @@ local file = io.open({body}, "rb")
 wrk.method, wrk.body = "POST", file:read("*a")
 file:close()
 {headers}
+{unique}
 function done(summary, latency, requests)
   local errors = summary.errors
   local failed = errors.connect + errors.read + errors.write + errors.status + errors.timeout
@@ -29,6 +30,16 @@ function done(summary, latency, requests)
     summary.requests, failed, summary.duration, latency:percentile(50), latency:percentile(99)))
 end
 """
+_UNIQUE = """
+local count = 0
+function request()
+  count = count + 1
+  wrk.headers["x-request-id"] = string.format("%016x", count * 7919)
+  return wrk.format()
+end
+"""
+Heads = Literal["equal", "unique"]
+"""Whether clients send the same bytes again and again, or another `x-request-id` with every request, as proxies do."""
 
 
 class Load(NamedTuple):
@@ -42,7 +53,7 @@ class Load(NamedTuple):
     client_cpu_s: float
 
 
-def load(port: int, request: Request, connections: int, seconds: float) -> Load:
+def load(port: int, request: Request, connections: int, seconds: float, heads: Heads = "equal") -> Load:
     """Load a server on this machine. Raises `PeerError` where wrk is missing or cannot reach it."""
     wrk = shutil.which("wrk")
     if wrk is None:
@@ -53,7 +64,8 @@ def load(port: int, request: Request, connections: int, seconds: float) -> Load:
         headers = "\n".join(
             f"wrk.headers[{json.dumps(name)}] = {json.dumps(value)}" for name, value in request.headers.items()
         )
-        script.write_text(_SCRIPT.format(body=json.dumps(str(body)), headers=headers))
+        unique = _UNIQUE if heads == "unique" else ""
+        script.write_text(_SCRIPT.format(body=json.dumps(str(body)), headers=headers, unique=unique))
         url = f"http://{HOST}:{port}{request.path}"
         command = [wrk, "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "60s"]
         before = _children_cpu_s()

@@ -173,6 +173,24 @@ def test_wrk_counts_what_the_server_answers(tmp_path: Path) -> None:
     assert 0 < found.client_cpu_s < 2
 
 
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
+def test_unique_heads_never_come_twice(tmp_path: Path) -> None:
+    once = ECHO.replace("        self.send_response(200)", "        self.send_response(self.first())")
+    once = once.replace(
+        "    def log_message",
+        """    seen = set()
+    def first(self):
+        known = self.headers["x-request-id"] in self.seen
+        self.seen.add(self.headers["x-request-id"])
+        return 409 if known else 200
+    def log_message""",
+    )
+    request = Request("/p", {"X-A": "1"}, b"{}")
+    with serving(scripted(tmp_path, once), tmp_path / "n.onnx", tmp_path) as running:
+        assert load(running.port, request, 1, 1, "unique").failed == 0
+        assert load(running.port, request, 1, 1, "equal").failed > 0
+
+
 def test_without_wrk_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(PeerError, match="apt install wrk"):
