@@ -257,13 +257,22 @@ def test_what_is_beside_the_config_takes_nobodys_place(folder: Path) -> None:
     assert sys.path[-1] == str(folder)
 
 
-@pytest.mark.parametrize("module", ["queue", "models.mine", "service.mine", "numpy"])
+@pytest.mark.parametrize("module", ["queue", "leanserve_models.mine", "leanserve.mine", "numpy"])
 def test_a_factory_in_a_module_that_is_called_like_another_one_is_refused(folder: Path, module: str) -> None:
     file = folder.joinpath(*module.split(".")).with_suffix(".py")
     file.parent.mkdir(exist_ok=True)
     file.write_text(SOURCE)
     with pytest.raises(ConfigError, match=rf"{file} cannot be imported as {module}: .* give yours another name"):
         open_source(PythonBase(python=f"{module}:linear"), folder).fingerprint()
+
+
+@pytest.mark.parametrize("package", ["models", "service"])
+def test_a_factory_may_lie_in_a_package_of_any_other_name(folder: Path, package: str) -> None:
+    (folder / package).mkdir()
+    (folder / package / "__init__.py").touch()
+    (folder / package / f"mine_{package}.py").write_text(SOURCE)
+    base = open_base(origin(folder, "", **VECTOR | {"python": f"{package}.mine_{package}:linear"}))
+    assert base.name == f"mine_{package}"
 
 
 def test_an_import_from_a_folder_that_is_called_like_ours_is_explained(folder: Path) -> None:
