@@ -220,7 +220,7 @@ def built_by(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> Serv
     )
 
     def command(module: str, *arguments: str) -> list[str]:
-        assert (module, arguments[0], arguments[-2]) == ("service", "build", "--tell")
+        assert (module, arguments[0], arguments[-2]) == ("leanserve", "build", "--tell")
         return [sys.executable, "-c", told + code, *arguments]
 
     monkeypatch.setattr("leanserve.start.command", command)
