@@ -70,7 +70,8 @@ def start(config: Path, cache: Path, log: Path, within: float, before: Sequence[
             if httpx.get(url + "/readyz").status_code == 200:
                 return Service(process, url, time.monotonic() - began, log)
         except httpx.TransportError:
-            time.sleep(0.05)
+            pass  # it does not listen yet
+        time.sleep(0.1)  # it listens long before it is ready, and should not be kept from that
     process.kill()
     pytest.fail(f"not ready within {within} s:\n{log.read_text()}")
 

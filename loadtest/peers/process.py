@@ -67,7 +67,7 @@ def serving(peer: Peer, network: Path, cache: Path, options: Sequence[str] = ())
     """Run the peer over this ONNX file until the block ends; its log is in the cache folder.
 
     Raises:
-        PeerError: it ends, or does not listen within ten minutes (leanserve measures a network at its first start).
+        PeerError: it ends, or does not serve within ten minutes (leanserve measures a network at its first start).
     """
     python, port, log = environment_of(peer, cache), _free_port(), cache / f"{peer.name}.log"
     command: list[str | Path] = [python, peer.program, network.resolve(), str(port), *peer.options, *options]
@@ -76,7 +76,7 @@ def serving(peer: Peer, network: Path, cache: Path, options: Sequence[str] = ())
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=variables, start_new_session=True)
     try:
-        _wait_until_it_listens(process, peer, port, log)
+        _wait_until_it_serves(process, peer, port, log)
         yield Running(peer, port, process.pid)
     finally:
         _end(process)
@@ -93,14 +93,27 @@ def ask(port: int, request: Request) -> tuple[int, bytes]:
         connection.close()
 
 
-def _wait_until_it_listens(process: subprocess.Popen[bytes], peer: Peer, port: int, log: Path) -> None:
+def _wait_until_it_serves(process: subprocess.Popen[bytes], peer: Peer, port: int, log: Path) -> None:
     give_up = time.monotonic() + READY_S
     while time.monotonic() < give_up and process.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex((HOST, port)) == 0:
-                return
+        if _serves(port):
+            return
         time.sleep(0.1)
     raise PeerError(f"{peer.name} does not serve; the end of {log}:\n{log.read_text()[-2000:]}")
+
+
+def _serves(port: int) -> bool:
+    """Whether a peer listens and does not say that it is not ready yet, as leanserve does while it measures."""
+    connection = http.client.HTTPConnection(HOST, port, timeout=5)
+    try:
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status != http.HTTPStatus.SERVICE_UNAVAILABLE
+    except http.client.HTTPException:
+        return True  # it answers something else
+    except OSError:
+        return False
+    finally:
+        connection.close()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -117,6 +117,16 @@ def test_a_peer_is_started_measured_and_ended_with_all_that_it_started(tmp_path:
     assert not lives(child)
 
 
+def test_a_peer_that_listens_and_says_that_it_is_not_ready_is_waited_for(tmp_path: Path) -> None:
+    ready = "    def do_GET(self):\n        print('asked', flush=True)\n        self.send_error(next(statuses))\n"
+    starting = ECHO.replace("    def log_message", ready + "    def log_message").replace(
+        "class Echo", "statuses = iter((503, 503, 200))\nclass Echo"
+    )
+    with serving(scripted(tmp_path, starting), tmp_path / "n.onnx", tmp_path) as running:
+        assert ask(running.port, Request("/", {}, b"abc")) == (200, b"abc")
+    assert (tmp_path / "scripted.log").read_text().split()[1:] == ["asked"] * 3
+
+
 def test_a_peer_that_does_not_start_is_named_with_its_log(tmp_path: Path) -> None:
     peer = scripted(tmp_path, "raise SystemExit('no such network')")
     with (
