@@ -158,7 +158,7 @@ def test_another_failure_of_a_measurement_keeps_its_words(monkeypatch: pytest.Mo
 
 
 def test_what_cannot_be_timed_side_by_side_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    children(monkeypatch, {"race": KILLED})
+    children(monkeypatch, {"interleaved_benchmark": KILLED})
     with pytest.raises(PassFailed, match=r"side by side, and memory ran out: .* killed .*; give .* fewer variants"):
         quality.race(ArtifactStore(tmp_path), tiny_base(), ["a"], ["a"], 2)
 
