@@ -1,10 +1,10 @@
 """What a model that runs gives back, found out by running it: its outputs, and whether rows stay out of each other.
 
-Whatever a file or a class declares, only a run tells. A row is run alone, twice, then in company: beside rows of its
-own length, one of which is ten thousand times as large, and padded to a longer row. A model whose answer to that row
-changes (a softmax over the batch, statistics or a scale of the batch, padding that no mask hides, dropout left on)
-would let strangers change each other's answers, so it is refused before anybody waits for a build, unless the config
-says that such rows never share a batch (`base.rows`).
+Whatever a file or a class declares, only a run tells. A row is run alone, several times, then in company: beside rows
+of its own length, one of which is ten thousand times as large, and padded to a longer row. A model whose answer to
+that row changes (a softmax over the batch, statistics or a scale of the batch, padding that no mask hides, dropout
+left on) would let strangers change each other's answers, so it is refused before anybody waits for a build, unless the
+config says that such rows never share a batch (`base.rows`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ TOLERANCE = 1e-3
 """Largest accepted difference, relative to the largest output: kernels add in another order in another batch."""
 NUMBERS = "biuf"
 """Kinds of numpy dtypes."""
+AGAIN = 4
+"""How often a row is asked again: dropout over three numbers looks the same by chance once in eight times."""
 HUGE = 1e4
 """How many times as large as the others a row is that shows a scale which is shared by the whole batch."""
 MASK = "attention_mask"
@@ -99,7 +101,7 @@ def check_rows(
     """
     fields = tuple(item.field() for item in inputs)
     trial = _Trial(run, ModelSpec(fields, ()), names, tolerance)
-    trial.answer_twice()
+    trial.answer_again()
     if rows != "one":
         trial.share_a_batch()
     if rows == "any" and dynamic_axes(fields):
@@ -117,9 +119,9 @@ class _Trial:
         self._rows = [self._row(LENGTHS[0], seed) for seed in (3, 4)]
         self._alone = [self._answers(row) for row in self._rows]
 
-    def answer_twice(self) -> None:
-        reason = self._change(self._alone[0], self._answers(self._rows[0]))
-        if reason:
+    def answer_again(self) -> None:
+        again = (self._change(self._alone[0], self._answers(self._rows[0])) for _ in range(AGAIN))
+        if reason := next(filter(None, again), None):
             raise ConfigError(
                 f"the same row gets another answer the second time ({reason}), so that no answer can be trusted and no "
                 "variant compared. Is dropout left on (F.dropout without training=self.training), is noise added, or "
