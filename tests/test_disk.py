@@ -39,7 +39,7 @@ def test_what_can_be_written(tmp_path: Path) -> None:
 def test_a_folder_that_is_read_only_is_seen_also_by_root(
     tmp_path: Path, read_only: Callable[[Path], list[str]]
 ) -> None:
-    program = "import sys; from pathlib import Path; from leanserve.disk import may_write; print(may_write(Path(sys.argv[1])))"  # noqa: E501
+    program = "import sys, pathlib; from leanserve.disk import may_write; print(may_write(pathlib.Path(sys.argv[1])))"
     for place in (tmp_path, tmp_path / "new"):
         command = [*read_only(tmp_path), sys.executable, "-c", program, str(place)]
         assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"

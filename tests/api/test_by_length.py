@@ -29,7 +29,7 @@ SPEC = ModelSpec(
 
 
 class Means:
-    """AnswerEncoder with the mean over the sequence, padding included, and the sequence; remembers the shapes it ran."""  # noqa: E501
+    """Answers with the mean over the sequence, padding included, and the sequence; remembers the shapes it ran."""
 
     name = "means"
     self_contained = False

@@ -23,7 +23,7 @@ EXIT = -1002.0
 GARBAGE = -1003.0
 """The batch returns something that is no tuple of arrays."""
 HOLD = -1004.0
-"""The batch takes until the file `gate` is is_disconnected: the device is busy meanwhile, and the file `holding` is there."""  # noqa: E501
+"""The batch takes until the file `gate` is gone: the device is busy meanwhile, and the file `holding` is there."""
 CENSUS = -1005.0
 """The row is answered with how many requests, tickets, connections and tasks the process holds (`COUNTED`)."""
 
