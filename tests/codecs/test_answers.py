@@ -16,7 +16,7 @@ SURE = np.array([[0.03, 0.912, 0.058]], np.float32)
 
 
 def of(meaning: Meaning, *others: TensorSpec, labelled: int = 0, labels: tuple[str, ...] = LABELS) -> AnswerEncoder:
-    """AnswerEncoder of a model with one output of three numbers, which may stand behind others."""
+    """The encoder of a model with one output of three numbers, which may stand behind others."""
     outputs = (*others[:labelled], TensorSpec("out", "float32", (3,), meaning=meaning), *others[labelled:])
     return AnswerEncoder(ModelSpec((), outputs, labels, labelled=labelled))
 

@@ -22,7 +22,7 @@ TOKENS = ModelSpec(
 
 
 class Rule:
-    """GateOutputs by a function and remembers the batches' shapes."""
+    """Answers by a function and remembers the batches' shapes."""
 
     name = "rule"
     self_contained = False

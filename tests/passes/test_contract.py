@@ -73,7 +73,7 @@ def constructed(store: ArtifactStore, config: ServiceConfig, base: TinyBase) -> 
 
 
 def outputs(model: Callable[[], Model], batch: Arrays, *, alone: bool = False) -> Arrays:
-    """GateOutputs on a thread of their own, as on a device; `alone` runs every row by itself."""
+    """Answers on a thread of their own, as on a device; `alone` runs every row by itself."""
 
     def run() -> Arrays:
         backend = open_backend(model(), 1)
