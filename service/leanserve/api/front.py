@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from leanserve.api.routes import App, HotPath
-from leanserve.http.connection import Answer, Find
+from leanserve.http.connection import Find
+from leanserve.http.exchange import Answer
 from leanserve.http.messages import AsgiScope, Receive, Send
 
 

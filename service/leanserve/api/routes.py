@@ -18,7 +18,7 @@ from leanserve.api.openai.models import MODELS, ModelList
 from leanserve.api.v1.predict import predict
 from leanserve.api.v2.rest import no_such_path, open_inference_routes
 from leanserve.errors import ClientGone, MethodNotAllowed, OutOfMemory, ServiceError
-from leanserve.http.connection import Answer
+from leanserve.http.exchange import Answer
 from leanserve.http.messages import AsgiScope, Receive, Request, Response, Route, Send, send_response
 from leanserve.memory import is_out_of_memory
 from leanserve.serving.fleet import Fleet
