@@ -2,7 +2,12 @@
 # leave behind.
 #
 #   docker build -t leanserve .
-#   docker run --rm -p 8000:8000 -v leanserve-cache:/var/cache/leanserve leanserve
+#   docker run --rm -p 127.0.0.1:8000:8000 -v leanserve-cache:/var/cache/leanserve leanserve
+#
+# Your own model, with what it needs (extras as in pyproject.toml):
+#   docker build -t leanserve --build-arg EXTRAS=cpu,text,grpc .
+#   docker run --rm -p 127.0.0.1:8000:8000 -v leanserve-cache:/var/cache/leanserve \
+#     -v ./mine:/mine:ro -e LEANSERVE_CONFIG=/mine/leanserve.yaml leanserve
 #
 # The default torch for Linux carries CUDA. PyTorch's own package index has a CPU-only build that is gigabytes smaller; its
 # address is in PyTorch's installation guide:
@@ -19,9 +24,10 @@ WORKDIR /src
 # Slowest to change first: torch, then the other dependencies (installed for a package that is still empty), then us.
 ARG TORCH_INDEX_URL=""
 RUN pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "torch>=2.11,<2.14"
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY service/leanserve/__init__.py service/leanserve/
-RUN mkdir -p models/leanserve_models && pip install ".[cpu]"
+ARG EXTRAS=cpu
+RUN mkdir -p models/leanserve_models && pip install --constraint constraints.txt ".[$EXTRAS]"
 COPY service service
 COPY models models
 RUN pip install --no-deps --force-reinstall .
@@ -32,6 +38,8 @@ USER leanserve
 WORKDIR /app
 COPY models/*.yaml models/
 ENV LEANSERVE_CACHE=/var/cache/leanserve
+ENV LEANSERVE_CONFIG=models/digits.yaml
+ENV MPLCONFIGDIR=/tmp/matplotlib
 VOLUME /var/cache/leanserve
 
 EXPOSE 8000
@@ -41,4 +49,4 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/readyz', timeout=3)"]
 
 ENTRYPOINT ["leanserve"]
-CMD ["serve", "--config", "models/digits.yaml", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["serve", "--host", "0.0.0.0", "--port", "8000"]

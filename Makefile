@@ -5,16 +5,16 @@ HOST ?= 127.0.0.1
 ONNXRUNTIME ?= cpu# or gpu
 BIN := .venv/bin
 
-.PHONY: install serve test perf-analyzer fuzz check build bench train-digits clean
+.PHONY: install serve test perf-analyzer lock fuzz check build bench train-digits clean
 
 install: .venv/.installed
 
 # torch comes first and bounded: an unbounded one may pull another build with gigabytes of GPU libraries.
-.venv/.installed: pyproject.toml
+.venv/.installed: pyproject.toml constraints.txt
 	python3 -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "torch>=2.11,<2.14"
-	$(BIN)/pip install --quiet --editable ".[$(ONNXRUNTIME),grpc,text,vision,dev,loadtest]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$(ONNXRUNTIME),grpc,text,vision,dev,loadtest]"
 	touch $@
 
 serve: install
@@ -33,6 +33,10 @@ test: install
 # Optional, on Debian: with it three more tests are run instead of skipped.
 perf-analyzer: install
 	tests/tools/perf_analyzer.sh
+
+# The versions with which the tests passed; run it in an environment that was made without constraints.
+lock: install
+	$(BIN)/pip freeze --exclude-editable | grep -v -e '^torch==' -e '^torchvision==' -e '^nvidia-' -e '^pip==' >constraints.txt
 
 fuzz: install
 	LEANSERVE_FUZZ_SECONDS=120 $(BIN)/pytest tests/fuzz --timeout 7200

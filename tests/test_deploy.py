@@ -6,11 +6,14 @@ import json
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from prometheus_client.parser import text_string_to_metric_families
 
 from leanserve.telemetry.metrics import Metrics
@@ -18,7 +21,8 @@ from leanserve.telemetry.observations import VariantFacts
 
 ROOT = Path(__file__).parents[1]
 DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/variants.json").read_text())
-COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+COMPOSE = yaml.safe_load(re.sub(r"\$\{\w+:-(.*?)\}", r"\1", (ROOT / "docker-compose.yml").read_text()))
+"""With the defaults of its variables."""
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 OWN_NAME = re.compile(r"\b(?:leanserve|nv)_[a-z_]+")
 needs_promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="promtool (Prometheus) is not installed")
@@ -111,6 +115,32 @@ def test_compose_is_wired() -> None:
     assert scrape["static_configs"] == [{"targets": ["leanserve:8000"]}]
     home = services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
     assert (ROOT / "deploy/grafana/dashboards" / Path(home).name).exists()
+
+
+def test_containers_can_do_no_more_than_they_must() -> None:
+    for name, service in COMPOSE["services"].items():
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["mem_limit"], name
+        assert service["pids_limit"] > 0, name
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"]), f"{name} is open to the network"
+    grafana = COMPOSE["services"]["grafana"]["environment"]
+    assert grafana["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true", "nobody may log in as admin/admin"
+    assert grafana["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+
+
+def test_every_dependency_is_pinned_and_within_its_bounds() -> None:
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
+    pinned = {canonicalize_name(name): version for name, version in pins.items()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(item for name in extras if name != "gpu" for item in extras[name])]
+    for requirement in map(Requirement, wanted):
+        if requirement.name != "torch":  # its builds differ, and it is bounded where it is installed
+            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
+    for user in ("Makefile", "Dockerfile"):
+        assert "--constraint constraints.txt" in (ROOT / user).read_text()
 
 
 def test_image_runs_as_a_user_with_a_cache_volume_and_a_health_check() -> None:
