@@ -16,6 +16,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from prometheus_client.parser import text_string_to_metric_families
 
+from fake_hardware import FakeNvml, busy_gpu, processor
+from leanserve.telemetry.hardware_metrics import Sources
 from leanserve.telemetry.metrics import Metrics
 from leanserve.telemetry.observations import VariantFacts
 
@@ -29,10 +31,11 @@ needs_promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="promto
 
 
 @pytest.fixture(scope="module")
-def exported() -> dict[str, set[str]]:
-    """Sample name -> label names of the page of one variant with traffic."""
-    metrics = Metrics("digits")
-    variant = metrics.add("int8", VariantFacts(passes=("cast",), quality={"score": 1.0}, build_seconds=(1.0,)))
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """Sample name -> label names of the page of one variant with traffic, on a machine that tells everything."""
+    sources = Sources(powercap=processor(tmp_path_factory.mktemp("powercap")), nvml=FakeNvml(busy_gpu()))
+    metrics = Metrics("digits", sources, threads=2)
+    variant = metrics.add("int8", VariantFacts(("cast",), device="cpu", quality={"score": 1.0}, build_seconds=(1.0,)))
     variant.request_done("ok", 0.1)
     variant.batch_done(1, 0, 0.1, [0.1])
     page = metrics.render()[0].decode()

@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from prometheus_client.samples import Sample
 
 from leanserve.errors import QueueFull, ServiceError
+from leanserve.telemetry.hardware_metrics import Sources
 from leanserve.telemetry.metrics import FACTS, REQUESTS, TRAFFIC, TRITON_REASONS, Metrics
 from leanserve.telemetry.observations import OUTCOMES, SECONDS, VariantFacts, VariantMetrics
 
@@ -181,7 +182,7 @@ def proc(tmp_path: Path) -> Path:
 
 
 def test_host_utilisation_is_the_share_since_the_last_scrape(proc: Path) -> None:
-    made = Metrics("digits", proc)
+    made = Metrics("digits", Sources(proc))
     (proc / "stat").write_text("cpu 120 5 5 160 10 0 0 0 70 0\n")
     found = samples(made)
     assert value(found, "nv_cpu_utilization") == pytest.approx(30 / 100)
@@ -190,7 +191,7 @@ def test_host_utilisation_is_the_share_since_the_last_scrape(proc: Path) -> None
 
 
 def test_host_gauges_are_absent_without_proc(tmp_path: Path) -> None:
-    assert not [s for s in samples(Metrics("digits", tmp_path)) if s.name.startswith(("nv_cpu", "process"))]
+    assert not [s for s in samples(Metrics("digits", Sources(tmp_path))) if s.name.startswith(("nv_cpu", "process"))]
 
 
 def test_reading_while_writing_keeps_every_page_consistent() -> None:

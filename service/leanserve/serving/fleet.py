@@ -66,7 +66,7 @@ class Fleet:
         self.status_of = {report.name: VariantStatus(report.state, report.reason or "") for report in reports}
         self.variants: dict[str, Variant] = {}
         """Those that serve now."""
-        self.metrics = Metrics(base.name, caveats=base.caveats, ready=self.is_ready)
+        self.metrics = Metrics(base.name, caveats=base.caveats, ready=self.is_ready, threads=device.threads)
         self.draining = False
         self.sticky_header = config.traffic.sticky_header.lower().encode()
         self.weights: Mapping[str, float] = {}

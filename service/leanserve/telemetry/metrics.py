@@ -19,6 +19,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from leanserve.contracts import Json
+from leanserve.telemetry.hardware_metrics import HardwareMetrics, Sources, initialised_nvml
 from leanserve.telemetry.observations import BucketCounts, VariantFacts, VariantMetrics, no_queue
 from leanserve.telemetry.startup import Startup
 
@@ -153,38 +154,6 @@ TRAFFIC = (
 """For the variants that passed their gate, unloaded ones included. Triton's durations are summed over requests."""
 
 
-class _Host:
-    """CPU and memory of the whole machine as Triton reports them; nothing where there is no /proc."""
-
-    def __init__(self, proc: Path) -> None:
-        self.proc = proc
-        self.share = 0.0
-        self.ticks = self._cpu_ticks()
-
-    def collect(self) -> Iterator[Metric]:
-        ticks = self._cpu_ticks()
-        if ticks is None or self.ticks is None:
-            return
-        busy, total = ticks[0] - self.ticks[0], ticks[1] - self.ticks[1]
-        if total > 0:
-            self.share, self.ticks = busy / total, ticks
-        yield _gauge("nv_cpu_utilization", "Busy share (0-1) of all CPUs since the last scrape.", self.share)
-        fields = (line.split() for line in (self.proc / "meminfo").read_text().splitlines())
-        kibibytes = {name: int(value) for name, value, *_ in fields}
-        used = kibibytes["MemTotal:"] - kibibytes["MemAvailable:"]
-        yield _gauge("nv_cpu_memory_used_bytes", "Memory in use.", used * 1024)
-        yield _gauge("nv_cpu_memory_total_bytes", "Memory there is.", kibibytes["MemTotal:"] * 1024)
-
-    def _cpu_ticks(self) -> tuple[int, int] | None:
-        try:
-            line = (self.proc / "stat").read_text().partition("\n")[0]
-        except OSError:
-            return None
-        # user nice system idle iowait irq softirq steal; guest time, which follows, is already part of user.
-        ticks = [int(value) for value in line.split()[1:9]]
-        return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
-
-
 def _gauge(name: str, text: str, value: float) -> Metric:
     metric = Metric(name, text, "gauge")
     metric.add_sample(name, {}, value)
@@ -197,19 +166,21 @@ class Metrics(Collector):
     def __init__(
         self,
         model: str,
-        proc: Path = Path("/proc"),
+        sources: Sources | None = None,
         caveats: Sequence[str] = (),
         ready: Callable[[], bool] = lambda: True,
+        threads: int | None = None,
     ) -> None:
-        """`ready` is asked at scrape."""
+        """`ready` is asked at scrape; `sources` are this machine's by default; `threads` is the budget for CPUs."""
+        sources = sources or Sources(nvml=initialised_nvml())
         self.model = model
         self.caveats = caveats
         self.variants: dict[str, VariantMetrics] = {}
         self.unrouted = VariantMetrics("", VariantFacts())
         """Counts the requests that reached no variant: unknown path or variant, malformed input."""
         self._ready = ready
-        self._host = _Host(proc)
-        self._registry = _registry(self, proc)
+        self._hardware = HardwareMetrics(sources, threads)
+        self._registry = _registry(self, sources.proc)
 
     def add(
         self,
@@ -236,7 +207,7 @@ class Metrics(Collector):
             yield from (self._metric(family, shown) for family in families)
         yield self._base_info()
         yield from _state(built=1.0, ready=self._ready())
-        yield from self._host.collect()
+        yield from self._hardware.collect(self.model, serving)
 
     def _base_info(self) -> Metric:
         metric = Metric("leanserve_base_info", "1; the labels describe the base.", "gauge")
