@@ -5,7 +5,7 @@ HOST ?= 127.0.0.1
 ONNXRUNTIME ?= cpu# or gpu
 BIN := .venv/bin
 
-.PHONY: install serve test perf-analyzer lock fuzz check build bench train-digits clean
+.PHONY: install serve test perf-analyzer prometheus lock fuzz check build bench train-digits clean
 
 install: .venv/.installed
 
@@ -33,6 +33,10 @@ test: install
 # Optional, on Debian: with it three more tests are run instead of skipped.
 perf-analyzer: install
 	tests/tools/perf_analyzer.sh
+
+# Optional, on Debian: the dashboards and rules are tested in a real Prometheus.
+prometheus: install
+	tests/tools/prometheus.sh
 
 # The versions with which the tests passed; run it in an environment that was made without constraints.
 lock: install

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,15 @@ from leanserve.telemetry.hardware_metrics import Sources
 from leanserve.telemetry.metrics import Metrics
 from leanserve.telemetry.observations import VariantFacts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/variants.json").read_text())
 COMPOSE = yaml.safe_load(re.sub(r"\$\{\w+:-(.*?)\}", r"\1", (ROOT / "docker-compose.yml").read_text()))
 """With the defaults of its variables."""
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
+RULES = yaml.safe_load((ROOT / "deploy/prometheus/rules.yml").read_text())
 OWN_NAME = re.compile(r"\b(?:leanserve|nv)_[a-z_]+")
-needs_promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="promtool (Prometheus) is not installed")
+PROMTOOL = shutil.which("promtool", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="no promtool; `make prometheus` gets it on Debian")
 
 
 @pytest.fixture(scope="module")
@@ -88,21 +92,45 @@ def test_panels_use_the_provisioned_datasource_and_do_not_overlap() -> None:
         cells |= covered
 
 
+def _promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    assert PROMTOOL is not None
+    return subprocess.run([PROMTOOL, *arguments], capture_output=True, text=True, check=False)
+
+
 @needs_promtool
 def test_every_expression_is_valid_promql(tmp_path: Path) -> None:
     parsed = [re.sub(r"\$__rate_interval", "1m", expression) for expression in expressions()]
     rules = [{"record": f"panel:{at}", "expr": expression} for at, expression in enumerate(parsed)]
     file = tmp_path / "rules.yml"
     file.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
-    done = subprocess.run(["promtool", "check", "rules", file], capture_output=True, text=True, check=False)
+    done = _promtool("check", "rules", file)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_promtool
 def test_prometheus_config_is_valid() -> None:
     file = ROOT / "deploy/prometheus/prometheus.yml"
-    done = subprocess.run(["promtool", "check", "config", file], capture_output=True, text=True, check=False)
+    done = _promtool("check", "config", file)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+def test_every_alert_fires_for_what_it_is_about_and_for_nothing_else() -> None:
+    alerts = {rule["alert"] for group in RULES["groups"] for rule in group["rules"] if "alert" in rule}
+    cases = yaml.safe_load((ROOT / "tests/deploy/rules_test.yml").read_text())["tests"]
+    fired = {case["alertname"] for test in cases for case in test["alert_rule_test"] if case.get("exp_alerts")}
+    assert fired == alerts
+    done = _promtool("test", "rules", ROOT / "tests/deploy/rules_test.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_rules_ask_only_for_exported_metrics(exported: dict[str, set[str]]) -> None:
+    rules = [rule for group in RULES["groups"] for rule in group["rules"]]
+    recorded = {rule["record"] for rule in rules if "record" in rule}
+    for rule in rules:
+        assert set(OWN_NAME.findall(rule["expr"])) <= set(exported), rule
+        assert set(re.findall(r"leanserve:[\w:]+", rule["expr"])) <= recorded
+        assert "alert" not in rule or rule["annotations"]["action"], "an alert says what to do"
 
 
 def test_compose_is_wired() -> None:
