@@ -15,7 +15,7 @@ from pydantic import Field, PositiveFloat
 from leanserve.contracts import Base, BuildContext, Model, ModelSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.hardware import isa_flags
-from leanserve.passes.base import Applied, Need, Pass, Tag
+from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.training import TrainingOptions, train
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Distill(TrainingOptions, Pass):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"inputs", "train"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
-    order: ClassVar[int] = 5
+    stage: ClassVar[Stage] = Stage.TRAINING
     isa_bound: ClassVar[bool] = True  # `precision: auto` trains differently where the CPU has bfloat16
 
     def apply(self, model: Model, context: BuildContext) -> Applied:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 from leanserve.comparison import compared
 from leanserve.contracts import BuildContext, Json, Model, TorchModel
 from leanserve.errors import PassFailed
-from leanserve.passes.base import Applied, Need, Pass, Tag
+from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.targets import Targets
 from leanserve.passes.toolkit.timing import inference, seconds_per_call
 
@@ -45,7 +45,7 @@ class Cast(Pass):
     needs: ClassVar[frozenset[Need]] = frozenset({"inputs"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
     removes: ClassVar[frozenset[Tag]] = frozenset({"float_weights", "exportable"})
-    order: ClassVar[int] = 7
+    stage: ClassVar[Stage] = Stage.PRECISION
 
     def unsupported_reason(self, isa: frozenset[str]) -> str | None:
         if INSTRUCTIONS[self.dtype] & isa:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from leanserve.contracts import BuildContext, Json, Model, TorchModel
 from leanserve.errors import PassFailed
-from leanserve.passes.base import Applied, Need, Pass, Tag
+from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.timing import inference, seconds_per_call
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class ChannelsLast(Pass):
     needs: ClassVar[frozenset[Need]] = frozenset({"inputs"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module"})
     forbids: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
-    order: ClassVar[int] = 8
+    stage: ClassVar[Stage] = Stage.LAYOUT_AND_RUNTIME
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         import torch

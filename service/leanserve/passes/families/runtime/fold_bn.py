@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from leanserve.comparison import largest_difference, largest_finite
 from leanserve.contracts import BuildContext, Json, Model, TorchModel
 from leanserve.errors import PassFailed
-from leanserve.passes.base import Applied, Need, Pass, Tag
+from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ class FoldBn(Pass):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"inputs"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
-    order: ClassVar[int] = 6
+    stage: ClassVar[Stage] = Stage.NUMERIC_PREPARATION
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         import torch

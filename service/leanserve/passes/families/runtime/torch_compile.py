@@ -19,7 +19,7 @@ from pydantic import Field, PositiveInt
 
 from leanserve.contracts import BuildContext, Json, Model, TorchModel
 from leanserve.errors import PassFailed
-from leanserve.passes.base import Applied, Need, Pass, Tag
+from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.timing import inference, seconds_per_call
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ class TorchCompile(Pass):
     forbids: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
     produces: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
     removes: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "exportable"})
-    order: ClassVar[int] = 8
-    phase: ClassVar[Literal["build", "load"]] = "load"
+    stage: ClassVar[Stage] = Stage.LOADING
     isa_bound: ClassVar[bool] = True
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
