@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from leanserve.comparison import compared
@@ -66,7 +67,7 @@ class Cast(Pass):
             self._check(module(*example), model.module(*example))
             seconds = seconds_per_call({"before": lambda: model.module(*example), "after": lambda: module(*example)})
         facts = {"speedup": seconds["before"] / seconds["after"], "kept_layers": len(kept)}
-        return Applied(TorchModel(module, model.spec), {"keep": kept}, facts)
+        return Applied(replace(model, module=module), {"keep": kept}, facts)
 
     def rebuild_structure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
         import torch

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from leanserve.comparison import largest_difference, largest_finite
@@ -57,7 +58,7 @@ class FoldBn(Pass):
         if change > TOLERANCE:
             raise PassFailed(f"fold_bn changed the outputs by {change:.1e} of their size; this model cannot be folded")
         return Applied(
-            TorchModel(module, model.spec), {"pairs": pairs}, {"folded": len(pairs), "relative_change": change}
+            replace(model, module=module), {"pairs": pairs}, {"folded": len(pairs), "relative_change": change}
         )
 
     def rebuild_structure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sysconfig
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -81,7 +82,7 @@ class TorchCompile(Pass):
     def on_load(self, model: Model, decisions: Mapping[str, Json]) -> Model:
         """Wrap the module so that its first batch in each bucket compiles it."""
         assert isinstance(model, TorchModel)
-        return TorchModel(self._compiled(model, decisions["freezing"]).eval(), model.spec)
+        return replace(model, module=self._compiled(model, decisions["freezing"]).eval())
 
     def _compiled(self, model: TorchModel, freezing: Freezing) -> CompiledModule:
         from torch._inductor import list_mode_options
