@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 Array: TypeAlias = NDArray[Any]
 Arrays: TypeAlias = tuple[Array, ...]
@@ -173,10 +173,15 @@ class Base(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TorchModel:
-    """A model as a torch module in eval mode that takes the spec's fields as positional tensors."""
+    """A model as a torch module in eval mode that takes the spec's fields as positional tensors.
+
+    `masks` holds the sparsity that passes made: by the name of a parameter, bool in its shape, `False` where it stays
+    zero. They are stored with the weights; of a weight that is gone or was reshaped they say nothing.
+    """
 
     module: nn.Module
     spec: ModelSpec
+    masks: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

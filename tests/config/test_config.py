@@ -69,7 +69,7 @@ MISTAKES = {
         "      - {kind: quantize_static}\n      - {kind: onnxruntime}",
         "      - {kind: onnxruntime}\n      - {kind: quantize_static}",
         9,
-        "'quantize_static' cannot come after 'onnxruntime'",
+        "'quantize_static' (precision) cannot come after 'onnxruntime' (layout and runtime)",
     ),
     "name used twice": ("name: int8", "name: float", 5, "the name 'float' is used twice"),
     "bad name": ("name: int8", "name: 'int 8'", 5, "a name is 1-63 letters"),

@@ -1,4 +1,4 @@
-"""The order of passes: tags, order classes, and the remedy in the message."""
+"""The order of passes: tags, stages, and the remedy in the message."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from leanserve.passes import ALL, AnyPass
-from leanserve.passes.base import Pass
+from leanserve.passes.base import Pass, Stage
 from leanserve.passes.composition import find_violation
 
 PASS: TypeAdapter[Pass] = TypeAdapter(AnyPass)
@@ -44,9 +44,17 @@ def test_legal_orders(kinds: tuple[str, ...]) -> None:
         (
             ("quantize_static", "prune_channels"),
             1,
-            ("'prune_channels' cannot come after 'quantize_static'", "prune_channels -> quantize_static"),
+            (
+                "'prune_channels' (structural removal) cannot come after 'quantize_static' (precision)",
+                "prune_channels -> quantize_static",
+            ),
         ),
-        (("fold_bn", "distill"), 1, ("'distill' cannot come after 'fold_bn'", "distill -> fold_bn")),
+        (
+            ("fold_bn", "distill"),
+            1,
+            ("'distill' (training) cannot come after 'fold_bn' (numeric preparation)", "distill -> fold_bn"),
+        ),
+        (("torch_compile", "channels_last"), 1, ("(layout and runtime) cannot come after 'torch_compile' (loading)",)),
         (("onnxruntime", "channels_last"), 1, ("tag 'eager_module'", "'onnxruntime' has removed it")),
         (("onnxruntime", "onnxruntime"), 1, ("forbids a runtime", "No order of these passes is legal")),
         (("quantize_static", "quantize_dynamic"), 1, ("requires float32 weights", "'quantize_static' has removed it")),
@@ -65,6 +73,6 @@ def test_a_violation_names_both_passes_the_reason_and_a_legal_order(
 
 def test_every_pass_declares_its_place() -> None:
     for pass_ in ALL:
-        assert 0 <= pass_.order <= 9, pass_
+        assert pass_.stage in Stage, pass_
         assert pass_.__doc__, pass_
         assert pass_.requires, pass_

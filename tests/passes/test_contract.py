@@ -21,15 +21,14 @@ from leanserve.build import builder as build
 from leanserve.build.cache_key import steps_of
 from leanserve.build.progress import BuildProgress
 from leanserve.config.errors import KINDS
-from leanserve.config.schema import ServiceConfig, VariantConfig
+from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Arrays, Model, TensorSpec
-from leanserve.errors import ConfigError, PassFailed
+from leanserve.errors import PassFailed
 from leanserve.evaluation.fidelity import fidelity
 from leanserve.evaluation.quality import GateOutputs
 from leanserve.hardware import cpu_name, isa_flags
 from leanserve.passes import AnyPass
 from leanserve.passes.base import Pass
-from leanserve.passes.families.runtime.fold_bn import FoldBn
 from leanserve.runtime.backends.choose import open_backend
 from structural_nets import Residual, image_base, row_base
 from tiny_base import TinyBase
@@ -181,27 +180,6 @@ def test_what_decides_an_artifact_decides_its_key(change: str) -> None:
         "parent": lambda: key(base, 0, 0.9, {"kind": "prune_channels", "ratio": 0.5}),
     }[change]()
     assert other != usual
-
-
-class Reading(FoldBn):
-    """With an option that names a file."""
-
-    table: Path
-
-
-def test_a_file_that_an_option_names_decides_by_its_content(tmp_path: Path) -> None:
-    def key() -> str:
-        variant = VariantConfig.model_construct(name="v", passes=(Reading(table=tmp_path / "table"),))
-        return steps_of(config_of([]), row_base(), variant)[-1].key
-
-    keys = []
-    for content in ("one", "two", "one"):
-        (tmp_path / "table").write_text(content)
-        keys.append(key())
-    assert keys[0] == keys[2] != keys[1]
-    (tmp_path / "table").unlink()
-    with pytest.raises(ConfigError, match=r"cannot read .*table"):
-        key()
 
 
 def test_a_failing_pass_names_variant_position_and_option(tmp_path: Path) -> None:

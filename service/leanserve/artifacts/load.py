@@ -48,13 +48,15 @@ def _stored_model(store: ArtifactStore, base: Base, chain: Sequence[Recipe]) -> 
     folder = store.folder(holder.key)
     if ONNX_FILE in holder.files:
         return OnnxModel(folder / ONNX_FILE, base.spec)
+    from leanserve.passes.toolkit.masks import unpacked_masks
     from leanserve.passes.toolkit.ties import load_tensors, read_tensors
 
     module = base.torch_module()
     for recipe in chain[1 : chain.index(holder) + 1]:
         module = _pass_of(recipe).rebuild_structure(module, recipe.decisions)
-    load_tensors(module, read_tensors(folder / TORCH_FILE)[0])
-    return TorchModel(module.eval(), base.spec)
+    weights, masks = unpacked_masks(read_tensors(folder / TORCH_FILE)[0])
+    load_tensors(module, weights)
+    return TorchModel(module.eval(), base.spec, masks)
 
 
 def _pass_of(recipe: Recipe) -> Pass:

@@ -255,11 +255,12 @@ class ArtifactStore:
 
 
 def write_model(model: Model, folder: Path) -> None:
-    """Store the weights of a torch module, or the file of an ONNX model."""
+    """Store the weights of a torch module and their masks, or the file of an ONNX model."""
     if isinstance(model, TorchModel):
+        from leanserve.passes.toolkit.masks import packed_masks
         from leanserve.passes.toolkit.ties import write_tensors
 
-        write_tensors(model.module.state_dict(), folder / TORCH_FILE)
+        write_tensors({**model.module.state_dict(), **packed_masks(model)}, folder / TORCH_FILE)
     else:
         (folder / ONNX_FILE).write_bytes(model.path.read_bytes())
 

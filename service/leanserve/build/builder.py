@@ -23,7 +23,7 @@ from leanserve.errors import ArtifactCorrupt, GateFailed, PassFailed, StartupErr
 from leanserve.evaluation.quality import GateOutputs, gate_reason, measure, race
 from leanserve.hardware import cpu_name, isa_flags
 from leanserve.memory import is_out_of_memory
-from leanserve.passes.base import Applied, Pass
+from leanserve.passes.base import Applied, Pass, Stage
 
 _Measured = TypeVar("_Measured", Measurement, BenchmarkResult)
 
@@ -207,7 +207,7 @@ class Builder:
     def _make(self, step: RecipeStep, model: Model | None) -> Model:
         applied, seconds = self._apply(step, model)
         with self._store.workspace(step.key) as folder:
-            if step.pass_ is None or step.pass_.phase == "build":
+            if step.pass_ is None or step.pass_.stage is not Stage.LOADING:
                 write_model(applied.model, folder)
             self._store.publish(folder, self._recipe(step, applied, seconds, checksums(folder)))
         if isinstance(applied.model, OnnxModel):

@@ -1,9 +1,9 @@
 """From a variant to its chain of cache keys, without importing anything heavy.
 
-A key is a sha256 over everything that decides an artifact: parent key, pass and options with defaults filled, content
-of files that options name, source of the pass and of the tools it shares with others, base (code, weights, data), seed,
-library versions and, for results bound to the hardware, the instruction set. Variants that share their first passes
-share those keys.
+A key is a sha256 over everything that decides an artifact: parent key, pass and options with defaults filled, of files
+that options name the content instead of the path, source of the pass and of all that it imports of ours, base (code,
+weights, data), seed, library versions and, for results bound to the hardware, the instruction set. Variants that share
+their first passes share those keys.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
+from pydantic_core import to_jsonable_python
+
 from leanserve.bases.checkpoints import file_digest
+from leanserve.build.source_closure import closure_digest
 from leanserve.config.schema import ServiceConfig, VariantConfig
 from leanserve.contracts import Base, Json
 from leanserve.hardware import isa_flags, library_version
@@ -23,6 +26,8 @@ from leanserve.passes.base import Pass
 
 FORMAT = 2
 """Raise when the layout of artifacts changes."""
+ROOT = Path(__file__).parent.parent
+"""The folder of our package."""
 
 
 @dataclass(frozen=True)
@@ -53,28 +58,24 @@ def _ingredients(pass_: Pass, parent: str, seed: int) -> Json:
     return {
         "format": FORMAT,
         "parent": parent,
-        "options": pass_.model_dump(mode="json"),
-        "contents": _contents(pass_),
-        "source": _source_digest(type(pass_)),
+        "options": _by_content(pass_.model_dump()),
+        "source": closure_digest(Path(inspect.getfile(type(pass_))), ROOT),
         "seed": seed,
         "versions": versions_of(pass_.libraries),
         "isa": sorted(isa_flags()) if pass_.isa_bound else None,
     }
 
 
-def _contents(pass_: Pass) -> dict[str, str]:
-    """Digests of files that options name: a path says nothing of what lies there."""
-    options = {name: getattr(pass_, name) for name in type(pass_).model_fields}
-    return {name: file_digest(value) for name, value in options.items() if isinstance(value, Path)}
+def _by_content(value: Json) -> Json:
+    """Options as JSON, a file by the digest of its content: a path says nothing of what lies there."""
+    if isinstance(value, Path):
+        return {"sha256": file_digest(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _by_content(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_by_content(item) for item in value]
+    return to_jsonable_python(value)
 
 
 def _digest(ingredients: Json) -> str:
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
-
-
-@cache
-def _source_digest(pass_: type[Pass]) -> str:
-    digest = hashlib.sha256(Path(inspect.getfile(pass_)).read_bytes())
-    for tool in sorted(Path(__file__).parent.glob("tools/*.py")):
-        digest.update(tool.read_bytes())
-    return digest.hexdigest()

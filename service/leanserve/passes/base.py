@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -25,6 +26,28 @@ Tag = Literal[
     "runtime",  # an execution runtime has been chosen
 ]
 Need = Literal["inputs", "calibration", "train", "labels", "gpu", "compiler"]
+
+
+class Stage(IntEnum):
+    """What a pass does to a model, in the order in which passes may follow one another."""
+
+    ARCHITECTURE = 1
+    STRUCTURAL_REMOVAL = 2
+    FACTORISATION = 3
+    SPARSIFICATION = 4
+    TRAINING = 5
+    """It may also come before others of the stages 1-4, of which it recovers the model."""
+    NUMERIC_PREPARATION = 6
+    PRECISION = 7
+    LAYOUT_AND_RUNTIME = 8
+    LOADING = 9
+    """Acts whenever the model is loaded: its artifact has no files, those of the pass before are used."""
+
+    @property
+    def words(self) -> str:
+        """The stage as messages name it."""
+        return self.name.lower().replace("_", " ")
+
 
 BASE_TAGS: frozenset[Tag] = frozenset({"eager_module", "float_weights", "exportable"})
 """The state tags of an uncompressed torch base."""
@@ -67,8 +90,7 @@ class Pass(BaseModel):
     forbids: ClassVar[frozenset[Tag]] = frozenset()
     produces: ClassVar[frozenset[Tag]] = frozenset()
     removes: ClassVar[frozenset[Tag]] = frozenset()
-    order: ClassVar[int]
-    phase: ClassVar[Literal["build", "load"]] = "build"
+    stage: ClassVar[Stage]
     libraries: ClassVar[tuple[str, ...]] = ("torch",)
     """Distributions whose versions decide the result; they enter the cache key."""
     isa_bound: ClassVar[bool] = False

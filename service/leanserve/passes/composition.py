@@ -1,7 +1,7 @@
 """May these passes follow one another? Checked when the config is read, before any work.
 
-Two rules: state tags (a pass requires, forbids, produces and removes some) and order classes (non-decreasing, except
-that training, class 5, may come after any of the classes 1-4 it recovers from).
+Two rules: state tags (a pass requires, forbids, produces and removes some) and stages, which do not go back, except
+that training may stand before what it recovers the model from.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
-from leanserve.passes.base import BASE_TAGS, Pass, Tag
+from leanserve.passes.base import BASE_TAGS, Pass, Stage, Tag
 
-TRAINING = 5
 MEANING: dict[Tag, str] = {
     "eager_module": "a plain torch module",
     "float_weights": "float32 weights",
@@ -47,10 +46,8 @@ def _first_violation(passes: Sequence[Pass], tags: frozenset[Tag]) -> Violation 
     removed_by: dict[Tag, str] = {}
     produced_by: dict[Tag, str] = {}
     for position, step in enumerate(passes):
-        if highest is not None and step.order < highest.order:
-            return Violation(
-                position, f"'{step.kind}' cannot come after '{highest.kind}' ({_why_order(step, highest)})."
-            )
+        if highest is not None and step.stage < highest.stage:
+            return Violation(position, _out_of_order(step, highest))
         for tag in sorted(step.requires - tags):
             culprit = f"'{removed_by[tag]}' has removed it" if tag in removed_by else "the base does not give it"
             return Violation(position, f"'{step.kind}' requires {MEANING[tag]} (tag '{tag}'), but {culprit}.")
@@ -62,18 +59,19 @@ def _first_violation(passes: Sequence[Pass], tags: frozenset[Tag]) -> Violation 
         tags = (tags - step.removes) | step.produces
         removed_by |= dict.fromkeys(step.removes, step.kind)
         produced_by |= dict.fromkeys(step.produces, step.kind)
-        if step.order != TRAINING and (highest is None or step.order >= highest.order):
+        if step.stage is not Stage.TRAINING:
             highest = step
     return None
 
 
-def _why_order(step: Pass, highest: Pass) -> str:
-    return f"order class {step.order} after class {highest.order}: structure first, then training, then numerics"
+def _out_of_order(step: Pass, highest: Pass) -> str:
+    late, early = (f"'{item.kind}' ({item.stage.words})" for item in (highest, step))
+    return f"{early} cannot come after {late}: structure first, then training, then numerics."
 
 
 def _legal_order(passes: Sequence[Pass], tags: frozenset[Tag]) -> list[str] | None:
-    by_class = sorted(passes, key=lambda step: step.order)
-    candidates = [by_class] if len(passes) > 6 else [by_class, *map(list, permutations(by_class))]
+    by_stage = sorted(passes, key=lambda step: step.stage)
+    candidates = [by_stage] if len(passes) > 6 else [by_stage, *map(list, permutations(by_stage))]
     for candidate in candidates:
         if _first_violation(candidate, tags) is None:
             return [step.kind for step in candidate]

@@ -12,7 +12,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -87,7 +87,7 @@ def without(model: TorchModel, blocks: Sequence[Block]) -> TorchModel:
     Raises:
         PassFailed: the model's code depends on the channel counts that changed.
     """
-    made = TorchModel(copy.deepcopy(model.module), model.spec)
+    made = replace(model, module=copy.deepcopy(model.module))
     graph = _graph(made.module, made.spec)
     channels: dict[str, list[int]] = {}
     for block in blocks:

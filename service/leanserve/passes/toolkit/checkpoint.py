@@ -1,7 +1,9 @@
-"""Training checkpoints without pickle: tensors of module and optimiser as safetensors, everything else as JSON beside.
+"""Training checkpoints without pickle: tensors as safetensors, everything else as JSON in their header.
 
-A checkpoint is swapped in whole, so that a kill at any moment leaves one that can be read, and its tensors are checked
-against a checksum before training goes on from them.
+The state of a training is one flat mapping of dotted names (`module.conv.weight`, `optimiser.groups`,
+`callback.0.best`) to tensors or JSON, so that whatever takes part in it (module, extra parameters, optimiser,
+callbacks) comes back the same way. A checkpoint is swapped in whole, so that a kill at any moment leaves one that can
+be read, and its tensors are checked against a checksum before training goes on from them.
 """
 
 from __future__ import annotations
@@ -11,63 +13,67 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from leanserve.contracts import Json
+TrainingState: TypeAlias = Mapping[str, Any]
+"""Tensors and JSON by name."""
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-MODULE, OPTIMISER = "module.", "optimiser."
+
+def part_of(state: TrainingState, part: str) -> dict[str, Any]:
+    """What stands under `part`, without that prefix."""
+    return {name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")}
 
 
-class TrainingCheckpoint(NamedTuple):
-    """An interrupted training: what the loop noted, and the state to go on from."""
-
-    notes: Json
-    tensors: Mapping[str, Tensor]
-    plain: Mapping[str, Json]
-    groups: Json
-
-    def restore(self, module: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-        """Put module and optimiser in the state in which they were written."""
-        from leanserve.passes.toolkit.ties import load_tensors
-
-        of_module = {name: tensor for name, tensor in self.tensors.items() if name.startswith(MODULE)}
-        load_tensors(module, {name.removeprefix(MODULE): tensor for name, tensor in of_module.items()})
-        state: dict[int, dict[str, Json]] = {}
-        for place, value in {**self.tensors, **self.plain}.items():
-            if place.startswith(OPTIMISER):
-                index, _, name = place.removeprefix(OPTIMISER).partition(".")
-                state.setdefault(int(index), {})[name] = value
-        optimiser.load_state_dict({"state": state, "param_groups": self.groups})
+def as_part(state: TrainingState, part: str) -> dict[str, Any]:
+    """The same names under `part`."""
+    return {f"{part}.{name}": value for name, value in state.items()}
 
 
-def write_checkpoint(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, notes: Json) -> None:
+def module_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, the module's own; what it adds to its state dict besides comes with the module."""
+    import torch
+
+    return {name: value.detach() for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+def optimiser_state(optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimiser knows, flat."""
+    state = optimiser.state_dict()
+    values = {f"{index}.{name}": value for index, own in state["state"].items() for name, value in own.items()}
+    return {"groups": state["param_groups"], **as_part(values, "state")}
+
+
+def restore_optimiser(optimiser: torch.optim.Optimizer, found: TrainingState) -> None:
+    """Put an optimiser in the state that `optimiser_state` gave."""
+    state: dict[int, dict[str, Any]] = {}
+    for place, value in part_of(found, "state").items():
+        index, _, name = place.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimiser.load_state_dict({"state": state, "param_groups": found["groups"]})
+
+
+def write_checkpoint(path: Path, state: TrainingState) -> None:
     """Write a checkpoint beside the old one and swap."""
     import torch
 
     from leanserve.passes.toolkit.ties import write_tensors
 
-    state = optimiser.state_dict()
-    own = module.state_dict().items()
-    tensors = {MODULE + name: value for name, value in own if isinstance(value, torch.Tensor)}
-    plain: dict[str, Json] = {}
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            (tensors if isinstance(value, torch.Tensor) else plain)[f"{OPTIMISER}{index}.{name}"] = value
-    told = {"notes": notes, "plain": plain, "groups": state["param_groups"], "sha256": _checksum(tensors)}
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    told = {"plain": {name: value for name, value in state.items() if name not in tensors}}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    write_tensors(tensors, partial, {"told": json.dumps(told)})
+    write_tensors(tensors, partial, {"told": json.dumps({**told, "sha256": _checksum(tensors)})})
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
 
 
-def read_training_checkpoint(path: Path) -> TrainingCheckpoint | None:
-    """A checkpoint; `None` if there is none, or none that is as it was written: then training starts anew."""
+def read_training_checkpoint(path: Path) -> TrainingState | None:
+    """The state in a checkpoint; `None` if there is none that is as it was written: then training starts anew."""
     from safetensors import SafetensorError
 
     from leanserve.passes.toolkit.ties import read_tensors
@@ -77,9 +83,7 @@ def read_training_checkpoint(path: Path) -> TrainingCheckpoint | None:
     try:
         tensors, header = read_tensors(path)
         told = json.loads(header["told"])
-        if told["sha256"] != _checksum(tensors):
-            return None
-        return TrainingCheckpoint(told["notes"], tensors, told["plain"], told["groups"])
+        return {**told["plain"], **tensors} if told["sha256"] == _checksum(tensors) else None
     except (SafetensorError, ValueError, KeyError):
         return None
 

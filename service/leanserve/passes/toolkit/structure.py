@@ -7,6 +7,7 @@ change on it, after which the weights must fit exactly. So decisions speak only 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -26,7 +27,7 @@ def copy_of(model: Model, kind: str) -> TorchModel:
         raise PassFailed(
             f"{kind} changes torch modules, but the model is ONNX already; put it before the lowering pass"
         )
-    return TorchModel(copy.deepcopy(model.module).eval(), model.spec)
+    return dataclasses.replace(model, module=copy.deepcopy(model.module).eval())
 
 
 def replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -1,17 +1,20 @@
-"""The one training loop: everything that trains (recovery by distillation now, later other passes) calls `train`.
+"""The one training loop: everything that trains calls `train`, with what it lowers and with what happens on the way.
 
 It exists once so that what is easy to get wrong is right once: a run that was interrupted goes on from its last epoch
-and ends in the same weights as an undisturbed one, weights that a pass has set to zero stay zero, bfloat16 is used only
-where the CPU has instructions for it, and whoever waits sees how far it is.
+and ends in the same weights as an undisturbed one, bfloat16 is used only where the CPU has instructions for it, and
+whoever waits sees how far it is. What is special about a way of training is an `Objective` (what is lowered, with
+parameters of its own: distillation, features, movement scores) or a `TrainingCallback` (what happens at a step or an
+epoch: masks, averages, sharpness, schedules of sparsity, early stopping), never another loop.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
@@ -20,13 +23,21 @@ from leanserve.errors import PassFailed
 from leanserve.hardware import isa_flags
 from leanserve.memory import is_out_of_memory
 from leanserve.passes.toolkit.augmentation import AUGMENTATIONS, Augment
-from leanserve.passes.toolkit.checkpoint import read_training_checkpoint, write_checkpoint
+from leanserve.passes.toolkit.checkpoint import (
+    as_part,
+    module_state,
+    optimiser_state,
+    part_of,
+    read_training_checkpoint,
+    restore_optimiser,
+    write_checkpoint,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    Loss: TypeAlias = Callable[[tuple[torch.Tensor, ...], torch.Tensor | None], torch.Tensor]
+    from leanserve.passes.toolkit.checkpoint import TrainingState
 
 FAST_BF16 = frozenset({"avx512_bf16", "amx_bf16"})
 """Instruction sets that train faster in bfloat16; ARM's `bf16` is left out because nobody has measured it here."""
@@ -35,7 +46,7 @@ CHECKPOINT = "training.safetensors"
 
 
 class TrainingOptions(BaseModel):
-    """The options of every pass that trains; a pass inherits them, so that they mean the same everywhere."""
+    """The schedule, and options of every pass that trains: inherited, so that they mean the same everywhere."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,6 +63,10 @@ class TrainingOptions(BaseModel):
     """Random changes of image inputs, fresh in every epoch."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """`auto` computes in bfloat16 where the CPU has instructions for it; weights are float32 in any case."""
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay per step of a moving average of the weights, in which training ends instead of the last ones; 0: none."""
+    patience: PositiveInt | None = None
+    """Stop after so many epochs without a lower loss on the calibration split, and keep the best epoch's weights."""
 
     def resolved_precision(self, isa: frozenset[str]) -> Literal["float32", "bf16"]:
         """What `auto` means on a machine with these instruction sets."""
@@ -59,27 +74,87 @@ class TrainingOptions(BaseModel):
             return "bf16" if FAST_BF16 & isa else "float32"
         return self.precision
 
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step, from 0, of so many."""
+        rising = self.warmup * steps
+        if step < rising:
+            return self.learning_rate * (step + 1) / (rising + 1)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+
+
+class Objective:
+    """What training lowers."""
+
+    def loss(self, inputs: tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> torch.Tensor:
+        """The scalar loss of a batch: its (augmented) inputs, its labels if there are any. It runs under autocast."""
+        raise NotImplementedError
+
+    def extra(self) -> nn.Module | None:
+        """Parameters of its own, always the same module: trained and resumed beside the module's, in the optimiser's
+        third and fourth group. They are no part of the model and are gone with the objective."""
+        return None
+
+
+class TrainingCallback:
+    """What happens on the way. Callbacks act in the order in which they are given, at the end in the reverse one."""
+
+    def begin(self, run: TrainingRun) -> None:
+        """Before the first step, of a resumed run too; `restore` follows if it is one. The optimiser may be changed."""
+
+    def begin_epoch(self, run: TrainingRun) -> None:
+        """Module and extra parameters are in training mode."""
+
+    def gradients(self, run: TrainingRun, compute: Callable[[], torch.Tensor]) -> torch.Tensor:  # noqa: ARG002
+        """Leave the gradients of a step in the parameters and return its loss.
+
+        `compute` does it for the weights as they are, from zero, as often as it is called. The learning rate of the
+        step stands in the optimiser's groups, and may be changed.
+        """
+        return compute()
+
+    def end_step(self, run: TrainingRun) -> None:
+        """The optimiser has changed the weights; there are no gradients to be followed here."""
+
+    def end_epoch(self, run: TrainingRun) -> None:
+        """Before the checkpoint is written; `run.stop()` makes it the last epoch."""
+
+    def end(self, run: TrainingRun) -> None:
+        """All epochs are done, in this process or before: leave in the module what training ends in."""
+
+    def state(self) -> TrainingState:
+        """What a resumed run needs: tensors and JSON by name."""
+        return {}
+
+    def restore(self, state: TrainingState) -> None:
+        """Go on from what `state` gave."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What happened: mean loss of the first and the last epoch, and the epoch from which the run was resumed."""
+    """What happened: mean loss of the first and the last epoch, epochs trained, the epoch from which it was resumed."""
 
     first_loss: float
     last_loss: float
+    epochs: int
     resumed_from: int
 
 
-def train(module: nn.Module, loss: Loss, options: TrainingOptions, context: BuildContext) -> Trained:
-    """Train `module` in place on the base's train split and leave it in eval mode.
+def train(
+    module: nn.Module,
+    objective: Objective,
+    data: Data,
+    schedule: TrainingOptions,
+    callbacks: Sequence[TrainingCallback],
+    context: BuildContext,
+) -> Trained:
+    """Train `module` in place on `data` (usually the base's train split) and leave it in eval mode.
 
-    `loss` gets the (augmented) inputs of a batch and its labels (`None` if the data has none) and returns a scalar; it
-    runs under autocast. Exact zeros in a weight matrix or kernel are taken for a sparsity pattern and are kept, except
-    where all of it is zero, which is an initialisation. After an interruption the same call with the same
-    `context.scratch` goes on behind the last finished epoch and gives the same weights as an undisturbed run.
+    After an interruption the same call with the same `context.scratch` goes on behind the last finished epoch and gives
+    the same weights as an undisturbed run.
 
     Raises:
-        PassFailed: the train split is empty, the augmentation does not fit the inputs, the loss is not finite, or
-            there is no memory for the batches; or the base says that rows share no batch, where a step needs many.
+        PassFailed: there are no rows, the augmentation does not fit the inputs, the loss is not finite, or there is no
+            memory for the batches; or the base says that rows share no batch, where a step needs many.
     """
     import torch
 
@@ -88,123 +163,176 @@ def train(module: nn.Module, loss: Loss, options: TrainingOptions, context: Buil
             f"training runs batches of any rows, and base.rows: {context.base.spec.rows} says that they share none; "
             "drop the pass"
         )
-    data = context.base.data("train")
     if len(data) == 0:
         raise PassFailed(f"base '{context.base.name}' has no rows in its train split; training needs some")
     threads = torch.get_num_threads()
     torch.set_num_threads(context.threads)
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            return _Run(module, loss, options, context).to_the_end(data)
+            return TrainingRun(module, objective, schedule, callbacks, context).to_the_end(data)
     except Exception as error:
         if isinstance(error, PassFailed) or not is_out_of_memory(error):
             raise
-        text = f"memory ran out while training on batches of {options.batch} rows ({error}); lower the option 'batch'"
+        text = f"memory ran out while training on batches of {schedule.batch} rows ({error}); lower the option 'batch'"
         raise PassFailed(text) from error
     finally:
         torch.set_num_threads(threads)
         module.eval()
 
 
-class _Run:
-    """The state of one training: optimiser, sparsity pattern, losses of the epochs that are done."""
+class TrainingRun:
+    """One training as callbacks see it."""
 
-    def __init__(self, module: nn.Module, loss: Loss, options: TrainingOptions, context: BuildContext) -> None:
-        self._module = module
-        self._loss = loss
-        self._options = options
-        self._context = context
-        self._optimiser = _optimiser(module, options)
-        self._kept = _sparsity(module)
+    def __init__(
+        self,
+        module: nn.Module,
+        objective: Objective,
+        schedule: TrainingOptions,
+        callbacks: Sequence[TrainingCallback],
+        context: BuildContext,
+    ) -> None:
+        self.module = module
+        self.objective = objective
+        self.schedule = schedule
+        self.context = context
+        self.optimiser = _optimiser(module, objective.extra(), schedule)
+        self.step = 0
+        """Steps that are done."""
+        self.steps = 0
+        """Steps of all epochs."""
+        self._callbacks = callbacks
         self._losses: list[float] = []
+        self._stopped = False
         self._checkpoint = context.scratch / CHECKPOINT
 
-    def to_the_end(self, data: Data) -> Trained:
-        self._resume()
-        start = len(self._losses)
-        for epoch in range(start, self._options.epochs):
-            self._losses.append(self._epoch(epoch, data))
-            self._save()
-        return Trained(self._losses[0], self._losses[-1], start)
+    @property
+    def epochs_done(self) -> int:
+        """Epochs that are done."""
+        return len(self._losses)
 
-    def _epoch(self, epoch: int, data: Data) -> float:
+    def stop(self) -> None:
+        """Make this epoch the last one."""
+        self._stopped = True
+
+    def to_the_end(self, data: Data) -> Trained:
+        """Train what is left to train on `data`."""
+        per_epoch = max(1, len(data) // self.schedule.batch)
+        self.steps = per_epoch * self.schedule.epochs
+        self._each("begin")
+        self._resume()
+        start = self.epochs_done
+        self.step = start * per_epoch
+        while self.epochs_done < self.schedule.epochs and not self._stopped:
+            self._losses.append(self._epoch(data))
+            self._each("end_epoch")
+            write_checkpoint(self._checkpoint, self._state())
+        for callback in reversed(self._callbacks):
+            callback.end(self)
+        return Trained(self._losses[0], self._losses[-1], self.epochs_done, start)
+
+    def _epoch(self, data: Data) -> float:
         """One pass over the data. Its randomness depends on seed and epoch only, which is what makes resuming exact."""
         import torch
 
-        seed = self._context.seed * 100_003 + epoch
+        seed = self.context.seed * 100_003 + self.epochs_done
         torch.manual_seed(seed)
-        self._module.train()
-        steps = max(1, len(data) // self._options.batch)
-        total = 0.0
-        for index, (inputs, labels) in enumerate(self._batches(data, seed)):
-            step = epoch * steps + index
-            value = self._step(inputs, labels, self._learning_rate(step, steps * self._options.epochs))
+        self._to_training_mode()
+        self._each("begin_epoch")
+        total, count = 0.0, 0
+        for count, (inputs, labels) in enumerate(self._batches(data, seed), start=1):
+            value = self._step(inputs, labels)
             if not math.isfinite(value):
-                raise PassFailed(f"training diverged in epoch {epoch + 1} (loss {value}); lower learning_rate")
+                epoch = self.epochs_done + 1
+                raise PassFailed(f"training diverged in epoch {epoch} (loss {value}); lower learning_rate")
             total += value
-            note = f"epoch {epoch + 1}/{self._options.epochs}, loss {total / (index + 1):.4f}"
-            self._context.progress(step + 1, steps * self._options.epochs, note)
-        return total / steps
+            note = f"epoch {self.epochs_done + 1}/{self.schedule.epochs}, loss {total / count:.4f}"
+            self.context.progress(self.step, self.steps, note)
+        return total / count
+
+    def _to_training_mode(self) -> None:
+        self.module.train()
+        if (extra := self.objective.extra()) is not None:
+            extra.train()
 
     def _batches(self, data: Data, seed: int) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor | None]]:
         import torch
 
-        augment = AUGMENTATIONS[self._options.augment]
+        augment = AUGMENTATIONS[self.schedule.augment]
         # The ragged last batch is left out (another one every epoch): batch norm cannot train on a single row.
-        batches = islice(data.batches(self._options.batch, shuffle_seed=seed), max(1, len(data) // self._options.batch))
+        batches = islice(data.batches(self.schedule.batch, shuffle_seed=seed), max(1, len(data) // self.schedule.batch))
         for batch in batches:
             inputs = augment(tuple(torch.from_numpy(array) for array in batch.inputs))
             yield inputs, None if batch.labels is None else torch.from_numpy(batch.labels)
 
-    def _step(self, inputs: tuple[torch.Tensor, ...], labels: torch.Tensor | None, rate: float) -> float:
+    def _step(self, inputs: tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> float:
         import torch
 
-        bf16 = self._options.resolved_precision(isa_flags()) == "bf16"
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = self._loss(inputs, labels)
-        for group in self._optimiser.param_groups:
+        rate = self.schedule.rate(self.step, self.steps)
+        for group in self.optimiser.param_groups:
             group["lr"] = rate
-        self._optimiser.zero_grad()
-        torch.autograd.backward(loss)
-        self._optimiser.step()
+        compute = partial(self._gradients, inputs, labels)
+        for callback in reversed(self._callbacks):
+            compute = partial(callback.gradients, self, compute)
+        loss = compute()
+        self.optimiser.step()
+        self.step += 1
         with torch.no_grad():
-            for weight, kept in self._kept:
-                weight.mul_(kept)
+            self._each("end_step")
         return loss.item()
 
-    def _learning_rate(self, step: int, steps: int) -> float:
-        rising = self._options.warmup * steps
-        if step < rising:
-            return self._options.learning_rate * (step + 1) / (rising + 1)
-        return self._options.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+    def _gradients(self, inputs: tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> torch.Tensor:
+        import torch
 
-    def _save(self) -> None:
-        notes = {"options": self._options.model_dump_json(), "losses": self._losses}
-        write_checkpoint(self._checkpoint, self._module, self._optimiser, notes)
+        bf16 = self.schedule.resolved_precision(isa_flags()) == "bf16"
+        self.optimiser.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = self.objective.loss(inputs, labels)
+        torch.autograd.backward(loss)
+        return loss.detach()
+
+    def _each(self, hook: Literal["begin", "begin_epoch", "end_step", "end_epoch"]) -> None:
+        for callback in self._callbacks:
+            getattr(callback, hook)(self)
+
+    def _identity(self) -> list[str]:
+        """A checkpoint of another schedule, or with other callbacks, is not gone on with."""
+        return [self.schedule.model_dump_json(), *(type(callback).__name__ for callback in self._callbacks)]
+
+    def _state(self) -> TrainingState:
+        extra = self.objective.extra()
+        state = {"identity": self._identity(), "losses": self._losses, "stopped": self._stopped}
+        state |= as_part(module_state(self.module), "module")
+        state |= as_part({} if extra is None else module_state(extra), "extra")
+        state |= as_part(optimiser_state(self.optimiser), "optimiser")
+        for index, callback in enumerate(self._callbacks):
+            state |= as_part(callback.state(), f"callback.{index}")
+        return state
 
     def _resume(self) -> None:
+        from leanserve.passes.toolkit.ties import load_tensors
+
         found = read_training_checkpoint(self._checkpoint)
-        if found is None or found.notes["options"] != self._options.model_dump_json():
+        if found is None or found["identity"] != self._identity():
             return
-        found.restore(self._module, self._optimiser)
-        self._losses = found.notes["losses"]
+        load_tensors(self.module, part_of(found, "module"))
+        if (extra := self.objective.extra()) is not None:
+            load_tensors(extra, part_of(found, "extra"))
+        restore_optimiser(self.optimiser, part_of(found, "optimiser"))
+        for index, callback in enumerate(self._callbacks):
+            callback.restore(part_of(found, f"callback.{index}"))
+        self._losses, self._stopped = found["losses"], found["stopped"]
 
 
-def _optimiser(module: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
+def _optimiser(module: nn.Module, extra: nn.Module | None, schedule: TrainingOptions) -> torch.optim.Optimizer:
     """Weight decay only on matrices and kernels: on biases and normalisation it pulls towards a worse function."""
     import torch
 
-    weights = [parameter.requires_grad_() for parameter in module.parameters() if parameter.is_floating_point()]
-    groups = [
-        {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": options.weight_decay},
-        {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if options.optimiser == "sgd":
-        return torch.optim.SGD(groups, lr=options.learning_rate, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(groups, lr=options.learning_rate)
-
-
-def _sparsity(module: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Every weight with a sparsity pattern, and the mask of what is not zero in it."""
-    masks = ((weight, weight.detach() != 0) for weight in module.parameters() if weight.ndim > 1)
-    return [(weight, kept) for weight, kept in masks if bool(kept.any()) and not bool(kept.all())]
+    groups = []
+    for part in (module, extra) if extra is not None else (module,):
+        weights = [parameter.requires_grad_() for parameter in part.parameters() if parameter.is_floating_point()]
+        matrices = [weight for weight in weights if weight.ndim > 1]
+        groups.append({"params": matrices, "weight_decay": schedule.weight_decay})
+        groups.append({"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0})
+    if schedule.optimiser == "sgd":
+        return torch.optim.SGD(groups, lr=schedule.learning_rate, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=schedule.learning_rate)

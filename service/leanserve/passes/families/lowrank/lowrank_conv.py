@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 from pydantic import Field
 
 from leanserve.contracts import BuildContext, Json, Model
-from leanserve.passes.base import Applied, Need, Pass, Tag
+from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.ranks import Candidate, Choice, RankRule
 from leanserve.passes.toolkit.targets import Targets
 
@@ -43,7 +43,7 @@ class LowrankConv(RankRule, Pass):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
-    order: ClassVar[int] = 3
+    stage: ClassVar[Stage] = Stage.FACTORISATION
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.activations import refit_batch_norm

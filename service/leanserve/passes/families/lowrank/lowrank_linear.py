@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 from pydantic import Field
 
 from leanserve.contracts import BuildContext, Json, Model
-from leanserve.passes.base import Applied, Need, Pass, Tag
+from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.ranks import Candidate, RankRule, Ranks
 from leanserve.passes.toolkit.targets import Targets
 
@@ -40,7 +40,7 @@ class LowrankLinear(RankRule, Pass):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
-    order: ClassVar[int] = 3
+    stage: ClassVar[Stage] = Stage.FACTORISATION
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.activations import refit_batch_norm

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from leanserve.comparison import compared
 from leanserve.contracts import BuildContext, Json, Model, TorchModel
 from leanserve.errors import PassFailed
-from leanserve.passes.base import Applied, Need, Pass, Tag
+from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.targets import Targets
 from leanserve.passes.toolkit.timing import inference, seconds_per_call
 
@@ -45,7 +46,7 @@ class Cast(Pass):
     needs: ClassVar[frozenset[Need]] = frozenset({"inputs"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
     removes: ClassVar[frozenset[Tag]] = frozenset({"float_weights", "exportable"})
-    order: ClassVar[int] = 7
+    stage: ClassVar[Stage] = Stage.PRECISION
 
     def unsupported_reason(self, isa: frozenset[str]) -> str | None:
         if INSTRUCTIONS[self.dtype] & isa:
@@ -66,7 +67,7 @@ class Cast(Pass):
             self._check(module(*example), model.module(*example))
             seconds = seconds_per_call({"before": lambda: model.module(*example), "after": lambda: module(*example)})
         facts = {"speedup": seconds["before"] / seconds["after"], "kept_layers": len(kept)}
-        return Applied(TorchModel(module, model.spec), {"keep": kept}, facts)
+        return Applied(replace(model, module=module), {"keep": kept}, facts)
 
     def rebuild_structure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
         import torch

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from leanserve.contracts import BuildContext, Json, Model
 from leanserve.errors import PassFailed
-from leanserve.passes.base import Applied, Need, Pass, Tag
+from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.targets import Targets
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class PruneChannels(Pass):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
-    order: ClassVar[int] = 2
+    stage: ClassVar[Stage] = Stage.STRUCTURAL_REMOVAL
     libraries: ClassVar[tuple[str, ...]] = ("torch", "torch-pruning")
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 from leanserve.contracts import BuildContext, Model, OnnxModel
 from leanserve.errors import PassFailed
 from leanserve.hardware import isa_flags
-from leanserve.passes.base import EXPORTED, Applied, Need, Pass, Tag
+from leanserve.passes.base import EXPORTED, Applied, Need, Pass, Stage, Tag
 
 if TYPE_CHECKING:
     from leanserve.passes.toolkit.onnx_graph import Graph
@@ -50,7 +50,7 @@ class QuantizeDynamic(Pass):
     forbids: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
     produces: ClassVar[frozenset[Tag]] = frozenset({"onnx_graph"})
     removes: ClassVar[frozenset[Tag]] = EXPORTED | {"float_weights"}
-    order: ClassVar[int] = 7
+    stage: ClassVar[Stage] = Stage.PRECISION
     libraries: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")
     isa_bound: ClassVar[bool] = True
 

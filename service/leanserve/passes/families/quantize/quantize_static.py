@@ -17,7 +17,7 @@ from pydantic import Field, PositiveInt, model_validator
 from leanserve.contracts import BuildContext, Model, OnnxModel
 from leanserve.errors import PassFailed
 from leanserve.hardware import isa_flags
-from leanserve.passes.base import EXPORTED, Applied, Need, Pass, Tag
+from leanserve.passes.base import EXPORTED, Applied, Need, Pass, Stage, Tag
 
 PERCENTILE = 99.99
 
@@ -46,7 +46,7 @@ class QuantizeStatic(Pass):
     forbids: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
     produces: ClassVar[frozenset[Tag]] = frozenset({"onnx_graph"})
     removes: ClassVar[frozenset[Tag]] = EXPORTED | {"float_weights"}
-    order: ClassVar[int] = 7
+    stage: ClassVar[Stage] = Stage.PRECISION
     libraries: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")
     isa_bound: ClassVar[bool] = True
 

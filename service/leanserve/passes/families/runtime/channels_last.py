@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from leanserve.contracts import BuildContext, Json, Model, TorchModel
 from leanserve.errors import PassFailed
-from leanserve.passes.base import Applied, Need, Pass, Tag
+from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.timing import inference, seconds_per_call
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class ChannelsLast(Pass):
     needs: ClassVar[frozenset[Need]] = frozenset({"inputs"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module"})
     forbids: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
-    order: ClassVar[int] = 8
+    stage: ClassVar[Stage] = Stage.LAYOUT_AND_RUNTIME
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         import torch
@@ -52,7 +53,7 @@ class ChannelsLast(Pass):
         last = tuple(item.contiguous(memory_format=torch.channels_last) if item.ndim == 4 else item for item in first)
         with inference(context.threads):
             seconds = seconds_per_call({"before": lambda: model.module(*first), "after": lambda: module(*last)})
-        return Applied(TorchModel(module, model.spec), facts={"speedup": seconds["before"] / seconds["after"]})
+        return Applied(replace(model, module=module), facts={"speedup": seconds["before"] / seconds["after"]})
 
     def rebuild_structure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:  # noqa: ARG002
         import torch

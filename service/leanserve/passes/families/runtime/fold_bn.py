@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from leanserve.comparison import largest_difference, largest_finite
 from leanserve.contracts import BuildContext, Json, Model, TorchModel
 from leanserve.errors import PassFailed
-from leanserve.passes.base import Applied, Need, Pass, Tag
+from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ class FoldBn(Pass):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"inputs"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
-    order: ClassVar[int] = 6
+    stage: ClassVar[Stage] = Stage.NUMERIC_PREPARATION
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         import torch
@@ -57,7 +58,7 @@ class FoldBn(Pass):
         if change > TOLERANCE:
             raise PassFailed(f"fold_bn changed the outputs by {change:.1e} of their size; this model cannot be folded")
         return Applied(
-            TorchModel(module, model.spec), {"pairs": pairs}, {"folded": len(pairs), "relative_change": change}
+            replace(model, module=module), {"pairs": pairs}, {"folded": len(pairs), "relative_change": change}
         )
 
     def rebuild_structure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:

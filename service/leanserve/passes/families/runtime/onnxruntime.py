@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 from pydantic import PositiveInt
 
 from leanserve.contracts import BuildContext, Json, Model, OnnxModel
-from leanserve.passes.base import EXPORTED, Applied, Need, Pass, Tag
+from leanserve.passes.base import EXPORTED, Applied, Need, Pass, Stage, Tag
 
 
 class OnnxRuntime(Pass):
@@ -35,7 +35,7 @@ class OnnxRuntime(Pass):
     forbids: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
     produces: ClassVar[frozenset[Tag]] = frozenset({"onnx_graph", "runtime"})
     removes: ClassVar[frozenset[Tag]] = EXPORTED
-    order: ClassVar[int] = 8
+    stage: ClassVar[Stage] = Stage.LAYOUT_AND_RUNTIME
     libraries: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnxscript", "onnxruntime")
 
     def apply(self, model: Model, context: BuildContext) -> Applied:

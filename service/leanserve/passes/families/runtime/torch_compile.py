@@ -11,6 +11,7 @@ from __future__ import annotations
 import sysconfig
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -19,7 +20,7 @@ from pydantic import Field, PositiveInt
 
 from leanserve.contracts import BuildContext, Json, Model, TorchModel
 from leanserve.errors import PassFailed
-from leanserve.passes.base import Applied, Need, Pass, Tag
+from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.timing import inference, seconds_per_call
 
 if TYPE_CHECKING:
@@ -47,8 +48,7 @@ class TorchCompile(Pass):
     forbids: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
     produces: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
     removes: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "exportable"})
-    order: ClassVar[int] = 8
-    phase: ClassVar[Literal["build", "load"]] = "load"
+    stage: ClassVar[Stage] = Stage.LOADING
     isa_bound: ClassVar[bool] = True
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
@@ -82,7 +82,7 @@ class TorchCompile(Pass):
     def on_load(self, model: Model, decisions: Mapping[str, Json]) -> Model:
         """Wrap the module so that its first batch in each bucket compiles it."""
         assert isinstance(model, TorchModel)
-        return TorchModel(self._compiled(model, decisions["freezing"]).eval(), model.spec)
+        return replace(model, module=self._compiled(model, decisions["freezing"]).eval())
 
     def _compiled(self, model: TorchModel, freezing: Freezing) -> CompiledModule:
         from torch._inductor import list_mode_options

@@ -1,0 +1,141 @@
+"""Callbacks that any training may want: a moving average of the weights, and an end when nothing gets better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from leanserve.contracts import BuildContext, Data, TorchModel
+from leanserve.errors import PassFailed
+from leanserve.passes.toolkit.checkpoint import module_state
+from leanserve.passes.toolkit.masks import KeepMasks, masks_of
+from leanserve.passes.toolkit.training import TrainingCallback, TrainingOptions, TrainingRun
+
+if TYPE_CHECKING:
+    from leanserve.passes.toolkit.checkpoint import TrainingState
+
+LOSS_ROWS = 32
+"""Rows per batch in which the loss on the calibration split is computed."""
+
+
+class MovingAverage(TrainingCallback):
+    """Training ends in an exponential moving average of the weights, buffers included (Polyak and Juditsky 1992).
+
+    The decay grows from 0.1 to the given one, min(decay, (1 + n) / (10 + n)) at step n, so that a short training does
+    not end near its start.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self._decay = decay
+        self._count = 0
+        self._average: dict[str, Tensor] = {}
+
+    def begin(self, run: TrainingRun) -> None:
+        self._average = _copied(run.module)
+
+    def end_step(self, run: TrainingRun) -> None:
+        decay = min(self._decay, (1 + self._count) / (10 + self._count))
+        self._count += 1
+        for name, now in module_state(run.module).items():
+            if now.is_floating_point():
+                self._average[name].lerp_(now, 1 - decay)
+            else:
+                self._average[name].copy_(now)
+
+    def end(self, run: TrainingRun) -> None:
+        _load(run.module, self._average)
+
+    def state(self) -> TrainingState:
+        return {"count": self._count, **{f"average.{name}": value for name, value in self._average.items()}}
+
+    def restore(self, state: TrainingState) -> None:
+        self._count = state["count"]
+        self._average = {name.removeprefix("average."): value for name, value in state.items() if name != "count"}
+
+    @contextmanager
+    def in_place(self, module: nn.Module) -> Iterator[None]:
+        """While the block runs, the module has the averaged weights."""
+        own = _copied(module)
+        _load(module, self._average)
+        try:
+            yield
+        finally:
+            _load(module, own)
+
+
+class EarlyStop(TrainingCallback):
+    """Stops after `patience` epochs without a lower loss on `data`, which is not trained on; keeps the best epoch.
+
+    With a moving average it is that which is judged and kept.
+    """
+
+    def __init__(self, data: Data, patience: int, average: MovingAverage | None = None) -> None:
+        self._data = data
+        self._patience = patience
+        self._average = average
+        self._waited = 0
+        self._lowest = float("inf")
+        self._best: dict[str, Tensor] = {}
+
+    def end_epoch(self, run: TrainingRun) -> None:
+        with nullcontext() if self._average is None else self._average.in_place(run.module):
+            loss = self._loss(run)
+            better = loss < self._lowest
+            if better:
+                self._lowest, self._best = loss, _copied(run.module)
+        self._waited = 0 if better else self._waited + 1
+        if self._waited >= self._patience:
+            run.stop()
+
+    def end(self, run: TrainingRun) -> None:
+        if self._best:
+            _load(run.module, self._best)
+
+    def state(self) -> TrainingState:
+        best = {f"best.{name}": value for name, value in self._best.items()}
+        return {"waited": self._waited, "lowest": self._lowest, **best}
+
+    def restore(self, state: TrainingState) -> None:
+        self._waited, self._lowest = state["waited"], state["lowest"]
+        self._best = {name.removeprefix("best."): value for name, value in state.items() if name.startswith("best.")}
+
+    @torch.no_grad()
+    def _loss(self, run: TrainingRun) -> float:
+        """Mean over the rows, as the model will answer: in eval mode."""
+        run.module.eval()
+        total = 0.0
+        for batch in self._data.batches(LOSS_ROWS):
+            inputs = tuple(torch.from_numpy(array) for array in batch.inputs)
+            labels = None if batch.labels is None else torch.from_numpy(batch.labels)
+            total += run.objective.loss(inputs, labels).item() * len(inputs[0])
+        return total / len(self._data)
+
+
+def usual_callbacks(model: TorchModel, schedule: TrainingOptions, context: BuildContext) -> Sequence[TrainingCallback]:
+    """What the schedule asks for, and the masks of the model.
+
+    Raises:
+        PassFailed: `patience` is set, and the calibration split is empty.
+    """
+    average = MovingAverage(schedule.ema) if schedule.ema else None
+    callbacks: list[TrainingCallback] = [KeepMasks(masks_of(model))]
+    if schedule.patience is not None:
+        data = context.base.data("calibration")
+        if not len(data):
+            raise PassFailed("patience: the calibration split, whose loss decides, is empty; give it rows or drop it")
+        callbacks.append(EarlyStop(data, schedule.patience, average))
+    return [*callbacks, average] if average is not None else callbacks
+
+
+def _copied(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module_state(module).items()}
+
+
+@torch.no_grad()
+def _load(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, own in module_state(module).items():
+        own.copy_(values[name])

@@ -1,0 +1,83 @@
+"""Answering like the base: the objective of distillation, for every pass that trains towards it.
+
+Hinton, Vinyals and Dean 2015: the teacher's soft answers say more per row than labels do, and need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from leanserve.contracts import Base, ModelSpec, TorchModel
+from leanserve.errors import PassFailed
+from leanserve.passes.toolkit.objectives import BY_MEANING, MEASURES, LossKind, Output, cross_entropy
+from leanserve.passes.toolkit.spread import channel_axis, channel_scales
+from leanserve.passes.toolkit.training import Objective
+
+SPREAD_ROWS = 256
+"""Rows of the train split on which the teacher shows how much its outputs vary."""
+
+
+@dataclass(frozen=True)
+class TeacherTerms:
+    """How a student is compared: the loss of every output, the temperature of `kl`, the share of hard labels."""
+
+    loss: Literal["auto"] | LossKind = "auto"
+    temperature: float = 4.0
+    alpha: float = 0.0
+
+    def measures(self, spec: ModelSpec) -> dict[int, LossKind]:
+        """By position, how each output is compared; whole numbers have no gradient and are left out."""
+        floats = ((index, item) for index, item in enumerate(spec.outputs) if item.dtype.startswith("float"))
+        return {index: BY_MEANING[item.meaning] if self.loss == "auto" else self.loss for index, item in floats}
+
+
+class MatchTeacher(Objective):
+    """The student's distance from the base's answers to the same (augmented) inputs, and from the labels."""
+
+    def __init__(self, student: TorchModel, base: Base, terms: TeacherTerms) -> None:
+        self._student = student.module
+        self._teacher = base.torch_module().eval()
+        self._alpha = terms.alpha
+        self._labelled = student.spec.labelled
+        self._measures = terms.measures(student.spec)
+        scales = _scales(self._teacher, student.spec, base) if "mse" in self._measures.values() else {}
+        self._outputs = [
+            Output(item.meaning, scales.get(index, torch.ones(1)), terms.temperature)
+            for index, item in enumerate(student.spec.outputs)
+        ]
+
+    def loss(self, inputs: tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            wanted = _floats(self._teacher(*inputs))
+        given = _floats(self._student(*inputs))
+        distances = [MEASURES[measure](given[i], wanted[i], self._outputs[i]) for i, measure in self._measures.items()]
+        distance = torch.stack(distances).sum()
+        if not self._alpha:
+            return distance
+        if labels is None:
+            raise PassFailed(f"distill.alpha is {self._alpha}, but the train split has no labels; set it to 0")
+        hard = cross_entropy(given[self._labelled], labels, self._outputs[self._labelled].meaning)
+        return self._alpha * hard + (1 - self._alpha) * distance
+
+
+def _floats(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Outputs in float32: softmax and norms of bfloat16 lose what distillation is about."""
+    return tuple(item.float() for item in (outputs if isinstance(outputs, tuple | list) else (outputs,)))
+
+
+def _scales(teacher: nn.Module, spec: ModelSpec, base: Base) -> dict[int, Tensor]:
+    """By position of the output, what an error of each channel is relative to, shaped to be divided by."""
+    batches = base.data("train", SPREAD_ROWS).batches(32)
+    with torch.no_grad():
+        answers = [_floats(teacher(*map(torch.from_numpy, batch.inputs))) for batch in batches]
+    found = {}
+    for index, parts in enumerate(zip(*answers, strict=True)):
+        axis = channel_axis(spec.outputs[index].shape)
+        scales = torch.from_numpy(channel_scales([part.numpy() for part in parts], axis)).float()
+        found[index] = scales.reshape([-1 if place == axis else 1 for place in range(parts[0].ndim)])
+    return found
