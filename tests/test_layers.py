@@ -21,23 +21,23 @@ LAYERS = {
     "memory": 0,
     "scoring": 0,
     "codecs": 1,
-    "passes": 1,
     "runtime": 1,
     "telemetry": 1,
     "http": 1,
-    "config": 2,
-    "artifacts": 2,
-    "bases": 3,
-    "report": 3,
-    "serving": 3,
-    "api": 4,
-    "evaluation": 4,
-    "build": 5,
-    "context": 6,
-    "start": 7,
-    "init": 7,
-    "bench": 7,
-    "__main__": 8,
+    "passes": 2,
+    "config": 3,
+    "artifacts": 3,
+    "bases": 4,
+    "report": 4,
+    "serving": 4,
+    "api": 5,
+    "evaluation": 5,
+    "build": 6,
+    "context": 7,
+    "start": 8,
+    "init": 8,
+    "bench": 8,
+    "__main__": 9,
 }
 """One row per package: it imports from packages with a smaller number, and from itself; files of row 0 also from each
 other."""
@@ -64,7 +64,15 @@ LAZY = {
     "torchvision",
     "transformers",
 }
-MAY_IMPORT_AT_TOP = ("runtime/backends/", "runtime/linux/spin_control.py", "bases/modules/", "passes/toolkit/")
+MAY_IMPORT_AT_TOP = (
+    "bases/modules/",
+    "passes/toolkit/",
+    "runtime/backends/",
+    "runtime/formats/tied_tensors.py",
+    "runtime/formats/torch_masks.py",
+    "runtime/formats/torch_size.py",
+    "runtime/linux/spin_control.py",
+)
 """Files that are themselves imported only where they are needed."""
 NEVER = {"utils.py", "util.py", "helpers.py", "common.py"}
 READERS_OF_THE_ENVIRONMENT = ("__main__", "bench", "context", "init")
@@ -199,6 +207,23 @@ def test_libraries_stay_in_their_packages(path: Path) -> None:
 def test_a_pass_imports_no_other_pass(path: Path) -> None:
     for module in imports(parsed(path)):
         assert not module.startswith("leanserve.passes.families"), f"{module} is another pass"
+
+
+@pytest.mark.parametrize("path", files(SERVICE / "passes"), ids=name_of)
+def test_a_pass_knows_formats_but_nothing_that_runs_them(path: Path) -> None:
+    for module in imports(parsed(path)):
+        known = module.startswith("leanserve.runtime.formats.")
+        assert known or not module.startswith("leanserve.runtime"), f"{module} is the runtime's own"
+
+
+@pytest.mark.parametrize("path", files(SERVICE), ids=name_of)
+def test_only_formats_ask_what_class_a_model_has(path: Path) -> None:
+    """Everybody else goes by the name of its format, so that another format is a file and a row."""
+    if path.parent == SERVICE / "runtime" / "formats":
+        return
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+            assert not {"TorchModel", "OnnxModel"} & set(ast.unparse(node.args[1]).split(" | ")), node.lineno
 
 
 @pytest.mark.parametrize("path", files(SERVICE), ids=name_of)

@@ -89,7 +89,6 @@ class AppContext:
 
     def lanes(self, reports: list[VariantReport]) -> int:
         """Batches that run at a time: as configured, or as pays for the variants that serve."""
-        from leanserve.artifacts.load import is_onnx
         from leanserve.build.builder import stored_benchmark
 
         if self.config.lanes != "auto":
@@ -97,8 +96,8 @@ class AppContext:
         race = stored_benchmark(self.store, self.plan, self.threads)
         assert race is not None  # what is reported was measured
         keys = [report.chain[-1].key for report in reports if report.state == "serving"]
-        onnx = all(is_onnx(self.store, key) for key in keys)
-        return race.best_lanes(keys, self.threads, self_contained=onnx)
+        self_contained = all(self.store.format_of(key).self_contained for key in keys)
+        return race.best_lanes(keys, self.threads, self_contained=self_contained)
 
     def build(self, progress: BuildProgress) -> None:
         """Build, measure and time every artifact of the plan that is missing."""
@@ -110,8 +109,8 @@ class AppContext:
         """Load and warm every variant that passed its gate, on every lane of the device; `startup` is told of each."""
         from leanserve.artifacts.load import load_model
         from leanserve.config.schema import MAX_BATCH_DEPENDENCE
-        from leanserve.runtime.backends.choose import open_backend
         from leanserve.runtime.device import Device
+        from leanserve.runtime.formats import open_backend
         from leanserve.serving.fleet import Fleet, MeasuredLimits
         from leanserve.telemetry.startup import Startup
 

@@ -8,10 +8,10 @@ with a mask are declared; a base may have no labels, and outputs may be embeddin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,6 +171,17 @@ class Base(Protocol):
         """Quality of the outputs against the labels, higher is better (accuracy, Spearman ...)."""
 
 
+class Model(Protocol):
+    """A model in memory, as passes hand it on. Its class belongs to its format, and says so by its name."""
+
+    @property
+    def format(self) -> str:
+        """Name of the format, a key of `leanserve.runtime.formats.FORMATS`."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+
 @dataclass(frozen=True, slots=True)
 class TorchModel:
     """A model as a torch module in eval mode that takes the spec's fields as positional tensors.
@@ -179,6 +190,7 @@ class TorchModel:
     zero. They are stored with the weights; of a weight that is gone or was reshaped they say nothing.
     """
 
+    format: ClassVar[str] = "torch"
     module: nn.Module
     spec: ModelSpec
     masks: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
@@ -188,12 +200,64 @@ class TorchModel:
 class OnnxModel:
     """A model as an ONNX file; `session` holds what the runtime pass decided for the inference session."""
 
+    format: ClassVar[str] = "onnx"
     path: Path
     spec: ModelSpec
     session: Mapping[str, Json] = field(default_factory=dict)
 
 
-Model: TypeAlias = TorchModel | OnnxModel
+class ModelSize(NamedTuple):
+    """What a model costs before it is timed: multiply-accumulates per row (0: they cannot be told), and parameters."""
+
+    macs: int
+    parameters: int
+
+
+AModel = TypeVar("AModel", bound=Model)
+
+
+class Format(Protocol[AModel]):
+    """How models of one kind are saved, loaded, sized and opened: one file in `leanserve.runtime.formats` each.
+
+    The file is imported when a model of that format is met; it imports heavy libraries within its methods only.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Distributions whose versions decide the answers of its models."""
+
+    @property
+    def runtime_module(self) -> str:
+        """The module that its backend needs; imported before memory is measured, for it is not the model's."""
+
+    @property
+    def self_contained(self) -> bool:
+        """What all its backends are (`Backend.self_contained`)."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a model lives without the files that it was made or loaded from."""
+
+    def save(self, model: AModel, folder: Path) -> None:
+        """Write all that `load` needs; subfolders are allowed, pickles are not."""
+
+    def load(self, folder: Path, spec: ModelSpec, rebuild: Callable[[], nn.Module]) -> AModel:
+        """What `save` wrote there, as a model of this spec.
+
+        `rebuild` makes the torch module of the base with the structure that the passes gave it, and with other weights;
+        formats that store no weights for a torch module do without.
+        """
+
+    def size(self, model: AModel) -> ModelSize: ...
+
+    def open(self, model: AModel, threads: int, device: str, *, alone: bool = False) -> Backend:
+        """A backend on this device (`cpu`, `cuda`). Call it on the thread that will run it.
+
+        `alone`: no other model is run in this process.
+        """
 
 
 class Backend(Protocol):

@@ -15,6 +15,7 @@ import pytest
 
 from leanserve.artifacts.manifest import BenchmarkResult, Measurement, Recipe
 from leanserve.artifacts.store import ArtifactStore, checksums
+from leanserve.contracts import ModelSpec
 from leanserve.errors import ArtifactCorrupt, PassFailed, StartupError
 from leanserve.hardware import cpu_name
 from measurements import measurement
@@ -32,6 +33,8 @@ def recipe_of(key: str, files: dict[str, str], parent: str | None = None) -> Rec
         decisions={},
         facts={},
         simulated=False,
+        format="onnx",
+        spec=ModelSpec((), ()),
         files=files,
         parameters=1,
         macs=1,

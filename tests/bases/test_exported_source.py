@@ -23,7 +23,7 @@ from leanserve.config.schema import read_config
 from leanserve.contracts import TensorSpec, TorchModel
 from leanserve.errors import ConfigError
 from leanserve.passes.toolkit.lowering import export_onnx, open_session
-from leanserve.passes.toolkit.macs import count_macs, count_parameters
+from leanserve.runtime.formats.torch_size import count_macs, count_parameters
 
 ROWS = {0: Dim.AUTO}
 PROGRAM = "models/model.json"

@@ -21,7 +21,7 @@ from leanserve.passes.families.distill.distill import Distill
 from leanserve.passes.families.precision.cast import Cast
 from leanserve.passes.families.quantize.quantize_static import QuantizeStatic
 from leanserve.passes.families.runtime.onnxruntime import OnnxRuntime
-from leanserve.runtime.backends.choose import open_backend
+from leanserve.runtime.formats import open_backend
 
 SOURCE = """
 from collections import namedtuple

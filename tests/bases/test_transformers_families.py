@@ -18,7 +18,7 @@ from leanserve.codecs.text import TextCodec
 from leanserve.contracts import Array, BuildContext, Model
 from leanserve.errors import ConfigError
 from leanserve.passes.families.runtime.onnxruntime import OnnxRuntime
-from leanserve.runtime.backends.choose import open_backend
+from leanserve.runtime.formats import open_backend
 from tiny_checkpoints import SHAPE, write_model, write_tokenizer
 
 TEXTS = ["the cat sat on the mat", "a dog", "a very big green tree and a red film was not good"]

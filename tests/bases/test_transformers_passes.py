@@ -16,8 +16,8 @@ from leanserve.evaluation.fidelity import fidelity
 from leanserve.passes.base import Pass
 from leanserve.passes.families.quantize.quantize_dynamic import QuantizeDynamic
 from leanserve.passes.families.runtime.onnxruntime import OnnxRuntime
-from leanserve.passes.toolkit.macs import count_macs
-from leanserve.runtime.backends.choose import open_backend
+from leanserve.runtime.formats import open_backend
+from leanserve.runtime.formats.torch_size import count_macs
 from tiny_checkpoints import WORDS, write_classifier, write_encoder
 
 

@@ -25,7 +25,7 @@ from leanserve.passes.families.prune.prune_channels import PruneChannels
 from leanserve.passes.toolkit import calibration
 from leanserve.passes.toolkit.training import TrainingOptions, train
 from leanserve.report.table import print_table
-from leanserve.runtime.backends.choose import use_threads
+from leanserve.runtime.formats.torch import use_threads
 from report_samples import a_few, changed
 from tiny_base import TinyBase, TinyNet, context_of, lively, tiny_base
 

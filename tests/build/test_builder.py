@@ -22,6 +22,7 @@ from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import TorchModel
 from leanserve.evaluation.quality import GateOutputs
 from leanserve.hardware import cpu_name
+from leanserve.runtime.formats.torch import WEIGHTS
 from measurements import measurement
 from tiny_base import TinyBase, tiny_base
 
@@ -151,7 +152,7 @@ def test_a_read_only_cache_that_is_damaged_says_where(
     tmp_path: Path, base: TinyBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, work, _ = built(tmp_path, base)
-    victim = store.folder(work.keys[1]) / artifacts.TORCH_FILE
+    victim = store.folder(work.keys[1]) / WEIGHTS
     victim.write_bytes(b"half")
     monkeypatch.setattr(artifacts, "may_write", lambda _: False)
     assert f"{victim}: sha256 is" in (build.shortfall(ArtifactStore(tmp_path), work, 1) or "")

@@ -24,7 +24,7 @@ from leanserve.contracts import Arrays
 from leanserve.errors import ConfigError
 from leanserve.evaluation import lane_rates
 from leanserve.hardware import cpu_name
-from leanserve.runtime.backends.choose import use_threads
+from leanserve.runtime.formats.torch import use_threads
 
 BATCHES = [(np.zeros((rows, 1), np.float32),) for rows in (1, 4)]
 

@@ -16,7 +16,7 @@ from leanserve.artifacts.store import ArtifactStore, checksums
 from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.opening import Origin, open_base
 from leanserve.config.schema import GateConfig
-from leanserve.contracts import ArrayData, Arrays
+from leanserve.contracts import ArrayData, Arrays, ModelSpec
 from leanserve.errors import ArtifactCorrupt
 from leanserve.evaluation.measure import outputs_on
 from leanserve.evaluation.quality import GateOutputs, gate_reason, measure, scored
@@ -88,12 +88,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> LoadedBase:
     return made
 
 
-def published(store: ArtifactStore, key: str, first: float, second: float) -> Recipe:
+def published(store: ArtifactStore, spec: ModelSpec, key: str, first: float, second: float) -> Recipe:
     with store.workspace(key) as folder:
         network(folder, first, second)
         recipe = Recipe(
             key=key, parent=None, base="two", kind=None, options={}, decisions={}, facts={}, simulated=False,
-            files=checksums(folder), parameters=24, macs=24, seconds=0.0, versions={}, isa=[],
+            format="onnx", spec=spec, files=checksums(folder), parameters=24, macs=24, seconds=0.0, versions={}, isa=[],
         )  # fmt: skip
         store.publish(folder, recipe)
     return recipe
@@ -101,9 +101,9 @@ def published(store: ArtifactStore, key: str, first: float, second: float) -> Re
 
 def test_a_variant_is_judged_by_its_worst_output_and_by_its_labels(tmp_path: Path, base: LoadedBase) -> None:
     store = ArtifactStore(tmp_path / "store")
-    whole, answers = measure(store, base, published(store, "a" * 64, 1, 1), None, 1)
+    whole, answers = measure(store, base, published(store, base.spec, "a" * 64, 1, 1), None, 1)
     assert whole.fidelity.agreement == 1.0
-    poor, _ = measure(store, base, published(store, "b" * 64, 1.7, -1), answers, 1)
+    poor, _ = measure(store, base, published(store, base.spec, "b" * 64, 1.7, -1), answers, 1)
     price, boxes = poor.fidelity.outputs
     assert price.error == pytest.approx(0.7, abs=0.05)
     assert boxes.cosine == pytest.approx(-1)
@@ -116,9 +116,9 @@ def test_a_variant_is_judged_by_its_worst_output_and_by_its_labels(tmp_path: Pat
     assert store.measurement("b" * 64) == poor
 
 
-def test_a_measurement_of_an_older_version_is_made_again(tmp_path: Path) -> None:
+def test_a_measurement_of_an_older_version_is_made_again(tmp_path: Path, base: LoadedBase) -> None:
     store = ArtifactStore(tmp_path / "store")
-    published(store, "a" * 64, 1, 1)
+    published(store, base.spec, "a" * 64, 1, 1)
 
     class Older(BaseModel):
         fidelity: dict[str, Any]

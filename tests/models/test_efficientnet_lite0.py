@@ -18,7 +18,7 @@ from leanserve.bases.sources.timm_model import imported_timm
 from leanserve.config.schema import read_config
 from leanserve.contracts import Base, BuildContext, Model
 from leanserve.evaluation.measure import outputs_on
-from leanserve.runtime.backends.choose import open_backend
+from leanserve.runtime.formats import open_backend
 from leanserve_models import choose_pieces
 from leanserve_models import efficientnet_lite0 as lite0
 from leanserve_models.efficientnet import EfficientNetLite0

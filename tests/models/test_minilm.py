@@ -18,7 +18,7 @@ from leanserve.config.schema import read_config
 from leanserve.contracts import ArrayData, Arrays, Base, BuildContext, TorchModel
 from leanserve.errors import ConfigError
 from leanserve.evaluation.measure import outputs_on
-from leanserve.runtime.backends.choose import open_backend
+from leanserve.runtime.formats import open_backend
 from leanserve.scoring import pair_correlation
 from leanserve_models import minilm
 from leanserve_models.bert import SentenceBert

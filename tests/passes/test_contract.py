@@ -29,7 +29,7 @@ from leanserve.evaluation.quality import GateOutputs
 from leanserve.hardware import cpu_name, isa_flags
 from leanserve.passes import AnyPass
 from leanserve.passes.base import Pass
-from leanserve.runtime.backends.choose import open_backend
+from leanserve.runtime.formats import open_backend
 from structural_nets import Residual, image_base, row_base
 from tiny_base import TinyBase
 

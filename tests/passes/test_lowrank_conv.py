@@ -14,8 +14,9 @@ from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied
 from leanserve.passes.families.lowrank.lowrank_conv import LowrankConv
 from leanserve.passes.toolkit.conv_splits import SCHEMES, patches
-from leanserve.passes.toolkit.macs import Call, count_macs
+from leanserve.passes.toolkit.layer_calls import Call
 from leanserve.passes.toolkit.targets import Targets
+from leanserve.runtime.formats.torch_size import count_macs
 from structural_nets import Mobile, Residual, answers, image_base
 from tiny_base import TinyBase, context_of
 

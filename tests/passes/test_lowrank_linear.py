@@ -170,7 +170,7 @@ def test_refuses_what_would_not_get_cheaper(tmp_path: Path) -> None:
 
 def test_refuses_an_onnx_model(tmp_path: Path) -> None:
     base = row_base()
-    with pytest.raises(PassFailed, match="lowrank_linear changes torch modules, but the model is ONNX already"):
+    with pytest.raises(PassFailed, match="lowrank_linear takes torch modules, but the model is ONNX already"):
         LowrankLinear(rank=2).apply(OnnxModel(tmp_path / "model.onnx", base.spec), context_of(base, tmp_path))
 
 

@@ -23,7 +23,9 @@ def test_a_torch_model_is_exported_and_gets_the_options(tmp_path: Path) -> None:
     assert applied.model.path.parent == tmp_path
     assert applied.model.session == {"optimisation": "basic", "threads": 2, "spinning": "on", "provider": "cpu"}
     stored = OnnxModel(applied.model.path, BASE.spec)
-    assert pass_.on_load(stored, applied.decisions) == applied.model, "loading from the store gives the same model"
+    assert pass_.on_load(stored, applied.decisions, tmp_path) == applied.model, (
+        "loading from the store gives the same model"
+    )
 
 
 def test_a_graph_is_kept_and_gets_the_options(tmp_path: Path) -> None:

@@ -30,13 +30,17 @@ class Mlp(nn.Module):
         return self.second(torch.relu(self.first(values)))  # type: ignore[no-any-return]
 
 
+NOWHERE = Path()
+"""It brings no files."""
+
+
 def model() -> TorchModel:
     return TorchModel(lively(Mlp(), seed=1), SPEC)
 
 
 def equipped(pass_: TorchCompile, freezing: str = "off") -> tuple[TorchBackend, TorchBackend]:
     """Backends of the compiled and of the eager model."""
-    compiled = pass_.on_load(model(), {"freezing": freezing})
+    compiled = pass_.on_load(model(), {"freezing": freezing}, NOWHERE)
     assert isinstance(compiled, TorchModel)
     return TorchBackend(compiled, 1), TorchBackend(model(), 1)
 
@@ -57,7 +61,7 @@ def test_freezing_is_measured_both_ways_and_decided(tmp_path: Path) -> None:
 
 def test_where_rows_share_no_batch_only_single_rows_are_compiled(tmp_path: Path) -> None:
     alone = TorchModel(model().module, replace(SPEC, rows="one"))
-    compiled = TorchCompile(buckets=(1, 8)).on_load(alone, {"freezing": "off"})
+    compiled = TorchCompile(buckets=(1, 8)).on_load(alone, {"freezing": "off"}, NOWHERE)
     assert isinstance(compiled, TorchModel)
     assert TorchBackend(compiled, 1).row_buckets == (1,)
     with pytest.raises(PassFailed, match="buckets have no 1"):
@@ -103,7 +107,7 @@ def test_more_graphs_than_torch_allows_by_default_are_still_compiled() -> None:
 @pytest.mark.parametrize("freezing", ["on", "off"])
 def test_conversions_at_the_door_of_a_cast_model_are_compiled_with_it(tmp_path: Path, freezing: str) -> None:
     narrow = Cast(keep=("second",)).apply(model(), context_of(tiny_base(), tmp_path)).model
-    compiled = TorchCompile(buckets=(2,)).on_load(narrow, {"freezing": freezing})
+    compiled = TorchCompile(buckets=(2,)).on_load(narrow, {"freezing": freezing}, NOWHERE)
     assert isinstance(narrow, TorchModel)
     assert isinstance(compiled, TorchModel)
     before, batch = graphs(), SPEC.example(2)

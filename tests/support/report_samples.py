@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from leanserve.artifacts.manifest import Manifest, OutputFidelity, Quality, VariantReport
+from leanserve.contracts import ModelSpec
 
 HOSTILE = "<script>alert(1)</script>[red]&\"'$x^2$"
 UNLABELLED = {"score": None, "score_low": None, "score_high": None}
@@ -61,6 +62,8 @@ def artifact(kind: str | None = None, gain: float = 1.0, score: float | None = 0
         "decisions": {},
         "facts": {},
         "simulated": False,
+        "format": "torch",
+        "spec": ModelSpec((), ()),
         "files": {},
         "parameters": 1_190_000,
         "macs": 148_000_000,

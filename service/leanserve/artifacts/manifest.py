@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from leanserve.contracts import Json, Meaning
+from leanserve.contracts import Json, Meaning, ModelSpec
 
 
 class OutputFidelity(BaseModel):
@@ -89,8 +89,12 @@ class Recipe(BaseModel):
     decisions: dict[str, Json]
     facts: dict[str, float]
     simulated: bool
+    format: str | None
+    """Of the model that is saved here. `None` where the pass acts at load time only, on the last one saved before."""
+    spec: ModelSpec
+    """What the model takes and gives after this pass."""
     files: dict[str, str]
-    """File name -> sha256. Empty where the pass acts at load time only and the parent's files are used."""
+    """Place in the artifact's folder -> sha256: what the format saved, and what the pass brought besides."""
     parameters: int
     macs: int
     seconds: float

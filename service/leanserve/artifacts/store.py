@@ -2,7 +2,7 @@
 
 Layout under the cache folder::
 
-    artifacts/<key>/   model.safetensors | model.onnx, manifest.json, quality.json
+    artifacts/<key>/   what the format and the pass saved, in subfolders too; manifest.json, quality.json
     bases/<key>        what a base takes and gives (`leanserve.bases.description`)
     locks/<key>        held (flock) while the artifact is being made; the kernel frees it when a builder dies
     tmp/<key>.*        half-written artifacts and documents of live or dead builders
@@ -27,18 +27,18 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
 from leanserve.artifacts.manifest import BenchmarkResult, Manifest, Measurement, Quality, Recipe
 from leanserve.artifacts.sealed import Document, seal, unseal
-from leanserve.contracts import Model, TorchModel
+from leanserve.contracts import Format
 from leanserve.disk import may_write, sha256_of
 from leanserve.errors import ArtifactCorrupt, PassFailed, StartupError
 from leanserve.hardware import cpu_name
+from leanserve.runtime.formats import format_named
 
-TORCH_FILE = "model.safetensors"
-ONNX_FILE = "model.onnx"
 FOLDERS = ("artifacts", "bases", "locks", "tmp", "scratch", "races")
 
 
@@ -143,6 +143,18 @@ class ArtifactStore:
             raise ArtifactCorrupt(f"{self.folder(key)}: the artifact is missing")
         return (*self.chain(recipe.parent), recipe) if recipe.parent else (recipe,)
 
+    def holder(self, key: str) -> Recipe:
+        """The recipe of the artifact that has the model of this one: itself, or one before load passes.
+
+        Raises:
+            ArtifactCorrupt: as `chain`.
+        """
+        return next(recipe for recipe in reversed(self.chain(key)) if recipe.format is not None)
+
+    def format_of(self, key: str) -> Format[Any]:
+        """The format of the model of an artifact. Raises `ArtifactCorrupt` as `chain`."""
+        return format_named(str(self.holder(key).format))
+
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:
         """Hold the right to make this artifact; waits for another builder, which may be another process."""
@@ -174,8 +186,8 @@ class ArtifactStore:
             PassFailed: the recipe holds a number that JSON does not have.
         """
         with self._writing():
-            for name in recipe.files:
-                _flush(folder / name)
+            for path in folder.rglob("*"):
+                _flush(path)
             _seal(folder / "manifest.json", recipe.key, recipe)
             _flush(folder)
             folder.rename(self.folder(recipe.key))
@@ -254,20 +266,10 @@ class ArtifactStore:
             ) from error
 
 
-def write_model(model: Model, folder: Path) -> None:
-    """Store the weights of a torch module and their masks, or the file of an ONNX model."""
-    if isinstance(model, TorchModel):
-        from leanserve.passes.toolkit.masks import packed_masks
-        from leanserve.passes.toolkit.ties import write_tensors
-
-        write_tensors({**model.module.state_dict(), **packed_masks(model)}, folder / TORCH_FILE)
-    else:
-        (folder / ONNX_FILE).write_bytes(model.path.read_bytes())
-
-
 def checksums(folder: Path) -> dict[str, str]:
-    """sha256 of every file in a folder."""
-    return {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    """sha256 of every file in a folder and in those below, by its place there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
 
 
 def _sha256(path: Path) -> str:

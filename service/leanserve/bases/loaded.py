@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from leanserve.bases.description import Tensor
 from leanserve.codecs.text import TextCodec
@@ -70,9 +70,9 @@ class LoadedBase:
 
     def torch_module(self) -> nn.Module:
         model = self.load()
-        if not isinstance(model, TorchModel):
-            raise StartupError(f"the base '{self.name}' is an ONNX file; there is no torch module of it")
-        return model.module
+        if model.format != TorchModel.format:
+            raise StartupError(f"the base '{self.name}' is in the format {model.format}: no torch module")
+        return cast("TorchModel", model).module
 
     def data(self, split: Split, n: int | None = None) -> Data:
         found = self.rows.split(split, n)

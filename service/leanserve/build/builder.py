@@ -6,24 +6,26 @@ done. Building itself runs in a child process of the server (`leanserve build`).
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 from leanserve.artifacts.load import load_model
 from leanserve.artifacts.manifest import BenchmarkResult, Manifest, Measurement, Recipe, VariantReport
-from leanserve.artifacts.store import ONNX_FILE, ArtifactStore, checksums, write_model
+from leanserve.artifacts.store import ArtifactStore, checksums
 from leanserve.build.cache_key import RecipeStep, steps_of, versions_of
-from leanserve.build.model_size import model_size
 from leanserve.build.progress import BuildProgress
 from leanserve.config.schema import ServiceConfig, VariantConfig
-from leanserve.contracts import Base, BuildContext, Model, OnnxModel, TorchModel
+from leanserve.contracts import Base, BuildContext, Format, Model, ModelSize
 from leanserve.errors import ArtifactCorrupt, GateFailed, PassFailed, StartupError
 from leanserve.evaluation.quality import GateOutputs, gate_reason, measure, race
 from leanserve.hardware import cpu_name, isa_flags
 from leanserve.memory import is_out_of_memory
 from leanserve.passes.base import Applied, Pass, Stage
+from leanserve.runtime.formats import format_named
 
 _Measured = TypeVar("_Measured", Measurement, BenchmarkResult)
 
@@ -204,16 +206,25 @@ class Builder:
             self._progress.say(f"damaged measurement is taken again: {error}")
             return None
 
-    def _make(self, step: RecipeStep, model: Model | None) -> Model:
+    def _make(self, step: RecipeStep, model: Model | None) -> Model | None:
+        """Make and publish an artifact; its model, if that can do without the files that are gone now."""
         applied, seconds = self._apply(step, model)
+        format_ = format_named(applied.model.format)
         with self._store.workspace(step.key) as folder:
-            if step.pass_ is None or step.pass_.stage is not Stage.LOADING:
-                write_model(applied.model, folder)
-            self._store.publish(folder, self._recipe(step, applied, seconds, checksums(folder)))
-        if isinstance(applied.model, OnnxModel):
-            holder = next(item for item in reversed(self._store.chain(step.key)) if item.files)
-            return replace(applied.model, path=self._store.folder(holder.key) / ONNX_FILE)
-        return applied.model
+            if _saves(step):
+                format_.save(applied.model, folder)
+            for place, path in applied.files.items():
+                _copy(path, folder / place)
+            size = self._size(step, format_, applied.model)
+            self._store.publish(folder, self._recipe(step, applied, seconds, checksums(folder), size))
+        return applied.model if format_.in_memory else None
+
+    def _size(self, step: RecipeStep, format_: Format[Any], model: Model) -> ModelSize:
+        """Only passes on torch modules change what is computed; lowering and what follows it keep it."""
+        parent = self._store.recipe(step.parent) if step.parent else None
+        if parent is None or step.pass_ is None or "eager_module" in step.pass_.requires:
+            return format_.size(model)
+        return ModelSize(parent.macs, parent.parameters)
 
     def _apply(self, step: RecipeStep, model: Model | None) -> tuple[Applied, float]:
         """The artifact's model and the seconds that making it took."""
@@ -235,11 +246,10 @@ class Builder:
             what = "memory ran out in the pass" if is_out_of_memory(error) else type(error).__name__
             raise PassFailed(f"{what}: {error}") from error
 
-    def _recipe(self, step: RecipeStep, applied: Applied, seconds: float, files: dict[str, str]) -> Recipe:
-        parent = self._store.recipe(step.parent) if step.parent else None
-        # Lowering to ONNX and what follows it change neither.
-        same = parent if isinstance(applied.model, OnnxModel) else None
-        macs, parameters = (same.macs, same.parameters) if same else model_size(applied.model)
+    def _recipe(
+        self, step: RecipeStep, applied: Applied, seconds: float, files: dict[str, str], size: ModelSize
+    ) -> Recipe:
+        libraries = step.pass_.libraries if step.pass_ else format_named(applied.model.format).libraries
         return Recipe(
             key=step.key,
             parent=step.parent,
@@ -249,11 +259,13 @@ class Builder:
             decisions=dict(applied.decisions),
             facts=dict(applied.facts),
             simulated=step.pass_.simulated if step.pass_ else False,
+            format=applied.model.format if _saves(step) else None,
+            spec=applied.model.spec,
             files=files,
-            parameters=parameters,
-            macs=macs,
+            parameters=size.parameters,
+            macs=size.macs,
             seconds=seconds,
-            versions=versions_of(("leanserve", *(step.pass_.libraries if step.pass_ else _runtime(applied.model)))),
+            versions=versions_of(("leanserve", *libraries)),
             isa=sorted(isa_flags()),
         )
 
@@ -273,9 +285,18 @@ class Builder:
         return self._reference
 
 
-def _runtime(model: Model) -> tuple[str, ...]:
-    """Distributions that run a base."""
-    return ("torch",) if isinstance(model, TorchModel) else ("onnx", "onnxruntime")
+def _saves(step: RecipeStep) -> bool:
+    """Whether the artifact has a model of its own; a pass that acts at load time leaves it to the one before."""
+    return step.pass_ is None or step.pass_.stage is not Stage.LOADING
+
+
+def _copy(source: Path, place: Path) -> None:
+    """A file or a folder that a pass brings into its artifact."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, place)
+    else:
+        shutil.copyfile(source, place)
 
 
 def _set_threads(threads: int) -> None:

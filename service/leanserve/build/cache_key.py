@@ -24,7 +24,7 @@ from leanserve.contracts import Base, Json
 from leanserve.hardware import isa_flags, library_version
 from leanserve.passes.base import Pass
 
-FORMAT = 2
+FORMAT = 3
 """Raise when the layout of artifacts changes."""
 ROOT = Path(__file__).parent.parent
 """The folder of our package."""

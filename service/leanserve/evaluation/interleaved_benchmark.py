@@ -20,9 +20,9 @@ from leanserve.artifacts.store import ArtifactStore
 from leanserve.bases.opening import reopen_base
 from leanserve.contracts import Arrays, Backend, ModelSpec
 from leanserve.memory import exit_when_out, forget, is_out_of_memory
-from leanserve.runtime.backends.choose import open_backend
 from leanserve.runtime.costs import TYPICAL
 from leanserve.runtime.device import Device
+from leanserve.runtime.formats import open_backend
 
 BATCHES = (1, 8, 32)
 ROUNDS = 7

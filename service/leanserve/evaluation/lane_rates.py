@@ -23,8 +23,9 @@ from leanserve.bases.opening import reopen_base
 from leanserve.contracts import Arrays, Backend
 from leanserve.evaluation.interleaved_benchmark import examples, limits_in, sizes_up_to
 from leanserve.memory import exit_when_out, forget, is_out_of_memory
-from leanserve.runtime.backends.choose import open_backend, use_threads
 from leanserve.runtime.device import Device, Lane
+from leanserve.runtime.formats import open_backend
+from leanserve.runtime.formats.torch import use_threads
 
 ROUNDS = 5
 TURN_S = 0.05

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +23,8 @@ from leanserve.bases.opening import reopen_base
 from leanserve.contracts import Array, Arrays, Backend, Base, Data
 from leanserve.evaluation.batch_dependence import COMPANY, batch_dependence
 from leanserve.memory import exit_when_out, largest_that_fits, run_in_parts
-from leanserve.runtime.backends.choose import open_backend
 from leanserve.runtime.device import Device
+from leanserve.runtime.formats import open_backend
 
 ROWS = 32
 """Rows of the batch whose memory is measured, where there is memory for it."""
@@ -74,7 +75,7 @@ def _measure(task: MeasuringTask, answers: Path) -> dict[str, object]:
     first = _first_rows(gate)  # reading and decoding files is not the artifact's memory
     wanted = spec.most_rows(task.rows)
     batch = _repeated(first, wanted)
-    _import_runtimes(task.store, task.key)
+    _import_runtime(task.store, task.key)
     before = _resident_bytes()
     _reset_peak()
     backend = open_backend(load_model(task.store, task.base, task.key), task.threads)
@@ -120,13 +121,9 @@ def _stacked(arrays: Sequence[Array]) -> Array:
     return np.concatenate([array[(slice(None), *map(slice, least))] for array in arrays])
 
 
-def _import_runtimes(store: ArtifactStore, key: str) -> None:
+def _import_runtime(store: ArtifactStore, key: str) -> None:
     """Import what the backend needs, so that the library itself is not counted as the artifact's memory."""
-    holder = next(recipe for recipe in reversed(store.chain(key)) if recipe.files)
-    if any(name.endswith(".onnx") for name in holder.files):
-        import onnxruntime  # noqa: F401
-    else:
-        import torch  # noqa: F401
+    import_module(store.format_of(key).runtime_module)
     gc.collect()
 
 

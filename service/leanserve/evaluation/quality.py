@@ -12,7 +12,6 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -202,6 +201,7 @@ def _bootstrap(base: Base, answers: GateOutputs) -> tuple[float, float]:
 
 
 def _disk_bytes(store: ArtifactStore, recipe: Recipe) -> int:
-    holder = next(item for item in reversed(store.chain(recipe.key)) if item.files)
-    folder: Path = store.folder(holder.key)
-    return sum((folder / name).stat().st_size for name in holder.files)
+    """Of the model's files, and of those that load passes brought."""
+    chain = store.chain(recipe.key)
+    used = chain[chain.index(store.holder(recipe.key)) :]
+    return sum((store.folder(item.key) / name).stat().st_size for item in used for name in item.files)

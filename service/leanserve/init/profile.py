@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from leanserve.bases.description import Tensor
 from leanserve.bases.loaded import LoadedBase
@@ -50,7 +50,10 @@ class ModelProfile:
 def inspect(base: LoadedBase, form: str) -> ModelProfile:
     """Load the model and count what it consists of."""
     model = base.model()
-    seen = _seen_in_graph(model) if isinstance(model, OnnxModel) else _seen_in_module(model, form)
+    if model.format == OnnxModel.format:
+        seen = _seen_in_graph(cast("OnnxModel", model))
+    else:
+        seen = _seen_in_module(cast("TorchModel", model), form)
     shape, parameters, norms, convolves, multiplies = seen
     return ModelProfile(
         base.name, base.spec, shape, parameters, norms, convolves, multiplies, base.caveats, base.outputs

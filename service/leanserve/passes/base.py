@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -67,12 +68,14 @@ class Applied:
     """What `apply` gives back.
 
     `decisions` is the JSON from which `rebuild_structure` and `on_load` repeat the pass without data; `facts` are
-    numbers for the report (for example `macs_ratio`).
+    numbers for the report (for example `macs_ratio`). `files` go into the artifact besides what its format saves there:
+    a place in it (`tokenizer/vocab.txt`) -> the file or folder to copy, such as one in the context's scratch space.
     """
 
     model: Model
     decisions: Mapping[str, Json] = field(default_factory=dict)
     facts: Mapping[str, float] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)
 
 
 class Pass(BaseModel):
@@ -114,6 +117,9 @@ class Pass(BaseModel):
         """Repeat the structural change on an untrained module, without data; weights are loaded afterwards."""
         return module
 
-    def on_load(self, model: Model, decisions: Mapping[str, Json]) -> Model:
-        """Repeat what cannot be stored in a file (compilation, session options) on a loaded model."""
+    def on_load(self, model: Model, decisions: Mapping[str, Json], folder: Path) -> Model:
+        """Repeat what the format does not store (compilation, session options) on a loaded model.
+
+        `folder` is the artifact's: what `apply` gave as `files` is there.
+        """
         return model

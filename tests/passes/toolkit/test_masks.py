@@ -13,7 +13,7 @@ from torch import nn
 
 from leanserve.artifacts.load import load_model
 from leanserve.artifacts.manifest import Recipe
-from leanserve.artifacts.store import ArtifactStore, checksums, write_model
+from leanserve.artifacts.store import ArtifactStore, checksums
 from leanserve.contracts import TorchModel
 from leanserve.passes.base import Pass
 from leanserve.passes.families.distill.distill import Distill
@@ -22,6 +22,7 @@ from leanserve.passes.families.prune.prune_channels import PruneChannels
 from leanserve.passes.families.runtime.channels_last import ChannelsLast
 from leanserve.passes.families.runtime.fold_bn import FoldBn
 from leanserve.passes.toolkit.masks import masks_of
+from leanserve.runtime.formats.torch import FORMAT
 from structural_nets import Residual, image_base
 from tiny_base import IMAGES, TinyBase, TinyNet, context_of, lively, tiny_base
 
@@ -51,6 +52,8 @@ def recipe(key: str, parent: str | None, pass_: Pass | None, decisions: Any, fol
         decisions=dict(decisions),
         facts={},
         simulated=False,
+        format="torch",
+        spec=IMAGES,
         files=checksums(folder) if folder else {},
         parameters=1,
         macs=1,
@@ -65,7 +68,7 @@ def reloaded(model: TorchModel, base: TinyBase, pass_: Pass, decisions: Any, tmp
     store = ArtifactStore(tmp_path / "cache")
     for key, parent, step, stored in (("a" * 64, None, None, base.model()), ("b" * 64, "a" * 64, pass_, model)):
         with store.workspace(key) as folder:
-            write_model(stored, folder)
+            FORMAT.save(stored, folder)
             store.publish(folder, recipe(key, parent, step, decisions if step else {}, folder))
     found = load_model(store, base, "b" * 64)
     assert isinstance(found, TorchModel)
@@ -83,7 +86,7 @@ def test_masks_come_back_with_the_artifact_as_they_were(tmp_path: Path) -> None:
     assert bool(found.masks["stem.weight"][0, 0, 0, 1]), "zero, and yet no part of the pattern"
     assert all(torch.equal(value, model.module.state_dict()[name]) for name, value in found.module.state_dict().items())
     stored = (tmp_path / "cache" / "artifacts" / ("b" * 64) / "model.safetensors").stat().st_size
-    write_model(replace(model, masks={}), tmp_path)
+    FORMAT.save(replace(model, masks={}), tmp_path)
     bare = (tmp_path / "model.safetensors").stat().st_size
     assert stored - bare < 576 / 8 + 72 / 8 + 300, "a bit per weight, and two names in the header"
 
@@ -147,5 +150,5 @@ def test_a_structural_pass_drops_the_masks_of_what_it_reshapes_and_their_zeros_t
 def test_a_model_without_sparsity_has_no_masks_and_stores_none(tmp_path: Path) -> None:
     model = TorchModel(lively(nn.Linear(3, 2), seed=1), IMAGES)
     assert masks_of(model) == {}
-    write_model(model, tmp_path)
+    FORMAT.save(model, tmp_path)
     assert b"mask:" not in (tmp_path / "model.safetensors").read_bytes()

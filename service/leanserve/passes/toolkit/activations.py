@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from leanserve.contracts import Data, Progress, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.memory import largest_that_fits
-from leanserve.passes.toolkit.macs import example
+from leanserve.runtime.formats.torch_size import example
 
 See: TypeAlias = Callable[[str, Tensor, Tensor], None]
 """Told the name of a layer, its input and its output, once per call."""

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from leanserve.contracts import ModelSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.toolkit.importance import Importance
-from leanserve.passes.toolkit.macs import example
+from leanserve.runtime.formats.torch_size import example
 
 Scope: TypeAlias = Literal["global", "uniform"]
 

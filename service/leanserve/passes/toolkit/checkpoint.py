@@ -60,7 +60,7 @@ def write_checkpoint(path: Path, state: TrainingState) -> None:
     """Write a checkpoint beside the old one and swap."""
     import torch
 
-    from leanserve.passes.toolkit.ties import write_tensors
+    from leanserve.runtime.formats.tied_tensors import write_tensors
 
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     told = {"plain": {name: value for name, value in state.items() if name not in tensors}}
@@ -76,7 +76,7 @@ def read_training_checkpoint(path: Path) -> TrainingState | None:
     """The state in a checkpoint; `None` if there is none that is as it was written: then training starts anew."""
     from safetensors import SafetensorError
 
-    from leanserve.passes.toolkit.ties import read_tensors
+    from leanserve.runtime.formats.tied_tensors import read_tensors
 
     if not path.is_file():
         return None

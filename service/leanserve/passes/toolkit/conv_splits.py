@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from leanserve.passes.toolkit.activations import Moments
 from leanserve.passes.toolkit.factors import Basis, cholesky_scale, input_basis, output_basis, regress
-from leanserve.passes.toolkit.macs import Call, positions
+from leanserve.passes.toolkit.layer_calls import Call, positions
 from leanserve.passes.toolkit.ranks import Ranks
 
 Approximate: TypeAlias = Literal["weight", "output"]

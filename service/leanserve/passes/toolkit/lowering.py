@@ -28,6 +28,7 @@ from leanserve.comparison import largest_difference, largest_finite
 from leanserve.contracts import Arrays, Model, ModelSpec, OnnxModel, RowsTogether, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.toolkit.recurrent_shapes import recurrent_shapes
+from leanserve.runtime.formats.expected import onnx_model, torch_model
 
 OPSET = 20
 """First with a whole `Gelu`; every operator of it has a kernel in all supported runtimes."""
@@ -53,7 +54,9 @@ LARGEST_BYTES = 2**31 - 1
 
 def as_onnx(model: Model, path: Path) -> OnnxModel:
     """The model as it is if it is ONNX already, else exported to `path`."""
-    return model if isinstance(model, OnnxModel) else export_onnx(model, path)
+    if model.format == OnnxModel.format:
+        return onnx_model(model, "the runtime")
+    return export_onnx(torch_model(model, "the export to ONNX"), path)
 
 
 def export_onnx(model: TorchModel, path: Path) -> OnnxModel:

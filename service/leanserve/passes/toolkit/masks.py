@@ -10,36 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from leanserve.contracts import TorchModel
 from leanserve.passes.toolkit.training import TrainingCallback, TrainingRun
+from leanserve.runtime.formats.torch_masks import fitting_masks
 
 if TYPE_CHECKING:
     from leanserve.passes.toolkit.checkpoint import TrainingState
 
-MASK = "mask:"
-"""Before the name of a weight, that of its stored mask. No parameter is called so."""
-
 
 def masks_of(model: TorchModel) -> dict[str, Tensor]:
     """By the name of a parameter, bool in its shape, `False` where it stays zero: its mask, else its zeros."""
-    return {**_patterns(model.module), **_fitting(model)}
-
-
-def packed_masks(model: TorchModel) -> dict[str, Tensor]:
-    """The model's masks as tensors to be stored beside its weights."""
-    masks = {name: mask.contiguous().numpy() for name, mask in _fitting(model).items()}
-    return {MASK + name: torch.from_numpy(np.packbits(mask)) for name, mask in masks.items()}
-
-
-def unpacked_masks(stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Stored tensors without `packed_masks`, and these."""
-    packed = {name.removeprefix(MASK): tensor for name, tensor in stored.items() if name.startswith(MASK)}
-    weights = {name: tensor for name, tensor in stored.items() if not name.startswith(MASK)}
-    return weights, {name: _unpacked(bits, weights[name].shape) for name, bits in packed.items()}
+    return {**_patterns(model.module), **fitting_masks(model)}
 
 
 class KeepMasks(TrainingCallback):
@@ -69,17 +53,7 @@ class KeepMasks(TrainingCallback):
             module.get_parameter(name).masked_fill_(~mask, 0)
 
 
-def _fitting(model: TorchModel) -> dict[str, Tensor]:
-    """The masks whose weight still is there and has their shape: structural passes remove and reshape some."""
-    shapes = {name: weight.shape for name, weight in model.module.named_parameters()}
-    return {name: mask for name, mask in model.masks.items() if shapes.get(name) == mask.shape}
-
-
 def _patterns(module: nn.Module) -> dict[str, Tensor]:
     """What is not zero in every matrix or kernel that has some zeros, and more."""
     masks = {name: weight.detach() != 0 for name, weight in module.named_parameters() if weight.ndim > 1}
     return {name: mask for name, mask in masks.items() if bool(mask.any()) and not bool(mask.all())}
-
-
-def _unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel()).astype(bool)).reshape(shape)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from leanserve.contracts import Json, Model, TorchModel
-from leanserve.errors import PassFailed
+from leanserve.runtime.formats.expected import torch_model
 
 
 def copy_of(model: Model, kind: str) -> TorchModel:
@@ -23,11 +23,8 @@ def copy_of(model: Model, kind: str) -> TorchModel:
     Raises:
         PassFailed: the model has left torch already.
     """
-    if not isinstance(model, TorchModel):
-        raise PassFailed(
-            f"{kind} changes torch modules, but the model is ONNX already; put it before the lowering pass"
-        )
-    return dataclasses.replace(model, module=copy.deepcopy(model.module).eval())
+    given = torch_model(model, kind)
+    return dataclasses.replace(given, module=copy.deepcopy(given.module).eval())
 
 
 def replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -309,7 +309,7 @@ class TrainingRun:
         return state
 
     def _resume(self) -> None:
-        from leanserve.passes.toolkit.ties import load_tensors
+        from leanserve.runtime.formats.tied_tensors import load_tensors
 
         found = read_training_checkpoint(self._checkpoint)
         if found is None or found["identity"] != self._identity():

@@ -46,10 +46,10 @@ class OnnxRuntimeBackend:
         StartupError: the execution provider asked for is not active on this machine.
     """
 
-    def __init__(self, model: OnnxModel, threads: int, *, alone: bool = False) -> None:
-        """`alone`: no other model is run in this process."""
+    def __init__(self, model: OnnxModel, threads: int, device: str = "cpu", *, alone: bool = False) -> None:
+        """`device` is where it computes unless the pass decided. `alone`: no other model is run in this process."""
         settings = model.session
-        self._device: str = settings.get("provider", "cpu")
+        self._device: str = settings.get("provider", device)
         provider = PROVIDERS[self._device]
         _require(provider, onnxruntime.get_available_providers())
         self._session = onnxruntime.InferenceSession(

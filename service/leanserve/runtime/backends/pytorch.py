@@ -22,10 +22,11 @@ class TorchBackend:
     numbers of rows (empty: any). Any other module is fed channels-last images if its weights are channels-last.
     """
 
-    def __init__(self, model: TorchModel, threads: int) -> None:
+    def __init__(self, model: TorchModel, threads: int, device: str = "cpu") -> None:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(True)  # before the first parallel region: its worker threads inherit the setting
-        self._module = model.module.eval()
+        self._device = device
+        self._module = model.module.eval().to(device)
         self._dtypes = [_torch_dtype(item.dtype) for item in model.spec.outputs]
         compiled: tuple[int, ...] | None = getattr(model.module, "row_buckets", None)
         self._row_buckets = compiled or ()
@@ -37,7 +38,7 @@ class TorchBackend:
 
     @property
     def device(self) -> str:
-        return "cpu"
+        return self._device
 
     @property
     def self_contained(self) -> bool:
@@ -53,6 +54,8 @@ class TorchBackend:
             inputs = [torch.from_numpy(_writable(array)) for array in batch]
             if self._channels_last:
                 inputs = [_to_channels_last(item) for item in inputs]
+            if self._device != "cpu":
+                inputs = [item.to(self._device) for item in inputs]
             try:
                 outputs = self._module(*inputs)
             except IndexError as error:
@@ -60,7 +63,7 @@ class TorchBackend:
                     raise
                 raise BadInput(f"the model looks up what an input's values point to: {error}") from error
             tensors = outputs if isinstance(outputs, tuple) else (outputs,)
-            return tuple(item.to(dtype).numpy() for item, dtype in zip(tensors, self._dtypes, strict=True))
+            return tuple(item.to("cpu", dtype).numpy() for item, dtype in zip(tensors, self._dtypes, strict=True))
 
     def close(self) -> None:
         """Let go of the weights."""

@@ -47,8 +47,8 @@ class LowrankConv(RankRule, Pass):
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.activations import refit_batch_norm
-        from leanserve.passes.toolkit.macs import count_macs, count_parameters
         from leanserve.passes.toolkit.structure import copy_of
+        from leanserve.runtime.formats.torch_size import count_macs, count_parameters
 
         made = copy_of(model, self.kind)
         macs, parameters = count_macs(made), count_parameters(made)
@@ -86,7 +86,7 @@ class LowrankConv(RankRule, Pass):
         from torch import nn
 
         from leanserve.passes.toolkit.conv_splits import SCHEMES
-        from leanserve.passes.toolkit.macs import trace_calls
+        from leanserve.passes.toolkit.layer_calls import trace_calls
 
         scheme = SCHEMES[self.scheme]
         layers = self.targets.select(model.module, nn.Conv2d)

@@ -44,8 +44,8 @@ class LowrankLinear(RankRule, Pass):
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.activations import refit_batch_norm
-        from leanserve.passes.toolkit.macs import count_macs, count_parameters
         from leanserve.passes.toolkit.structure import copy_of, replace
+        from leanserve.runtime.formats.torch_size import count_macs, count_parameters
 
         made = copy_of(model, self.kind)
         macs, parameters = count_macs(made), count_parameters(made)
@@ -79,7 +79,7 @@ class LowrankLinear(RankRule, Pass):
         """The linear layers that can be split, and why the others cannot be."""
         from torch import nn
 
-        from leanserve.passes.toolkit.macs import trace_calls
+        from leanserve.passes.toolkit.layer_calls import trace_calls
 
         layers, left = self.targets.select(model.module, nn.Linear), {}
         calls = trace_calls(model, layers)
@@ -113,7 +113,7 @@ class LowrankLinear(RankRule, Pass):
 
 
 def _candidates(model: TorchModel, layers: Mapping[str, nn.Linear], bases: Mapping[str, Basis]) -> dict[str, Candidate]:
-    from leanserve.passes.toolkit.macs import positions, trace_calls
+    from leanserve.passes.toolkit.layer_calls import positions, trace_calls
 
     places = {name: positions(calls, channel_axis=-1) for name, calls in trace_calls(model, layers).items()}
     return {

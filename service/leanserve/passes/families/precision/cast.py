@@ -13,11 +13,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from leanserve.comparison import compared
-from leanserve.contracts import BuildContext, Json, Model, TorchModel
+from leanserve.contracts import BuildContext, Json, Model
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.targets import Targets
 from leanserve.passes.toolkit.timing import inference, seconds_per_call
+from leanserve.runtime.formats.expected import torch_model
 
 if TYPE_CHECKING:
     import torch
@@ -57,8 +58,7 @@ class Cast(Pass):
     def apply(self, model: Model, context: BuildContext) -> Applied:
         import torch
 
-        if not isinstance(model, TorchModel):
-            raise PassFailed("cast changes torch modules; put it before the pass that exports the model")
+        model = torch_model(model, self.kind)
         kept = self._kept(model.module)
         module = self.rebuild_structure(copy.deepcopy(model.module), {"keep": kept})
         rows = model.spec.most_rows(ROWS)
@@ -85,7 +85,7 @@ class Cast(Pass):
         """The outermost modules that match: what is inside one of them is kept with it."""
         if not self.keep:
             return []
-        from leanserve.passes.toolkit.ties import ties_of
+        from leanserve.runtime.formats.tied_tensors import ties_of
 
         names = Targets(include=self.keep).select(module)
         inside = {part for layer in names.values() for part in layer.modules()}

@@ -64,8 +64,8 @@ class PruneChannels(Pass):
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.activations import refit_batch_norm
         from leanserve.passes.toolkit.channels import nearest
-        from leanserve.passes.toolkit.macs import count_macs, count_parameters
         from leanserve.passes.toolkit.structure import copy_of, differences
+        from leanserve.runtime.formats.torch_size import count_macs, count_parameters
 
         made = base = copy_of(model, self.kind)
         first = groups = self._groups(base, context)
@@ -123,7 +123,7 @@ class PruneChannels(Pass):
     def _size(self, groups: Sequence[ChannelGroup], model: TorchModel) -> int:
         """What the target counts: MACs, or output channels of the prunable groups."""
         from leanserve.passes.toolkit.channels import width
-        from leanserve.passes.toolkit.macs import count_macs
+        from leanserve.runtime.formats.torch_size import count_macs
 
         return count_macs(model) if self.macs is not None else width(model, [group.root for group in groups])
 

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from leanserve.contracts import BuildContext, Json, Model, TorchModel
+from leanserve.contracts import BuildContext, Json, Model
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.timing import inference, seconds_per_call
+from leanserve.runtime.formats.expected import torch_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,10 +39,7 @@ class ChannelsLast(Pass):
     def apply(self, model: Model, context: BuildContext) -> Applied:
         import torch
 
-        if not isinstance(model, TorchModel):
-            raise PassFailed(
-                "channels_last changes torch modules; an ONNX runtime chooses its own layout: drop the pass"
-            )
+        model = torch_model(model, self.kind)
         images = [item.name for item in model.spec.inputs if len(item.shape) == 3]
         kernels = [weight for weight in model.module.parameters() if weight.ndim == 4]
         if not images or not kernels:

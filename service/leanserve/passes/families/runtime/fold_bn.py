@@ -14,9 +14,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from leanserve.comparison import largest_difference, largest_finite
-from leanserve.contracts import BuildContext, Json, Model, TorchModel
+from leanserve.contracts import BuildContext, Json, Model
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
+from leanserve.runtime.formats.expected import torch_model
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +40,7 @@ class FoldBn(Pass):
     def apply(self, model: Model, context: BuildContext) -> Applied:
         import torch
 
-        if not isinstance(model, TorchModel):
-            raise PassFailed("fold_bn folds torch modules; put it before the pass that exports the model")
+        model = torch_model(model, self.kind)
         module = copy.deepcopy(model.module).eval()
         rows = model.spec.most_rows(2)
         example = tuple(torch.from_numpy(array) for array in model.spec.example(rows, seed=context.seed))

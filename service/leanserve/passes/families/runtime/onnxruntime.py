@@ -1,6 +1,6 @@
 """Run the model in onnxruntime: one fused graph instead of a Python call per operator.
 
-The graph is exported once and compared with the module (see `tools.lowering`); onnxruntime fuses operators, lays out
+The graph is exported once and compared with the module (see `toolkit.lowering`); onnxruntime fuses operators, lays out
 convolutions for the CPU's vector width and needs neither torch nor Python between operators. Answers change by float
 rounding only. What it costs: a second library, and models whose control flow depends on data cannot be exported.
 """
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import PositiveInt
 
 from leanserve.contracts import BuildContext, Json, Model, OnnxModel
 from leanserve.passes.base import EXPORTED, Applied, Need, Pass, Stage, Tag
+from leanserve.runtime.formats.expected import onnx_model
 
 
 class OnnxRuntime(Pass):
@@ -43,10 +45,9 @@ class OnnxRuntime(Pass):
 
         return Applied(self._with_options(as_onnx(model, context.scratch / "model.onnx")))
 
-    def on_load(self, model: Model, decisions: Mapping[str, Json]) -> Model:  # noqa: ARG002
+    def on_load(self, model: Model, decisions: Mapping[str, Json], folder: Path) -> Model:  # noqa: ARG002
         """Hand the options to the backend."""
-        assert isinstance(model, OnnxModel)
-        return self._with_options(model)
+        return self._with_options(onnx_model(model, self.kind))
 
     def _with_options(self, model: OnnxModel) -> OnnxModel:
         return replace(model, session=self.model_dump(mode="json", exclude={"kind"}))

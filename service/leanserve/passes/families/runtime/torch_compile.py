@@ -22,6 +22,7 @@ from leanserve.contracts import BuildContext, Json, Model, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.timing import inference, seconds_per_call
+from leanserve.runtime.formats.expected import torch_model
 
 if TYPE_CHECKING:
     from leanserve.passes.toolkit.compilation import CompiledModule, Tensors
@@ -55,8 +56,7 @@ class TorchCompile(Pass):
         """Decide about freezing. The model comes back as it was: `on_load` compiles, where it will run."""
         import torch
 
-        if not isinstance(model, TorchModel):
-            raise PassFailed("torch_compile compiles torch modules; an ONNX graph has its own runtime: drop the pass")
+        model = torch_model(model, self.kind)
         self._check(model)
         buckets = self._row_counts(model)
         rows = model.spec.most_rows(buckets[len(buckets) // 2] if buckets else ROWS)
@@ -79,9 +79,9 @@ class TorchCompile(Pass):
             facts["freezing_speedup"] = seconds["off"] / seconds["on"]
         return Applied(model, {"freezing": best}, facts)
 
-    def on_load(self, model: Model, decisions: Mapping[str, Json]) -> Model:
+    def on_load(self, model: Model, decisions: Mapping[str, Json], folder: Path) -> Model:  # noqa: ARG002
         """Wrap the module so that its first batch in each bucket compiles it."""
-        assert isinstance(model, TorchModel)
+        model = torch_model(model, self.kind)
         return replace(model, module=self._compiled(model, decisions["freezing"]).eval())
 
     def _compiled(self, model: TorchModel, freezing: Freezing) -> CompiledModule:

@@ -13,7 +13,6 @@ from pydantic import TypeAdapter
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from leanserve.artifacts.store import TORCH_FILE, write_model
 from leanserve.comparison import row_cosines
 from leanserve.contracts import Arrays, Model, TorchModel
 from leanserve.errors import PassFailed
@@ -27,8 +26,9 @@ from leanserve.passes.toolkit.checkpoint import (
     read_training_checkpoint,
     write_checkpoint,
 )
-from leanserve.passes.toolkit.ties import load_tensors, read_tensors, ties_of, write_tensors
-from leanserve.runtime.backends.choose import open_backend
+from leanserve.runtime.formats import open_backend
+from leanserve.runtime.formats.tied_tensors import load_tensors, read_tensors, ties_of, write_tensors
+from leanserve.runtime.formats.torch import FORMAT, WEIGHTS
 from tied_nets import TiedLanguage, tied_base
 from tiny_base import TinyBase, context_of, lively
 
@@ -56,11 +56,11 @@ def module_of(model: Model) -> nn.Module:
 
 def test_a_tied_model_is_stored_once_and_is_tied_again_when_loaded(tmp_path: Path) -> None:
     base = tied_base()
-    write_model(base.model(), tmp_path)
-    with safe_open(tmp_path / TORCH_FILE, "pt") as file:
+    FORMAT.save(base.model(), tmp_path)
+    with safe_open(tmp_path / WEIGHTS, "pt") as file:
         assert not {"head.weight", "again.weight", "again.bias"} & set(file.keys())
     fresh = lively(TiedLanguage(), seed=2)
-    load_tensors(fresh, read_tensors(tmp_path / TORCH_FILE)[0])
+    load_tensors(fresh, read_tensors(tmp_path / WEIGHTS)[0])
     assert isinstance(fresh, TiedLanguage)
     assert fresh.head.weight is fresh.tokens.weight
     assert fresh.again is fresh.mix

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from leanserve.contracts import ModelSpec, TensorSpec, TorchModel
-from leanserve.passes.toolkit.macs import count_macs, count_parameters, positions, trace_calls
+from leanserve.passes.toolkit.layer_calls import positions, trace_calls
+from leanserve.runtime.formats.torch_size import count_macs, count_parameters
 from structural_nets import Mobile, image_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,13 +8,12 @@ import numpy as np
 import onnx
 import pytest
 
-from leanserve.build.model_size import model_size
-from leanserve.contracts import ModelSpec, OnnxModel
+from leanserve.runtime.formats.onnx_size import graph_size
 from tiny_graphs import CNN, CNN_WEIGHTS, cnn, graph, random, write
 
 
 def size(path: Path, model: onnx.ModelProto) -> tuple[int, int]:
-    return model_size(OnnxModel(write(path / "m.onnx", model), ModelSpec((), ())))
+    return graph_size(write(path / "m.onnx", model))
 
 
 def test_convolutions_and_matrix_products_count_per_row(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""What a model costs before it is timed: multiply-accumulates per row, and parameters.
+"""What an ONNX graph costs before it is timed: multiply-accumulates per row, and parameters.
 
-In an ONNX graph they are counted from the shapes of convolutions and matrix products, attention included. Recurrent
+They are counted from the shapes of convolutions and matrix products, attention included. Recurrent
 operators and what functions of the model's own do inside are not seen; a graph with them, or with shapes that cannot be
 told, counts as 0: unknown.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from leanserve.contracts import Model, OnnxModel
+from leanserve.contracts import ModelSize
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
@@ -25,24 +25,15 @@ OPAQUE = frozenset({"LSTM", "GRU", "RNN", "Einsum", "If", "Loop", "Scan"})
 """Operators with arithmetic that shapes alone do not tell."""
 
 
-def model_size(model: Model) -> tuple[int, int]:
-    """Multiply-accumulates per row, 0 if they cannot be told, and parameters."""
-    if isinstance(model, OnnxModel):
-        return _onnx_size(model)
-    from leanserve.passes.toolkit.macs import count_macs, count_parameters
-
-    return count_macs(model), count_parameters(model)
-
-
-def _onnx_size(model: OnnxModel) -> tuple[int, int]:
-    """As `model_size`; parameters are the constants that are not indices."""
+def graph_size(path: Path) -> ModelSize:
+    """Multiply-accumulates per row, 0 if they cannot be told, and parameters: the constants that are not indices."""
     import onnx
 
-    graph = onnx.load(model.path)
+    graph = onnx.load(path)
     types = onnx.TensorProto
     weights = {types.FLOAT, types.FLOAT16, types.BFLOAT16, types.DOUBLE, types.INT8, types.UINT8}
     parameters = sum(math.prod(item.dims) for item in graph.graph.initializer if item.data_type in weights)
-    return _macs(graph), parameters
+    return ModelSize(_macs(graph), parameters)
 
 
 def _macs(model: ModelProto) -> int:

@@ -1,0 +1,36 @@
+"""How models are saved, loaded, sized and opened: a file for each format, and this table of them.
+
+Core code knows models by the name of their format alone. What a format needs is imported when one of its models is met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, Final
+
+from leanserve.contracts import Backend, Format, Model
+from leanserve.errors import StartupError
+
+FORMATS: Final[Mapping[str, str]] = {
+    "torch": "leanserve.runtime.formats.torch",
+    "onnx": "leanserve.runtime.formats.onnx",
+}
+"""Name of a format -> the module that has it as `FORMAT`."""
+
+
+def format_named(name: str) -> Format[Any]:
+    """The format of that name.
+
+    Raises:
+        StartupError: there is none.
+    """
+    if name not in FORMATS:
+        raise StartupError(f"there is no format '{name}'; there are {', '.join(FORMATS)}")
+    found: Format[Any] = import_module(FORMATS[name]).FORMAT
+    return found
+
+
+def open_backend(model: Model, threads: int, device: str = "cpu", *, alone: bool = False) -> Backend:
+    """Create the backend of a loaded model, alone in this process or not. Call it on the thread that will run it."""
+    return format_named(model.format).open(model, threads, device, alone=alone)

@@ -1,0 +1,66 @@
+"""Torch modules: their weights as safetensors; the structure comes from the base and the passes, never from a file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from leanserve.contracts import Backend, ModelSize, ModelSpec, TorchModel
+
+if TYPE_CHECKING:
+    from torch import nn
+
+WEIGHTS = "model.safetensors"
+
+
+class TorchFormat:
+    """A `contracts.Format`."""
+
+    name = TorchModel.format
+    libraries = ("torch",)
+    runtime_module = "torch"
+    self_contained = False
+    in_memory = True
+
+    def save(self, model: TorchModel, folder: Path) -> None:
+        from leanserve.runtime.formats.tied_tensors import write_tensors
+        from leanserve.runtime.formats.torch_masks import packed_masks
+
+        write_tensors({**model.module.state_dict(), **packed_masks(model)}, folder / WEIGHTS)
+
+    def load(self, folder: Path, spec: ModelSpec, rebuild: Callable[[], nn.Module]) -> TorchModel:
+        from leanserve.runtime.formats.tied_tensors import load_tensors, read_tensors
+        from leanserve.runtime.formats.torch_masks import unpacked_masks
+
+        module = rebuild()
+        weights, masks = unpacked_masks(read_tensors(folder / WEIGHTS)[0])
+        load_tensors(module, weights)
+        return TorchModel(module.eval(), spec, masks)
+
+    def size(self, model: TorchModel) -> ModelSize:
+        from leanserve.runtime.formats.torch_size import count_macs, count_parameters
+
+        return ModelSize(count_macs(model), count_parameters(model))
+
+    def open(self, model: TorchModel, threads: int, device: str, *, alone: bool = False) -> Backend:  # noqa: ARG002
+        """Torch has one setting of threads for the process, so company makes no difference."""
+        from leanserve.runtime.backends.pytorch import TorchBackend
+
+        return TorchBackend(model, threads, device)
+
+
+FORMAT = TorchFormat()
+
+
+def use_threads(threads: int) -> None:
+    """Give torch this many threads: for a process in which models run with different numbers of them in turn.
+
+    The setting holds for all threads of the process, whichever of them makes it. Other libraries need nothing: their
+    models have threads of their own.
+    """
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(threads)
