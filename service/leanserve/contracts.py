@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -260,6 +261,17 @@ class Format(Protocol[AModel]):
         """
 
 
+class Result(NamedTuple):
+    """What a backend made of a batch.
+
+    `facts` are numbers of its own that can be added up, none below 0: rows that left early, that were escalated to a
+    larger model, graphs that were compiled anew. Their sums are metrics of the variant; most backends have none.
+    """
+
+    outputs: Arrays
+    facts: Mapping[str, float] = MappingProxyType({})
+
+
 class Backend(Protocol):
     """Runs a loaded model, on one thread at a time unless it is `self_contained`.
 
@@ -286,7 +298,7 @@ class Backend(Protocol):
     def row_buckets(self) -> tuple[int, ...]:
         """The numbers of rows it was compiled for, ascending: batches are padded up to the next. Empty: any number."""
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         """Run one batch; the outputs keep the order of the spec's outputs and the number of rows.
 
         Raises:

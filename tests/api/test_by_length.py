@@ -15,7 +15,7 @@ from leanserve.api.by_length import cut_to_length, in_order, length_groups
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.arrays import ArrayCodec
 from leanserve.config.schema import ServiceConfig
-from leanserve.contracts import Arrays, Decoded, ModelSpec, RowsTogether, TensorSpec
+from leanserve.contracts import Arrays, Decoded, ModelSpec, Result, RowsTogether, TensorSpec
 from leanserve.runtime.device import Device
 from leanserve.serving.fleet import Fleet
 from text_fleet import CLS, SEP, WORDS, embedded, live_texts
@@ -39,9 +39,9 @@ class Means:
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         self.shapes.append(batch[0].shape)
-        return batch[0].mean(1), batch[0]
+        return Result((batch[0].mean(1), batch[0]))
 
     def close(self) -> None: ...
 

@@ -107,7 +107,7 @@ def opened(folder: Path, form: str, **keys: Any) -> LoadedBase:
 def answers(model: Model, rows: Arrays) -> Arrays:
     backend = open_backend(model, 1)
     try:
-        return backend.run(rows)
+        return backend.run(rows).outputs
     finally:
         backend.close()
 

@@ -56,7 +56,7 @@ def answers(base: LoadedBase, model: Model) -> Array:
     assert isinstance(base.codec, TextCodec)
     backend = open_backend(model, 1)
     try:
-        return backend.run(base.codec.arrays(base.codec.tokens(TEXTS)))[0]
+        return backend.run(base.codec.arrays(base.codec.tokens(TEXTS))).outputs[0]
     finally:
         backend.close()
 

@@ -45,7 +45,7 @@ def answers(model: Model, base: LoadedBase) -> Array:
     """Of the gate split in batches of 8, each padded to its own longest text."""
     backend = open_backend(model, 1)
     try:
-        return np.concatenate([backend.run(batch.inputs)[0] for batch in base.data("gate").batches(8)])
+        return np.concatenate([backend.run(batch.inputs).outputs[0] for batch in base.data("gate").batches(8)])
     finally:
         backend.close()
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from leanserve import memory
 from leanserve.artifacts.store import ArtifactStore
-from leanserve.contracts import ArrayData, Arrays, BuildContext, ModelSpec
+from leanserve.contracts import ArrayData, Arrays, BuildContext, ModelSpec, Result
 from leanserve.errors import PassFailed
 from leanserve.evaluation import interleaved_benchmark as race
 from leanserve.evaluation import lane_rates, measure, quality
@@ -45,11 +45,11 @@ class Small:
         self.limit = limit
         self.ran: list[int] = []
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         self.ran.append(len(batch[0]))
         if len(batch[0]) > self.limit:
             raise RuntimeError(OUT)
-        return (batch[0] * 2,)
+        return Result((batch[0] * 2,))
 
     def close(self) -> None: ...
 

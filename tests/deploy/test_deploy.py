@@ -42,6 +42,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     variant = metrics.add("int8", VariantFacts(("cast",), device="cpu", quality={"score": 1.0}, build_seconds=(1.0,)))
     variant.request_done("ok", 0.1)
     variant.batch_done(1, 0, 0.1, [0.1])
+    variant.add_backend_facts({"escalated": 1})
     page = metrics.render()[0].decode()
     samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
     return {sample.name: set(sample.labels) for sample in samples}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from leanserve.config.schema import GateConfig
-from leanserve.contracts import Array, Arrays, ModelSpec, TensorSpec
+from leanserve.contracts import Array, Arrays, ModelSpec, Result, TensorSpec
 from leanserve.evaluation.batch_dependence import COMPANY, GOLDEN, RUINED, batch_dependence
 from leanserve.evaluation.quality import gate_reason
 from report_samples import artifact
@@ -33,10 +33,10 @@ class Rule:
         self.answer = answer
         self.shapes: list[tuple[int, ...]] = []
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         self.shapes.append(batch[0].shape)
         answer = self.answer(*batch)
-        return answer if isinstance(answer, tuple) else (answer,)
+        return Result(answer if isinstance(answer, tuple) else (answer,))
 
     def close(self) -> None: ...
 
@@ -101,9 +101,9 @@ def test_answers_of_minus_infinity_may_stay_what_they_are() -> None:
 
 def test_every_output_counts_relative_to_its_own_size() -> None:
     class Two(Rule):
-        def run(self, batch: Arrays) -> Arrays:
+        def run(self, batch: Arrays) -> Result:
             (x,) = batch
-            return x * 1e6, x + (len(x) >= COMPANY) * 0.5
+            return Result((x * 1e6, x + (len(x) >= COMPANY) * 0.5))
 
     rows = (np.tile(np.array([0, 1, -4], np.float32), (8, 1)),)
     assert batch_dependence(Two(lambda x: x), ROW, rows) == pytest.approx(0.5 / 4)

@@ -13,14 +13,15 @@ import pytest
 import torch
 import yaml
 from pydantic import ValidationError
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
+from typer.testing import Result as CommandResult
 
 from leanserve.__main__ import app
 from leanserve.artifacts.manifest import LANE_GAIN, PAIR_GAIN, BenchmarkResult
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.build.builder import Plan, stored_benchmark
 from leanserve.config.schema import ServiceConfig
-from leanserve.contracts import Arrays
+from leanserve.contracts import Arrays, Result
 from leanserve.errors import ConfigError
 from leanserve.evaluation import lane_rates
 from leanserve.hardware import cpu_name
@@ -42,10 +43,10 @@ class Sleeper:
         self.thread = threading.current_thread()
         self.closed = False
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         assert threading.current_thread() is self.thread
         time.sleep(self.seconds)
-        return batch
+        return Result(batch)
 
     def close(self) -> None:
         assert threading.current_thread() is self.thread
@@ -80,7 +81,7 @@ def test_torch_has_as_many_threads_as_its_lane_in_every_turn() -> None:
             super().__init__(0.001)
             self.threads = threads
 
-        def run(self, batch: Arrays) -> Arrays:
+        def run(self, batch: Arrays) -> Result:
             seen.add((self.threads, torch.get_num_threads()))
             return super().run(batch)
 
@@ -153,7 +154,7 @@ def test_lanes_are_auto_or_at_least_one(lanes: object) -> None:
 def test_there_are_no_more_lanes_than_threads(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
 
-    def check(lanes: int) -> Result:
+    def check(lanes: int) -> CommandResult:
         path.write_text(yaml.safe_dump(config(threads=2, lanes=lanes)))
         return CliRunner().invoke(app, ["check", "--config", str(path)])
 

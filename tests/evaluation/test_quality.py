@@ -16,7 +16,7 @@ from leanserve.artifacts.store import ArtifactStore, checksums
 from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.opening import Origin, open_base
 from leanserve.config.schema import GateConfig
-from leanserve.contracts import ArrayData, Arrays, ModelSpec
+from leanserve.contracts import ArrayData, Arrays, ModelSpec, Result
 from leanserve.errors import ArtifactCorrupt
 from leanserve.evaluation.measure import outputs_on
 from leanserve.evaluation.quality import GateOutputs, gate_reason, measure, scored
@@ -134,9 +134,9 @@ def test_a_measurement_of_an_older_version_is_made_again(tmp_path: Path, base: L
 
 def test_outputs_of_batches_of_different_lengths_are_filled_up() -> None:
     class Echo:
-        def run(self, batch: Arrays) -> Arrays:
+        def run(self, batch: Arrays) -> Result:
             length = int(batch[0][0, 0])
-            return (np.ones((len(batch[0]), length), np.float32), np.ones((len(batch[0]), length), np.int64))
+            return Result((np.ones((len(batch[0]), length), np.float32), np.ones((len(batch[0]), length), np.int64)))
 
     data = ArrayData((np.array([[2], [2], [3]]),))
     floats, whole = outputs_on(Echo(), data, size=2)  # type: ignore[arg-type]

@@ -96,7 +96,7 @@ def test_the_int8_variant_as_configured_keeps_its_promise(encoder: SentenceBert,
     assert np.sum(found * wanted, axis=1).mean() >= 0.99
     # Nor does an answer depend on the company in its batch.
     alone = next(iter(gate.batches(1))).inputs
-    np.testing.assert_allclose(backend.run(alone)[0][0], found[0], atol=1e-5)
+    np.testing.assert_allclose(backend.run(alone).outputs[0][0], found[0], atol=1e-5)
     backend.close()
 
 

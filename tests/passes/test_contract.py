@@ -77,8 +77,8 @@ def outputs(model: Callable[[], Model], batch: Arrays, *, alone: bool = False) -
     def run() -> Arrays:
         backend = open_backend(model(), 1)
         if not alone:
-            return backend.run(batch)
-        rows = [backend.run(tuple(array[row : row + 1] for array in batch)) for row in range(len(batch[0]))]
+            return backend.run(batch).outputs
+        rows = [backend.run(tuple(array[row : row + 1] for array in batch)).outputs for row in range(len(batch[0]))]
         return tuple(np.concatenate(parts) for parts in zip(*rows, strict=True))
 
     found: list[Arrays] = []

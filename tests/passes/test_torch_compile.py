@@ -80,7 +80,7 @@ def test_any_batch_answers_as_eager_does_with_one_graph_per_bucket(freezing: str
     before = graphs()
     for rows in (1, 2, 4, 11):
         batch = SPEC.example(rows)
-        assert compiled.run(batch)[0] == pytest.approx(eager.run(batch)[0], abs=1e-5)
+        assert compiled.run(batch).outputs[0] == pytest.approx(eager.run(batch).outputs[0], abs=1e-5)
     assert graphs() - before == 2
     assert (compiled.row_buckets, eager.row_buckets) == ((1, 4), ())
 
@@ -90,7 +90,7 @@ def test_without_buckets_one_graph_serves_any_number_of_rows() -> None:
     before = graphs()
     for rows in (1, 2, 5, 17):
         batch = SPEC.example(rows)
-        assert compiled.run(batch)[0] == pytest.approx(eager.run(batch)[0], abs=1e-5)
+        assert compiled.run(batch).outputs[0] == pytest.approx(eager.run(batch).outputs[0], abs=1e-5)
     assert graphs() - before == 2, "one for a single row, one for more"
     assert compiled.row_buckets == ()
 
@@ -111,7 +111,9 @@ def test_conversions_at_the_door_of_a_cast_model_are_compiled_with_it(tmp_path: 
     assert isinstance(narrow, TorchModel)
     assert isinstance(compiled, TorchModel)
     before, batch = graphs(), SPEC.example(2)
-    assert TorchBackend(compiled, 1).run(batch)[0] == pytest.approx(TorchBackend(narrow, 1).run(batch)[0], abs=0.02)
+    assert TorchBackend(compiled, 1).run(batch).outputs[0] == pytest.approx(
+        TorchBackend(narrow, 1).run(batch).outputs[0], abs=0.02
+    )
     assert graphs() - before == 1
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from leanserve.contracts import Arrays
+from leanserve.contracts import Arrays, Result
 from leanserve.runtime.device import Device
 from leanserve.runtime.linux import huge_pages
 from leanserve.runtime.linux.huge_pages import anonymous_bytes, gather_since
@@ -80,8 +80,8 @@ def test_a_large_backend_is_in_huge_pages_when_it_is_warm() -> None:
             self.weights = private(MANY)
             self.weights[:] = b"x" * MANY
 
-        def run(self, batch: Arrays) -> Arrays:
-            return batch
+        def run(self, batch: Arrays) -> Result:
+            return Result(batch)
 
     huge = in_huge_pages()
     device = Device("test", 1)

@@ -57,8 +57,8 @@ def test_a_batch_answers_like_its_rows_alone_in_the_order_of_the_spec(path: Path
 
     def run() -> tuple[Backend, tuple[Array, ...], list[tuple[Array, ...]]]:
         backend: Backend = OnnxRuntimeBackend(OnnxModel(path, SPEC), threads=2)
-        rows = [backend.run((left[row : row + 1], right[row : row + 1])) for row in range(5)]
-        return backend, backend.run((left, right)), rows
+        rows = [backend.run((left[row : row + 1], right[row : row + 1])).outputs for row in range(5)]
+        return backend, backend.run((left, right)).outputs, rows
 
     backend, (product, total), rows = on_a_thread(run)
     assert (backend.name, backend.device, backend.row_buckets) == ("onnxruntime", "cpu", ())
@@ -152,7 +152,7 @@ fields = tuple(TensorSpec(name, "float32", (64,)) for name in ("left", "right", 
 model = OnnxModel(Path(sys.argv[1]), ModelSpec(fields[:2], fields[2:]))
 tiny = np.full((1, 64), 1e-39, np.float32)
 for _ in range(2):
-    lane = threading.Thread(target=lambda: print(OnnxRuntimeBackend(model, 1).run((tiny, tiny))[1].max()))
+    lane = threading.Thread(target=lambda: print(OnnxRuntimeBackend(model, 1).run((tiny, tiny)).outputs[1].max()))
     lane.start()
     lane.join()
 """

@@ -42,8 +42,8 @@ def on_a_thread(function: Callable[[], Result]) -> Result:
 def test_a_batch_answers_like_its_rows_alone() -> None:
     backend: Backend = TorchBackend(TorchModel(network(), SPEC), threads=2)
     batch = SPEC.example(7)
-    (together,) = backend.run(batch)
-    alone = np.concatenate([backend.run((batch[0][row : row + 1],))[0] for row in range(7)])
+    (together,) = backend.run(batch).outputs
+    alone = np.concatenate([backend.run((batch[0][row : row + 1],)).outputs[0] for row in range(7)])
     assert together.shape == (7, 3)
     assert np.allclose(together, alone, atol=1e-5)
     assert (backend.name, backend.device, backend.row_buckets) == ("pytorch", "cpu", ())
@@ -53,14 +53,14 @@ def test_a_batch_answers_like_its_rows_alone() -> None:
 @pytest.mark.parametrize("kind", ["read-only", "strided", "reversed", "big batch slice"])
 def test_any_array_is_taken_without_a_warning_and_left_as_it_was(kind: str) -> None:
     backend, (batch,) = TorchBackend(TorchModel(network(), SPEC), threads=1), SPEC.example(6)
-    (expected,) = backend.run((batch,))
+    (expected,) = backend.run((batch,)).outputs
     given = {
         "read-only": np.frombuffer(batch.tobytes(), np.float32).reshape(batch.shape),
         "strided": np.repeat(batch, 2, axis=3)[..., ::2],
         "reversed": batch[::-1].copy()[::-1],
         "big batch slice": np.concatenate([batch, batch])[:6],
     }[kind]
-    (outputs,) = backend.run((given,))
+    (outputs,) = backend.run((given,)).outputs
     assert np.allclose(outputs, expected, atol=1e-6)
     assert np.array_equal(given, batch)
 
@@ -77,7 +77,7 @@ def test_inputs_and_outputs_share_memory_with_torch() -> None:
     writable = SPEC.example(2)[0]
     read_only = np.frombuffer(writable.tobytes(), np.float32).reshape(writable.shape)
     for array in (writable, read_only):
-        (outputs,) = backend.run((array,))
+        (outputs,) = backend.run((array,)).outputs
         assert seen.pop() == array.__array_interface__["data"][0]
         assert np.shares_memory(outputs, array)
 
@@ -89,7 +89,7 @@ def test_outputs_have_the_dtypes_of_the_spec() -> None:
             return flat, flat.argmax(1)
 
     spec = ModelSpec(SPEC.inputs, (TensorSpec("flat", "float32", (64,)), TensorSpec("best", "int64", ())))
-    flat, best = TorchBackend(TorchModel(Two(), spec), threads=1).run(spec.example(2))
+    flat, best = TorchBackend(TorchModel(Two(), spec), threads=1).run(spec.example(2)).outputs
     assert [str(array.dtype) for array in (flat, best)] == ["float32", "int64"]
     assert flat.shape == (2, 64)
 
@@ -102,9 +102,9 @@ def test_channels_last_weights_are_fed_channels_last_images() -> None:
     spec = ModelSpec((TensorSpec("image", "float32", (3, 8, 8)),), SPEC.outputs)
     module[0] = nn.Conv2d(3, 16, 3, padding=1)  # type: ignore[operator]
     batch = spec.example(2)
-    (first,) = TorchBackend(TorchModel(module, spec), threads=1).run(batch)
+    (first,) = TorchBackend(TorchModel(module, spec), threads=1).run(batch).outputs
     last_module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    (last,) = TorchBackend(TorchModel(last_module, spec), threads=1).run(batch)
+    (last,) = TorchBackend(TorchModel(last_module, spec), threads=1).run(batch).outputs
     assert seen == [False, True]
     assert np.allclose(first, last, atol=1e-5)
 
@@ -121,7 +121,7 @@ def test_threads_gradients_and_denormals_are_as_serving_wants_them() -> None:
         before = torch.get_num_threads()
         try:
             backend = TorchBackend(TorchModel(Probe(), SPEC), threads=2)
-            return list(backend.run((tiny,))[0][0])
+            return list(backend.run((tiny,)).outputs[0][0])
         finally:
             torch.set_num_threads(before)
 

@@ -46,7 +46,7 @@ def applied(base: TinyBase, scratch: Path, **options: Any) -> Applied:
 
 
 def answers(model: Model, base: TinyBase) -> Arrays:
-    return open_backend(model, 1).run(base.inputs)
+    return open_backend(model, 1).run(base.inputs).outputs
 
 
 def module_of(model: Model) -> nn.Module:

@@ -157,6 +157,9 @@ def test_it_is_built_cached_and_served_and_answers_like_the_module(built: Path, 
                 assert answers(url, rows, variant) == pytest.approx(right, abs=1e-4)
             page = httpx.get(url + "/metrics").text
             assert 'backend="numpy"' in page
+            [told] = [line for line in page.splitlines() if line.startswith("leanserve_backend_facts_total{")]
+            assert 'fact="macs"' in told
+            assert float(told.split()[-1]) == 5 * (6 * 16 + 16 * 3)
     assert {path: path.stat().st_mtime_ns for path in (built / "cache" / "artifacts").rglob("*")} == before
 
 

@@ -9,6 +9,7 @@ import weakref
 import numpy as np
 import pytest
 
+from leanserve.contracts import Arrays, Result
 from leanserve.serving import deferred_metrics as tally
 from leanserve.serving.batcher import QueueLimits
 from leanserve.serving.variant import Variant
@@ -31,6 +32,33 @@ def test_quick_batches_are_counted_at_once(monkeypatch: pytest.MonkeyPatch) -> N
         assert variant.metrics.rows.total == 3
 
     play(scenario, QueueLimits(4, 100))
+
+
+class Telling(ScriptedBackend):
+    """Tells of every batch how many rows it had; of one that is run again in halves, of the halves that worked."""
+
+    def run(self, batch: Arrays) -> Result:
+        return super().run(batch)._replace(facts={"rows_seen": len(batch[0])})
+
+
+@pytest.mark.parametrize("immediate_s", [0.0, 10.0])
+def test_what_a_backend_tells_is_summed(monkeypatch: pytest.MonkeyPatch, immediate_s: float) -> None:
+    monkeypatch.setattr(tally, "IMMEDIATE_MAX_S", immediate_s)
+
+    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
+        backend.gate.clear()
+        first = asyncio.create_task(variant.predict(sample(1, rows=2), stay))
+        await asyncio.to_thread(backend.started.wait, 5)
+        later = [asyncio.create_task(variant.predict(sample(value), stay)) for value in (1, -1, 2)]
+        await asyncio.sleep(0.01)
+        backend.gate.set()
+        outcomes = await asyncio.gather(first, *later, return_exceptions=True)
+        assert [isinstance(outcome, Exception) for outcome in outcomes] == [False, False, True, False]
+        await asyncio.sleep(0)
+        variant.metrics.catch_up()
+        assert variant.metrics.backend_facts == {"rows_seen": 2 + 1 + 1}
+
+    play(scenario, QueueLimits(4, 100), Telling())
 
 
 def test_batches_are_counted_before_long(monkeypatch: pytest.MonkeyPatch) -> None:

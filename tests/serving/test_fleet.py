@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from leanserve.config.schema import BatchConfig, ServiceConfig
-from leanserve.contracts import Arrays, Backend, ModelSpec, TensorSpec
+from leanserve.contracts import Arrays, Backend, ModelSpec, Result, TensorSpec
 from leanserve.runtime.costs import CostTable
 from leanserve.runtime.device import Device
 from leanserve.runtime.warm_up import (
@@ -40,10 +40,10 @@ class CompiledBackend:
         self.row_buckets = row_buckets
         self.shapes: set[int] = set()
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         assert len(batch[0]) in self.row_buckets
         self.shapes.add(len(batch[0]))
-        return batch
+        return Result(batch)
 
     def close(self) -> None: ...
 
@@ -54,9 +54,9 @@ class AnyRowsBackend(CompiledBackend):
     def __init__(self) -> None:
         super().__init__(())
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         self.shapes.add(len(batch[0]))
-        return batch
+        return Result(batch)
 
 
 @pytest.fixture
@@ -110,9 +110,9 @@ class TextBackend:
     def __init__(self) -> None:
         self.shapes: set[tuple[int, ...]] = set()
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         self.shapes.add(batch[0].shape)
-        return batch
+        return Result(batch)
 
     def close(self) -> None: ...
 
@@ -217,10 +217,10 @@ class SelfContained:
         self.ran: list[int] = []
         self.closed = 0
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         self.ran.append(len(batch[0]))
         time.sleep(self.row_s * len(batch[0]))
-        return batch
+        return Result(batch)
 
     def close(self) -> None:
         self.closed += 1

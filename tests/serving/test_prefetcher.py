@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leanserve.contracts import Arrays, ModelSpec, TensorSpec
+from leanserve.contracts import Arrays, ModelSpec, Result, TensorSpec
 from leanserve.errors import ClientGone, QueueTimeout
 from leanserve.runtime import assembly
 from leanserve.serving import batch_runner as execution
@@ -167,7 +167,7 @@ def test_a_more_urgent_request_overtakes_what_is_joined(joins: list[tuple[str, i
     ran: list[list[float]] = []
 
     class Remembering(ScriptedBackend):
-        def run(self, batch: Arrays) -> Arrays:
+        def run(self, batch: Arrays) -> Result:
             ran.append(batch[0][:, 0].tolist())
             return super().run(batch)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from leanserve.config.schema import ServiceConfig
-from leanserve.contracts import Arrays, ModelSpec, TensorSpec
+from leanserve.contracts import Arrays, ModelSpec, Result, TensorSpec
 from leanserve.errors import BadInput, NotFound, NotReady, ServiceError
 from leanserve.runtime.device import Device
 from leanserve.serving.batch_runner import Prediction
@@ -64,12 +64,12 @@ class DoublingBackend:
         self.ran: list[tuple[str, int]] = []
         self.closed = False
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         self.owner.pass_gate()
         assert not self.closed
         time.sleep(2 * SHORT_S)  # work for a lane
         self.ran.append((threading.current_thread().name, len(batch[0])))
-        return (batch[0] * 2,)
+        return Result((batch[0] * 2,))
 
     def close(self) -> None:
         self.closed = True

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from leanserve.contracts import Array, Arrays
+from leanserve.contracts import Array, Arrays, Result
 from leanserve.errors import BackendFailed, BadInput, ClientGone, QueueTimeout
 from leanserve.serving.batch_runner import Prediction
 from leanserve.serving.batcher import QueueLimits
@@ -140,9 +140,9 @@ def test_a_delay_gathers_company_on_an_idle_device_but_a_full_batch_does_not_wai
 @pytest.mark.parametrize("answer", [lambda x: x[:-1], lambda x: np.concatenate([x, x])], ids=["too few", "too many"])
 def test_a_wrong_number_of_rows_is_a_failure_of_that_batch(answer: Callable[[Array], Array]) -> None:
     class Miscounting(ScriptedBackend):
-        def run(self, batch: Arrays) -> Arrays:
-            (doubled,) = super().run(batch)
-            return (answer(doubled),) if (batch[0] == 5).any() else (doubled,)
+        def run(self, batch: Arrays) -> Result:
+            (doubled,) = super().run(batch).outputs
+            return Result((answer(doubled),) if (batch[0] == 5).any() else (doubled,))
 
     async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
         first = await hold(variant, backend)
@@ -195,7 +195,7 @@ def test_values_that_only_the_model_finds_wrong_are_a_bad_input_of_that_request_
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class LookUp(ScriptedBackend):
-        def run(self, batch: Arrays) -> Arrays:
+        def run(self, batch: Arrays) -> Result:
             if (batch[0] == 99).any():
                 raise BadInput("there are 99 rows to look up")
             return super().run(batch)

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from leanserve.contracts import Arrays
+from leanserve.contracts import Arrays, Result
 from leanserve.errors import BackendFailed
 from leanserve.runtime.costs import Costs, CostTable
 from leanserve.runtime.device import Device, Lane
@@ -111,7 +111,7 @@ def test_a_neighbour_that_came_meanwhile_goes_before_the_rest_of_a_burst() -> No
             super().__init__()
             self.label = label
 
-        def run(self, batch: Arrays) -> Arrays:
+        def run(self, batch: Arrays) -> Result:
             order.append(self.label)
             return super().run(batch)
 
@@ -147,7 +147,7 @@ class Whereabouts(ScriptedBackend):
         super().__init__()
         self.threads: list[str] = []
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         self.threads.append(threading.current_thread().name)
         return super().run(batch)
 
@@ -215,7 +215,7 @@ def test_a_bad_row_in_a_short_batch_fails_alone_and_the_lane_is_free_again() -> 
 
 def test_a_variant_that_turns_out_slow_is_left_to_the_lanes_but_not_for_a_single_slow_batch() -> None:
     class Slowing(Whereabouts):
-        def run(self, batch: Arrays) -> Arrays:
+        def run(self, batch: Arrays) -> Result:
             time.sleep(0.001)
             return super().run(batch)
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from leanserve.contracts import Arrays, ModelSpec, TensorSpec
+from leanserve.contracts import Arrays, ModelSpec, Result, TensorSpec
 from leanserve.errors import BadInput, DeadlineUnreachable
 from leanserve.runtime.costs import Costs, CostTable
 from leanserve.runtime.device import Device
@@ -41,11 +41,11 @@ class Tagger:
         self.started = threading.Event()
         self.shapes: list[tuple[int, ...]] = []
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         self.started.set()
         assert self.gate.wait(10)
         self.shapes.append(batch[0].shape)
-        return batch[0] * 2, (batch[0] != 9).sum(1)
+        return Result((batch[0] * 2, (batch[0] != 9).sum(1)))
 
     def close(self) -> None: ...
 

@@ -11,7 +11,7 @@ import pytest
 
 from fakes import report
 from leanserve.config.schema import BatchConfig, ServiceConfig
-from leanserve.contracts import Arrays, ModelSpec, TensorSpec
+from leanserve.contracts import Arrays, ModelSpec, Result, TensorSpec
 from leanserve.errors import BackendFailed, OutOfMemory, StartupError
 from leanserve.runtime.device import Device
 from leanserve.runtime.warm_up import compare_again, measure_grid, warm_up
@@ -36,7 +36,7 @@ class Small(ScriptedBackend):
         self.self_contained = self_contained
         self.shapes: list[tuple[int, ...]] = []
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         self.shapes.append(batch[0].shape)
         self.started.set()
         assert self.gate.wait(10)
@@ -44,7 +44,7 @@ class Small(ScriptedBackend):
             raise RuntimeError(OUT)
         if (batch[0] == POISON).any():
             raise ValueError("poison")
-        return (batch[0] * 2,)
+        return Result((batch[0] * 2,))
 
 
 @pytest.mark.parametrize("lanes", [1, 2])

@@ -18,7 +18,7 @@ from leanserve.artifacts.manifest import Manifest, OutputFidelity, Quality, Vari
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
 from leanserve.config.schema import ServiceConfig
-from leanserve.contracts import Array, Arrays, Codec, Data, Model, ModelSpec, Split, TensorSpec
+from leanserve.contracts import Array, Arrays, Codec, Data, Model, ModelSpec, Result, Split, TensorSpec
 from leanserve.runtime.device import Device
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.scheduler import SHORT_S
@@ -67,7 +67,7 @@ class PixelBackend:
         self.ran = 0
         self.closed = False
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         if self.gate is not None:
             self.waits = not self.gate.is_set()
             assert self.gate.wait(20)
@@ -76,7 +76,7 @@ class PixelBackend:
             self.ran += len(batch[0])
         if self.broken and batch[0].max() == 1.0:
             raise RuntimeError("secret detail")
-        return (batch[0].reshape(len(batch[0]), 4) * 10,)
+        return Result((batch[0].reshape(len(batch[0]), 4) * 10,))
 
     def close(self) -> None:
         self.closed = True

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from leanserve.contracts import Array, Arrays, ModelSpec, TensorSpec
+from leanserve.contracts import Array, Arrays, ModelSpec, Result, TensorSpec
 
 RAISE = -1001.0
 """The batch raises, as a model does on a row that it cannot take."""
@@ -47,7 +47,7 @@ class RuleBackend:
         self._folder = folder
         self._batch_s = batch_s
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         rows = batch[0].reshape(-1, WIDTH)
         orders = set(rows[:, 0].tolist())
         if HOLD in orders:
@@ -59,11 +59,11 @@ class RuleBackend:
         if EXIT in orders:
             raise SystemExit("ordered to exit")
         if GARBAGE in orders:
-            return None  # type: ignore[return-value]
+            return Result(None)  # type: ignore[arg-type]
         answers = rows * 10
         if CENSUS in orders:
             answers[rows[:, 0] == CENSUS, : len(COUNTED)] = _census()
-        return (answers,)
+        return Result((answers,))
 
     def close(self) -> None: ...
 

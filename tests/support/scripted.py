@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 
-from leanserve.contracts import Arrays, ModelSpec, TensorSpec
+from leanserve.contracts import Arrays, ModelSpec, Result, TensorSpec
 from leanserve.runtime.costs import Costs, CostTable
 from leanserve.runtime.device import Device
 from leanserve.runtime.lanes import LoadedVariant
@@ -35,13 +35,13 @@ class ScriptedBackend:
         self.started = threading.Event()
         self.ran: list[int] = []
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         self.started.set()
         assert self.gate.wait(10)
         if (batch[0] < 0).any():
             raise ValueError("negative")
         self.ran.append(len(batch[0]))
-        return (batch[0] * 2,)
+        return Result((batch[0] * 2,))
 
     def close(self) -> None: ...
 
@@ -53,7 +53,7 @@ class Slow(ScriptedBackend):
         super().__init__()
         self.seconds = seconds
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         time.sleep(self.seconds)
         return super().run(batch)
 

@@ -16,7 +16,7 @@ from fakes import Live, PixelBase, report, serving
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.text import TextCodec
 from leanserve.config.schema import ServiceConfig
-from leanserve.contracts import Arrays, ModelSpec, TensorSpec
+from leanserve.contracts import Arrays, ModelSpec, Result, TensorSpec
 from leanserve.runtime.device import Device
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.scheduler import SHORT_S
@@ -57,7 +57,7 @@ class ReadingBackend:
     def __init__(self, gate: threading.Event | None = None) -> None:
         self.gate = gate
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         if self.gate is not None:
             assert self.gate.wait(20)
             time.sleep(2 * SHORT_S)  # work for a lane: the event loop must not wait at the gate
@@ -65,7 +65,7 @@ class ReadingBackend:
         if (ids == FATAL).any():
             raise RuntimeError("secret detail")
         rows = [embedded(row[shown == 1].tolist()) for row, shown in zip(ids, mask, strict=True)]
-        return (np.array(rows, np.float32),)
+        return Result((np.array(rows, np.float32),))
 
     def close(self) -> None:
         """Holds nothing."""

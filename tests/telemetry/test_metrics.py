@@ -47,6 +47,8 @@ def metrics() -> Metrics:
     served.batch_done(1, 0, 0.002, [0.5])
     served.lane_s += 0.004 + 2 * 0.002
     served.padding_tokens += 5
+    served.add_backend_facts({"escalated": 2, "recompiled": 1})
+    served.add_backend_facts({"escalated": 3})
     for seconds in (0.005, 0.03, 99.0):
         served.request_done("ok", seconds)
     served.request_done("queue_full", 0.00001)
@@ -76,6 +78,8 @@ def test_counts_are_true() -> None:
     assert value(found, "leanserve_batch_rows_sum", version="int8") == 7
     assert value(found, "leanserve_padding_rows_total", version="int8") == 2
     assert value(found, "leanserve_padding_tokens_total", version="int8") == 5
+    assert value(found, "leanserve_backend_facts_total", version="int8", fact="escalated") == 5
+    assert value(found, "leanserve_backend_facts_total", version="int8", fact="recompiled") == 1
     assert value(found, "leanserve_queue_rows", version="int8") == 7
     assert value(found, "leanserve_device_lanes", version="int8", device="cpu") == 2
     assert value(found, "leanserve_device_busy_seconds_total", version="int8", device="cpu") == pytest.approx(0.008)

@@ -57,7 +57,7 @@ def batch_dependence(backend: Backend, spec: ModelSpec, rows: Arrays, most: int 
 def _answers(backend: Backend, spec: ModelSpec, samples: Sequence[Arrays]) -> PerRow:
     """The outputs of every sample of one batch, which is filled up as when serving."""
     rows = next((size for size in backend.row_buckets if size >= len(samples)), len(samples))
-    outputs = [np.array(output, np.float64) for output in backend.run(join(samples, spec, rows))]
+    outputs = [np.array(output, np.float64) for output in backend.run(join(samples, spec, rows)).outputs]
     return [[output[index] for output in outputs] for index in range(len(samples))]
 
 

@@ -10,7 +10,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -53,8 +53,12 @@ def main(cache: str, key: str, origin: str, threads: str, rows: str, answers: st
 
 def outputs_on(backend: Backend, data: Data, size: int = 8) -> Arrays:
     """Run a whole data split; the outputs of all batches joined. What varies in length is filled up with NaN, or 0."""
-    batches = [part for batch in data.batches(size) for part in run_in_parts(backend.run, batch.inputs)]
+    batches = [part for batch in data.batches(size) for part in run_in_parts(_outputs_of(backend), batch.inputs)]
     return tuple(_joined(parts) for parts in zip(*batches, strict=True))
+
+
+def _outputs_of(backend: Backend) -> Callable[[Arrays], Arrays]:
+    return lambda batch: backend.run(batch).outputs
 
 
 def _joined(parts: Sequence[Array]) -> Array:

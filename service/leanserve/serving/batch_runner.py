@@ -10,7 +10,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from leanserve.contracts import Arrays, ModelSpec
@@ -55,7 +56,9 @@ class CompletedBatch(NamedTuple):
 
 
 class Timed(NamedTuple):
-    """What is counted of a batch: its times (`time.perf_counter`), rows with padding, lanes, the table it corrects."""
+    """What is counted of a batch: its times (`time.perf_counter`), rows with padding, lanes, the table it corrects, and
+    what the backend told of it.
+    """
 
     taken: float
     started: float
@@ -64,6 +67,7 @@ class Timed(NamedTuple):
     padded: int
     lanes: int
     costs: CostTable
+    facts: Mapping[str, float] = MappingProxyType({})
 
 
 class BatchRunner:
@@ -139,7 +143,7 @@ class BatchRunner:
                 lane.finish()  # from here on Python's lock is free for those who were answered last
             started = time.perf_counter()
             _set_due(lanes, started + costs.seconds(padded))
-            outputs = backend.run(joined)
+            outputs, facts = backend.run(joined)
             ended = time.perf_counter()
             _check_rows(outputs, padded)
             replies = self._split(outputs, tickets)
@@ -149,7 +153,7 @@ class BatchRunner:
             return self._run_apart(lanes, way, tickets, taken, error)
         finally:
             _set_due(lanes, 0.0)
-        timed = Timed(taken, started, ended, time.perf_counter(), padded, len(lanes), costs)
+        timed = Timed(taken, started, ended, time.perf_counter(), padded, len(lanes), costs, facts)
         return [CompletedBatch(tickets, replies, rows, ended - started, timed)]
 
     def _split(self, outputs: Arrays, tickets: list[Ticket[PendingResult]]) -> list[Arrays]:
@@ -184,8 +188,8 @@ class BatchRunner:
 
         def run(part: Arrays) -> Arrays:
             rows = len(part[0])
-            outputs = way.backend.run(join([part], self._spec, way.padded(rows, ticket.bucket)))
-            return tuple(array[:rows] for array in outputs)
+            made = way.backend.run(join([part], self._spec, way.padded(rows, ticket.bucket)))
+            return tuple(array[:rows] for array in made.outputs)
 
         started = time.perf_counter()
         try:

@@ -67,6 +67,8 @@ class DeferredMetrics:
         timed.costs.observe(timed.padded, infer_s)
         metrics.padding_tokens += padding
         metrics.lane_s += infer_s * timed.lanes
+        if timed.facts:
+            metrics.add_backend_facts(timed.facts)
         input_s, output_s = timed.started - timed.taken, timed.split - timed.ended
         metrics.batch_done(rows, timed.padded - rows, infer_s, queue_seconds, input_s, output_s)
 

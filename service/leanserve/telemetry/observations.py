@@ -101,12 +101,13 @@ class VariantMetrics:
 
     The thread of the event loop writes and reads. Batches are counted a moment after their replies; who reads calls
     `catch_up` first. `queue_rows` and `queue_requests` are called at scrape. `batches` has an entry per batch size
-    (rows) that occurred.
+    (rows) that occurred; `backend_facts` are sums of what backends told of their batches.
     `lane_s` and `padding_tokens` are added to by who calls `batch_done`; the first are the seconds of all lanes that a
     batch had for itself. `last_batch_at` is in seconds since the epoch, 0 before the first batch.
     """
 
     __slots__ = (
+        "backend_facts",
         "batches",
         "catch_up",
         "facts",
@@ -145,6 +146,7 @@ class VariantMetrics:
         self.padding_rows = 0
         self.padding_tokens = 0
         self.batches: dict[int, BatchTimes] = {}
+        self.backend_facts: dict[str, float] = {}
         self.last_batch_at = 0.0
         self.lane_s = 0.0
         # Summed over requests, as Triton counts: every request of a batch spent the whole batch's time.
@@ -155,6 +157,11 @@ class VariantMetrics:
     def request_done(self, outcome: str, seconds: float) -> None:
         """A request ended after `seconds` in the service; `outcome` is one of `OUTCOMES` (else `KeyError`)."""
         self.requests[outcome].add(seconds)
+
+    def add_backend_facts(self, facts: Mapping[str, float]) -> None:
+        """Add what a backend told of a batch (`contracts.Result.facts`)."""
+        for name, value in facts.items():
+            self.backend_facts[name] = self.backend_facts.get(name, 0.0) + value
 
     def batch_done(
         self,

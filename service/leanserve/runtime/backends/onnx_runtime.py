@@ -16,7 +16,7 @@ from typing import Any
 import onnxruntime
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
-from leanserve.contracts import Arrays, Json, OnnxModel
+from leanserve.contracts import Arrays, Json, OnnxModel, Result
 from leanserve.errors import BadInput, StartupError
 from leanserve.runtime.linux.denormals import flush_denormals
 from leanserve.runtime.linux.spin_control import spin_us
@@ -78,7 +78,7 @@ class OnnxRuntimeBackend:
     def row_buckets(self) -> tuple[int, ...]:
         return ()
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         try:
             outputs: Any = self._session.run(self._outputs, dict(zip(self._inputs, batch, strict=True)))
         except InvalidArgument as error:
@@ -86,7 +86,7 @@ class OnnxRuntimeBackend:
             if told is None:
                 raise
             raise BadInput(f"the model looks up what an input's values point to: {told[1]}") from error
-        return tuple(outputs)
+        return Result(tuple(outputs))
 
     def close(self) -> None:
         """Free the session with its threads and memory."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from leanserve.contracts import Array, Arrays, TorchModel
+from leanserve.contracts import Array, Arrays, Result, TorchModel
 from leanserve.errors import BadInput
 
 
@@ -48,7 +48,7 @@ class TorchBackend:
     def row_buckets(self) -> tuple[int, ...]:
         return self._row_buckets
 
-    def run(self, batch: Arrays) -> Arrays:
+    def run(self, batch: Arrays) -> Result:
         """Outputs have the dtypes of the spec, so that bfloat16, which numpy lacks, never leaves."""
         with torch.inference_mode():
             inputs = [torch.from_numpy(_writable(array)) for array in batch]
@@ -63,7 +63,8 @@ class TorchBackend:
                     raise
                 raise BadInput(f"the model looks up what an input's values point to: {error}") from error
             tensors = outputs if isinstance(outputs, tuple) else (outputs,)
-            return tuple(item.to("cpu", dtype).numpy() for item, dtype in zip(tensors, self._dtypes, strict=True))
+            outputs = (item.to("cpu", dtype).numpy() for item, dtype in zip(tensors, self._dtypes, strict=True))
+            return Result(tuple(outputs))
 
     def close(self) -> None:
         """Let go of the weights."""
