@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import time
@@ -78,6 +81,20 @@ def test_any_flipped_byte_is_noticed(tmp_path: Path, name: str, position: int) -
         store.recipe(KEY)
     store.discard(KEY)
     assert store.recipe(KEY) is None
+
+
+def test_documents_are_plain_json(tmp_path: Path) -> None:
+    """For `jq` and for eyes: what is told of an artifact is no text within a text."""
+    store = ArtifactStore(tmp_path)
+    publish(store)
+    store.attach(KEY, measurement())
+    for name in ("manifest.json", "quality.json"):
+        told = json.loads((store.folder(KEY) / name).read_text())
+        assert told["key"] == KEY
+    assert told["document"]["fidelity"]["score"] == measurement().fidelity.score
+    text = (store.folder(KEY) / "quality.json").read_bytes()
+    blank = re.sub(rb'"sha256": "[0-9a-f]{64}"', b'"sha256": "' + b"0" * 64 + b'"', text)
+    assert hashlib.sha256(blank).hexdigest() == told["sha256"], "anybody can check it"
 
 
 def test_a_damaged_measurement_is_noticed(tmp_path: Path) -> None:

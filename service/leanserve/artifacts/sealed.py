@@ -1,7 +1,9 @@
 """JSON documents that are believed only if they are, to the byte, what was written, and about what is asked.
 
-A flipped byte in a number is still a number, and a file copied from elsewhere reads well. So a document is stored with
-the key of what it speaks of and a checksum over both. That keeps out damage and mix-ups; it is no signature.
+A flipped byte in a number is still a number, and a file copied from elsewhere reads well. So a document stands in its
+file with the key of what it speaks of and a checksum over all of the file, in which the place of the checksum itself is
+filled with zeros. One file holds all three, because only one can be replaced in one step. That keeps out damage and
+mix-ups; it is no signature.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -21,6 +24,8 @@ from leanserve.disk import open_regular
 from leanserve.errors import ArtifactCorrupt
 
 Document = TypeVar("Document", bound=BaseModel)
+BLANK = b"0" * 64
+_CHECKSUM = re.compile(rb'(?<="sha256": ")[0-9a-f]{64}(?=")')
 
 
 class _Sealed(BaseModel):
@@ -28,7 +33,7 @@ class _Sealed(BaseModel):
 
     sha256: str
     key: str
-    document: str
+    document: Any
 
 
 def seal(path: Path, key: str, document: BaseModel) -> None:
@@ -37,14 +42,13 @@ def seal(path: Path, key: str, document: BaseModel) -> None:
     Raises:
         ValueError: a number in it is infinite or NaN, which JSON does not have; the text names it.
     """
-    content = document.model_dump(mode="python")
-    for name, value in _numbers("", content):
+    for name, value in _numbers("", document.model_dump(mode="python")):
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value}, and JSON has neither infinities nor NaN")
-    text = document.model_dump_json()
-    sealed = _Sealed(sha256=_checksum(key, text), key=key, document=text)
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(sealed.model_dump_json())
+    sealed = _Sealed(sha256=BLANK.decode(), key=key, document=document.model_dump(mode="json"))
+    blank = json.dumps(sealed.model_dump(), indent=1).encode() + b"\n"
+    with path.open("wb") as stream:
+        stream.write(_CHECKSUM.sub(_digest(blank), blank, count=1))
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -57,23 +61,24 @@ def unseal(path: Path, key: str, kind: type[Document]) -> Document:
     """
     try:
         with open_regular(path) as stream:
-            sealed = _Sealed.model_validate_json(stream.read())
+            text = stream.read()
+        sealed = _Sealed.model_validate_json(text)
     except OSError as error:
         raise ArtifactCorrupt(f"{path}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
         raise ArtifactCorrupt(f"{path}: is not a document of leanserve") from error
-    if _checksum(sealed.key, sealed.document) != sealed.sha256:
+    if _digest(_CHECKSUM.sub(BLANK, text, count=1)) != sealed.sha256.encode():
         raise ArtifactCorrupt(f"{path}: does not match its checksum")
     if sealed.key != key:
         raise ArtifactCorrupt(f"{path}: belongs to {sealed.key[:12]}, not to {key[:12]}; it was copied here")
     try:
-        return kind.model_validate(json.loads(sealed.document))
+        return kind.model_validate(sealed.document)
     except ValidationError as error:
         raise ArtifactCorrupt(f"{path}: was written by another version of leanserve") from error
 
 
-def _checksum(key: str, text: str) -> str:
-    return hashlib.sha256(f"{key}\n{text}".encode()).hexdigest()
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest().encode()
 
 
 def _numbers(name: str, value: Json) -> Iterator[tuple[str, float]]:
