@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module, invalidate_caches, metadata
 from pathlib import Path
 from typing import cast
@@ -13,10 +15,13 @@ import numpy as np
 import pytest
 import torch
 
+from leanserve.bases.description import Description, Tensor
 from leanserve.bases.opening import Origin, codec_of, open_base
 from leanserve.bases.shipped import BaseModule, ModuleSource
+from leanserve.config.base_section import TextInput
 from leanserve.contracts import Base, TensorSpec
 from leanserve.errors import ConfigError
+from text_fleet import tokenizer_file
 
 SOURCE = """
 INPUTS = ({"name": "image", "dtype": "float32", "shape": (3, 2, 4)},)
@@ -67,6 +72,30 @@ def test_a_module_becomes_a_base(folder: Path) -> None:
     decoded = codec.decode("application/json", b'{"inputs": [[[255, 0, 0]]]}')
     assert decoded.inputs[0].shape == (1, *description.spec().inputs[0].shape)
     np.testing.assert_array_equal(decoded.inputs[0][0, :, 0, 0], [1, 0, 0])
+
+
+def test_a_codec_for_a_changed_spec_makes_what_that_takes() -> None:
+    base = open_base(Origin.shipped("digits"))
+    assert base.codec_for(base.spec) is base.codec
+    (image,) = base.spec.inputs
+    smaller = replace(base.spec, inputs=(replace(image, shape=(1, 16, 24)),))
+    decoded = base.codec_for(smaller).decode("application/json", json.dumps({"inputs": [[0] * 40] * 30}).encode())
+    assert decoded.inputs[0].shape == (1, 1, 16, 24)
+    relabelled = replace(base.spec, labels=tuple("abcdefghij"))
+    outputs = (np.eye(10, dtype=np.float32)[[3]],)
+    assert base.codec_for(relabelled).encode(outputs)[0]["label"] == "d"
+
+
+def test_a_codec_for_fewer_tokens_cuts_texts_to_them(tmp_path: Path) -> None:
+    text = TextInput(tokenizer=tokenizer_file(tmp_path), max_length=8)
+    ids = Tensor(name="input_ids", dtype="int64", shape=(None,))
+    outputs = (Tensor(name="embedding", dtype="float32", shape=(4,), meaning="embedding"),)
+    description = Description(name="words", inputs=(ids,), outputs=outputs, text=text, max_length=8)
+    whole = codec_of(description, description.spec())
+    cut = codec_of(description, replace(description.spec(), max_length=5))
+    sent = json.dumps({"inputs": "one two three four five"}).encode()
+    assert whole.decode("application/json", sent).inputs[0].shape[1] == 7
+    assert cut.decode("application/json", sent).inputs[0].shape[1] == 5
 
 
 def test_an_unknown_base_is_refused_with_the_names_there_are() -> None:

@@ -141,7 +141,14 @@ class Base(Protocol):
     def spec(self) -> ModelSpec: ...
 
     @property
-    def codec(self) -> Codec: ...
+    def codec(self) -> Codec:
+        """That of `spec`."""
+
+    def codec_for(self, spec: ModelSpec) -> Codec:
+        """How requests become the inputs of a variant whose passes have changed the spec, and its outputs answers.
+
+        Images are resized to what it takes, texts are cut to its `max_length`.
+        """
 
     @property
     def origin(self) -> str:

@@ -41,6 +41,9 @@ class PixelBase:
     caveats = ()
     unit = 1
 
+    def codec_for(self, spec: ModelSpec) -> Codec:
+        return self.codec
+
     def model(self) -> Model:
         raise NotImplementedError
 

@@ -66,6 +66,9 @@ class TinyBase:
     def codec(self) -> Codec:
         raise NotImplementedError("no test of a pass decodes requests")
 
+    def codec_for(self, spec: ModelSpec) -> Codec:
+        return self.codec
+
     def model(self) -> TorchModel:
         return TorchModel(self.torch_module(), self.spec)
 

@@ -174,6 +174,11 @@ class VariantReport(BaseModel):
     chain: tuple[Manifest, ...]
 
     @property
+    def spec(self) -> ModelSpec:
+        """What the finished variant takes and gives; passes may have changed what the base does."""
+        return self.chain[-1].spec
+
+    @property
     def quality(self) -> Quality:
         """Quality of the finished variant."""
         return self.chain[-1].quality

@@ -58,12 +58,17 @@ class LoadedBase:
     load: Callable[[], Model]
     rows: Rows
     scored_by: Score
+    make_codec: Callable[[ModelSpec], Codec]
+    """Of a spec, however passes have changed it."""
     outputs: tuple[Tensor, ...]
     """As in the spec, with the evidence for what they mean."""
 
     @property
     def unit(self) -> int:
         return self.rows.unit
+
+    def codec_for(self, spec: ModelSpec) -> Codec:
+        return self.codec if spec == self.spec else self.make_codec(spec)
 
     def model(self) -> Model:
         return self.load()

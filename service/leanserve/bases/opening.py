@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
 
@@ -139,6 +140,7 @@ def open_base(origin: Origin) -> LoadedBase:
         load=load,
         rows=rows,
         scored_by=score,
+        make_codec=partial(codec_of, description),
         outputs=description.outputs,
     )
 
@@ -178,13 +180,19 @@ def open_source(base: ShippedBase | BroughtBase, folder: Path) -> Source:
 
 
 def codec_of(description: Description, spec: ModelSpec) -> Codec:
-    """What turns requests into the inputs of the model, and its outputs into answers."""
+    """What turns requests into the inputs of a model of this spec, and its outputs into answers."""
     answers = AnswerEncoder(spec)
     if description.image is not None:
-        return ImageCodec(answers=answers, **description.image.model_dump())
+        return ImageCodec(answers=answers, **(description.image.model_dump() | _size_of(spec)))
     if description.text is not None:
-        return TextCodec(description.text.tokenizer, description.text.max_length, answers)
+        return TextCodec(description.text.tokenizer, min(description.text.max_length, spec.max_length), answers)
     return ArrayCodec(answers)
+
+
+def _size_of(spec: ModelSpec) -> dict[str, tuple[int, int]]:
+    """(width, height) of the images that a model takes, where the spec fixes them."""
+    height, width = spec.inputs[0].shape[-2:]
+    return {} if height is None or width is None else {"size": (width, height)}
 
 
 def _rows_and_score(origin: Origin, source: Source, description: Description, codec: Codec) -> tuple[Rows, Score]:
