@@ -64,7 +64,13 @@ LAZY = {
     "torchvision",
     "transformers",
 }
-MAY_IMPORT_AT_TOP = ("runtime/backends/", "runtime/linux/spin_control.py", "bases/modules/", "passes/toolkit/")
+MAY_IMPORT_AT_TOP = (
+    "runtime/backends/",
+    "runtime/linux/spin_control.py",
+    "runtime/onnx_arena.py",
+    "bases/modules/",
+    "passes/toolkit/",
+)
 """Files that are themselves imported only where they are needed."""
 NEVER = {"utils.py", "util.py", "helpers.py", "common.py"}
 READERS_OF_THE_ENVIRONMENT = ("__main__", "bench", "context", "init")

@@ -18,6 +18,7 @@ from leanserve.contracts import Array, Backend, Json, ModelSpec, OnnxModel, Tens
 from leanserve.errors import BadInput, StartupError
 from leanserve.runtime.backends.onnx_runtime import OnnxRuntimeBackend
 from leanserve.runtime.linux.spin_control import spin_us
+from leanserve.runtime.onnx_arena import shrink_arena
 
 SPEC = ModelSpec(
     (TensorSpec("left", "float32", (64,)), TensorSpec("right", "float32", (64,))),
@@ -69,8 +70,9 @@ def test_a_batch_answers_like_its_rows_alone_in_the_order_of_the_spec(path: Path
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[onnxruntime.SessionOptions]:
-    """The options of the sessions that are opened, but for the one that finds out how long threads stay awake."""
+    """The options of the sessions that are opened, but for the first two of a process, which serve all others."""
     spin_us(1)
+    shrink_arena()
     seen: list[onnxruntime.SessionOptions] = []
     real = onnxruntime.InferenceSession
 

@@ -20,6 +20,7 @@ from leanserve.contracts import Arrays, Json, OnnxModel
 from leanserve.errors import BadInput, StartupError
 from leanserve.runtime.linux.denormals import flush_denormals
 from leanserve.runtime.linux.spin_control import spin_us
+from leanserve.runtime.onnx_arena import ERRORS_ONLY, share_arena
 
 LEVELS = {
     "disable": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -28,7 +29,6 @@ LEVELS = {
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-ERRORS_ONLY = 3
 AWAKE_S = 0.002
 """How long threads wait busily for the next batch."""
 _BAD_INDEX = re.compile(r"while running \w+ node\..*Status Message: (.*\b(?:index|indices)\b.*)", re.DOTALL)
@@ -100,6 +100,7 @@ def _options(settings: Mapping[str, Json], threads: int, *, alone: bool) -> onnx
     chosen = settings.get("threads", "auto")
     options.intra_op_num_threads = threads if chosen == "auto" else chosen
     options.inter_op_num_threads = 1
+    share_arena(options)
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     spins = {"on": True, "off": False, "auto": alone}[settings.get("spinning", "auto")]
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spins else "0")
