@@ -72,6 +72,7 @@ MAY_IMPORT_AT_TOP = (
     "runtime/formats/torch_masks.py",
     "runtime/formats/torch_size.py",
     "runtime/linux/spin_control.py",
+    "runtime/onnx_arena.py",
 )
 """Files that are themselves imported only where they are needed."""
 NEVER = {"utils.py", "util.py", "helpers.py", "common.py"}

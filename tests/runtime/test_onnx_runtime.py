@@ -16,8 +16,9 @@ from onnx import TensorProto, helper
 
 from leanserve.contracts import Array, Backend, Json, ModelSpec, OnnxModel, TensorSpec
 from leanserve.errors import BadInput, StartupError
-from leanserve.runtime.backends.onnx_runtime import OnnxRuntimeBackend
+from leanserve.runtime.backends.onnx_runtime import AWAKE_S, BETWEEN_S, OnnxRuntimeBackend
 from leanserve.runtime.linux.spin_control import spin_us
+from leanserve.runtime.onnx_arena import shrink_arena
 
 SPEC = ModelSpec(
     (TensorSpec("left", "float32", (64,)), TensorSpec("right", "float32", (64,))),
@@ -69,8 +70,9 @@ def test_a_batch_answers_like_its_rows_alone_in_the_order_of_the_spec(path: Path
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[onnxruntime.SessionOptions]:
-    """The options of the sessions that are opened, but for the one that finds out how long threads stay awake."""
+    """The options of the sessions that are opened, but for the first two of a process, which serve all others."""
     spin_us(1)
+    shrink_arena()
     seen: list[onnxruntime.SessionOptions] = []
     real = onnxruntime.InferenceSession
 
@@ -88,11 +90,11 @@ LEVEL = onnxruntime.GraphOptimizationLevel
 @pytest.mark.parametrize(
     ("settings", "threads", "level", "spins"),
     [
-        ({}, 3, LEVEL.ORT_ENABLE_ALL, "0"),
-        ({"spinning": "auto"}, 3, LEVEL.ORT_ENABLE_ALL, "0"),
+        ({}, 3, LEVEL.ORT_ENABLE_ALL, "1"),
+        ({"spinning": "auto"}, 3, LEVEL.ORT_ENABLE_ALL, "1"),
         ({"threads": "auto", "optimisation": "disable", "spinning": "off"}, 3, LEVEL.ORT_DISABLE_ALL, "0"),
         ({"threads": 1, "optimisation": "basic", "spinning": "on"}, 1, LEVEL.ORT_ENABLE_BASIC, "1"),
-        ({"threads": 2, "optimisation": "extended", "provider": "cpu"}, 2, LEVEL.ORT_ENABLE_EXTENDED, "0"),
+        ({"threads": 2, "optimisation": "extended", "provider": "cpu"}, 2, LEVEL.ORT_ENABLE_EXTENDED, "1"),
     ],
 )
 def test_every_setting_reaches_the_session(
@@ -122,8 +124,16 @@ def test_the_only_session_of_a_process_spins_unless_told_otherwise(
         opened[0].get_session_config_entry("session.force_spinning_stop")
 
 
+@pytest.mark.parametrize(("alone", "longest_s"), [(True, AWAKE_S), (False, BETWEEN_S)], ids=["alone", "in company"])
+def test_threads_wait_busily_no_longer_than_measured(
+    path: Path, opened: list[onnxruntime.SessionOptions], longest_s: float, *, alone: bool
+) -> None:
+    on_a_thread(lambda: OnnxRuntimeBackend(OnnxModel(path, SPEC), threads=2, alone=alone))
+    assert opened[0].get_session_config_entry("session.intra_op.spin_duration_us") == str(spin_us(longest_s))
+
+
 @pytest.mark.parametrize("alone", [False, True], ids=["in company", "alone"])
-@pytest.mark.parametrize("spinning", ["off", "on"])
+@pytest.mark.parametrize("spinning", ["off", "on", "auto"])
 def test_an_idle_backend_uses_no_cpu(path: Path, spinning: str, *, alone: bool) -> None:
     batch = SPEC.example(4096)
 

@@ -20,7 +20,7 @@ def spun(setting: int) -> float:
     options.intra_op_num_threads = 2
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(setting))
     before = set(TASKS.iterdir())
-    session = onnxruntime.InferenceSession(awake._RELU, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(awake.RELU, options, providers=["CPUExecutionProvider"])
     (task,) = set(TASKS.iterdir()) - before
     time.sleep(0.3)
     seconds = int((task / "schedstat").read_text().split()[0]) / 1e9

@@ -22,6 +22,7 @@ from leanserve.runtime.device import Device, Lane
 from leanserve.runtime.lanes import LanePlacement, LoadedVariant
 from leanserve.runtime.linux.denormals import flush_denormals
 from leanserve.runtime.linux.huge_pages import anonymous_bytes, gather_since
+from leanserve.runtime.unused_memory import give_back
 
 _Outcome = TypeVar("_Outcome")
 
@@ -92,6 +93,7 @@ def warm_up(
         compare_again(partial(measured, _timed), grid[0], ROUNDS_SECONDS / variants)
     costs = Costs([CostTable(known, max_rows, shapes) for known in grid], lengths)
     wide = _wide(device, open_with, spec, costs) if opened[0].self_contained else None
+    give_back()  # batches beyond the knee were tried, and none of them comes again
     return LoadedVariant(device, backends, costs, wide, memory.largest(grid, lengths or (0,)))
 
 

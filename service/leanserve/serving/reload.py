@@ -11,10 +11,7 @@ a priority that nobody without privileges can ever raise again.
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import gc
 import os
-import platform
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -29,6 +26,7 @@ from leanserve.contracts import Backend, ModelSpec
 from leanserve.runtime.costs import Costs
 from leanserve.runtime.lanes import LoadedVariant
 from leanserve.runtime.linux.huge_pages import anonymous_bytes, gather_since
+from leanserve.runtime.unused_memory import give_back
 
 Open = Callable[[int], Backend]
 """Creates a backend with so many threads."""
@@ -126,6 +124,7 @@ async def open_again(threads: LoadingThreads, running: LoadedVariant, read: Read
             backends.append(backends[0] if shared else await open_with(device.lane_threads))
         wide = running.wide and running.wide._replace(backend=await open_with(device.threads))
         await threads.do(partial(_warm, running.costs, opened, spec))
+        await threads.do(give_back)
         if opened[0].device == "cpu":
             await threads.do(partial(gather_since, before))
     except Exception:
@@ -150,6 +149,4 @@ def _warm(costs: Costs, backends: list[Backend], spec: ModelSpec) -> None:
 def _close(backends: Iterable[Backend]) -> None:
     for backend in backends:
         backend.close()
-    gc.collect()  # compiled graphs hold themselves in cycles; it is quick, for what was made at start is not looked at
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)  # else freed pages are kept for what this process may allocate later
+    give_back()

@@ -1,10 +1,11 @@
 """Runs ONNX graphs with onnxruntime.
 
-A session keeps its own threads. Where it is the only one of its process, they wait busily for each other between
-operators: an encoder answers a row in 8.4 instead of 9.9 ms. They go on for a moment after it, so that a client who
-asks again at once finds them awake, which saves another 0.3 ms. onnxruntime's own default is 20 to 50 ms, which makes
-several sessions in turn twice as slow. In company threads sleep instead: beside a process that keeps one of two cores
-busy, spinning costs 1.4 times. A pool shared by all sessions always spins.
+A session keeps its own threads. Between the operators of a batch they wait busily for each other: an encoder answers a
+row in 5.1 instead of 6.3 ms. onnxruntime's own default goes on for 20 to 50 ms after the batch, which makes several
+sessions in turn twice as slow. So they stop with the batch; only where the session is the only one of its process they
+go on for a moment, so that a client who asks again at once finds them awake, which saves another 0.3 ms. In company
+they also give up soon within a batch (docs/decisions/015-waiting-between-operators.md). A pool shared by all sessions
+always spins.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from leanserve.contracts import Arrays, Json, OnnxModel, Result
 from leanserve.errors import BadInput, StartupError
 from leanserve.runtime.linux.denormals import flush_denormals
 from leanserve.runtime.linux.spin_control import spin_us
+from leanserve.runtime.onnx_arena import ERRORS_ONLY, share_arena
 
 LEVELS = {
     "disable": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -28,9 +30,10 @@ LEVELS = {
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-ERRORS_ONLY = 3
 AWAKE_S = 0.002
-"""How long threads wait busily for the next batch."""
+"""How long threads wait busily for the next batch, where no other session has any."""
+BETWEEN_S = 0.0002
+"""How long they wait busily for the next operator of a batch, where other sessions have threads, too."""
 _BAD_INDEX = re.compile(r"while running \w+ node\..*Status Message: (.*\b(?:index|indices)\b.*)", re.DOTALL)
 """What a kernel says of a value that points beyond the tensor that is looked up."""
 
@@ -100,13 +103,15 @@ def _options(settings: Mapping[str, Json], threads: int, *, alone: bool) -> onnx
     chosen = settings.get("threads", "auto")
     options.intra_op_num_threads = threads if chosen == "auto" else chosen
     options.inter_op_num_threads = 1
+    share_arena(options)
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    spins = {"on": True, "off": False, "auto": alone}[settings.get("spinning", "auto")]
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spins else "0")
-    if alone:
-        options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin_us(AWAKE_S)))
-    else:
+    spinning = settings.get("spinning", "auto")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0" if spinning == "off" else "1")
+    if not alone:
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    if alone or spinning == "auto":
+        most = spin_us(AWAKE_S if alone else BETWEEN_S)
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(most))
     return options
 
 

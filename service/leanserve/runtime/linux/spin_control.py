@@ -19,7 +19,7 @@ ASKED_US = 500
 STEP_S, STEPS = 0.005, 20
 """How often, and how many times at most, it is looked whether a thread still works."""
 _TASKS = Path("/proc/self/task")
-_RELU = (
+RELU = (
     b'\x08\x08:3\n\x0c\n\x01x\x12\x01y"\x04Relu\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
 )
@@ -40,7 +40,7 @@ def _stretch() -> float:
     options.intra_op_num_threads, options.inter_op_num_threads = 2, 1
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(ASKED_US))
     before = set(_TASKS.iterdir())
-    session = onnxruntime.InferenceSession(_RELU, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(RELU, options, providers=["CPUExecutionProvider"])
     new = set(_TASKS.iterdir()) - before
     spun = _rest(new.pop()) if len(new) == 1 else 0.0  # others began meanwhile: whose is which?
     del session

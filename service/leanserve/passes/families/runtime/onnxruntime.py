@@ -28,7 +28,9 @@ class OnnxRuntime(Pass):
     threads: PositiveInt | Literal["auto"] = "auto"
     """Threads within an operator; `auto`: all that the device has."""
     spinning: Literal["auto", "off", "on"] = "auto"
-    """`on`: threads wait busily for the next operator of a batch. Faster alone on idle cores, far slower in company."""
+    """How threads wait for the next operator of a batch: asleep (`off`), busily (`on`), or busily but not for long.
+
+    Busily is sooner on idle cores, and later where other processes keep cores busy."""
     provider: Literal["cpu", "cuda"] = "cpu"
     """Where operators run. `cuda` needs the extra `gpu`; a machine that cannot do it refuses to start."""
 
