@@ -30,7 +30,7 @@ class NumpyLayers(Pass):
     forbids: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
     produces: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
     removes: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "exportable"})
-    stage: ClassVar[Stage] = Stage.EXECUTION
+    stage: ClassVar[Stage] = Stage.LAYOUT_AND_RUNTIME
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.runtime.formats.npz import NpzModel
