@@ -23,7 +23,7 @@ from leanserve.evaluation import lane_rates, measure, quality
 from leanserve.passes.families.lowrank.lowrank_linear import LowrankLinear
 from leanserve.passes.families.prune.prune_channels import PruneChannels
 from leanserve.passes.toolkit import calibration
-from leanserve.passes.toolkit.training import TrainingOptions, train
+from leanserve.passes.toolkit.training import Objective, TrainingOptions, train
 from leanserve.report.table import print_table
 from leanserve.runtime.formats.torch import use_threads
 from report_samples import a_few, changed
@@ -218,14 +218,16 @@ def test_training_without_memory_names_its_option(tmp_path: Path) -> None:
     base = small_base()
     student = copy.deepcopy(base.teacher)
 
-    def loss(inputs: tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> torch.Tensor:
-        assert labels is not None
-        return nn.functional.cross_entropy(student(*inputs), labels)
+    class Labels(Objective):
+        def loss(self, inputs: tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> torch.Tensor:
+            assert labels is not None
+            return nn.functional.cross_entropy(student(*inputs), labels)
 
     context: BuildContext = context_of(base, tmp_path)
+    data = base.data("train")
     with pytest.raises(PassFailed, match=r"batches of 16 rows \(.*can't allocate.*\); lower the option 'batch'"):
-        train(student, loss, TrainingOptions(epochs=1, batch=16, precision="float32"), context)
-    train(student, loss, TrainingOptions(epochs=1, batch=4, precision="float32"), context)
+        train(student, Labels(), data, TrainingOptions(epochs=1, batch=16, precision="float32"), (), context)
+    train(student, Labels(), data, TrainingOptions(epochs=1, batch=4, precision="float32"), (), context)
 
 
 def test_the_report_tells_what_fits_only_where_that_bounds_a_variant() -> None:

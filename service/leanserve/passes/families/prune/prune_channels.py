@@ -50,7 +50,6 @@ class PruneChannels(Pass):
     targets: Targets = Targets()
     """Layers whose outputs may be pruned."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
     stage: ClassVar[Stage] = Stage.STRUCTURAL_REMOVAL
     libraries: ClassVar[tuple[str, ...]] = ("torch", "torch-pruning")
@@ -60,6 +59,11 @@ class PruneChannels(Pass):
         if (self.ratio is None) == (self.macs is None):
             raise ValueError("give exactly one of ratio and macs")
         return self
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        ranks: frozenset[Need] = frozenset({"train", "labels"}) if self.importance == "taylor" else frozenset()
+        return ranks | {"calibration"}
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.activations import refit_batch_norm
