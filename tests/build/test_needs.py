@@ -56,6 +56,7 @@ FOLD, DISTILL = {"kind": "fold_bn"}, {"kind": "distill"}
         ({"kind": "distill", "patience": 3}, "calibration"),
         ({"kind": "prune_channels", "macs": 0.5}, "calibration"),
         ({"kind": "prune_channels", "macs": 0.5, "importance": "taylor"}, "train"),
+        ({"kind": "prune_channels", "macs": 0.5, "steps": 2, "recovery": {}}, "train"),
         ({"kind": "lowrank_conv", "energy": 0.9}, "calibration"),
         ({"kind": "lowrank_linear", "energy": 0.9}, "calibration"),
         ({"kind": "quantize_static"}, "calibration"),
@@ -73,7 +74,7 @@ def test_rows_of_a_split(pass_: Mapping[str, Any], split: Split, *, files: bool)
     other: Split = "calibration" if split == "train" else "train"
     if pass_ not in (DISTILL, {"kind": "distill", "patience": 3}):
         require_data(config, lacking("test", files=files))
-    if "patience" not in pass_ and pass_.get("importance") != "taylor":
+    if not {"patience", "importance", "recovery"} & set(pass_):
         require_data(config, lacking(other, files=files))
 
 
