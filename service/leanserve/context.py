@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,7 @@ class AppContext:
         """`config` is what stands in the file at `path`, if it was read already."""
         from leanserve.bases.opening import Origin, open_base
         from leanserve.build.builder import plan, shortfall
+        from leanserve.build.needs import require_data, require_machine
         from leanserve.config.schema import read_config
         from leanserve.config.yaml import read_yaml
         from leanserve.hardware import thread_budget
@@ -48,6 +50,7 @@ class AppContext:
         )
         self.base: Base = open_base(origin)
         self.plan: Plan = plan(self.config, self.base)
+        require_machine(self.config, os.environ.get("CXX", "g++"))
         budget = thread_budget()
         self.threads: int = budget if self.config.threads == "auto" else self.config.threads
         self.spare = self.threads < budget
@@ -65,6 +68,8 @@ class AppContext:
                     f"cache folder {self.store.root}: it is read-only and not complete: {self.missing}; run `leanserve "
                     "build` where it can be written, or set 'cache' or LEANSERVE_CACHE to another folder"
                 )
+        if not make_cache or self.missing is not None:
+            require_data(self.config, self.base)
 
     @property
     def elsewhere(self) -> str:

@@ -218,7 +218,7 @@ def test_training_without_memory_names_its_option(tmp_path: Path) -> None:
     base = small_base()
     student = copy.deepcopy(base.teacher)
 
-    class CrossEntropy(Objective):
+    class Labels(Objective):
         def loss(self, inputs: tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> torch.Tensor:
             assert labels is not None
             return nn.functional.cross_entropy(student(*inputs), labels)
@@ -226,8 +226,8 @@ def test_training_without_memory_names_its_option(tmp_path: Path) -> None:
     context: BuildContext = context_of(base, tmp_path)
     data = base.data("train")
     with pytest.raises(PassFailed, match=r"batches of 16 rows \(.*can't allocate.*\); lower the option 'batch'"):
-        train(student, CrossEntropy(), data, TrainingOptions(epochs=1, batch=16, precision="float32"), (), context)
-    train(student, CrossEntropy(), data, TrainingOptions(epochs=1, batch=4, precision="float32"), (), context)
+        train(student, Labels(), data, TrainingOptions(epochs=1, batch=16, precision="float32"), (), context)
+    train(student, Labels(), data, TrainingOptions(epochs=1, batch=4, precision="float32"), (), context)
 
 
 def test_the_report_tells_what_fits_only_where_that_bounds_a_variant() -> None:

@@ -101,7 +101,7 @@ def _digests(tree: Path) -> dict[str, str]:
     [
         ("passes/toolkit/lowering.py", {"onnxruntime", "quantize_static"}, {"prune_channels", "distill", "cast"}),
         ("passes/toolkit/channels.py", {"prune_channels"}, {"lowrank_conv", "distill", "onnxruntime"}),
-        ("passes/toolkit/training.py", {"distill"}, {"fold_bn", "quantize_dynamic", "torch_compile"}),
+        ("passes/toolkit/training.py", {"distill", "prune_channels"}, {"fold_bn", "quantize_dynamic", "torch_compile"}),
         ("passes/families/runtime/fold_bn.py", {"fold_bn"}, {"channels_last", "onnxruntime", "cast"}),
         ("passes/base.py", {"fold_bn", "distill", "torch_compile"}, set()),
         ("passes/__init__.py", set(), {"fold_bn", "distill", "prune_channels"}),

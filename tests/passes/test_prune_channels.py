@@ -16,8 +16,11 @@ from leanserve.contracts import ArrayData, ModelSpec, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied
 from leanserve.passes.families.prune.prune_channels import PruneChannels
+from leanserve.passes.toolkit.channels import without
 from leanserve.passes.toolkit.importance import importance_of
 from leanserve.passes.toolkit.targets import Targets
+from leanserve.passes.toolkit.training import TrainingOptions
+from leanserve.runtime.formats.torch_size import count_macs
 from structural_nets import Mobile, Perceptron, Reshaping, Residual, answers, image_base, row_base
 from tiny_base import TinyBase, context_of, lively
 
@@ -106,7 +109,8 @@ def test_structure_is_replayed_and_the_input_left_alone(
     net: type[nn.Module], importance: Literal["l1", "l2", "taylor", "bn_scale"], tmp_path: Path
 ) -> None:
     base = image_base(net())
-    pass_ = PruneChannels(ratio=0.3, importance=importance, round_to=8, steps=2)
+    recovery = None if importance == "taylor" else TrainingOptions(epochs=1, batch=16)
+    pass_ = PruneChannels(ratio=0.3, importance=importance, round_to=8, steps=2, recovery=recovery)
     model = TorchModel(base.torch_module(), base.spec)
     before = answers(model.module, base)
     result = pass_.apply(model, context_of(base, tmp_path))
@@ -240,3 +244,66 @@ def test_parameters_outside_of_layers_are_pruned_and_replayed(tmp_path: Path) ->
     fresh = pass_.rebuild_structure(base.torch_module(), result.decisions)
     fresh.load_state_dict(module.state_dict(), strict=True)
     assert torch.equal(answers(fresh, base), answers(module, base))
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2", "bn_scale"])
+def test_steps_that_would_come_to_one_are_refused(importance: str) -> None:
+    options = {"macs": 0.5, "steps": 4, "importance": importance}
+    with pytest.raises(
+        ValidationError, match=r"steps: 4 would measure .* set recovery, importance: taylor, or steps: 1"
+    ):
+        PruneChannels.model_validate(options)
+    assert PruneChannels.model_validate({**options, "recovery": {}}).steps == 4
+    with pytest.raises(ValidationError, match="recovery trains between steps, and there is one"):
+        PruneChannels.model_validate({"macs": 0.5, "recovery": {}})
+
+
+def test_recovery_between_steps_makes_another_model_that_answers_more_like_the_base(tmp_path: Path) -> None:
+    base = image_base(Residual())
+    wanted = answers(base.teacher, base)
+    recovery = TrainingOptions(epochs=6, batch=16, learning_rate=0.01)
+    stepwise = PruneChannels(macs=0.4, round_to=8, steps=4, recovery=recovery)
+    once, _ = applied(PruneChannels(macs=0.4, round_to=8), base, tmp_path / "once")
+    trained, _ = applied(stepwise, base, tmp_path / "steps")
+    assert widths(once) == widths(trained)
+    errors = [float((answers(module, base) - wanted).square().mean()) for module in (once, trained)]
+    assert errors[1] < 0.8 * errors[0]
+    assert sorted(path.name for path in (tmp_path / "steps").iterdir()) == ["step-1", "step-2", "step-3"]
+    again, _ = applied(stepwise, base, tmp_path / "steps")
+    assert torch.equal(answers(again, base), answers(trained, base)), "an interrupted pass goes on from its checkpoints"
+
+
+def test_recovery_is_the_same_on_every_cpu_unless_asked() -> None:
+    found = [
+        PruneChannels(macs=0.5, steps=2, recovery=TrainingOptions.model_validate(options)).recovery
+        for options in ({}, {"precision": "bf16"})
+    ]
+    assert [options.precision for options in found if options is not None] == ["float32", "bf16"]
+
+
+@pytest.mark.parametrize(
+    ("net", "macs", "missed"),
+    [(Residual, 0.8, 0.04), (Residual, 0.7, 0.01), (Residual, 0.6, 0.01), (Mobile, 0.65, 0.01), (Mobile, 0.5, 0.05)],
+)
+def test_a_block_too_large_is_passed_over_for_smaller_ones(
+    net: type[nn.Module], macs: float, missed: float, tmp_path: Path
+) -> None:
+    base, pass_ = image_base(net()), PruneChannels(macs=macs)
+    _, result = applied(pass_, base, tmp_path)
+    model = base.model()
+    groups = pass_._groups(model, context_of(base, tmp_path))
+    blocks = pass_._blocks(groups, groups)
+    in_order = [count_macs(without(model, blocks[:count])) / count_macs(model) for count in range(1, len(blocks) + 1)]
+    assert abs(result.facts["macs_ratio"] - macs) < missed
+    assert min(abs(share - macs) for share in in_order) > missed, "what blocks in order would come to"
+
+
+def test_a_target_that_is_missed_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = image_base(Residual(width=32))
+    applied(PruneChannels(ratio=0.5), base, tmp_path)
+    assert not caplog.messages
+    applied(PruneChannels(ratio=0.45), base, tmp_path)
+    assert caplog.messages == [
+        "prune_channels.ratio: 0.45 was asked for and 0.500 is the nearest that was reached; lower round_to (16), "
+        "exclude fewer layers or ask for another value"
+    ]

@@ -26,7 +26,14 @@ Tag = Literal[
     "onnx_graph",  # is an ONNX file
     "runtime",  # an execution runtime has been chosen
 ]
-Need = Literal["inputs", "calibration", "train", "labels", "gpu", "compiler"]
+Need = Literal[
+    "calibration",  # rows of the calibration split
+    "train",  # rows of the train split
+    "labels",  # which have labels
+    "batches",  # of many rows: a base may keep each of them apart
+    "gpu",  # that computes: an NVIDIA driver with a device
+    "compiler",  # of C++, where the model is loaded
+]
 
 
 class Stage(IntEnum):
@@ -88,7 +95,6 @@ class Pass(BaseModel):
 
     kind: str
 
-    needs: ClassVar[frozenset[Need]] = frozenset()
     requires: ClassVar[frozenset[Tag]] = frozenset()
     forbids: ClassVar[frozenset[Tag]] = frozenset()
     produces: ClassVar[frozenset[Tag]] = frozenset()
@@ -100,6 +106,11 @@ class Pass(BaseModel):
     """Whether the artifact or its measured decisions depend on the CPU's instruction set or the GPU."""
     simulated: ClassVar[bool] = False
     """Whether the gain is only simulated (zeros without a sparse kernel, fake quantization)."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What this pass cannot do without, given its options; checked before any work (`leanserve.build.needs`)."""
+        return frozenset()
 
     def unsupported_reason(self, isa: frozenset[str]) -> str | None:
         """Why this pass cannot pay on a machine with these instruction-set flags; `None` if it can."""

@@ -27,6 +27,11 @@ from leanserve.runtime.formats.torch_size import example
 
 Scope: TypeAlias = Literal["global", "uniform"]
 
+CLOSE = 0.01
+"""A share that is near enough to its goal."""
+LOOK = 12
+"""Blocks that are tried, out of their order, to come closer."""
+
 
 @dataclass(frozen=True)
 class ChannelGroup:
@@ -101,7 +106,10 @@ def without(model: TorchModel, blocks: Sequence[Block]) -> TorchModel:
 
 
 def nearest(model: TorchModel, blocks: Sequence[Block], kept: Callable[[TorchModel], float], goal: float) -> TorchModel:
-    """Remove so many of the `blocks`, in their order, that `kept` comes closest to `goal`; found by bisection."""
+    """Remove so many of the `blocks`, in their order, that `kept` comes closest to `goal`; found by bisection.
+
+    Where the next block in order is so large that it leads too far, smaller ones after it are taken in its stead.
+    """
     low, high = 0, len(blocks)
     fewer, more = model, without(model, blocks)
     above, below = kept(fewer), kept(more)
@@ -113,7 +121,26 @@ def nearest(model: TorchModel, blocks: Sequence[Block], kept: Callable[[TorchMod
             high, more, below = middle, made, share
         else:
             low, fewer, above = middle, made, share
+    if min(goal - below, above - goal) > CLOSE:
+        fewer = _filled(model, blocks, low, kept, goal) or fewer
+        above = kept(fewer)
     return more if goal - below <= above - goal else fewer
+
+
+def _filled(
+    model: TorchModel, blocks: Sequence[Block], taken: int, kept: Callable[[TorchModel], float], goal: float
+) -> TorchModel | None:
+    """Without the first `taken` blocks, and those after the next one that fit above the goal; `None`: none does."""
+    chosen, skipped, found = list(blocks[:taken]), {blocks[taken].root}, None
+    for block in blocks[taken + 1 : taken + 1 + LOOK]:
+        if block.root not in skipped:
+            made = without(model, [*chosen, block])
+            if kept(made) >= goal:
+                chosen.append(block)
+                found = made
+            else:
+                skipped.add(block.root)
+    return found
 
 
 def width(model: TorchModel, roots: Collection[str]) -> int:

@@ -22,6 +22,7 @@ from leanserve.contracts import BuildContext, Data
 from leanserve.errors import PassFailed
 from leanserve.hardware import isa_flags
 from leanserve.memory import is_out_of_memory
+from leanserve.passes.base import Need
 from leanserve.passes.toolkit.augmentation import AUGMENTATIONS, Augment
 from leanserve.passes.toolkit.checkpoint import (
     as_part,
@@ -67,6 +68,12 @@ class TrainingOptions(BaseModel):
     """Decay per step of a moving average of the weights, in which training ends instead of the last ones; 0: none."""
     patience: PositiveInt | None = None
     """Stop after so many epochs without a lower loss on the calibration split, and keep the best epoch's weights."""
+
+    @property
+    def training_needs(self) -> frozenset[Need]:
+        """What a pass needs to train by these options."""
+        judged: frozenset[Need] = frozenset({"calibration"}) if self.patience is not None else frozenset()
+        return judged | {"train", "batches"}
 
     def resolved_precision(self, isa: frozenset[str]) -> Literal["float32", "bf16"]:
         """What `auto` means on a machine with these instruction sets."""

@@ -34,10 +34,14 @@ class Distill(TrainingOptions, Pass):
     alpha: float = Field(default=0.0, ge=0, le=1)
     """Weight of the hard-label cross-entropy beside the teacher's 1 - alpha; above 0 it needs labels."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"inputs", "train"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
     stage: ClassVar[Stage] = Stage.TRAINING
     isa_bound: ClassVar[bool] = True  # `precision: auto` trains differently where the CPU has bfloat16
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        labels: frozenset[Need] = frozenset({"labels"}) if self.alpha else frozenset()
+        return self.training_needs | labels
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.callbacks import usual_callbacks

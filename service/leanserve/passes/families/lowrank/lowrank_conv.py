@@ -41,9 +41,12 @@ class LowrankConv(RankRule, Pass):
     """Calibration rows for `approximate: output`, and to re-estimate batch norm."""
     targets: Targets = Targets()
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
     stage: ClassVar[Stage] = Stage.FACTORISATION
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"calibration"})
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.activations import refit_batch_norm

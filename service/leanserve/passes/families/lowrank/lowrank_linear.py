@@ -38,9 +38,12 @@ class LowrankLinear(RankRule, Pass):
     """Calibration rows for `asvd` and `svd_llm`, and to re-estimate batch norm."""
     targets: Targets = Targets()
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
     stage: ClassVar[Stage] = Stage.FACTORISATION
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"calibration"})
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.activations import refit_batch_norm

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 from leanserve.comparison import compared
 from leanserve.contracts import BuildContext, Json, Model
 from leanserve.errors import PassFailed
-from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
+from leanserve.passes.base import Applied, Pass, Stage, Tag
 from leanserve.passes.toolkit.targets import Targets
 from leanserve.passes.toolkit.timing import inference, seconds_per_call
 from leanserve.runtime.formats.expected import torch_model
@@ -44,7 +44,6 @@ class Cast(Pass):
     keep: tuple[str, ...] = ()
     """Layers that stay float32: globs over module names, or `type:BatchNorm2d`. A container keeps all it holds."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"inputs"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
     removes: ClassVar[frozenset[Tag]] = frozenset({"float_weights", "exportable"})
     stage: ClassVar[Stage] = Stage.PRECISION

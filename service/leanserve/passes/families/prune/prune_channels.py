@@ -10,15 +10,18 @@ counts in multiples of 16, and 1.3 times without. It costs accuracy until `disti
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from leanserve.contracts import BuildContext, Json, Model
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.targets import Targets
+from leanserve.passes.toolkit.training import TrainingOptions, train
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,8 +29,17 @@ if TYPE_CHECKING:
     from leanserve.contracts import TorchModel
     from leanserve.passes.toolkit.channels import Block, ChannelGroup
 
+logger = logging.getLogger(__name__)
+
 TOLERANCE = 0.1
 """How far from its target, as a share of the model's MACs or channels, a pruned model may end."""
+TOLD = 0.02
+"""How far it may end without a warning."""
+
+
+def _in_float32(options: TrainingOptions) -> TrainingOptions:
+    """Artifacts of this pass are the same on every CPU."""
+    return options.model_copy(update={"precision": "float32"}) if options.precision == "auto" else options
 
 
 class PruneChannels(Pass):
@@ -45,12 +57,14 @@ class PruneChannels(Pass):
     """Channel counts stay multiples of it; odd counts are slower."""
     steps: int = Field(default=1, ge=1)
     """The target is approached in so many steps; importance is measured anew in each."""
+    recovery: Annotated[TrainingOptions, AfterValidator(_in_float32)] | None = None
+    """Training towards the base's answers between the steps; after the last one it is `distill` that trains.
+    `precision: auto` is float32 here."""
     samples: int = Field(default=256, ge=2)
     """Calibration rows to re-estimate batch norm, and training rows for `taylor`."""
     targets: Targets = Targets()
     """Layers whose outputs may be pruned."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
     stage: ClassVar[Stage] = Stage.STRUCTURAL_REMOVAL
     libraries: ClassVar[tuple[str, ...]] = ("torch", "torch-pruning")
@@ -60,6 +74,23 @@ class PruneChannels(Pass):
         if (self.ratio is None) == (self.macs is None):
             raise ValueError("give exactly one of ratio and macs")
         return self
+
+    @model_validator(mode="after")
+    def _steps_differ(self) -> Self:
+        if self.steps == 1 and self.recovery is not None:
+            raise ValueError("recovery trains between steps, and there is one; raise steps, or let distill follow")
+        if self.steps > 1 and self.recovery is None and self.importance != "taylor":
+            raise ValueError(
+                f"steps: {self.steps} would measure '{self.importance}' of weights that nothing has trained in "
+                "between, which comes to one step; set recovery, importance: taylor, or steps: 1"
+            )
+        return self
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        ranks: frozenset[Need] = frozenset({"train", "labels"}) if self.importance == "taylor" else frozenset()
+        trains = frozenset() if self.recovery is None else self.recovery.training_needs
+        return ranks | trains | {"calibration"}
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.activations import refit_batch_norm
@@ -83,8 +114,9 @@ class PruneChannels(Pass):
             goal = 1 - (1 - self._target) * step / self.steps
             made = nearest(made, self._blocks(groups, first), kept, goal)
             changed = differences(base.module, made.module)
-            if step == self.steps or self.importance == "taylor":  # the other criteria look at weights alone
-                refit_batch_norm(made, changed, context.base.data("calibration", self.samples))
+            refit_batch_norm(made, changed, context.base.data("calibration", self.samples))
+            if self.recovery is not None and step < self.steps:
+                self._recover(made, self.recovery, replace(context, scratch=context.scratch / f"step-{step}"))
         self._check(kept(made))
         context.progress(self.steps, self.steps, "pruned")
         return Applied(
@@ -100,6 +132,15 @@ class PruneChannels(Pass):
         from leanserve.passes.toolkit.structure import reshape
 
         return reshape(module, decisions["layers"])
+
+    def _recover(self, model: TorchModel, options: TrainingOptions, context: BuildContext) -> None:
+        """Train in place what the channels that are left can learn, so that the next step measures it."""
+        from leanserve.passes.toolkit.callbacks import usual_callbacks
+        from leanserve.passes.toolkit.teacher import MatchTeacher, TeacherTerms
+
+        objective = MatchTeacher(model, context.base, TeacherTerms())
+        callbacks = usual_callbacks(model, options, context)
+        train(model.module, objective, context.base.data("train"), options, callbacks, context)
 
     def _groups(self, model: TorchModel, context: BuildContext) -> list[ChannelGroup]:
         """The prunable groups with their importance in `model`."""
@@ -129,11 +170,14 @@ class PruneChannels(Pass):
 
     def _check(self, kept: float) -> None:
         name, reached = ("macs", kept) if self.macs is not None else ("ratio", 1 - kept)
+        text = (
+            f"{name}: {getattr(self, name)} was asked for and {reached:.3f} is the nearest that was reached; "
+            f"lower round_to ({self.round_to}), exclude fewer layers or ask for another value"
+        )
         if kept == 1.0 or abs(kept - self._target) > TOLERANCE:
-            raise PassFailed(
-                f"{name}: {getattr(self, name)} was asked for and {reached:.3f} is the nearest that was reached; "
-                f"lower round_to ({self.round_to}), exclude fewer layers or ask for another value"
-            )
+            raise PassFailed(text)
+        if abs(kept - self._target) > TOLD:
+            logger.warning("prune_channels.%s", text)
 
     @property
     def _target(self) -> float:

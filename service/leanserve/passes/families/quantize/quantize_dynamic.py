@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 from leanserve.contracts import BuildContext, Model, OnnxModel
 from leanserve.errors import PassFailed
 from leanserve.hardware import isa_flags
-from leanserve.passes.base import EXPORTED, Applied, Need, Pass, Stage, Tag
+from leanserve.passes.base import EXPORTED, Applied, Pass, Stage, Tag
 
 if TYPE_CHECKING:
     from leanserve.passes.toolkit.onnx_graph import Graph
@@ -45,7 +45,6 @@ class QuantizeDynamic(Pass):
     keep_float: tuple[str, ...] = ()
     """Globs of node names (`head/*`) or operator types (`Gemm`) that stay float32."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"inputs"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"exportable", "float_weights"})
     forbids: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
     produces: ClassVar[frozenset[Tag]] = frozenset({"onnx_graph"})

@@ -41,7 +41,6 @@ class QuantizeStatic(Pass):
     batch: PositiveInt = 32
     """Rows per batch while calibrating: bounds the memory."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"inputs", "calibration"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"exportable", "float_weights"})
     forbids: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
     produces: ClassVar[frozenset[Tag]] = frozenset({"onnx_graph"})
@@ -55,6 +54,10 @@ class QuantizeStatic(Pass):
         if self.percentile is not None and self.observer != "percentile":
             raise ValueError(f"percentile has no effect with observer '{self.observer}'; set observer: percentile")
         return self
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"calibration"})
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         import onnx

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from leanserve.contracts import BuildContext, Json, Model
 from leanserve.errors import PassFailed
-from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
+from leanserve.passes.base import Applied, Pass, Stage, Tag
 from leanserve.passes.toolkit.timing import inference, seconds_per_call
 from leanserve.runtime.formats.expected import torch_model
 
@@ -31,7 +31,6 @@ class ChannelsLast(Pass):
 
     kind: Literal["channels_last"] = "channels_last"
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"inputs"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module"})
     forbids: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
     stage: ClassVar[Stage] = Stage.LAYOUT_AND_RUNTIME

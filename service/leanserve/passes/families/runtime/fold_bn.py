@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from leanserve.comparison import largest_difference, largest_finite
 from leanserve.contracts import BuildContext, Json, Model
 from leanserve.errors import PassFailed
-from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
+from leanserve.passes.base import Applied, Pass, Stage, Tag
 from leanserve.runtime.formats.expected import torch_model
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ class FoldBn(Pass):
 
     kind: Literal["fold_bn"] = "fold_bn"
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"inputs"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
     stage: ClassVar[Stage] = Stage.NUMERIC_PREPARATION
 

@@ -34,13 +34,16 @@ class OnnxRuntime(Pass):
     provider: Literal["cpu", "cuda"] = "cpu"
     """Where operators run. `cuda` needs the extra `gpu`; a machine that cannot do it refuses to start."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"inputs"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"exportable"})
     forbids: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
     produces: ClassVar[frozenset[Tag]] = frozenset({"onnx_graph", "runtime"})
     removes: ClassVar[frozenset[Tag]] = EXPORTED
     stage: ClassVar[Stage] = Stage.LAYOUT_AND_RUNTIME
     libraries: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnxscript", "onnxruntime")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"gpu"}) if self.provider == "cuda" else frozenset()
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.lowering import as_onnx

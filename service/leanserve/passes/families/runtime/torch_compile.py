@@ -44,13 +44,16 @@ class TorchCompile(Pass):
     buckets: tuple[PositiveInt, ...] = Field(default=(1, 8, 32), max_length=16)
     """Row counts to compile for; batches are padded to the next one. Empty: one graph for any number of rows."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"inputs", "compiler"})
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module"})
     forbids: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
     produces: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
     removes: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "exportable"})
     stage: ClassVar[Stage] = Stage.LOADING
     isa_bound: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"compiler"})
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         """Decide about freezing. The model comes back as it was: `on_load` compiles, where it will run."""
