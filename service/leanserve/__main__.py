@@ -22,8 +22,8 @@ from leanserve.context import AppContext
 from leanserve.errors import StartupError
 
 if TYPE_CHECKING:
+    from leanserve.api.service import Service
     from leanserve.contracts import Base
-    from leanserve.serving.fleet import Fleet
 
 SHIPPED = Path("models/digits.yaml")
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The YAML file.", envvar="LEANSERVE_CONFIG")]
@@ -58,10 +58,11 @@ def serve(
         _claim(host, grpc_port, "--grpc-port").close()  # grpc binds by itself; this only finds out early
     start = ServiceStart(config, cache, settings, _warn)
 
-    def announce(fleet: Fleet) -> None:
+    def announce(service: Service) -> None:
+        fleet, base = service.fleet, service.base
         names = ", ".join(fleet.variants)
         lanes = f"{len(fleet.device.lanes)} x {fleet.device.lane_threads} threads"
-        serves = f"http://{host}:{port} serves {fleet.base.name} as {names} on {lanes}{_caveats(fleet.base)}"
+        serves = f"http://{host}:{port} serves {base.name} as {names} on {lanes}{_caveats(base)}"
         err.print(f"ready in {time.monotonic() - started:.1f} s: {serves}", highlight=False, soft_wrap=True)
 
     try:
@@ -177,11 +178,11 @@ def bench(
 
     work = AppContext(config, cache)
     _require_built(work, config)
-    fleet = work.open_fleet()
+    warm = work.open_variants()
     try:
-        print_bench(run_bench(fleet, tuple(rows or (1, 8, 32)), seconds), out, work.base.caveats)
+        print_bench(run_bench(warm, tuple(rows or (1, 8, 32)), seconds), out, work.base.caveats)
     finally:
-        fleet.close()
+        warm.close()
 
 
 @app.command()

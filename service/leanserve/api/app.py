@@ -17,14 +17,16 @@ from leanserve import __version__
 from leanserve.api.cors import CrossOriginHotPath
 from leanserve.api.openapi import hot_paths
 from leanserve.api.routes import HotPath
+from leanserve.api.service import Service
 from leanserve.contracts import Json
 from leanserve.errors import ServiceError
 from leanserve.http.messages import error_body, error_headers
 from leanserve.serving.fleet import Fleet
 
 
-def create_app(fleet: Fleet) -> HotPath:
-    """The whole HTTP service over an opened fleet, which is started on the loop that serves."""
+def create_app(service: Service) -> HotPath:
+    """The whole HTTP service."""
+    fleet = service.fleet
     app = FastAPI(title="leanserve", version=__version__)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -47,9 +49,9 @@ def create_app(fleet: Fleet) -> HotPath:
     async def variants() -> Json:
         """Every variant with its state, quality and share of the traffic; those that do not serve with their reason."""
         return {
-            "model": fleet.base.name,
-            "caveats": fleet.base.caveats,
-            "variants": [_variant(fleet, name) for name in fleet.reports],
+            "model": fleet.name,
+            "caveats": service.base.caveats,
+            "variants": [_variant(fleet, name) for name in fleet.plans],
         }
 
     async def metrics(request: Request) -> Response:
@@ -61,26 +63,26 @@ def create_app(fleet: Fleet) -> HotPath:
     add_route("/readyz", readyz)
     add_route("/v1/variants", variants)
     add_route("/metrics", metrics, PlainTextResponse)
-    app.openapi = lambda: _openapi(app, fleet)  # type: ignore[method-assign]
-    return CrossOriginHotPath(fleet, app) if fleet.config.cors.origins else HotPath(fleet, app)
+    app.openapi = lambda: _openapi(app, service)  # type: ignore[method-assign]
+    return CrossOriginHotPath(service, app) if service.config.cors.origins else HotPath(service, app)
 
 
 def _variant(fleet: Fleet, name: str) -> Json:
-    report, variant = fleet.reports[name], fleet.variants.get(name)
+    facts, variant = fleet.plans[name].facts, fleet.variants.get(name)
     (state, reason), weights = fleet.status_of[name], fleet.weights
     return {
         "name": name,
         "state": state,
         "reason": reason or None,
-        "passes": [manifest.kind for manifest in report.chain[1:]],
-        "simulated": [manifest.kind for manifest in report.chain if manifest.simulated],
+        "passes": facts.passes,
+        "simulated": facts.simulated,
         "backend": variant.backend.name if variant else None,
         "traffic_share": weights[name] / sum(weights.values()) if name in weights else 0.0,
         "batch_rows": variant.batcher.limits.max_rows if variant else None,
         "memory_rows": variant.running.memory_rows if variant else None,
         "batch_ms": {rows: round(s * 1000, 3) for rows, s in variant.costs.table().items()} if variant else None,
-        "quality": report.quality.model_dump(),
-        "measured_on": {"cpu": report.chain[-1].cpu, "threads": report.chain[-1].threads},
+        "quality": facts.quality,
+        "measured_on": {"cpu": facts.cpu, "threads": facts.threads},
     }
 
 
@@ -109,10 +111,10 @@ async def _unexpected(_request: Request, _error: Exception) -> JSONResponse:
     return JSONResponse(error_body("the service failed on this request; see its log", ServiceError.code), 500)
 
 
-def _openapi(app: FastAPI, fleet: Fleet) -> dict[str, Any]:
+def _openapi(app: FastAPI, service: Service) -> dict[str, Any]:
     """FastAPI's schema plus the paths that it does not see."""
     from fastapi.openapi.utils import get_openapi
 
     schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    schema["paths"] |= hot_paths(fleet)
+    schema["paths"] |= hot_paths(service)
     return schema

@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 from leanserve.api.routes import App, HotPath
+from leanserve.api.service import Service
 from leanserve.config.schema import CorsConfig
 from leanserve.http.messages import AsgiScope, Headers, Receive, Request, Response, Route, Send, send_response
-from leanserve.serving.fleet import Fleet
 
 METHODS = b"GET, HEAD, POST"
 SENT = b"content-encoding, content-type, inference-header-content-length, x-variant"
@@ -27,9 +27,9 @@ EXPOSED = (
 class CrossOriginHotPath(HotPath):
     """The outermost ASGI app where pages of other origins are among the clients."""
 
-    def __init__(self, fleet: Fleet, app: App) -> None:
-        super().__init__(fleet, partial(self._ask_app, app))
-        self._grants = Grants(fleet.config.cors, fleet.sticky_header)
+    def __init__(self, service: Service, app: App) -> None:
+        super().__init__(service, partial(self._ask_app, app))
+        self._grants = Grants(service.config.cors, service.fleet.sticky_header)
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "OPTIONS":

@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from leanserve.api.openai.models import gives_embeddings, served_models
+from leanserve.api.service import Service
 from leanserve.codecs.image_formats import FORMAT_NAMES, media_types
 from leanserve.codecs.open_inference import JSON_LENGTH_HEADER
 from leanserve.codecs.tensors import Port, ports
@@ -63,12 +64,13 @@ _BODIES = {
 _INDEX = {"type": "object", "properties": {"ready": {"type": "boolean"}}}
 
 
-def hot_paths(fleet: Fleet) -> dict[str, Any]:
+def hot_paths(service: Service) -> dict[str, Any]:
     """The `paths` of the schema."""
-    media: dict[str, Json] = {media_type: _BODIES.get(media_type, {}) for media_type in fleet.base.codec.media_types}
+    fleet = service.fleet
+    media: dict[str, Json] = {media_type: _BODIES.get(media_type, {}) for media_type in service.base.codec.media_types}
     choice = _headers(
         {"x-variant": "answer with this variant"}
-        | {fleet.config.traffic.sticky_header: "requests with the same value get the same variant"}
+        | {service.config.traffic.sticky_header: "requests with the same value get the same variant"}
     )
     length = _headers({JSON_LENGTH_HEADER: "bytes of JSON before the binary tensors; 0: the body is the only tensor"})
     paths: dict[str, Any] = {
@@ -82,17 +84,17 @@ def hot_paths(fleet: Fleet) -> dict[str, Any]:
             "post": _operation("The variants and their states", {"application/json": {"schema": _INDEX}})
         },
     }
-    if fleet.config.model_control == "explicit":
+    if service.config.model_control == "explicit":
         paths |= _swaps(fleet)
-    if gives_embeddings(fleet):
+    if gives_embeddings(service.base):
         paths["/v1/embeddings"] = {
-            "post": _operation("Embeddings, as of OpenAI's API", _embeddings(fleet), choice, _OPENAI_ERROR)
+            "post": _operation("Embeddings, as of OpenAI's API", _embeddings(service), choice, _OPENAI_ERROR)
         }
         named = [_named("model", served_models(fleet))]
         paths["/v1/models/{model}"] = {"get": _operation("One model, as in OpenAI's API", None, named, _OPENAI_ERROR)}
-    infer = {"application/json": {"schema": _infer(fleet.base.spec)}, "application/octet-stream": {}}
+    infer = {"application/json": {"schema": _infer(service.base.spec)}, "application/octet-stream": {}}
     for version, named in (("", []), ("/versions/{version}", [_named("version", list(fleet.variants))])):
-        path, own = f"/v2/models/{{model}}{version}", [_named("model", [fleet.base.name]), *named]
+        path, own = f"/v2/models/{{model}}{version}", [_named("model", [fleet.name]), *named]
         for name, summary in (("", "Metadata"), ("/config", "Configuration"), ("/stats", "Statistics")):
             paths[path + name] = {"get": _operation(f"{summary} of the model", parameters=own)}
         paths[f"{path}/ready"] = {"get": _operation("Is the model ready", parameters=own)}
@@ -103,8 +105,8 @@ def hot_paths(fleet: Fleet) -> dict[str, Any]:
 def _swaps(fleet: Fleet) -> dict[str, Any]:
     """The paths that load and unload the model or a version of it."""
     media = {"application/json": {"schema": {"type": "object", "properties": {"parameters": {"type": "object"}}}}}
-    model = _named("model", [fleet.base.name])
-    version = _named("version", list(fleet.reports))
+    model = _named("model", [fleet.name])
+    version = _named("version", list(fleet.plans))
     return {
         f"/v2/repository/models/{{model}}{path}/{swap}": {"post": _operation(f"{swap.title()} {what}", media, own)}
         for path, what, own in (("", "the model", [model]), ("/versions/{version}", "a variant", [model, version]))
@@ -112,13 +114,14 @@ def _swaps(fleet: Fleet) -> dict[str, Any]:
     }
 
 
-def _embeddings(fleet: Fleet) -> Json:
+def _embeddings(service: Service) -> Json:
     """The media of a request for embeddings."""
-    name, width = fleet.base.name, fleet.base.spec.outputs[0].shape[0]
+    fleet = service.fleet
+    name, width = fleet.name, service.base.spec.outputs[0].shape[0]
     text, ids = {"type": "string"}, {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
     texts, rows = ({"type": "array", "items": item, "minItems": 1} for item in (text, ids))
     taken: Json = {"anyOf": [text, texts]}
-    if fleet.config.embeddings.token_ids == "own":
+    if service.config.embeddings.token_ids == "own":
         taken = {"anyOf": [text, texts, ids, rows], "description": "texts, or token ids with the special ones"}
     properties = {
         "input": taken,

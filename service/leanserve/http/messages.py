@@ -22,7 +22,7 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 @dataclass(slots=True)
 class Request:
-    """One request; `variant` is the name of the variant that was chosen for it, once known.
+    """One request.
 
     The names in `headers` are in lower case. `body` is there where it came with the head: whole, not compressed, and
     not above the limit. Else it is to be read by `receive`, as ASGI has it; `begun` is what is known of it before.
@@ -33,7 +33,6 @@ class Request:
     receive: Receive
     body: bytes | None = None
     begun: bytes = b""
-    variant: str | None = None
 
     def header(self, name: bytes) -> str | None:
         """The header of that (lower-case) name, decoded; `None` if absent or empty."""
@@ -154,7 +153,11 @@ def error_body(text: str, code: str) -> Json:
 
 
 def error_headers(error: ServiceError) -> dict[str, str]:
-    """`Retry-After` in whole seconds, at least 1, where the error knows it; `Allow` where the method is wrong."""
+    """`Retry-After` in whole seconds, at least 1, where the error knows it; `Allow` where the method is wrong; the
+    variant that was to answer."""
+    headers = {} if error.variant is None else {"x-variant": error.variant}
     if isinstance(error, MethodNotAllowed):
-        return {"allow": error.allow}
-    return {} if error.retry_after_s is None else {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+        headers["allow"] = error.allow
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    return headers

@@ -19,7 +19,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from leanserve.contracts import Json
-from leanserve.telemetry.observations import BucketCounts, VariantFacts, VariantMetrics, no_queue
+from leanserve.telemetry.observations import BucketCounts, VariantFacts, VariantMetrics
 from leanserve.telemetry.startup import Startup
 
 TRITON_REASONS = {
@@ -211,15 +211,9 @@ class Metrics(Collector):
         self._host = _Host(proc)
         self._registry = _registry(self, proc)
 
-    def add(
-        self,
-        name: str,
-        facts: VariantFacts,
-        queue_rows: Callable[[], int] = no_queue,
-        queue_requests: Callable[[], int] = no_queue,
-    ) -> VariantMetrics:
+    def add(self, name: str, facts: VariantFacts) -> VariantMetrics:
         """Start to export a variant (replacing one of the same name); the result is what its serving code writes to."""
-        self.variants[name] = VariantMetrics(name, facts, queue_rows, queue_requests)
+        self.variants[name] = VariantMetrics(name, facts)
         return self.variants[name]
 
     def render(self, accept: str = "") -> tuple[bytes, str]:

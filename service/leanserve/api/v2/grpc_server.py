@@ -6,10 +6,7 @@ that the client cancels, or whose deadline passes, cancels the coroutine here, b
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -18,20 +15,21 @@ import grpc
 from google.protobuf.json_format import ParseDict
 from grpc import aio
 
-from leanserve.api.routes import confession
+from leanserve.api.service import Service
 from leanserve.api.starting import refused
-from leanserve.api.v1.predict import decode_for, how_it_ran
 from leanserve.api.v2.grpc_health import HEALTH, REQUEST, RESPONSE, Health
 from leanserve.api.v2.grpc_infer import GrpcInferDecoder, encode, form_of
 from leanserve.api.v2.grpc_messages import SERVICE, message
-from leanserve.api.v2.open_inference import OpenInference
-from leanserve.contracts import Json
-from leanserve.errors import ClientGone, NotReady, ServiceError, StartupError
+from leanserve.api.v2.open_inference import OpenInference, terms_of
+from leanserve.codecs.infer_plan import InferOptions
+from leanserve.contracts import Json, ModelSpec
+from leanserve.errors import NotReady, ServiceError, StartupError
 from leanserve.http.messages import error_headers
 from leanserve.serving.fleet import Fleet
+from leanserve.serving.incidents import unexpected_failure
+from leanserve.serving.session import UNKNOWN_TERMS, Answered, ModelRequest, Session, Terms, VariantChoice
+from leanserve.serving.variant import Variant
 from leanserve.telemetry.startup import Startup
-
-logger = logging.getLogger(__name__)
 
 Context: TypeAlias = Any
 GrpcAnswer: TypeAlias = Callable[[Any, Context], Awaitable[Any]]
@@ -72,10 +70,10 @@ class GrpcServer:
     calls: _Calls
     health: Health
 
-    def serve(self, fleet: Fleet) -> None:
-        """From now on the fleet answers, which was started on the loop that runs this."""
-        self.calls.serve(fleet)
-        fleet.on_change(self.health.changed)
+    def serve(self, service: Service) -> None:
+        """From now on the service answers, on the loop that runs this."""
+        self.calls.serve(service)
+        service.fleet.on_change(self.health.changed)
         self.health.changed()
 
     async def stop(self, grace_s: float) -> None:
@@ -133,7 +131,7 @@ def _handler(name: str, answer: GrpcAnswer, asked: Any, told: Any) -> grpc.RpcMe
         except ServiceError as error:
             return await _abort(context, error)
         except Exception as error:
-            return await _abort(context, confession(error, f"a gRPC call of {name}"))
+            return await _abort(context, unexpected_failure(error, f"a gRPC call of {name}"))
 
     return grpc.unary_unary_rpc_method_handler(
         call,
@@ -169,72 +167,89 @@ class _Calls:
         """Whether the service is ready: the one place where that is known on this side."""
         return self._fleet is not None and self._fleet.is_ready()
 
-    def serve(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-        self._answers = _Service(fleet).answers | self._health
+    def serve(self, service: Service) -> None:
+        self._fleet = service.fleet
+        self._answers = model_answers(OpenInference(service)) | self._health
 
 
-class _Service:
-    """One method per call of the protocol that is about a model."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-        self._protocol = protocol = OpenInference(fleet)
-        self._decoder = GrpcInferDecoder(fleet.base.spec)
-        self.answers: dict[str, GrpcAnswer] = {
-            "ModelReady": _described("ModelReady", self._model_ready),
-            "ServerMetadata": _described("ServerMetadata", lambda _: protocol.server_metadata()),
-            "ModelMetadata": _described("ModelMetadata", lambda r: protocol.metadata(r.name, r.version)),
-            "ModelConfig": _described("ModelConfig", lambda r: {"config": protocol.config(r.name, r.version)}),
-            "ModelStatistics": _described("ModelStatistics", lambda r: protocol.statistics(r.name, r.version)),
-            "RepositoryIndex": _described(
-                "RepositoryIndex", lambda r: {"models": protocol.repository_index(ready_only=r.ready)}
-            ),
-            "RepositoryModelLoad": _swapped("RepositoryModelLoad", protocol.load),
-            "RepositoryModelUnload": _swapped("RepositoryModelUnload", protocol.unload),
-            "ModelInfer": self._infer,
-        }
-
-    def _model_ready(self, request: Any) -> Json:
-        try:
-            self._protocol.check_ready(request.name, request.version)
-        except NotReady:
-            return {"ready": False}
-        return {"ready": True}
-
-    async def _infer(self, request: Any, context: Context) -> Any:
-        started = time.perf_counter()
-        metrics = self._fleet.metrics
-        counted, outcome = metrics.unrouted, "internal"
-        try:
-            headers = dict(context.invocation_metadata())
-            wanted = request.model_version or headers.get("x-variant")
-            asked = wanted, headers.get(self._fleet.sticky_header.decode())
-            variant = self._protocol.choose(request.model_name, *asked)
-            counted = variant.metrics
-            inline = form_of(request) == "raw" and sum(map(len, request.raw_input_contents)) <= SMALL_RAW
-            decode = self._decoder.decode
-            checked = decode(request) if inline else await decode_for(variant, None, decode, request)
-            variant = self._fleet.confirm(variant, *asked)
-            counted = variant.metrics
-            prediction = await self._protocol.infer(variant, checked.inputs, checked.options, _stays)
-            names = (self._protocol.name, variant.name)
-            reply = encode(checked.options, prediction.outputs, form_of(request), names, how_it_ran(prediction))
-            outcome = "ok"
-            return reply
-        except asyncio.CancelledError:
-            outcome = ClientGone.code
-            raise
-        except ServiceError as error:
-            outcome = error.code
-            raise
-        finally:
-            counted.request_done(outcome, time.perf_counter() - started)
+def model_answers(protocol: OpenInference) -> dict[str, GrpcAnswer]:
+    """What answers each call of the protocol that is about a model."""
+    index, config = protocol.repository_index, protocol.config
+    return {
+        "ModelReady": _described("ModelReady", partial(_model_ready, protocol)),
+        "ServerMetadata": _described("ServerMetadata", lambda _: protocol.server_metadata()),
+        "ModelMetadata": _described("ModelMetadata", lambda r: protocol.metadata(r.name, r.version)),
+        "ModelConfig": _described("ModelConfig", lambda r: {"config": config(r.name, r.version)}),
+        "ModelStatistics": _described("ModelStatistics", lambda r: protocol.statistics(r.name, r.version)),
+        "RepositoryIndex": _described("RepositoryIndex", lambda r: {"models": index(ready_only=r.ready)}),
+        "RepositoryModelLoad": _swapped("RepositoryModelLoad", protocol.load),
+        "RepositoryModelUnload": _swapped("RepositoryModelUnload", protocol.unload),
+        "ModelInfer": partial(_infer, protocol, {}),
+    }
 
 
-def _stays() -> bool:
-    """Cancellation ends the coroutine, which the variant sees by itself."""
-    return False
+def _model_ready(protocol: OpenInference, request: Any) -> Json:
+    try:
+        protocol.check_ready(request.name, request.version)
+    except NotReady:
+        return {"ready": False}
+    return {"ready": True}
+
+
+def _infer(
+    protocol: OpenInference, decoders: dict[ModelSpec, GrpcInferDecoder], request: Any, context: Context
+) -> Awaitable[Any]:
+    headers = dict(context.invocation_metadata())
+    return Session(protocol.fleet, _Infer(protocol, decoders, request, headers)).run()
+
+
+class _Infer:
+    """A `WireRequest` in the messages of gRPC."""
+
+    is_read = encodes_quickly = True
+
+    def __init__(
+        self,
+        protocol: OpenInference,
+        decoders: dict[ModelSpec, GrpcInferDecoder],
+        request: Any,
+        headers: Mapping[str, str],
+    ) -> None:
+        self._protocol = protocol
+        self._decoders = decoders
+        self._request = request
+        self._headers = headers
+        self._options: InferOptions
+
+    async def asked(self) -> VariantChoice:
+        self._protocol.check_model(self._request.model_name)
+        wanted = self._request.model_version or self._headers.get("x-variant")
+        return VariantChoice(wanted, self._headers.get(self._protocol.fleet.sticky_header.decode()))
+
+    def terms(self, _: Variant) -> Terms:
+        return UNKNOWN_TERMS
+
+    async def read(self) -> None:
+        """gRPC reads a message before it asks for an answer."""
+
+    def decodes_quickly(self) -> bool:
+        raw = self._request.raw_input_contents
+        return form_of(self._request) == "raw" and sum(map(len, raw)) <= SMALL_RAW
+
+    def decode(self, variant: Variant) -> ModelRequest:
+        decoder = self._decoders.get(variant.spec) or self._decoders.setdefault(
+            variant.spec, GrpcInferDecoder(variant.spec)
+        )
+        decoded = decoder.decode(self._request)
+        self._options = decoded.options
+        return ModelRequest((decoded.inputs,), terms=terms_of(decoded.options))
+
+    def is_disconnected(self) -> bool:
+        return False  # a cancelled call ends the coroutine, which the variant sees by itself
+
+    def encode(self, outcome: Answered) -> Any:
+        names, form = (self._protocol.name, outcome.variant.name), form_of(self._request)
+        return encode(self._options, outcome.parts[0].outputs, form, names, outcome.how_it_ran())
 
 
 def _swapped(name: str, swap: Callable[[str, str | None, Iterable[str]], Awaitable[None]]) -> GrpcAnswer:
