@@ -20,6 +20,7 @@ from rich.markup import escape
 from leanserve import __version__
 from leanserve.context import AppContext
 from leanserve.errors import StartupError
+from leanserve.request_identity import RequestInLog
 
 if TYPE_CHECKING:
     from leanserve.api.service import Service
@@ -221,9 +222,17 @@ def _build_here(work: AppContext, tell: int | None) -> None:
         work.build(progress)
 
 
+def _log_to_stderr() -> None:
+    """Every line that is about a request names it, as its reply does."""
+    handler = logging.StreamHandler()
+    handler.addFilter(RequestInLog())
+    form = "%(asctime)s %(levelname)s %(name)s%(request)s: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form, handlers=[handler])
+
+
 def main() -> None:
     """Run the command line; a `StartupError` is printed without a stack and ends with status 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _log_to_stderr()
     logging.getLogger("leanserve").setLevel(logging.INFO)
     # It warns of every damaged form; the sender is told, and the log is not theirs to fill.
     logging.getLogger("python_multipart.multipart").setLevel(logging.ERROR)

@@ -13,48 +13,40 @@ import re
 from collections.abc import Mapping
 from contextvars import ContextVar
 from itertools import count
-from typing import NamedTuple
+from typing import TypeAlias
 
 REQUEST_ID, TRACEPARENT = b"x-request-id", b"traceparent"
 _TAKEN = re.compile(rb"[!-~]{1,128}")
 _TRACE = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-[!-~]{1,128})?")
 
 
-class RequestIdentity(NamedTuple):
-    """The id of a request, and the headers of its reply that tell it; a `traceparent` goes back as it came."""
-
-    id: str
-    headers: tuple[tuple[bytes, bytes], ...]
-
-
+RequestIdentity: TypeAlias = tuple[tuple[bytes, bytes], ...]
+"""The headers of a reply that tell which request it answers: first its id; then a `traceparent`, as it came. It is made
+for every request, and nothing that is made so often is cheaper than this."""
 CURRENT_REQUEST: ContextVar[RequestIdentity | None] = ContextVar("current_request", default=None)
 """Of the task that answers a request; `None` elsewhere."""
+
+
+def request_id(identity: RequestIdentity) -> str:
+    """The id alone, as text."""
+    return identity[0][1].decode()
 
 
 class RequestIdentities:
     """Finds the identity of each request, or makes one."""
 
     def __init__(self) -> None:
-        self._prefix = os.urandom(4).hex().encode()
+        self._made = os.urandom(4).hex().encode() + b"-%x"
         self._numbers = count(1)
 
-    def enter(self, headers: Mapping[bytes, bytes]) -> RequestIdentity:
-        """The identity of the request with these headers (names in lower case), which the running task answers now."""
+    def of(self, headers: Mapping[bytes, bytes]) -> RequestIdentity:
+        """The identity of the request with these headers (names in lower case)."""
         given, trace = headers.get(REQUEST_ID), headers.get(TRACEPARENT)
-        identity = self._made() if given is None and trace is None else self._given(given, trace)
-        CURRENT_REQUEST.set(identity)
-        return identity
-
-    def _made(self) -> RequestIdentity:
-        made = b"%b-%x" % (self._prefix, next(self._numbers))
-        return RequestIdentity(made.decode(), ((REQUEST_ID, made),))
-
-    def _given(self, given: bytes | None, trace: bytes | None) -> RequestIdentity:
-        found = _TRACE.fullmatch(trace) if trace else None
-        if given is None or not _TAKEN.fullmatch(given):
-            given = found[1] if found else None
-        name = self._made().headers[0] if given is None else (REQUEST_ID, given)
-        return RequestIdentity(name[1].decode(), (name, (TRACEPARENT, trace)) if found and trace else (name,))
+        if given is not None and not _TAKEN.fullmatch(given):
+            given = None
+        if trace is not None and (found := _TRACE.fullmatch(trace)):
+            return (REQUEST_ID, given or found[1]), (TRACEPARENT, trace)
+        return ((REQUEST_ID, given or self._made % next(self._numbers)),)
 
 
 class RequestInLog(logging.Filter):
@@ -65,5 +57,5 @@ class RequestInLog(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         identity: RequestIdentity | None = getattr(record, "identity", None) or CURRENT_REQUEST.get()
-        record.request = f" [request {identity.id}]" if identity else ""
+        record.request = f" [request {request_id(identity)}]" if identity else ""
         return True

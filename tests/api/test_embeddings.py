@@ -25,6 +25,7 @@ from leanserve.serving import session
 from leanserve.serving.batch_runner import Prediction
 from leanserve.serving.length_groups import length_groups
 from leanserve.serving.variant import Variant
+from openapi import body_of
 from text_fleet import CLS, MAX_LENGTH, SEP, WORDS, A, B, embedded, live_texts
 
 
@@ -381,12 +382,11 @@ def test_a_base_of_images_gives_no_embeddings() -> None:
         assert "gives no embeddings of texts" in error_of(http.get("/v1/models/pixels"), 404)["message"]
         asked = pixels.service.config.model_copy(update={"embeddings": EmbeddingsConfig(token_ids="own")})
         with pytest.raises(ConfigError, match=r"embeddings.token_ids: the base 'pixels' gives no embeddings of texts"):
-            embeddings.embeddings_route(pixels.service._replace(config=asked))
+            embeddings.embeddings_endpoint(pixels.service._replace(config=asked))
 
 
 def test_the_api_describes_itself(http: httpx.Client) -> None:
-    operation = http.get("/openapi.json").json()["paths"]["/v1/embeddings"]["post"]
-    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    schema = body_of(http, "/v1/embeddings")
     assert schema["required"] == ["input", "model"]
     assert post(http, schema["example"]).status_code == 200
     assert len(schema["properties"]["input"]["anyOf"]) == 2, "no token ids unless the config says so"

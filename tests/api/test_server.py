@@ -18,6 +18,8 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from fakes import Opened, open_variants
 from leanserve.api.server import Address, Interrupted, listen, run_server
 from leanserve.api.service import Service
+from leanserve.config.schema import EmbeddingsConfig
+from leanserve.errors import ConfigError
 from leanserve.serving.opening import WarmFleet
 
 
@@ -106,3 +108,9 @@ def test_a_signal_while_starting_ends_it_at_once(opened: Opened, number: signal.
         run_server(opened.config, Address(listen("127.0.0.1", 0)), Slow(opened.config, opened.warm))
     assert ended.value.number == number
     assert time.monotonic() - began < 2
+
+
+def test_what_fails_when_the_fleet_is_made_ends_the_start(opened: Opened) -> None:
+    asked = opened.config.model_copy(update={"embeddings": EmbeddingsConfig(token_ids="own")})
+    with pytest.raises(ConfigError, match="the base 'pixels' gives no embeddings of texts"):
+        run_server(asked, Address(listen("127.0.0.1", 0)), opened)

@@ -6,22 +6,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from leanserve import __version__
-from leanserve.api.cors import CrossOriginHotPath
-from leanserve.api.openapi import hot_paths
-from leanserve.api.routes import HotPath
+from leanserve.api.endpoint import Endpoint, declared_routes
+from leanserve.api.routes import CrossOriginHotPath, HotPath, endpoints_of
 from leanserve.api.service import Service
 from leanserve.contracts import Json
 from leanserve.errors import ServiceError
 from leanserve.http.messages import error_body, error_headers
 from leanserve.serving.fleet import Fleet
+from leanserve.serving.incidents import details_in_log
 
 
 def create_app(service: Service) -> HotPath:
@@ -63,8 +65,10 @@ def create_app(service: Service) -> HotPath:
     add_route("/readyz", readyz)
     add_route("/v1/variants", variants)
     add_route("/metrics", metrics, PlainTextResponse)
-    app.openapi = lambda: _openapi(app, service)  # type: ignore[method-assign]
-    return CrossOriginHotPath(service, app) if service.config.cors.origins else HotPath(service, app)
+    endpoints = endpoints_of(service)
+    app.openapi = cache(partial(_openapi, app, endpoints))  # type: ignore[method-assign]
+    hot_path = CrossOriginHotPath if service.config.cors.origins else HotPath
+    return hot_path(service, endpoints, app)
 
 
 def _variant(fleet: Fleet, name: str) -> Json:
@@ -108,13 +112,9 @@ async def _validation_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _unexpected(_request: Request, _error: Exception) -> JSONResponse:
     # Starlette raises it again afterwards, by which the server logs it.
-    return JSONResponse(error_body("the service failed on this request; see its log", ServiceError.code), 500)
+    return JSONResponse(error_body(f"the service failed on this request; {details_in_log()}", ServiceError.code), 500)
 
 
-def _openapi(app: FastAPI, service: Service) -> dict[str, Any]:
-    """FastAPI's schema plus the paths that it does not see."""
-    from fastapi.openapi.utils import get_openapi
-
-    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    schema["paths"] |= hot_paths(service)
-    return schema
+def _openapi(app: FastAPI, endpoints: list[Endpoint]) -> dict[str, Any]:
+    """FastAPI's schema of its own paths and of those that are answered before it is asked."""
+    return get_openapi(title=app.title, version=app.version, routes=[*app.routes, *declared_routes(endpoints)])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from leanserve.api.service import Service
 from leanserve.http.content_encoding import encoding_of_body, inflate
-from leanserve.http.messages import Request, disconnect_check, read_body
-from leanserve.serving.session import off_loop
+from leanserve.http.messages import Request, Response, disconnect_check, read_body
+from leanserve.serving.session import Session, off_loop
 
 
 async def plain_body(request: Request, limit: int) -> bytes | memoryview:
@@ -21,20 +22,16 @@ async def plain_body(request: Request, limit: int) -> bytes | memoryview:
     return body if encoding is None else await off_loop(inflate, bytes(body), encoding, limit)
 
 
-class HttpBody:
-    """The part of a `WireRequest` that all fronts over HTTP share: the body, and whether the client is still there."""
+class HttpSession(Session[Response]):
+    """The part of a session that all fronts over HTTP share: the body, and whether the client is still there."""
 
-    def __init__(self, request: Request, limit: int) -> None:
+    def __init__(self, service: Service, request: Request) -> None:
+        self.fleet = service.fleet
         self.http = request
         self.body: bytes | memoryview | None = request.body
         self.is_disconnected = disconnect_check(request.receive)
-        self._limit = limit
-
-    @property
-    def is_read(self) -> bool:
-        """Whether the body is here."""
-        return self.body is not None
+        self.body_limit = service.config.limits.body_bytes
 
     async def read(self) -> None:
-        """Read it. Raises as `plain_body`."""
-        self.body = await plain_body(self.http, self._limit)
+        """Read the body. Raises as `plain_body`."""
+        self.body = await plain_body(self.http, self.body_limit)

@@ -1,20 +1,22 @@
-"""Raw ASGI in front of FastAPI: predictions and the Open Inference Protocol take the short way, the rest the app.
+"""The table of endpoints, in front of FastAPI, which describes them; what is not in it is for FastAPI to answer.
 
-FastAPI's routing, dependency injection and response models cost more than a small model's inference. A path is one
-look-up in a table; errors become the same bodies as everywhere (`wire.error_body`).
+A path is one look-up in a table; errors become the same bodies as everywhere (`http.messages.error_body`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import Any
 
 from leanserve.api.caveats import caveat_headers
-from leanserve.api.openai.embeddings import embeddings_route
+from leanserve.api.cors import Grants
+from leanserve.api.endpoint import Endpoint
+from leanserve.api.openai.embeddings import embeddings_endpoint
 from leanserve.api.openai.models import MODELS, ModelList
 from leanserve.api.service import Service
-from leanserve.api.v1.predict import predict
-from leanserve.api.v2.rest import no_such_path, open_inference_routes
+from leanserve.api.v1.predict import predict_endpoint
+from leanserve.api.v2.rest import no_such_path, open_inference_endpoints
 from leanserve.errors import ClientGone, MethodNotAllowed, NotFound, ServiceError
 from leanserve.http.exchange import Answer
 from leanserve.http.messages import AsgiScope, Receive, Request, Response, Route, Send, send_response
@@ -22,28 +24,33 @@ from leanserve.serving.incidents import unexpected_failure
 from leanserve.serving.session import refuse_unrouted
 
 App = Callable[[AsgiScope, Receive, Send], Awaitable[None]]
-PREDICT, EMBEDDINGS = "/v1/predict", "/v1/embeddings"
+
+
+def endpoints_of(service: Service) -> list[Endpoint]:
+    """The table: every endpoint that FastAPI describes, but does not answer."""
+    return [
+        predict_endpoint(service),
+        embeddings_endpoint(service),
+        *ModelList(service).endpoints(),
+        *open_inference_endpoints(service),
+    ]
 
 
 class HotPath:
     """An ASGI app that answers what is in its table, and passes all else on to `app`."""
 
-    def __init__(self, service: Service, app: App) -> None:
+    def __init__(self, service: Service, endpoints: list[Endpoint], app: App) -> None:
         self._fleet = service.fleet
         self._app = app
         self._caveats = caveat_headers(service.base.caveats)
         self._models = ModelList(service)
-        self._routes = {
-            PREDICT: Route("POST", "prediction", partial(predict, service)),
-            EMBEDDINGS: embeddings_route(service),
-            MODELS: self._models.all,
-            **open_inference_routes(service),
-        }
-        self._predictions = {
+        self._routes = {path: route for item in endpoints for path, route in item.routes.items()}
+        self.predictions: dict[bytes, Answer] = {
             path.encode(): partial(self.answer, route)
             for path, route in self._routes.items()
             if route.counts == "prediction"
         }
+        """By the raw path, what is POSTed there and answered on the short way of a connection."""
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,10 +73,6 @@ class HotPath:
             unknown = Route(method, "prediction" if path.endswith("/infer") else "description", _nothing)
             return self._refusing(unknown, no_such_path(self._fleet, path))
         return self._models.one if path.startswith(f"{MODELS}/") else None
-
-    def find(self, method: bytes, path: bytes) -> Answer | None:
-        """What answers predictions on this path by this method."""
-        return self._predictions.get(path) if method == b"POST" else None
 
     async def answer(self, route: Route, request: Request) -> Response | None:
         """The reply to a request, also where it is refused or fails; `None` where nobody is left to get it."""
@@ -94,6 +97,41 @@ class HotPath:
             raise error
 
         return route._replace(answer=answer)
+
+
+class CrossOriginHotPath(HotPath):
+    """The outermost ASGI app where pages of other origins are among the clients."""
+
+    def __init__(self, service: Service, endpoints: list[Endpoint], app: App) -> None:
+        super().__init__(service, endpoints, partial(self._ask_app, app))
+        self._grants = Grants(service.config.cors, service.fleet.sticky_header)
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "OPTIONS":
+            preflight = self._grants.preflight(dict(scope["headers"]))
+            if preflight is not None:
+                return await send_response(send, preflight)
+        return await super().__call__(scope, receive, send)
+
+    async def answer(self, route: Route, caller: Request) -> Response | None:
+        """The reply to a request, with what its browser wants to know."""
+        reply = await super().answer(route, caller)
+        if reply is None:
+            return None
+        return reply._replace(headers=(*reply.headers, *self._grants.headers(caller.headers)))
+
+    async def _ask_app(self, app: App, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        """The same for what `app` answers."""
+        if scope["type"] != "http":
+            return await app(scope, receive, send)
+        headers = self._grants.headers(dict(scope["headers"]))
+
+        async def send_granted(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message = message | {"headers": [*message.get("headers", ()), *headers]}
+            await send(message)
+
+        return await app(scope, receive, send_granted)
 
 
 async def _nothing(request: Request) -> Response:

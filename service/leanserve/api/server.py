@@ -30,7 +30,6 @@ from leanserve.api.routes import HotPath
 from leanserve.api.service import Service
 from leanserve.api.starting import StartingApp
 from leanserve.config.schema import ServiceConfig
-from leanserve.errors import StartupError
 from leanserve.http.connection import connections_to
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.opening import WarmFleet
@@ -139,6 +138,7 @@ class Server(uvicorn.Server):
                 loop="auto",
                 lifespan="off",
                 access_log=False,
+                log_config=None,
                 log_level="warning",
                 server_header=False,
                 proxy_headers=False,
@@ -200,7 +200,7 @@ class Server(uvicorn.Server):
             self._front.serve(create_app(service))
             if self._grpc is not None:
                 self._grpc.serve(service)
-        except StartupError as error:
+        except Exception as error:
             self._fail(error)
             return
         _settle()

@@ -13,6 +13,7 @@ import orjson
 
 from leanserve.contracts import Json
 from leanserve.errors import BadInput, BodyTooLarge, ClientGone, MethodNotAllowed, ServiceError
+from leanserve.request_identity import RequestIdentity
 
 AsgiScope = dict[str, Any]
 Receive = Callable[[], Any]
@@ -25,7 +26,8 @@ class Request:
     """One request.
 
     The names in `headers` are in lower case. `body` is there where it came with the head: whole, not compressed, and
-    not above the limit. Else it is to be read by `receive`, as ASGI has it; `begun` is what is known of it before.
+    not above the limit. Else it is to be read by `receive`, as ASGI has it; `begun` is what is known of it before. The
+    headers of its `identity` go into the response.
     """
 
     path: str
@@ -33,6 +35,7 @@ class Request:
     receive: Receive
     body: bytes | None = None
     begun: bytes = b""
+    identity: RequestIdentity = ()
 
     def header(self, name: bytes) -> str | None:
         """The header of that (lower-case) name, decoded; `None` if absent or empty."""

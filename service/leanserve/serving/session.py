@@ -2,8 +2,9 @@
 
     choose -> admit -> decode -> predict -> encode -> count
 
-A front (REST, gRPC, OpenAI's API) brings a `WireRequest`: what was asked, and how that is read, decoded and answered in
-its wire format. All else is here, and whoever wants a say in every request (limits, tracing, experiments) gets it here.
+A front (REST, gRPC, OpenAI's API) has a `Session` of its own, which says what was asked, and how that is read, decoded
+and answered in its wire format. All else is here, and whoever wants a say in every request (limits, tracing,
+experiments) gets it here.
 Bad input never reaches a queue. What would hold up the event loop is decoded and encoded on a thread, and not at all
 for a variant that could not take the request anyway.
 """
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar, TypeVarTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar, TypeVarTuple
 
 from leanserve.contracts import Arrays, Decoded, ModelSpec
 from leanserve.errors import ClientGone, ServiceError
@@ -29,16 +31,12 @@ QUICK_BYTES = 64 * 2**10
 """Bytes of outputs up to which they are encoded on the event loop; a thread costs 50 microseconds."""
 
 Reply = TypeVar("Reply")
-_Reply_co = TypeVar("_Reply_co", covariant=True)
 _Args = TypeVarTuple("_Args")
 _Result = TypeVar("_Result")
 
 
-class VariantChoice(NamedTuple):
-    """Which variant a request asks for: by its name, else by the caller's key, else by the traffic split."""
-
-    variant: str | None
-    caller_key: str | None = None
+VariantChoice: TypeAlias = tuple[str | None, str | None]
+"""Which variant a request asks for: by its name, else by the caller's key, else (both `None`) by the traffic split."""
 
 
 class Terms(NamedTuple):
@@ -70,6 +68,12 @@ class Answered(NamedTuple):
     parts: Sequence[Prediction]
     groups: Sequence[Sequence[int]]
 
+    def nbytes(self) -> int:
+        """Bytes of all outputs."""
+        if len(self.parts) > 1:
+            return sum(array.nbytes for part in self.parts for array in part.outputs)
+        return sum([array.nbytes for array in self.parts[0].outputs])
+
     def how_it_ran(self) -> dict[str, float]:
         """What every reply tells: milliseconds in the queue and on the device, rows of the (largest) batch."""
         queue_s, infer_s, rows = self.parts[0][2:]
@@ -80,50 +84,48 @@ class Answered(NamedTuple):
         return {"queue_ms": round(queue_s * 1000, 3), "inference_ms": round(infer_s * 1000, 3), "batch_rows": rows}
 
 
-class WireRequest(Protocol[_Reply_co]):
-    """A request in the wire format of its front, and its reply. Methods may raise any `ServiceError`."""
+class Session(ABC, Generic[Reply]):
+    """One request on its way; `run` it once.
 
-    async def asked(self) -> VariantChoice:
-        """Who is to answer. Reads only what is needed to know."""
+    The class of a front says what its wire format makes of a request. Its methods may raise any `ServiceError`.
+    """
 
-    @property
-    def is_read(self) -> bool:
-        """Whether the body is here."""
+    is_chosen_by_body = False
+    """Whether the body has to be read to know what is asked."""
+    encodes_quickly = True
+    """Whether encoding takes no longer than the outputs are large."""
+    fleet: Fleet
+    body: Any
+    """What came, once it is here; `None` before."""
+    is_disconnected: Callable[[], bool]
+    """Whether the client left; asked from any thread."""
+    variant: Variant | None = None
+    """Who answers, once that is chosen."""
+    _choice: VariantChoice
 
-    def terms(self, variant: Variant) -> Terms:
-        """What is known of its terms before it is decoded."""
+    @abstractmethod
+    def asked(self) -> VariantChoice:
+        """Who is to answer."""
 
+    @abstractmethod
     async def read(self) -> None:
         """Read the body."""
 
+    def terms(self, _: Variant) -> Terms:
+        """What is known of its terms before it is decoded."""
+        return DEFAULT_TERMS
+
+    @abstractmethod
     def decodes_quickly(self) -> bool:
         """Whether decoding takes less than about half a millisecond."""
 
+    @abstractmethod
     def decode(self, variant: Variant) -> ModelRequest:
         """Check and decode the body, on any thread; again where another variant must answer after all."""
 
-    def is_disconnected(self) -> bool:
-        """Whether the client left; asked from any thread."""
-
-    @property
-    def encodes_quickly(self) -> bool:
-        """Whether encoding takes no longer than the outputs are large."""
-
-    def encode(self, outcome: Answered) -> _Reply_co:
+    @abstractmethod
+    def encode(self, answered: Answered) -> Reply:
         """The reply, on any thread."""
-
-
-class Session(Generic[Reply]):
-    """One request on its way; `run` it once."""
-
-    __slots__ = ("_choice", "_fleet", "_request", "variant")
-
-    def __init__(self, fleet: Fleet, request: WireRequest[Reply]) -> None:
-        self._fleet = fleet
-        self._request = request
-        self._choice = VariantChoice(None)
-        self.variant: Variant | None = None
-        """Who answers, once that is chosen."""
 
     async def run(self) -> Reply:
         """Answer the request, and count what became of it.
@@ -132,69 +134,67 @@ class Session(Generic[Reply]):
             ServiceError: whatever kept it from being answered; it names the variant, where one was chosen.
         """
         started = time.perf_counter()
-        outcome = ServiceError.code
+        ended = ServiceError.code
         try:
-            reply = await self._walk()
-            outcome = "ok"
+            if self.is_chosen_by_body:
+                await self.read()
+            self._choice = choice = self.asked()
+            variant = self.variant = self.fleet.choose(*choice)
+            if self.body is None:
+                variant = await self._read(variant)
+            if self.decodes_quickly():
+                samples, groups, terms = self.decode(variant)
+            else:
+                variant, (samples, groups, terms) = await self._decoded_apart(variant)
+            if len(samples) > 1:
+                answered = Answered(variant, await self._predict_apart(variant, samples, terms), groups)
+            else:
+                one = await variant.predict(samples[0], self.is_disconnected, terms.timeout_s, terms.priority or 0)
+                answered = Answered(variant, (one,), groups)
+            if self.encodes_quickly and answered.nbytes() <= QUICK_BYTES:
+                reply = self.encode(answered)
+            else:
+                reply = await off_loop(self.encode, answered)
+            ended = "ok"
             return reply
         except asyncio.CancelledError:
-            outcome = ClientGone.code
+            ended = ClientGone.code
             raise
         except Exception as error:
             failure = error if isinstance(error, ServiceError) else unexpected_failure(error, "a request")
-            outcome = failure.code
+            ended = failure.code
             failure.variant = None if self.variant is None else self.variant.name
             raise failure from None
         finally:
-            counted = self._fleet.metrics.unrouted if self.variant is None else self.variant.metrics
-            counted.request_done(outcome, time.perf_counter() - started)
+            counted = self.fleet.metrics.unrouted if self.variant is None else self.variant.metrics
+            counted.request_done(ended, time.perf_counter() - started)
 
-    async def _walk(self) -> Reply:
-        request = self._request
-        self._choice = await request.asked()
-        variant = self.variant = self._fleet.choose(*self._choice)
-        if not request.is_read:
-            terms = request.terms(variant)
-            variant.check_open(terms.priority, variant.timeout_s(terms.timeout_s))
-            await request.read()
-            variant = self._confirmed(variant)
-        if request.decodes_quickly():
-            asked = request.decode(variant)
-        else:
-            variant, asked = await self._decoded_apart(variant)
-        if len(asked.samples) == 1:
-            parts: Sequence[Prediction] = (await self._predict(variant, asked.samples[0], asked.terms),)
-        else:
-            parts = await self._predict_apart(variant, asked)
-        outcome = Answered(variant, parts, asked.groups)
-        if request.encodes_quickly and sum([array.nbytes for part in parts for array in part.outputs]) <= QUICK_BYTES:
-            return request.encode(outcome)
-        return await off_loop(request.encode, outcome)
+    async def _read(self, variant: Variant) -> Variant:
+        """Read the body, unless its variant could not take the request anyway."""
+        terms = self.terms(variant)
+        variant.check_open(terms.priority, terms.timeout_s)
+        await self.read()
+        return self._confirmed(variant)
 
     def _confirmed(self, variant: Variant) -> Variant:
         """After the loop turned to others: another variant if this one was unloaded since."""
-        self.variant = self._fleet.confirm(variant, *self._choice)
+        self.variant = self.fleet.confirm(variant, *self._choice)
         return self.variant
 
     async def _decoded_apart(self, variant: Variant) -> tuple[Variant, ModelRequest]:
         """Decode on a thread; it counts as waiting meanwhile."""
-        request = self._request
         while True:
-            with variant.expecting(request.terms(variant).priority):
-                asked = await off_loop(request.decode, variant)
+            with variant.expecting(self.terms(variant).priority):
+                asked = await off_loop(self.decode, variant)
             before, variant = variant, self._confirmed(variant)
             if variant is before or (variant.spec == before.spec and variant.codec == before.codec):
                 return variant, asked
 
-    def _predict(self, variant: Variant, sample: Arrays, terms: Terms) -> Coroutine[Any, Any, Prediction]:
-        return variant.predict(
-            sample, self._request.is_disconnected, variant.timeout_s(terms.timeout_s), terms.priority or 0
-        )
-
-    async def _predict_apart(self, variant: Variant, asked: ModelRequest) -> Sequence[Prediction]:
+    async def _predict_apart(self, variant: Variant, samples: Sequence[Arrays], terms: Terms) -> Sequence[Prediction]:
         """The prediction of each sample; if one fails the others are taken back."""
-        variant.batcher.limits.check(sum(len(sample[0]) for sample in asked.samples))
-        tasks = [asyncio.ensure_future(self._predict(variant, sample, asked.terms)) for sample in asked.samples]
+        variant.batcher.limits.check(sum(len(sample[0]) for sample in samples))
+        gone, timeout_s, priority = self.is_disconnected, terms.timeout_s, terms.priority or 0
+        tasks = [asyncio.ensure_future(variant.predict(sample, gone, timeout_s, priority)) for sample in samples]
         try:
             return await asyncio.gather(*tasks)
         except BaseException:
@@ -219,4 +219,4 @@ def grouped_rows(decoded: Decoded, spec: ModelSpec) -> ModelRequest:
 
 async def off_loop(work: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
     """Do work that takes more than a few hundred microseconds where it does not hold up the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(None, work, *args)
+    return await asyncio.to_thread(work, *args)  # which also takes the identity of the request there

@@ -87,13 +87,13 @@ class Variant:
         Raises:
             BadInput: rows are longer than the spec's `max_length`, or hold what the model cannot look up.
             QueueFull, DeadlineUnreachable: refused at the door; `retry_after_s` is set.
-            QueueTimeout: waited longer than `timeout_s` (the queue's own limit by default) and was not executed.
+            QueueTimeout: waited longer than `timeout_s`, or than the queue's own limit, and was not executed.
             ClientGone: the client left before its rows were executed.
             BackendFailed, OutOfMemory: the backend raised on these rows alone.
         """
         now = time.perf_counter()
         limits = self.batcher.limits
-        timeout_s = limits.timeout_s if timeout_s is None else timeout_s
+        timeout_s = limits.timeout_s if timeout_s is None else min(limits.timeout_s, timeout_s)
         length = self._length(sample) if self._axes else 0
         bucket = limits.bucket(length)
         level = limits.level(priority)
@@ -121,7 +121,7 @@ class Variant:
             raise self._full(f"all {limits.queue_rows} rows of the queue are taken")
         level = 1 if priority is None else limits.level(priority)
         expected = sum(self._expected[:level])
-        self._admit(1, level, 0, limits.timeout_s if timeout_s is None else timeout_s, expected)
+        self._admit(1, level, 0, limits.timeout_s if timeout_s is None else min(limits.timeout_s, timeout_s), expected)
 
     @contextmanager
     def expecting(self, priority: int | None = 0) -> Iterator[None]:
@@ -140,11 +140,6 @@ class Variant:
             yield
         finally:
             self._expected[position] -= 1
-
-    def timeout_s(self, wanted: float | None) -> float:
-        """The longest time that a request may wait in the queue: what it wants, or the queue's own limit."""
-        limit = self.batcher.limits.timeout_s
-        return limit if wanted is None else min(limit, wanted)
 
     def waiting_rows(self) -> int:
         """Rows in the queue now."""

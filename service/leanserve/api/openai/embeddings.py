@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from functools import partial
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from leanserve.api.bodies import HttpBody
-from leanserve.api.openai.models import gives_embeddings, no_embeddings, refusal, variant_of
+from leanserve.api.bodies import HttpSession
+from leanserve.api.endpoint import Declaration, Endpoint, OpenAiErrorReply, endpoint, in_body, one_of, which_variant
+from leanserve.api.openai.models import gives_embeddings, no_embeddings, refusal, served_models, variant_of
 from leanserve.api.service import Service
 from leanserve.codecs.openai import EmbeddingRequest, encode_reply, parse_request, token_rows
 from leanserve.codecs.tensors import clip
@@ -22,36 +25,79 @@ from leanserve.errors import BackendFailed, BadInput, ConfigError
 from leanserve.http.messages import Request, Response, Route
 from leanserve.serving.length_groups import length_groups
 from leanserve.serving.session import (
-    DEFAULT_TERMS,
     Answered,
     ModelRequest,
-    Session,
-    Terms,
     VariantChoice,
     off_loop,
     refuse_unrouted,
 )
 from leanserve.serving.variant import Variant
 
+EMBEDDINGS = "/v1/embeddings"
 SMALL = 2 * 2**10
 """Bytes of a body that is tokenized on the event loop: half a millisecond, where a thread costs 50 microseconds."""
 
 
-def embeddings_route(service: Service) -> Route:
-    """The route of this service; of a base that gives no embeddings of texts, one that says so.
+class EmbeddingRow(BaseModel):
+    """One embedding: numbers, or base64 of float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    """Tokens that were read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    """The embeddings, in the order of the texts."""
+
+    object: Literal["list"]
+    data: list[EmbeddingRow]
+    model: str
+    usage: EmbeddingUsage
+
+
+def embeddings_endpoint(service: Service) -> Endpoint:
+    """That of this service; of a base that gives no embeddings of texts, one that says so.
 
     Raises:
         ConfigError: the config says how embeddings are asked for, and the base gives none.
     """
     if gives_embeddings(service.base):
-        return Route("POST", "prediction", partial(embed, service), refusal)
+        asked = {"body": in_body(_embedding_query(service)), **which_variant(service)}
+        told = Declaration("Embeddings, as of OpenAI's API", asked, {}, EmbeddingList, OpenAiErrorReply)
+        return endpoint(EMBEDDINGS, Route("POST", "prediction", partial(embed, service), refusal), told)
     if service.config.embeddings.token_ids != "refuse":
         raise ConfigError(f"embeddings.token_ids: the base '{service.base.name}' gives no embeddings of texts")
 
     async def refuse(_: Request) -> Response:
         refuse_unrouted(service.fleet, no_embeddings(service.base))
 
-    return Route("POST", "prediction", refuse, refusal)
+    return endpoint(EMBEDDINGS, Route("POST", "prediction", refuse, refusal))
+
+
+def _embedding_query(service: Service) -> type[BaseModel]:
+    """A request for embeddings, with the models that may be named."""
+    base, names = service.base, served_models(service.fleet) or [service.base.name]
+    ids: Any = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    taken: Any = str | Annotated[list[str], Field(min_length=1)]
+    if service.config.embeddings.token_ids == "own":
+        taken = taken | ids | Annotated[list[ids], Field(min_length=1)]
+        taken = Annotated[taken, Field(description="texts, or token ids with the special ones")]
+    example: Any = {"example": {"input": ["one text", "another"], "model": base.name}}
+    fields: dict[str, Any] = {
+        "input": (taken, ...),
+        "model": (one_of(names), ...),
+        "encoding_format": (one_of(["float", "base64"]), "float"),
+        "dimensions": (one_of([base.spec.outputs[0].shape[0] or 0]) | None, None),
+        "user": (Annotated[str, Field(description="not used")], ""),
+    }
+    return create_model("EmbeddingQuery", __config__=ConfigDict(extra="forbid", json_schema_extra=example), **fields)
 
 
 def embed(service: Service, request: Request) -> Awaitable[Response]:
@@ -60,45 +106,41 @@ def embed(service: Service, request: Request) -> Awaitable[Response]:
     Raises:
         ServiceError: whatever kept it from being answered.
     """
-    return Session(service.fleet, _Embeddings(service, request)).run()
+    return _Embeddings(service, request).run()
 
 
-class _Embeddings(HttpBody):
-    encodes_quickly = True
+class _Embeddings(HttpSession):
+    is_chosen_by_body = True
 
     def __init__(self, service: Service, request: Request) -> None:
-        super().__init__(request, service.config.limits.body_bytes)
+        super().__init__(service, request)
         self._service = service
         self._asked: EmbeddingRequest
         self._tokens = 0
 
-    async def asked(self) -> VariantChoice:
-        """The body names the variant, so that it is read and parsed first."""
+    async def read(self) -> None:
+        """Read the body and parse it: it names the variant."""
         if self.body is None:
-            await self.read()
+            await super().read()
         body, width = bytes(self.body or b""), self._service.base.spec.outputs[0].shape[0] or 0
         if len(body) <= SMALL:
             self._asked = parse_request(body, width)
         else:
             self._asked = await off_loop(parse_request, body, width)
-        return self._choice(self._asked.model)
 
-    def _choice(self, model: str) -> VariantChoice:
+    def asked(self) -> VariantChoice:
         """The variant that `model` asks for, and the caller's key where it leaves the choice.
 
         Raises:
             NotFound: no such model. BadInput: the header asks for another one.
         """
-        fleet = self._service.fleet
+        fleet, model = self._service.fleet, self._asked.model
         name, named = variant_of(fleet, model), self.http.header(b"x-variant")
         if name is None:
-            return VariantChoice(named, self.http.header(fleet.sticky_header))
+            return named, self.http.header(fleet.sticky_header)
         if named not in {None, name}:
             raise BadInput(f"the model {clip(model)} and the header x-variant name two variants")
-        return VariantChoice(name)
-
-    def terms(self, _: Variant) -> Terms:
-        return DEFAULT_TERMS
+        return name, None
 
     def decodes_quickly(self) -> bool:
         return len(self.body or b"") <= SMALL
@@ -112,17 +154,17 @@ class _Embeddings(HttpBody):
         samples = [codec.arrays([tokens[row] for row in group]) for group in groups]
         return ModelRequest(samples, groups)
 
-    def encode(self, outcome: Answered) -> Response:
-        rows = np.concatenate([np.asarray(group) for group in outcome.groups])
-        found: Array = np.concatenate([part.outputs[0] for part in outcome.parts])
+    def encode(self, answered: Answered) -> Response:
+        rows = np.concatenate([np.asarray(group) for group in answered.groups])
+        found: Array = np.concatenate([part.outputs[0] for part in answered.parts])
         embeddings = np.empty_like(found)
         embeddings[rows] = found
         if not np.isfinite(embeddings).all():
             raise BackendFailed("the model's embeddings are not finite")
-        variant = outcome.variant.name
+        variant = answered.variant.name
         how = [
             (f"x-{name.replace('_', '-')}".encode(), str(value).encode())
-            for name, value in outcome.how_it_ran().items()
+            for name, value in answered.how_it_ran().items()
         ]
         headers = [(b"content-type", b"application/json"), (b"x-variant", variant.encode()), *how]
         return Response(encode_reply(embeddings, self._asked.form, variant, self._tokens), headers)

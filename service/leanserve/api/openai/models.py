@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 
+from leanserve.api.endpoint import Declaration, Endpoint, OpenAiErrorReply, endpoint, in_path
 from leanserve.api.service import Service
 from leanserve.codecs.openai import openai_error_body
 from leanserve.codecs.tensors import clip
@@ -29,6 +30,17 @@ class ModelList:
         self._started = int(time.time())
         self.all = Route("GET", "description", self._all, refusal)
         self.one = Route("GET", "description", self._one, refusal)
+
+    def endpoints(self) -> list[Endpoint]:
+        """The list, and each model where there are any; other names below it are answered as unknown ones."""
+        names = served_models(self._fleet) if self._embeds else []
+        listed = Declaration("The models, as in OpenAI's API", refuses=OpenAiErrorReply)
+        found = [endpoint(MODELS, self.all, listed)]
+        if names:
+            taken = {"model": in_path(names)}
+            told = Declaration("One model, as in OpenAI's API", taken, refuses=OpenAiErrorReply)
+            found.append(Endpoint(f"{MODELS}/{{model}}", {f"{MODELS}/{name}": self.one for name in names}, told))
+        return found
 
     async def _all(self, _: Request) -> Response:
         names = served_models(self._fleet) if self._embeds else []

@@ -2,15 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
+from functools import partial
+from typing import Any
 
-from leanserve.api.bodies import HttpBody
+from pydantic import BaseModel
+
+from leanserve.api.bodies import HttpSession
+from leanserve.api.endpoint import Declaration, Endpoint, endpoint, which_variant
 from leanserve.api.service import Service
+from leanserve.codecs.image_formats import FORMAT_NAMES, media_types
 from leanserve.contracts import Json
-from leanserve.http.messages import Request, Response, json_response
+from leanserve.http.messages import Request, Response, Route, json_response
 from leanserve.serving.length_groups import in_order
-from leanserve.serving.session import DEFAULT_TERMS, Answered, ModelRequest, Session, Terms, VariantChoice, grouped_rows
+from leanserve.serving.session import Answered, ModelRequest, VariantChoice, grouped_rows
 from leanserve.serving.variant import Variant
+
+PREDICT = "/v1/predict"
+_FILE: Json = {"type": "string", "format": "binary"}
+_BODIES: Mapping[str, Json] = {
+    **{kind: {"schema": _FILE} for kind in (*media_types(FORMAT_NAMES), "image/*", "application/octet-stream")},
+    "multipart/form-data": {
+        "schema": {
+            "type": "object",
+            "properties": {"file": _FILE},
+            "additionalProperties": _FILE,
+            "description": "one file per part, under any names; several files get a list of predictions",
+        }
+    },
+}
+"""What a prediction takes by these media types; others have no schema."""
+
+
+class RowAnswer(BaseModel):
+    """What is told of one row: label and scores, an embedding, or outputs by name."""
+
+    label: str | None = None
+    scores: dict[str, float] | None = None
+    embedding: list[float] | None = None
+    outputs: dict[str, Any] | None = None
+
+
+class HowItRan(BaseModel):
+    """Who answered, milliseconds in the queue and on the device, rows of the batch."""
+
+    variant: str
+    queue_ms: float
+    inference_ms: float
+    batch_rows: int
+
+
+class OneAnswer(RowAnswer, HowItRan):
+    """The answer to a single row."""
+
+
+class ManyAnswers(HowItRan):
+    """The answers to a list of rows, in its order."""
+
+    predictions: list[RowAnswer]
+
+
+def predict_endpoint(service: Service) -> Endpoint:
+    """Predictions in the base's own formats."""
+    media = {media_type: _BODIES.get(media_type, {}) for media_type in service.base.codec.media_types}
+    told = Declaration("Predict", which_variant(service), media, OneAnswer | ManyAnswers)
+    return endpoint(PREDICT, Route("POST", "prediction", partial(predict, service)), told)
 
 
 def predict(service: Service, request: Request) -> Awaitable[Response]:
@@ -19,22 +75,17 @@ def predict(service: Service, request: Request) -> Awaitable[Response]:
     Raises:
         ServiceError: whatever kept it from being answered.
     """
-    return Session(service.fleet, _Predict(service, request)).run()
+    return CodecSession(service, request).run()
 
 
-class _Predict(HttpBody):
-    encodes_quickly = True
+class CodecSession(HttpSession):
+    """The session of a request whose body and answer are those of the variant's codec."""
 
-    def __init__(self, service: Service, request: Request) -> None:
-        super().__init__(request, service.config.limits.body_bytes)
-        self._sticky_header = service.fleet.sticky_header
-        self._many = False
+    many = False
+    """Whether a list of rows was sent."""
 
-    async def asked(self) -> VariantChoice:
-        return VariantChoice(self.http.header(b"x-variant"), self.http.header(self._sticky_header))
-
-    def terms(self, _: Variant) -> Terms:
-        return DEFAULT_TERMS
+    def asked(self) -> VariantChoice:
+        return self.http.header(b"x-variant"), self.http.header(self.fleet.sticky_header)
 
     def decodes_quickly(self) -> bool:
         return False  # an image takes milliseconds
@@ -42,13 +93,13 @@ class _Predict(HttpBody):
     def decode(self, variant: Variant) -> ModelRequest:
         content_type = self.http.header(b"content-type") or ""  # with its parameters: a form names its boundary there
         decoded = variant.codec.decode(content_type, bytes(self.body or b""))
-        self._many = decoded.many
+        self.many = decoded.many
         return grouped_rows(decoded, variant.spec)
 
-    def encode(self, outcome: Answered) -> Response:
-        variant = outcome.variant
-        parts = [variant.codec.encode(part.outputs) for part in outcome.parts]
-        answers = in_order(parts, outcome.groups) if outcome.groups else parts[0]
-        how: dict[str, Json] = {"variant": variant.name, **outcome.how_it_ran()}
-        body = {"predictions": answers, **how} if self._many else {**answers[0], **how}
+    def encode(self, answered: Answered) -> Response:
+        variant = answered.variant
+        parts = [variant.codec.encode(part.outputs) for part in answered.parts]
+        answers = in_order(parts, answered.groups) if answered.groups else parts[0]
+        how: dict[str, Json] = {"variant": variant.name, **answered.how_it_ran()}
+        body = {"predictions": answers, **how} if self.many else {**answers[0], **how}
         return json_response(body, [(b"x-variant", variant.name.encode())])

@@ -6,7 +6,7 @@ that the client cancels, or whose deadline passes, cancels the coroutine here, b
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -25,6 +25,7 @@ from leanserve.codecs.infer_plan import InferOptions
 from leanserve.contracts import Json, ModelSpec
 from leanserve.errors import NotReady, ServiceError, StartupError
 from leanserve.http.messages import error_headers
+from leanserve.request_identity import CURRENT_REQUEST, RequestIdentities
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.incidents import unexpected_failure
 from leanserve.serving.session import UNKNOWN_TERMS, Answered, ModelRequest, Session, Terms, VariantChoice
@@ -94,16 +95,20 @@ async def start_grpc(host: str, port: int, body_bytes: int, startup: Startup) ->
         ("grpc.so_reuseport", 0),  # else a second server would share the port without a word
     )
     server = aio.server(options=options)
-    calls = _Calls(startup)
+    calls, identities = _Calls(startup), RequestIdentities()
     health = Health(calls.ready)
     methods = {
-        name: _handler(name, partial(calls.answer, name), message(f"{name}Request"), message(f"{name}Response"))
+        name: _handler(
+            partial(_answered, identities, name, partial(calls.answer, name)),
+            message(f"{name}Request"),
+            message(f"{name}Response"),
+        )
         for name in METHODS
     }
     server.add_generic_rpc_handlers(
         (
             grpc.method_handlers_generic_handler(SERVICE, methods),
-            grpc.method_handlers_generic_handler(HEALTH, _health_methods(health)),
+            grpc.method_handlers_generic_handler(HEALTH, _health_methods(health, identities)),
         )
     )
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -115,34 +120,54 @@ async def start_grpc(host: str, port: int, body_bytes: int, startup: Startup) ->
     return GrpcServer(server, claimed, calls, health)
 
 
-def _health_methods(health: Health) -> dict[str, grpc.RpcMethodHandler]:
-    watch = grpc.unary_stream_rpc_method_handler(
-        health.watch,
+def _health_methods(health: Health, identities: RequestIdentities) -> dict[str, grpc.RpcMethodHandler]:
+    async def watch(request: Any, context: Context) -> AsyncIterator[Any]:
+        _identify(identities, context)
+        async for reply in health.watch(request, context):
+            yield reply
+
+    watching = grpc.unary_stream_rpc_method_handler(
+        watch,
         request_deserializer=message(REQUEST).FromString,
         response_serializer=message(RESPONSE).SerializeToString,
     )
-    return {"Check": _handler("Check", health.check, message(REQUEST), message(RESPONSE)), "Watch": watch}
+    check = partial(_answered, identities, "Check", health.check)
+    return {"Check": _handler(check, message(REQUEST), message(RESPONSE)), "Watch": watching}
 
 
-def _handler(name: str, answer: GrpcAnswer, asked: Any, told: Any) -> grpc.RpcMethodHandler:
-    async def call(request: Any, context: Context) -> Any:
-        try:
-            return await answer(request, context)
-        except ServiceError as error:
-            return await _abort(context, error)
-        except Exception as error:
-            return await _abort(context, unexpected_failure(error, f"a gRPC call of {name}"))
-
+def _handler(answer: GrpcAnswer, asked: Any, told: Any) -> grpc.RpcMethodHandler:
     return grpc.unary_unary_rpc_method_handler(
-        call,
-        request_deserializer=asked.FromString,
-        response_serializer=told.SerializeToString,
+        answer, request_deserializer=asked.FromString, response_serializer=told.SerializeToString
     )
 
 
-async def _abort(context: Context, error: ServiceError) -> Any:
-    context.set_trailing_metadata(tuple(error_headers(error).items()))
-    return await context.abort(_STATUS.get(error.status, grpc.StatusCode.INTERNAL), str(error))
+async def _answered(
+    identities: RequestIdentities, name: str, answer: GrpcAnswer, request: Any, context: Context
+) -> Any:
+    """The reply to a call of that name, or the status that refuses it; both tell the identity of the call."""
+    told = _identify(identities, context)
+    try:
+        return await answer(request, context)
+    except ServiceError as error:
+        failure = error
+    except Exception as error:
+        failure = unexpected_failure(error, f"a gRPC call of {name}")
+    context.set_trailing_metadata((*told, *error_headers(failure).items()))
+    return await context.abort(_STATUS.get(failure.status, grpc.StatusCode.INTERNAL), str(failure))
+
+
+def _identify(identities: RequestIdentities, context: Context) -> tuple[tuple[str, str], ...]:
+    """Give a call its identity, and that to its trailing metadata."""
+    headers = {
+        name.encode(): value.encode(errors="replace")
+        for name, value in context.invocation_metadata()
+        if isinstance(value, str)
+    }
+    identity = identities.of(headers)
+    CURRENT_REQUEST.set(identity)
+    told = tuple((name.decode(), value.decode()) for name, value in identity)
+    context.set_trailing_metadata(told)
+    return told
 
 
 class _Calls:
@@ -200,13 +225,13 @@ def _infer(
     protocol: OpenInference, decoders: dict[ModelSpec, GrpcInferDecoder], request: Any, context: Context
 ) -> Awaitable[Any]:
     headers = dict(context.invocation_metadata())
-    return Session(protocol.fleet, _Infer(protocol, decoders, request, headers)).run()
+    return _Infer(protocol, decoders, request, headers).run()
 
 
-class _Infer:
-    """A `WireRequest` in the messages of gRPC."""
+class _Infer(Session[Any]):
+    """The session of a request in the messages of gRPC, which have come whole before it begins."""
 
-    is_read = encodes_quickly = True
+    _options: InferOptions
 
     def __init__(
         self,
@@ -215,41 +240,44 @@ class _Infer:
         request: Any,
         headers: Mapping[str, str],
     ) -> None:
+        self.fleet = protocol.fleet
+        self.body = request
+        self.is_disconnected = _stays
         self._protocol = protocol
         self._decoders = decoders
-        self._request = request
         self._headers = headers
-        self._options: InferOptions
 
-    async def asked(self) -> VariantChoice:
-        self._protocol.check_model(self._request.model_name)
-        wanted = self._request.model_version or self._headers.get("x-variant")
-        return VariantChoice(wanted, self._headers.get(self._protocol.fleet.sticky_header.decode()))
+    def asked(self) -> VariantChoice:
+        self._protocol.check_model(self.body.model_name)
+        wanted = self.body.model_version or self._headers.get("x-variant")
+        return wanted, self._headers.get(self.fleet.sticky_header.decode())
 
     def terms(self, _: Variant) -> Terms:
         return UNKNOWN_TERMS
 
     async def read(self) -> None:
-        """gRPC reads a message before it asks for an answer."""
+        """Nothing is left to read."""
 
     def decodes_quickly(self) -> bool:
-        raw = self._request.raw_input_contents
-        return form_of(self._request) == "raw" and sum(map(len, raw)) <= SMALL_RAW
+        raw = self.body.raw_input_contents
+        return form_of(self.body) == "raw" and sum(map(len, raw)) <= SMALL_RAW
 
     def decode(self, variant: Variant) -> ModelRequest:
         decoder = self._decoders.get(variant.spec) or self._decoders.setdefault(
             variant.spec, GrpcInferDecoder(variant.spec)
         )
-        decoded = decoder.decode(self._request)
+        decoded = decoder.decode(self.body)
         self._options = decoded.options
         return ModelRequest((decoded.inputs,), terms=terms_of(decoded.options))
 
-    def is_disconnected(self) -> bool:
-        return False  # a cancelled call ends the coroutine, which the variant sees by itself
+    def encode(self, answered: Answered) -> Any:
+        names, form = (self._protocol.name, answered.variant.name), form_of(self.body)
+        return encode(self._options, answered.parts[0].outputs, form, names, answered.how_it_ran())
 
-    def encode(self, outcome: Answered) -> Any:
-        names, form = (self._protocol.name, outcome.variant.name), form_of(self._request)
-        return encode(self._options, outcome.parts[0].outputs, form, names, outcome.how_it_ran())
+
+def _stays() -> bool:
+    """A cancelled call ends the coroutine, which the variant sees by itself."""
+    return False
 
 
 def _swapped(name: str, swap: Callable[[str, str | None, Iterable[str]], Awaitable[None]]) -> GrpcAnswer:

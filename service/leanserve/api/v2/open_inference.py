@@ -17,7 +17,7 @@ from leanserve.codecs.open_inference import InferDecoder
 from leanserve.codecs.tensors import clip
 from leanserve.contracts import Json, ModelSpec
 from leanserve.errors import BadInput, NotFound
-from leanserve.serving.session import Terms
+from leanserve.serving.session import DEFAULT_TERMS, Terms
 from leanserve.serving.variant import Variant
 from leanserve.telemetry.observations import BatchTimes, VariantMetrics
 
@@ -40,19 +40,16 @@ class OpenInference:
 
     def __init__(self, service: Service) -> None:
         """Raises `StartupError` where a variant takes or gives what the protocol cannot carry."""
+        self.service = service
         self.fleet = service.fleet
         self.name = service.fleet.name
-        self.body_bytes = service.config.limits.body_bytes
         self._base = service.base
         self._swaps_allowed = service.config.model_control == "explicit"
         decoders = {spec: InferDecoder(spec) for spec in {variant.spec for variant in self.fleet.opened.values()}}
-        self._decoders = {name: decoders[variant.spec] for name, variant in self.fleet.opened.items()}
+        self.decoders = {name: decoders[variant.spec] for name, variant in self.fleet.opened.items()}
+        """By variant; they know the JSON headers of recent requests."""
         self.takes_strings = any(item.dtype == "object" for spec in decoders for item in spec.inputs)
         """Whether a tensor may hold texts, whose reading takes as long as that of JSON."""
-
-    def decoder(self, variant: Variant) -> InferDecoder:
-        """Decodes the infer requests of a variant; knows the JSON headers of recent ones."""
-        return self._decoders[variant.name]
 
     async def load(self, model: str, version: str | None, parameters: Iterable[str]) -> None:
         """Load what is not loaded of the model, or only this version; returns when it serves.
@@ -165,6 +162,8 @@ class OpenInference:
 
 def terms_of(options: InferOptions) -> Terms:
     """The `priority` and the `timeout` of a request."""
+    if not options.priority and options.timeout_us is None:
+        return DEFAULT_TERMS
     return Terms(options.priority or 0, None if options.timeout_us is None else options.timeout_us / 1e6)
 
 

@@ -10,19 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
+from typing import TypeAlias
 
-from leanserve.api.bodies import HttpBody, plain_body
+from leanserve.api.bodies import HttpSession, plain_body
+from leanserve.api.endpoint import Declaration, Endpoint, endpoint, in_body, in_header, in_path, which_variant
 from leanserve.api.service import Service
+from leanserve.api.v2.described import IndexQuery, InferAnswer, SwapQuery, infer_query
 from leanserve.api.v2.open_inference import OpenInference, terms_of
 from leanserve.codecs.infer_plan import InferOptions
 from leanserve.codecs.json_body import json_object
-from leanserve.codecs.open_inference import InferReply, encode_infer, parse_json_length
+from leanserve.codecs.open_inference import JSON_LENGTH_HEADER, InferReply, encode_infer, parse_json_length
 from leanserve.contracts import Json
 from leanserve.errors import BadInput, NotFound
 from leanserve.http.content_encoding import compress, encoding_of_reply
 from leanserve.http.messages import Request, Response, Route, json_response
 from leanserve.serving.fleet import Fleet
-from leanserve.serving.session import UNKNOWN_TERMS, Answered, ModelRequest, Session, Terms, VariantChoice
+from leanserve.serving.session import UNKNOWN_TERMS, Answered, ModelRequest, Terms, VariantChoice
 from leanserve.serving.variant import Variant
 
 SMALL = 64 * 2**10
@@ -30,32 +33,90 @@ SMALL = 64 * 2**10
 SMALL_BINARY = 2**20
 """Bytes of numbers in binary: they are looked at, not copied (FP16, BF16 and BOOL are converted or checked)."""
 _JSON_LENGTH = b"inference-header-content-length"
+_Routing: TypeAlias = Callable[[str | None], Route]
 
 
-def open_inference_routes(service: Service) -> dict[str, Route]:
-    """Every path of the protocol on this server."""
-    protocol, fleet = OpenInference(service), service.fleet
-    routes = {
-        "/v2": _described(protocol.server_metadata),
-        "/v2/": _described(protocol.server_metadata),
-        "/v2/health/live": _described(protocol.health),
-        "/v2/health/ready": _described(partial(_ready, protocol)),
-        "/v2/models/stats": _described(protocol.statistics),
-        "/v2/repository/index": Route("POST", "description", partial(_index, protocol)),
-    }
+def open_inference_endpoints(service: Service) -> list[Endpoint]:
+    """Every endpoint of the protocol on this server."""
+    protocol = OpenInference(service)
+    metadata = _described(protocol.server_metadata)
+    index = Route("POST", "description", partial(_index, protocol))
+    return [
+        endpoint("/v2", metadata, Declaration("Server metadata")),
+        endpoint("/v2/", metadata),
+        endpoint("/v2/health/live", _described(protocol.health), Declaration("Is the process alive")),
+        endpoint(
+            "/v2/health/ready",
+            _described(partial(_ready, protocol)),
+            Declaration("Are all variants warm, and is the service not draining"),
+        ),
+        endpoint("/v2/models/stats", _described(protocol.statistics), Declaration("Statistics of all variants")),
+        endpoint(
+            "/v2/repository/index",
+            index,
+            Declaration("The variants and their states", {"body": in_body(IndexQuery)}),
+        ),
+        *_model_endpoints(service, protocol),
+        *_swap_endpoints(service, protocol),
+    ]
+
+
+def _model_endpoints(service: Service, protocol: OpenInference) -> list[Endpoint]:
     model = protocol.name
-    for version in (None, *fleet.plans):
-        path = f"/v2/repository/models/{model}" + (f"/versions/{version}" if version else "")
-        routes[f"{path}/load"] = _swapped(partial(protocol.load, model, version))
-        routes[f"{path}/unload"] = _swapped(partial(protocol.unload, model, version))
-    for version in (None, *fleet.plans):
-        path = f"/v2/models/{model}" + (f"/versions/{version}" if version else "")
-        routes[path] = _described(partial(protocol.metadata, model, version))
-        routes[f"{path}/config"] = _described(partial(protocol.config, model, version))
-        routes[f"{path}/stats"] = _described(partial(protocol.statistics, model, version))
-        routes[f"{path}/ready"] = _described(partial(_model_ready, protocol, version))
-        routes[f"{path}/infer"] = Route("POST", "prediction", partial(infer, protocol, version))
-    return routes
+    length = in_header(JSON_LENGTH_HEADER, "bytes of JSON before the binary tensors; 0: the body is the only tensor")
+    asked = {
+        "body": in_body(infer_query(service.base.spec)),
+        **which_variant(service),
+        "json_length": length,
+    }
+    infers = Declaration("Infer", asked, {"application/octet-stream": {}}, InferAnswer)
+
+    def describe(summary: str, told: Callable[[str, str | None], Json]) -> tuple[_Routing, Declaration]:
+        return (lambda version: _described(partial(told, model, version))), Declaration(summary)
+
+    rows: dict[str, tuple[_Routing, Declaration]] = {
+        "": describe("Metadata of the model", protocol.metadata),
+        "/config": describe("Configuration of the model", protocol.config),
+        "/stats": describe("Statistics of the model", protocol.statistics),
+        "/ready": describe("Is the model ready", partial(_model_ready, protocol)),
+        "/infer": (lambda version: Route("POST", "prediction", partial(infer, protocol, version)), infers),
+    }
+    return [
+        found
+        for end, (route, told) in rows.items()
+        for found in _by_version(service.fleet, "/v2/models", end, route, told)
+    ]
+
+
+def _swap_endpoints(service: Service, protocol: OpenInference) -> list[Endpoint]:
+    """Loading and unloading; nothing is told of it where the config does not allow it."""
+    model, taken = protocol.name, {"body": in_body(SwapQuery)}
+    is_told = service.config.model_control == "explicit"
+    rows: dict[str, tuple[_Routing, Declaration]] = {
+        "/load": (lambda version: _swapped(partial(protocol.load, model, version)), Declaration("Load", taken)),
+        "/unload": (lambda version: _swapped(partial(protocol.unload, model, version)), Declaration("Unload", taken)),
+    }
+    found = [
+        item
+        for end, (route, told) in rows.items()
+        for item in _by_version(service.fleet, "/v2/repository/models", end, route, told)
+    ]
+    return found if is_told else [item._replace(declared=None) for item in found]
+
+
+def _by_version(fleet: Fleet, root: str, end: str, route: _Routing, told: Declaration) -> list[Endpoint]:
+    """The endpoint of the model, which leaves the choice of the version to the service, and that of each version."""
+    model, versions = {"model": in_path([fleet.name])}, list(fleet.plans)
+    both = model | {"version": in_path(list(fleet.opened))}
+    each = {f"{root}/{fleet.name}/versions/{version}{end}": route(version) for version in versions}
+    return [
+        Endpoint(
+            f"{root}/{{model}}{end}",
+            {f"{root}/{fleet.name}{end}": route(None)},
+            told._replace(takes=model | dict(told.takes)),
+        ),
+        Endpoint(f"{root}/{{model}}/versions/{{version}}{end}", each, told._replace(takes=both | dict(told.takes))),
+    ]
 
 
 def no_such_path(fleet: Fleet, path: str) -> NotFound:
@@ -82,9 +143,9 @@ def _ready(protocol: OpenInference) -> Json:
     return protocol.health()
 
 
-def _model_ready(protocol: OpenInference, version: str | None) -> Json:
-    protocol.check_ready(protocol.name, version)
-    return {"name": protocol.name, "ready": True}
+def _model_ready(protocol: OpenInference, model: str, version: str | None) -> Json:
+    protocol.check_ready(model, version)
+    return {"name": model, "ready": True}
 
 
 async def _index(protocol: OpenInference, request: Request) -> Response:
@@ -116,30 +177,27 @@ def infer(protocol: OpenInference, version: str | None, request: Request) -> Awa
     Raises:
         ServiceError: whatever kept it from being answered.
     """
-    return Session(protocol.fleet, _Infer(protocol, version, request)).run()
+    return _Infer(protocol, version, request).run()
 
 
-class _Infer(HttpBody):
+class _Infer(HttpSession):
+    _json_length: int | None = None
+    _options: InferOptions
+
     def __init__(self, protocol: OpenInference, version: str | None, request: Request) -> None:
-        super().__init__(request, protocol.body_bytes)
+        super().__init__(protocol.service, request)
         self._protocol = protocol
         self._version = version
-        self._json_length: int | None = None
-        self._options: InferOptions
         self._compression = encoding_of_reply(request.header(b"accept-encoding"))
+        self.encodes_quickly = self._compression is None
 
-    @property
-    def encodes_quickly(self) -> bool:
-        return self._compression is None
-
-    async def asked(self) -> VariantChoice:
+    def asked(self) -> VariantChoice:
         self._json_length = parse_json_length(self.http.headers.get(_JSON_LENGTH))
         wanted = self._version or self.http.header(b"x-variant")
-        return VariantChoice(wanted, self.http.header(self._protocol.fleet.sticky_header))
+        return wanted, self.http.header(self.fleet.sticky_header)
 
     def terms(self, variant: Variant) -> Terms:
-        decoder = self._protocol.decoder(variant)
-        options = decoder.options(self.http.begun, self._json_length)
+        options = self._protocol.decoders[variant.name].options(self.http.begun, self._json_length)
         return UNKNOWN_TERMS if options is None else terms_of(options)
 
     def decodes_quickly(self) -> bool:
@@ -148,13 +206,13 @@ class _Infer(HttpBody):
         return parsed <= SMALL and len(body) <= SMALL_BINARY
 
     def decode(self, variant: Variant) -> ModelRequest:
-        decoded = self._protocol.decoder(variant).decode(self.body or b"", self._json_length)
+        decoded = self._protocol.decoders[variant.name].decode(self.body or b"", self._json_length)
         self._options = decoded.options
         return ModelRequest((decoded.inputs,), terms=terms_of(decoded.options))
 
-    def encode(self, outcome: Answered) -> Response:
-        model, variant = self._protocol.name, outcome.variant.name
-        reply = encode_infer(self._options, outcome.parts[0].outputs, model, variant, outcome.how_it_ran())
+    def encode(self, answered: Answered) -> Response:
+        model, variant = self._protocol.name, answered.variant.name
+        reply = encode_infer(self._options, answered.parts[0].outputs, model, variant, answered.how_it_ran())
         headers = _headers(reply, variant)
         if self._compression is None:
             return Response(reply.body, headers)
