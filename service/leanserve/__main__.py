@@ -20,10 +20,11 @@ from rich.markup import escape
 from leanserve import __version__
 from leanserve.context import AppContext
 from leanserve.errors import StartupError
+from leanserve.request_identity import RequestInLog
 
 if TYPE_CHECKING:
+    from leanserve.api.service import Service
     from leanserve.contracts import Base
-    from leanserve.serving.fleet import Fleet
 
 SHIPPED = Path("models/digits.yaml")
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The YAML file.", envvar="LEANSERVE_CONFIG")]
@@ -58,10 +59,11 @@ def serve(
         _claim(host, grpc_port, "--grpc-port").close()  # grpc binds by itself; this only finds out early
     start = ServiceStart(config, cache, settings, _warn)
 
-    def announce(fleet: Fleet) -> None:
+    def announce(service: Service) -> None:
+        fleet, base = service.fleet, service.base
         names = ", ".join(fleet.variants)
         lanes = f"{len(fleet.device.lanes)} x {fleet.device.lane_threads} threads"
-        serves = f"http://{host}:{port} serves {fleet.base.name} as {names} on {lanes}{_caveats(fleet.base)}"
+        serves = f"http://{host}:{port} serves {base.name} as {names} on {lanes}{_caveats(base)}"
         err.print(f"ready in {time.monotonic() - started:.1f} s: {serves}", highlight=False, soft_wrap=True)
 
     try:
@@ -177,11 +179,11 @@ def bench(
 
     work = AppContext(config, cache)
     _require_built(work, config)
-    fleet = work.open_fleet()
+    warm = work.open_variants()
     try:
-        print_bench(run_bench(fleet, tuple(rows or (1, 8, 32)), seconds), out, work.base.caveats)
+        print_bench(run_bench(warm, tuple(rows or (1, 8, 32)), seconds), out, work.base.caveats)
     finally:
-        fleet.close()
+        warm.close()
 
 
 @app.command()
@@ -220,9 +222,17 @@ def _build_here(work: AppContext, tell: int | None) -> None:
         work.build(progress)
 
 
+def _log_to_stderr() -> None:
+    """Every line that is about a request names it, as its reply does."""
+    handler = logging.StreamHandler()
+    handler.addFilter(RequestInLog())
+    form = "%(asctime)s %(levelname)s %(name)s%(request)s: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form, handlers=[handler])
+
+
 def main() -> None:
     """Run the command line; a `StartupError` is printed without a stack and ends with status 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _log_to_stderr()
     logging.getLogger("leanserve").setLevel(logging.INFO)
     # It warns of every damaged form; the sender is told, and the log is not theirs to fill.
     logging.getLogger("python_multipart.multipart").setLevel(logging.ERROR)

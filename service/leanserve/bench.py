@@ -10,26 +10,26 @@ from rich.progress import track
 from rich.table import Table
 
 from leanserve.evaluation.interleaved_benchmark import Latencies, examples, interleaved
-from leanserve.serving.fleet import Fleet
+from leanserve.serving.opening import WarmFleet
 
 ROUND_S = 0.1
 
 
-def run_bench(fleet: Fleet, sizes: Sequence[int], seconds: float) -> Latencies:
+def run_bench(warm: WarmFleet, sizes: Sequence[int], seconds: float) -> Latencies:
     """Latencies of every serving variant, about `seconds` for each at each batch size, on all lanes of the device.
 
     They are seconds of the device per batch: a lane's, divided by the number of lanes that run batches side by side.
     Sizes for which a variant has no memory are left out.
     """
     rounds = max(3, round(seconds / ROUND_S))
-    batches = examples(fleet.base.spec, sizes)
-    limits = {name: variant.running.memory_rows or max(sizes) for name, variant in fleet.variants.items()}
+    batches = examples(warm.base.spec, sizes)
+    limits = {name: variant.running.memory_rows or max(sizes) for name, variant in warm.variants.items()}
     timings = []
-    for lane in fleet.device.lanes:
-        backends = {name: variant.running.backends[lane.index] for name, variant in fleet.variants.items()}
+    for lane in warm.device.lanes:
+        backends = {name: variant.running.backends[lane.index] for name, variant in warm.variants.items()}
         timings.append(interleaved(backends, batches, rounds, ROUND_S, limits))
     for _ in track(range(rounds), "measuring", transient=True):
-        by_lane = fleet.device.call_on_each(lambda lane: next(timings[lane.index]))
+        by_lane = warm.device.call_on_each(lambda lane: next(timings[lane.index]))
     return {
         name: {
             rows: [
@@ -39,7 +39,7 @@ def run_bench(fleet: Fleet, sizes: Sequence[int], seconds: float) -> Latencies:
             for rows in (len(batch[0]) for batch in batches)
             if all(rows in lane[name] for lane in by_lane)
         }
-        for name in fleet.variants
+        for name in warm.variants
     }
 
 

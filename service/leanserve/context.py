@@ -1,8 +1,9 @@
-"""The rooms put together: a read config with its base, plan and store, and the fleet that serves it."""
+"""The packages put together: a read config with its base, plan and store, and the variants that it opens."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
     from leanserve.artifacts.store import ArtifactStore
     from leanserve.build.builder import Plan
     from leanserve.build.progress import BuildProgress
-    from leanserve.config.schema import ServiceConfig
+    from leanserve.config.schema import BatchConfig, ServiceConfig
     from leanserve.contracts import Backend, Base
-    from leanserve.serving.fleet import Fleet
+    from leanserve.serving.opening import BatchLimits, TrafficPlan, VariantPlan, WarmFleet
+    from leanserve.telemetry.observations import VariantFacts
     from leanserve.telemetry.startup import Startup
 
 
@@ -110,13 +112,13 @@ class AppContext:
 
         Builder(self.store, self.config, self.base, self.threads, progress).build(self.plan)
 
-    def open_fleet(self, startup: Startup | None = None) -> Fleet:
+    def open_variants(self, startup: Startup | None = None) -> WarmFleet:
         """Load and warm every variant that passed its gate, on every lane of the device; `startup` is told of each."""
         from leanserve.artifacts.load import load_model
-        from leanserve.config.schema import MAX_BATCH_DEPENDENCE
+        from leanserve.codecs.text import TextCodec
         from leanserve.runtime.device import Device
         from leanserve.runtime.formats import open_backend
-        from leanserve.serving.fleet import Fleet, MeasuredLimits
+        from leanserve.serving.opening import WarmFleet
         from leanserve.telemetry.startup import Startup
 
         reports = self.reports()
@@ -125,8 +127,9 @@ class AppContext:
             if report.reason is not None:
                 startup.exclude(report.name, report.reason)
         device = Device("cpu", self.threads, self.lanes(reports), spare=self.spare)
-        fleet = Fleet(self.base, self.config, reports, device)
-
+        warm = WarmFleet(self.base, serving_plans(self.config, reports), device, traffic_plan(self.config))
+        if isinstance(self.base.codec, TextCodec):
+            self.base.codec.open()  # else the first text would wait for its tokenizer
         alone = sum(report.state == "serving" for report in reports) == 1
 
         def read(key: str) -> Callable[[int], Backend]:
@@ -137,13 +140,64 @@ class AppContext:
             startup.enter(name, "warming")
             return backend
 
-        for variant, steps in self.plan.chains:
-            report = fleet.reports[variant.name]
+        for report in reports:
             if report.state == "serving":
-                key, name, batch = steps[-1].key, variant.name, self.config.batch_of(variant)
-                trusts_rows = report.quality.batch_dependence <= MAX_BATCH_DEPENDENCE
-                measured = MeasuredLimits(trusts_rows, report.quality.memory_rows)
+                name, key = report.name, report.chain[-1].key
                 startup.enter(name, "loading")
-                fleet.open(name, partial(load, name, key), batch, partial(read, key), measured)
+                warm.open(name, partial(load, name, key), partial(read, key))
                 startup.enter(name, "warm")
-        return fleet
+        return warm
+
+
+def serving_plans(config: ServiceConfig, reports: Sequence[VariantReport]) -> list[VariantPlan]:
+    """What serving needs to know of every variant, from its section and its report."""
+    from leanserve.config.schema import MAX_BATCH_DEPENDENCE
+    from leanserve.serving.opening import MeasuredLimits, VariantPlan
+
+    sections = {variant.name: variant for variant in config.variants}
+    return [
+        VariantPlan(
+            report.name,
+            _facts(report),
+            _batch_limits(config.batch_of(sections[report.name])),
+            MeasuredLimits(report.quality.batch_dependence <= MAX_BATCH_DEPENDENCE, report.quality.memory_rows),
+            report.spec,
+        )
+        for report in reports
+    ]
+
+
+def traffic_plan(config: ServiceConfig) -> TrafficPlan:
+    """Who answers a request that names no variant."""
+    from leanserve.serving.opening import TrafficPlan
+
+    return TrafficPlan(config.traffic.weights, config.traffic.sticky_header)
+
+
+def _batch_limits(batch: BatchConfig) -> BatchLimits:
+    from leanserve.serving.opening import BatchLimits
+
+    return BatchLimits(
+        max_rows=batch.max_rows,
+        max_delay_s=batch.max_delay_ms / 1000,
+        queue_rows=batch.queue_rows,
+        timeout_s=batch.timeout_ms / 1000,
+        levels=batch.priority_levels,
+        default_level=batch.default_level,
+    )
+
+
+def _facts(report: VariantReport) -> VariantFacts:
+    from leanserve.telemetry.observations import VariantFacts
+
+    passes, last = report.chain[1:], report.chain[-1]
+    return VariantFacts(
+        passes=tuple(str(manifest.kind) for manifest in passes),
+        simulated=tuple(str(manifest.kind) for manifest in report.chain if manifest.simulated),
+        state=report.state,
+        reason=report.reason or "",
+        quality=report.quality.model_dump(),
+        build_seconds=tuple(manifest.seconds for manifest in passes),
+        cpu=last.cpu,
+        threads=last.threads,
+    )

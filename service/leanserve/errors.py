@@ -18,6 +18,8 @@ class ServiceError(Exception):
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.variant: str | None = None
+        """The variant that was to answer, where one was chosen."""
 
 
 class BadInput(ServiceError):

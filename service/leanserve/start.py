@@ -1,4 +1,4 @@
-"""From a read config to a fleet that is ready, while the server listens already: open, build in a child, load, warm.
+"""From a read config to variants that are warm, while the server listens already: open, build in a child, load, warm.
 
 The build has a process of its own, so that compression can neither stall the server nor leak into it. It shows its own
 progress on the terminal, and tells it here by lines through a pipe.
@@ -21,7 +21,7 @@ from leanserve.errors import StartupError
 from leanserve.telemetry.startup import BuildNews, Startup
 
 if TYPE_CHECKING:
-    from leanserve.serving.fleet import Fleet
+    from leanserve.serving.opening import WarmFleet
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ class ServiceStart:
         self._stopped = False
         self._changing = threading.Lock()
 
-    def run(self) -> Fleet:
-        """Make the fleet.
+    def run(self) -> WarmFleet:
+        """Open what is to be served.
 
         Raises:
             StartupError: the base, the build, a gate or a variant is not as it must be.
@@ -69,7 +69,7 @@ class ServiceStart:
         elif work.elsewhere:
             self._warn(work.elsewhere)
         self.startup.all_built()
-        return work.open_fleet(self.startup)
+        return work.open_variants(self.startup)
 
     def stop(self) -> None:
         """End the build, if one is running. What else is going on ends with the process."""

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from fakes import LABELS, open_fleet
+from fakes import LABELS, open_variants
 from leanserve.api.app import create_app
 from leanserve.codecs.images import ImageCodec
 from leanserve.serving.fleet import Fleet
@@ -24,9 +24,8 @@ from leanserve.serving.fleet import Fleet
 async def client() -> AsyncIterator[tuple[httpx.AsyncClient, Fleet]]:
     gate = threading.Event()
     gate.set()
-    fleet = open_fleet(gate, limits={"body_bytes": 2000})
-    app = create_app(fleet)
-    fleet.start(asyncio.get_running_loop())
+    service = open_variants(gate, limits={"body_bytes": 2000}).service()
+    app, fleet = create_app(service), service.fleet
     try:
         transport = httpx.ASGITransport(app)  # type: ignore[arg-type]
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
@@ -47,9 +46,9 @@ def test_the_device_of_a_variant_is_that_of_its_backend(monkeypatch: pytest.Monk
     async def scenario() -> None:
         gate = threading.Event()
         gate.set()
-        fleet = open_fleet(gate)
-        monkeypatch.setattr(fleet.variants["b"].backend, "device", "cuda")
-        fleet.start(asyncio.get_running_loop())
+        opened = open_variants(gate)
+        monkeypatch.setattr(opened.warm.variants["b"].running.backends[0], "device", "cuda")
+        fleet = opened.service().fleet
         page = fleet.metrics.render()[0].decode().splitlines()
         fleet.close()
         lines = {name: next(line for line in page if f'_lanes{{device="{name}"' in line) for name in ("cpu", "cuda")}

@@ -14,6 +14,8 @@ from raw_client import Client
 
 PAGE, OTHER = "https://app.example.com", "https://other.example.com"
 EXPOSED = {
+    "traceparent",
+    "x-request-id",
     "inference-header-content-length",
     "retry-after",
     "x-batch-rows",

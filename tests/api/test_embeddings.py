@@ -17,13 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import Live, live_server
-from leanserve.api.by_length import length_groups
 from leanserve.api.openai import embeddings
 from leanserve.config.schema import EmbeddingsConfig
 from leanserve.contracts import Arrays
 from leanserve.errors import ConfigError
+from leanserve.serving import session
 from leanserve.serving.batch_runner import Prediction
+from leanserve.serving.length_groups import length_groups
 from leanserve.serving.variant import Variant
+from openapi import body_of
 from text_fleet import CLS, MAX_LENGTH, SEP, WORDS, A, B, embedded, live_texts
 
 
@@ -220,7 +222,7 @@ def test_large_bodies_and_replies_take_the_same_way_through_a_thread(
 ) -> None:
     texts = ["a", "b"] * 600
     small = post(http, {"model": "b", "input": texts[:2]}).json()
-    monkeypatch.setattr(embeddings, "SMALL_REPLY", 10)
+    monkeypatch.setattr(session, "QUICK_BYTES", 10)
     assert len(orjson.dumps(texts)) > embeddings.SMALL
     large = post(http, {"model": "b", "input": texts}).json()
     assert [item["embedding"] for item in large["data"]] == [item["embedding"] for item in small["data"]] * 600
@@ -378,15 +380,13 @@ def test_a_base_of_images_gives_no_embeddings() -> None:
         assert not {"/v1/embeddings", "/v1/models/{model}"} & set(http.get("/openapi.json").json()["paths"])
         assert http.get("/v1/models").json() == {"object": "list", "data": []}
         assert "gives no embeddings of texts" in error_of(http.get("/v1/models/pixels"), 404)["message"]
-        asked = pixels.fleet.config.model_copy(update={"embeddings": EmbeddingsConfig(token_ids="own")})
-        pixels.fleet.config = asked
+        asked = pixels.service.config.model_copy(update={"embeddings": EmbeddingsConfig(token_ids="own")})
         with pytest.raises(ConfigError, match=r"embeddings.token_ids: the base 'pixels' gives no embeddings of texts"):
-            embeddings.embeddings_route(pixels.fleet)
+            embeddings.embeddings_endpoint(pixels.service._replace(config=asked))
 
 
 def test_the_api_describes_itself(http: httpx.Client) -> None:
-    operation = http.get("/openapi.json").json()["paths"]["/v1/embeddings"]["post"]
-    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    schema = body_of(http, "/v1/embeddings")
     assert schema["required"] == ["input", "model"]
     assert post(http, schema["example"]).status_code == 200
     assert len(schema["properties"]["input"]["anyOf"]) == 2, "no token ids unless the config says so"

@@ -21,10 +21,11 @@ from tritonclient import utils
 from tritonclient.grpc import aio as triton_aio
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from fakes import POOR, Live, PixelBackend, live_server, open_fleet
+from fakes import POOR, Live, PixelBackend, live_server, open_variants
 from leanserve.api.v2.grpc_infer import GrpcInferDecoder, encode
 from leanserve.api.v2.grpc_messages import PROTOCOL, SERVICE, message
-from leanserve.api.v2.grpc_server import METHODS, _Service, start_grpc
+from leanserve.api.v2.grpc_server import METHODS, model_answers, start_grpc
+from leanserve.api.v2.open_inference import OpenInference
 from leanserve.contracts import ModelSpec, TensorSpec
 from leanserve.errors import BadInput, StartupError
 from leanserve.telemetry.startup import BuildNews, Startup
@@ -220,12 +221,12 @@ def test_a_full_queue_tells_when_to_come_again() -> None:
 def test_a_service_that_starts_is_alive_and_not_ready_and_the_same_channel_is_answered_afterwards() -> None:
     gate = threading.Event()
     gate.set()
-    fleet = open_fleet(gate)
+    opened = open_variants(gate)
     startup = Startup(["a"])
     startup.building(BuildNews("a", "fold_bn", 1, 4))
 
     async def scenario() -> None:
-        fleet.start(asyncio.get_running_loop())
+        service = opened.service()
         server = await start_grpc("127.0.0.1", 0, 2**20, startup)
         async with triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
             assert await client.is_server_live()
@@ -236,40 +237,40 @@ def test_a_service_that_starts_is_alive_and_not_ready_and_the_same_channel_is_an
                 ) as refused:
                     await call()
                 assert refused.value.status() == "StatusCode.UNAVAILABLE"
-            server.serve(fleet)
+            server.serve(service)
             assert await client.is_server_ready()
             assert (await client.get_server_metadata()).name == "leanserve"
-            fleet.draining = True
+            service.fleet.draining = True
             assert not await client.is_server_ready()
         await server.stop(0)
 
     try:
         asyncio.run(scenario())
     finally:
-        fleet.close()
+        opened.warm.close()
 
 
 def test_every_call_of_the_protocol_is_offered(live: Live) -> None:
-    assert {*_Service(live.fleet).answers, "ServerLive", "ServerReady"} == set(METHODS)
+    assert {*model_answers(OpenInference(live.service)), "ServerLive", "ServerReady"} == set(METHODS)
 
 
 def test_a_taken_port_is_refused_and_a_stop_lets_open_calls_finish() -> None:
     gate = threading.Event()
     gate.set()
-    fleet = open_fleet(gate)
+    opened = open_variants(gate)
 
     async def scenario() -> None:
-        fleet.start(asyncio.get_running_loop())
+        service = opened.service()
         startup = Startup(["held"])
         server = await start_grpc("127.0.0.1", 0, 2**20, startup)
-        server.serve(fleet)
+        server.serve(service)
         with pytest.raises(StartupError, match=f"127.0.0.1:{server.port}; choose another port"):
             await start_grpc("127.0.0.1", server.port, 2**20, startup)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             call = channel.unary_unary(f"/{SERVICE}/ModelInfer", Request.SerializeToString)
             gate.clear()
             open_call = call(typed("held"))
-            backend = fleet.variants["held"].backend
+            backend = service.fleet.variants["held"].backend
             assert isinstance(backend, PixelBackend)
             while not backend.waits:
                 await asyncio.sleep(0.01)
@@ -282,7 +283,7 @@ def test_a_taken_port_is_refused_and_a_stop_lets_open_calls_finish() -> None:
     try:
         asyncio.run(scenario())
     finally:
-        fleet.close()
+        opened.warm.close()
 
 
 DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")

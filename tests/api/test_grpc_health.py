@@ -13,7 +13,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from fakes import Live, live_server, open_fleet
+from fakes import Live, live_server, open_variants
 from leanserve.api.v2.grpc_messages import SERVICE, message
 from leanserve.api.v2.grpc_server import GrpcServer, start_grpc
 from leanserve.serving.fleet import Fleet
@@ -83,10 +83,10 @@ def test_our_messages_are_those_of_the_package() -> None:
 async def serving() -> AsyncIterator[tuple[Fleet, GrpcServer, Any]]:
     gate = threading.Event()
     gate.set()
-    fleet = open_fleet(gate)
-    fleet.start(asyncio.get_running_loop())
+    service = open_variants(gate).service()
+    fleet = service.fleet
     server = await start_grpc("127.0.0.1", 0, 2**20, Startup(()))
-    server.serve(fleet)
+    server.serve(service)
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             yield fleet, server, health_pb2_grpc.HealthStub(channel)

@@ -115,12 +115,12 @@ def test_the_openapi_page_offers_files(live: Live) -> None:
     file = {"type": "string", "format": "binary"}
     assert content["multipart/form-data"]["schema"]["properties"] == {"file": file}
     assert content["image/jpeg"]["schema"] == file
-    assert set(content) == set(live.fleet.base.codec.media_types)
+    assert set(content) == set(live.service.base.codec.media_types)
 
 
 def test_images_are_decoded_off_the_event_loop(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = []
-    codec = live.fleet.base.codec
+    codec = live.service.base.codec
 
     class Watched:
         media_types, encode = codec.media_types, staticmethod(codec.encode)
@@ -129,6 +129,7 @@ def test_images_are_decoded_off_the_event_loop(live: Live, monkeypatch: pytest.M
             threads.append(threading.current_thread().name)
             return codec.decode(media_type, body)
 
-    monkeypatch.setattr(live.fleet.base, "codec", Watched())
+    for variant in live.fleet.variants.values():
+        monkeypatch.setattr(variant, "codec", Watched())
     post(live, files={"file": ("photo.png", image(1))})
     assert [name.partition("_")[0] for name in threads] == ["decode"]

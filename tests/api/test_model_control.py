@@ -200,7 +200,7 @@ def test_an_image_that_was_being_decoded_is_answered_by_another_variant(
     live: Live, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoding, unloaded = threading.Event(), threading.Event()
-    decode = type(live.fleet.base.codec).decode
+    decode = type(live.service.base.codec).decode
 
     def slow(*args: Any) -> Any:
         decoding.set()
@@ -214,7 +214,7 @@ def test_an_image_that_was_being_decoded_is_answered_by_another_variant(
         )
 
     key = next(str(number) for number in range(99) if live.fleet.choose(None, str(number)).name == "b")
-    monkeypatch.setattr(type(live.fleet.base.codec), "decode", slow)
+    monkeypatch.setattr(type(live.service.base.codec), "decode", slow)
     for name, status in ((None, 200), ("b", 503)):
         replies: list[httpx.Response] = []
         decoding.clear()

@@ -20,6 +20,7 @@ import pytest
 from fakes import POOR, Live, PixelBackend, live_server
 from leanserve.api.v2 import rest as open_inference_http
 from leanserve.codecs.open_inference import InferDecoder, InferRequest
+from openapi import body_of
 
 LIMIT = 256 * 2**10
 INFER = "/v2/models/pixels/infer"
@@ -122,10 +123,9 @@ def test_server_and_model_describe_themselves(http: httpx.Client) -> None:
 
 
 def test_the_openapi_description_has_an_example_that_works(http: httpx.Client) -> None:
-    paths = http.get("/openapi.json").json()["paths"]
     for path in (INFER, "/v2/models/pixels/versions/a/infer"):
         described = path.replace("pixels", "{model}").replace("/a/", "/{version}/")
-        example = paths[described]["post"]["requestBody"]["content"]["application/json"]["schema"]["example"]
+        example = body_of(http, described)["example"]
         assert http.post(path, json=example).json()["outputs"][0]["data"] == [0, 0, 0, 0]
 
 

@@ -16,13 +16,14 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fakes import open_fleet
+from fakes import open_variants
 from leanserve.api.front import Front
 from leanserve.api.server import Address, Server
+from leanserve.api.service import Service
 from leanserve.api.starting import StartingApp
 from leanserve.config.schema import ServiceConfig
 from leanserve.errors import StartupError
-from leanserve.serving.fleet import Fleet
+from leanserve.serving.opening import WarmFleet
 from leanserve.telemetry.startup import BuildNews, Startup
 
 CONFIG = ServiceConfig.model_validate(
@@ -139,18 +140,18 @@ def test_clients_of_openai_are_refused_in_their_shape(startup: Startup, method: 
 class Slow:
     """Starts when it is told to, or fails with `failure`."""
 
-    fleet: Fleet | None = None
+    warm: WarmFleet | None = None
     failure: BaseException | None = None
     startup: Startup = field(default_factory=lambda: Startup(["a"]))
     may_end: threading.Event = field(default_factory=threading.Event)
     stopped: bool = False
 
-    def run(self) -> Fleet:
+    def run(self) -> WarmFleet:
         assert self.may_end.wait(20)
         if self.failure is not None:
             raise self.failure
-        assert self.fleet is not None
-        return self.fleet
+        assert self.warm is not None
+        return self.warm
 
     def stop(self) -> None:
         self.stopped = True
@@ -183,9 +184,9 @@ BODY = {"inputs": [[0, 0], [255, 0]]}
 def test_an_open_connection_is_served_by_the_fleet_that_takes_over() -> None:
     gate = threading.Event()
     gate.set()
-    fleet, told = open_fleet(gate), list[Fleet]()
-    start = Slow(fleet)
-    with running(start, fleet.config, told) as (_, url), httpx.Client(base_url=url) as http:
+    opened, told = open_variants(gate), list[Service]()
+    start = Slow(opened.warm)
+    with running(start, opened.config, told) as (_, url), httpx.Client(base_url=url) as http:
         wait_for(lambda: http.get("/healthz").status_code == 200)
         before = http.post("/v1/predict", json=BODY)
         assert (before.status_code, before.json()["code"], told) == (503, "not_ready", [])
@@ -198,16 +199,16 @@ def test_an_open_connection_is_served_by_the_fleet_that_takes_over() -> None:
         assert http.get("/readyz").json() == {"ready": True}
         assert {"leanserve_ready 1.0", "leanserve_build_progress 1.0"} <= set(http.get("/metrics").text.splitlines())
         assert "starting" not in http.get("/v1/variants").json()
-    assert told == [fleet]
-    fleet.close()
+    assert [service.fleet.device for service in told] == [opened.warm.device]
+    opened.warm.close()
 
 
 def test_nothing_is_refused_any_more_once_it_was_said_to_be_ready() -> None:
     gate = threading.Event()
     gate.set()
-    fleet, told = open_fleet(gate), list[Fleet]()
-    start, refused = Slow(fleet), list[float]()
-    with running(start, fleet.config, told) as (_, url):
+    opened, told = open_variants(gate), list[Service]()
+    start, refused = Slow(opened.warm), list[float]()
+    with running(start, opened.config, told) as (_, url):
 
         def client() -> None:
             with httpx.Client(base_url=url) as http:
@@ -226,7 +227,7 @@ def test_nothing_is_refused_any_more_once_it_was_said_to_be_ready() -> None:
             thread.join()
     assert told
     assert not refused
-    fleet.close()
+    opened.warm.close()
 
 
 def test_a_start_that_fails_ends_the_server_with_its_reason() -> None:

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from leanserve.config.schema import BatchConfig, ServiceConfig
 from leanserve.contracts import Arrays, Backend, ModelSpec, Result, TensorSpec
 from leanserve.runtime.costs import CostTable
 from leanserve.runtime.device import Device
@@ -24,7 +23,9 @@ from leanserve.runtime.warm_up import (
     warm_up,
 )
 from leanserve.serving.fleet import Fleet
+from leanserve.serving.opening import BatchLimits, VariantPlan, WarmFleet
 from leanserve.serving.reload import LoadingThreads, open_again
+from scripted import NoCodec
 
 SPEC = ModelSpec((TensorSpec("x", "float32", (2,)),), (TensorSpec("y", "float32", (2,)),))
 
@@ -60,38 +61,42 @@ class AnyRowsBackend(CompiledBackend):
 
 
 @pytest.fixture
-def fleet() -> Iterator[Fleet]:
-    config = ServiceConfig.model_validate({"base": "fake", "variants": [{"name": "a"}]})
-    fleet = Fleet(SimpleNamespace(name="fake", spec=SPEC, caveats=()), config, [], Device("cpu", 1))
-    yield fleet
-    fleet.close()
+def fleet() -> Iterator[WarmFleet]:
+    opened = warm_fleet(Device("cpu", 1))
+    yield opened
+    opened.close()
+
+
+def warm_fleet(device: Device, spec: ModelSpec = SPEC, max_rows: int = 32) -> WarmFleet:
+    base = SimpleNamespace(name="fake", spec=spec, codec=NoCodec(), caveats=())
+    return WarmFleet(base, [VariantPlan("a", batch=BatchLimits(max_rows))], device)
 
 
 @pytest.mark.parametrize(("max_rows", "warmed"), [(32, (1, 8)), (6, (1,)), (8, (1, 8))])
-def test_a_compiled_variant_is_warmed_in_its_own_shapes_only(
-    fleet: Fleet, max_rows: int, warmed: tuple[int, ...]
-) -> None:
-    backend = CompiledBackend((1, 8))
-    fleet.open("a", lambda threads: backend, BatchConfig(max_rows=max_rows))
+def test_a_compiled_variant_is_warmed_in_its_own_shapes_only(max_rows: int, warmed: tuple[int, ...]) -> None:
+    backend, fleet = CompiledBackend((1, 8)), warm_fleet(Device("cpu", 1), max_rows=max_rows)
+    fleet.open("a", lambda threads: backend)
+    fleet.close()
     variant = fleet.variants["a"]
-    assert backend.shapes == set(warmed) == set(variant.costs.tables[0].buckets)
-    assert variant.batcher.limits.max_rows <= max(warmed)
+    assert backend.shapes == set(warmed) == set(variant.running.costs.tables[0].buckets)
+    assert variant.limits.max_rows <= max(warmed)
 
 
-def test_a_shape_above_the_limit_is_filled_no_further_than_the_limit(fleet: Fleet) -> None:
-    fleet.open("a", lambda threads: CompiledBackend((16,)), BatchConfig(max_rows=4))
-    assert fleet.variants["a"].costs.tables[0].buckets == (16,)
-    assert fleet.variants["a"].batcher.limits.max_rows == 4
+def test_a_shape_above_the_limit_is_filled_no_further_than_the_limit() -> None:
+    fleet = warm_fleet(Device("cpu", 1), max_rows=4)
+    fleet.open("a", lambda threads: CompiledBackend((16,)))
+    fleet.close()
+    assert fleet.variants["a"].running.costs.tables[0].buckets == (16,)
+    assert fleet.variants["a"].limits.max_rows == 4
 
 
 def test_a_base_whose_rows_share_no_batch_is_never_run_on_two_rows() -> None:
-    config = ServiceConfig.model_validate({"base": "fake", "variants": [{"name": "a"}]})
     spec, backend, threads = replace(SPEC, rows="one"), AnyRowsBackend(), LoadingThreads()
-    fleet = Fleet(SimpleNamespace(name="fake", spec=spec, caveats=()), config, [], Device("cpu", 2, 2))
+    fleet = warm_fleet(Device("cpu", 2, 2), spec)
     try:
-        fleet.open("a", lambda threads: backend, BatchConfig(max_rows=32))
+        fleet.open("a", lambda threads: backend)
         variant = fleet.variants["a"]
-        assert variant.batcher.limits.max_rows == 1
+        assert variant.limits.max_rows == 1
         asyncio.run(open_again(threads, variant.running, lambda: lambda threads: backend, spec))
     finally:
         threads.close()
@@ -179,8 +184,7 @@ def test_a_disturbed_first_run_does_not_decide_the_knee() -> None:
 
 
 def test_every_lane_has_its_own_backend() -> None:
-    config = ServiceConfig.model_validate({"base": "fake", "variants": [{"name": "a"}]})
-    fleet = Fleet(SimpleNamespace(name="fake", spec=SPEC, caveats=()), config, [], Device("cpu", 2, 2))
+    fleet = warm_fleet(Device("cpu", 2, 2))
     made: list[tuple[CompiledBackend, threading.Thread]] = []
     closed: list[CompiledBackend] = []
 
@@ -193,7 +197,7 @@ def test_every_lane_has_its_own_backend() -> None:
         made.append((Tracked((1, 8)), threading.current_thread()))
         return made[-1][0]
 
-    fleet.open("a", load, BatchConfig())
+    fleet.open("a", load)
     running = fleet.variants["a"].running
     assert sorted(running.backends, key=id) == sorted((backend for backend, _ in made), key=id)
     assert running.wide is None
@@ -228,15 +232,14 @@ class SelfContained:
 
 @pytest.mark.parametrize("helped_by", [4, 2])
 def test_lanes_share_a_self_contained_backend_and_a_wide_one_is_kept_if_it_is_quicker(helped_by: int) -> None:
-    config = ServiceConfig.model_validate({"base": "fake", "variants": [{"name": "a"}]})
-    fleet = Fleet(SimpleNamespace(name="fake", spec=SPEC, caveats=()), config, [], Device("cpu", 4, 2))
+    fleet = warm_fleet(Device("cpu", 4, 2), max_rows=2)
     made: list[SelfContained] = []
 
     def load(threads: int) -> Backend:
         made.append(SelfContained(threads, helped_by))
         return made[-1]
 
-    fleet.open("a", load, BatchConfig(max_rows=2))
+    fleet.open("a", load)
     running = fleet.variants["a"].running
     narrow, wide = made
     assert (narrow.threads, wide.threads) == (2, 4)
@@ -250,9 +253,13 @@ def test_lanes_share_a_self_contained_backend_and_a_wide_one_is_kept_if_it_is_qu
     assert (narrow.closed, wide.closed) == (1, 1)
 
 
-def test_the_split_is_worked_out_when_a_variant_is_opened(fleet: Fleet) -> None:
-    assert fleet.weights == {}
-    fleet.open("a", lambda threads: CompiledBackend((1,)), BatchConfig(max_rows=1))
-    assert fleet.weights == {"a": 1.0}
-    assert fleet.weights is fleet.weights
-    assert fleet.choose(None, None) is fleet.variants["a"]
+def test_the_split_is_worked_out_when_the_fleet_is_made(fleet: WarmFleet) -> None:
+    fleet.open("a", lambda threads: CompiledBackend((1,)))
+
+    async def body() -> None:
+        served = Fleet(fleet)
+        assert served.weights == {"a": 1.0}
+        assert served.weights is served.weights
+        assert served.choose(None, None) is served.variants["a"]
+
+    asyncio.run(body())

@@ -11,13 +11,15 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 import pytest
 
-from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Arrays, ModelSpec, Result, TensorSpec
 from leanserve.errors import BadInput, NotFound, NotReady, ServiceError
 from leanserve.runtime.device import Device
 from leanserve.serving.batch_runner import Prediction
 from leanserve.serving.fleet import Fleet
+from leanserve.serving.opening import TrafficPlan, VariantPlan, WarmFleet
 from leanserve.serving.scheduler import SHORT_S
+from leanserve.telemetry.observations import VariantFacts
+from scripted import NoCodec
 
 SPEC = ModelSpec((TensorSpec("x", "float32", (2,)),), (TensorSpec("y", "float32", (2,)),))
 ROW = (np.ones((1, 2), np.float32),)
@@ -27,6 +29,7 @@ WEIGHTS = {"a": 2, "b": 1, "c": 1}
 class Base:
     name = "fake"
     spec = SPEC
+    codec = NoCodec()
     caveats = ()
 
 
@@ -79,37 +82,21 @@ Scenario = Callable[[Fleet, dict[str, Backends]], Awaitable[None]]
 
 
 def play(scenario: Scenario, lanes: int = 1) -> None:
-    config = ServiceConfig.model_validate(
-        {"base": "fake", "variants": [{"name": name} for name in "abc"], "traffic": {"weights": WEIGHTS}}
-    )
-    reports = [_report(name, "too poor" if name == "poor" else None) for name in ("a", "b", "c", "poor")]
-    fleet = Fleet(Base(), config, reports, Device("cpu", lanes, lanes))  # type: ignore[arg-type]
+    plans = [VariantPlan(name) for name in "abc"]
+    plans.append(VariantPlan("poor", VariantFacts(state="excluded", reason="too poor")))
+    warm = WarmFleet(Base(), plans, Device("cpu", lanes, lanes), TrafficPlan(WEIGHTS))  # type: ignore[arg-type]
     backends = {name: Backends() for name in "abc"}
     for name in "abc":
-        fleet.open(name, backends[name].load, config.batch)
+        warm.open(name, backends[name].load)
 
     async def body() -> None:
-        fleet.start(asyncio.get_running_loop())
-        await scenario(fleet, backends)
+        fleet = Fleet(warm)
+        try:
+            await scenario(fleet, backends)
+        finally:
+            fleet.close()
 
-    try:
-        asyncio.run(asyncio.wait_for(body(), 20))
-    finally:
-        fleet.close()
-
-
-def _report(name: str, reason: str | None) -> object:
-    class Quality:
-        def model_dump(self) -> dict[str, float]:
-            return {}
-
-    class Report:
-        state = "excluded" if reason else "serving"
-        chain = (None,)
-        quality = Quality()
-
-    Report.name, Report.reason = name, reason  # type: ignore[attr-defined]
-    return Report()
+    asyncio.run(asyncio.wait_for(body(), 20))
 
 
 async def ask(fleet: Fleet, name: str | None, key: str | None = None) -> Prediction:

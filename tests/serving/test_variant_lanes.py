@@ -14,12 +14,12 @@ from leanserve.errors import BackendFailed
 from leanserve.runtime.costs import Costs, CostTable
 from leanserve.runtime.device import Device, Lane
 from leanserve.runtime.lanes import LanePlacement, LoadedVariant
-from leanserve.serving.batch_runner import BatchRunner, PendingResult, Prediction
-from leanserve.serving.batcher import Batcher, QueueLimits
+from leanserve.serving.batch_runner import BatchRunner, Prediction
+from leanserve.serving.batcher import QueueLimits
 from leanserve.serving.scheduler import SHORT_S
 from leanserve.serving.variant import Variant
 from leanserve.telemetry.observations import VariantFacts, VariantMetrics
-from scripted import SPEC, ScriptedBackend, Slow, act, play, sample, stay
+from scripted import SPEC, ScriptedBackend, Slow, act, play, sample, stay, warm_variant
 
 
 def test_a_second_lane_runs_what_waits_while_the_first_is_busy() -> None:
@@ -120,10 +120,10 @@ def test_a_neighbour_that_came_meanwhile_goes_before_the_rest_of_a_burst() -> No
         variants = {}
         for label, backend in backends.items():
             running = LoadedVariant(device, (backend,), Costs([CostTable({1: 0.001})]))
-            variants[label] = Variant(label, SPEC, running, Batcher[PendingResult](QueueLimits(1, 100)))
+            warm = warm_variant(running, QueueLimits(1, 100), label)
+            variants[label] = Variant(warm, VariantMetrics(label, VariantFacts()))
         for variant in variants.values():
-            others = [other for other in variants.values() if other is not variant]
-            variant.bind(asyncio.get_running_loop(), VariantMetrics(variant.name, VariantFacts()), others)
+            variant.neighbours = [other for other in variants.values() if other is not variant]
         backends["a"].gate.clear()
         burst = [asyncio.create_task(variants["a"].predict(sample(1), stay)) for _ in range(4)]
         await asyncio.to_thread(backends["a"].started.wait, 5)
@@ -236,9 +236,9 @@ def play_wide(scenario: Callable[[Variant, ScriptedBackend, ScriptedBackend], Aw
     device = Device("test", 2, 2)
     costs, alone = (Costs([CostTable(dict.fromkeys((1, 4), seconds))]) for seconds in (0.08, 0.04))
     running = LoadedVariant(device, (narrow, narrow), costs, LanePlacement(wide, alone))
-    variant = Variant("v", SPEC, running, Batcher[PendingResult](QueueLimits(4, 100)))
+    warm = warm_variant(running, QueueLimits(4, 100))
 
-    act(variant, device, lambda: scenario(variant, narrow, wide), narrow.gate, wide.gate)
+    act(warm, lambda variant: scenario(variant, narrow, wide), narrow.gate, wide.gate)
     assert not any(lane.held.locked() for lane in device.lanes)
 
 

@@ -15,11 +15,9 @@ from leanserve.errors import BadInput, DeadlineUnreachable
 from leanserve.runtime.costs import Costs, CostTable
 from leanserve.runtime.device import Device
 from leanserve.runtime.lanes import LoadedVariant
-from leanserve.serving.batch_runner import PendingResult
-from leanserve.serving.batcher import Batcher, QueueLimits
-from leanserve.serving.company import company_by
+from leanserve.serving.batcher import QueueLimits
 from leanserve.serving.variant import Variant
-from scripted import act, stay
+from scripted import act, stay, warm_variant
 
 TOKENS = ModelSpec(
     (TensorSpec("ids", "int64", (None,), pad=9),),
@@ -59,11 +57,8 @@ def play_tokens(scenario: Callable[[Variant, Tagger], Awaitable[None]], spec: Mo
     backend, device = Tagger(), Device("test", 1)
     costs = Costs([CostTable({rows: float(length)}) for length, rows in ((16, 4), (32, 2), (64, 1))], (16, 32, 64))
     limits = QueueLimits(4, 100, timeout_s=1000, lengths=(16, 32, 64), rows_at=(4, 2, 1))
-    company = company_by(spec, trusts_rows=True)
-    variant = Variant("v", spec, LoadedVariant(device, (backend,), costs), Batcher[PendingResult](limits), company)
-
-    act(variant, device, lambda: scenario(variant, backend), backend.gate)
-    return variant
+    warm = warm_variant(LoadedVariant(device, (backend,), costs), limits, spec=spec)
+    return act(warm, lambda variant: scenario(variant, backend), backend.gate)
 
 
 def test_lengths_share_a_batch_within_their_bucket_and_get_answers_of_their_own_length() -> None:

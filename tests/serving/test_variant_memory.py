@@ -9,16 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fakes import report
-from leanserve.config.schema import BatchConfig, ServiceConfig
 from leanserve.contracts import Arrays, ModelSpec, Result, TensorSpec
 from leanserve.errors import BackendFailed, OutOfMemory, StartupError
 from leanserve.runtime.device import Device
 from leanserve.runtime.warm_up import compare_again, measure_grid, warm_up
 from leanserve.serving.batcher import QueueLimits
-from leanserve.serving.fleet import Fleet, MeasuredLimits
+from leanserve.serving.fleet import Fleet
+from leanserve.serving.opening import BatchLimits, MeasuredLimits, VariantPlan, WarmFleet
 from leanserve.serving.variant import Variant
-from scripted import SPEC, ScriptedBackend, play, sample, stay
+from scripted import SPEC, NoCodec, ScriptedBackend, play, sample, stay
 
 OUT = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
 TEXT = ModelSpec((TensorSpec("ids", "int64", (None,)),), (TensorSpec("y", "int64", (None,)),), max_length=100)
@@ -103,10 +102,10 @@ def test_a_size_for_which_memory_runs_out_later_is_left_out() -> None:
     assert set(grid) == {1, 2, 4}
 
 
-def fleet(**config: object) -> Fleet:
-    named = ServiceConfig.model_validate({"base": "fake", "variants": [{"name": "a"}], **config})
-    base = SimpleNamespace(name="fake", spec=SPEC, caveats=())
-    return Fleet(base, named, [report("a")], Device("cpu", 1))
+def fleet(max_rows: int = 32, measured: MeasuredLimits = MeasuredLimits()) -> WarmFleet:  # noqa: B008 - frozen
+    base = SimpleNamespace(name="fake", spec=SPEC, codec=NoCodec(), caveats=())
+    plan = VariantPlan("a", batch=BatchLimits(max_rows), measured=measured)
+    return WarmFleet(base, [plan], Device("cpu", 1))
 
 
 @pytest.mark.parametrize(
@@ -115,19 +114,13 @@ def fleet(**config: object) -> Fleet:
 def test_a_batch_is_bound_by_the_config_by_what_was_measured_and_by_what_fits_here(
     elements: int, measured: int | None, max_rows: int, told: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    opened = fleet()
+    opened = fleet(max_rows, MeasuredLimits(memory_rows=measured))
     with caplog.at_level(logging.WARNING):
-        opened.open(
-            "a",
-            lambda threads: Small(elements),
-            BatchConfig(max_rows=max_rows),
-            None,
-            MeasuredLimits(memory_rows=measured),
-        )
+        opened.open("a", lambda threads: Small(elements))
     opened.close()
     variant = opened.variants["a"]
     assert variant.running.memory_rows == told
-    assert variant.batcher.limits.max_rows <= (told or max_rows)
+    assert variant.limits.max_rows <= (told or max_rows)
     said = [f"variant 'a': there is memory for batches of at most {told} rows; batch.max_rows is {max_rows}"]
     assert [record.getMessage() for record in caplog.records] == (said if told else [])
 
@@ -135,7 +128,7 @@ def test_a_batch_is_bound_by_the_config_by_what_was_measured_and_by_what_fits_he
 def test_a_model_for_which_a_single_row_is_too_much_is_refused() -> None:
     refusing = fleet()
     with pytest.raises(StartupError, match=r"variant 'a' cannot be .*can't allocate .*; fewer variants, or lanes"):
-        refusing.open("a", lambda threads: Small(0), BatchConfig())
+        refusing.open("a", lambda threads: Small(0))
     refusing.close()
 
 
@@ -195,7 +188,7 @@ def test_what_fails_otherwise_in_a_part_is_no_lack_of_memory() -> None:
 
 
 def test_a_variant_that_cannot_be_loaded_again_for_lack_of_memory_is_a_503() -> None:
-    opened, full = fleet(model_control="explicit"), [False]
+    warm, full = fleet(), [False]
 
     def load(threads: int) -> Small:
         if full[0]:
@@ -203,7 +196,7 @@ def test_a_variant_that_cannot_be_loaded_again_for_lack_of_memory_is_a_503() -> 
         return Small(2 * 32)
 
     async def scenario() -> None:
-        opened.start(asyncio.get_running_loop())
+        opened = Fleet(warm)
         await opened.unload()
         full[0] = True
         with pytest.raises(OutOfMemory, match=r"no memory to load variant 'a': Unable to allocate 8.00 GiB"):
@@ -212,8 +205,8 @@ def test_a_variant_that_cannot_be_loaded_again_for_lack_of_memory_is_a_503() -> 
         await opened.load("a")
         assert "a" in opened.variants
 
-    opened.open("a", load, BatchConfig())
+    warm.open("a", load)
     try:
         asyncio.run(scenario())
     finally:
-        opened.close()
+        warm.close()

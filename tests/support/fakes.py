@@ -6,7 +6,7 @@ import gc
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +14,16 @@ from typing import Any
 import uvicorn
 
 from leanserve.api.server import Address, Server
+from leanserve.api.service import Service
 from leanserve.artifacts.manifest import Manifest, OutputFidelity, Quality, VariantReport
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
 from leanserve.config.schema import ServiceConfig
+from leanserve.context import serving_plans, traffic_plan
 from leanserve.contracts import Array, Arrays, Codec, Data, Model, ModelSpec, Result, Split, TensorSpec
 from leanserve.runtime.device import Device
 from leanserve.serving.fleet import Fleet
+from leanserve.serving.opening import WarmFleet
 from leanserve.serving.scheduler import SHORT_S
 from leanserve.telemetry.startup import Startup
 
@@ -85,7 +88,7 @@ class PixelBackend:
         self.closed = True
 
 
-def report(name: str, reason: str | None = None) -> VariantReport:
+def report(name: str, reason: str | None = None, spec: ModelSpec = SPEC) -> VariantReport:
     quality = Quality(
         samples=10,
         score=1.0,
@@ -111,7 +114,7 @@ def report(name: str, reason: str | None = None) -> VariantReport:
         facts={},
         simulated=False,
         format="torch",
-        spec=SPEC,
+        spec=spec,
         files={},
         parameters=1,
         macs=1,
@@ -134,29 +137,58 @@ CONFIG = {
 }
 
 
-def open_fleet(gate: threading.Event, spec: ModelSpec = SPEC, **changes: Any) -> Fleet:
+@dataclass(frozen=True)
+class Opened:
+    """The start of a service whose variants are open already."""
+
+    config: ServiceConfig
+    warm: WarmFleet
+    startup: Startup = field(default_factory=lambda: Startup(()))
+
+    def run(self) -> WarmFleet:
+        return self.warm
+
+    def stop(self) -> None: ...
+
+    def service(self) -> Service:
+        """On the running loop."""
+        return Service(Fleet(self.warm), self.warm.base, self.config)
+
+
+def planned(config: ServiceConfig, base: object, device: Device, excluded: Mapping[str, str] = {}) -> Opened:
+    """All variants of a config, with nothing open yet; some are excluded for a reason."""
+    spec: ModelSpec = base.spec  # type: ignore[attr-defined]
+    reports = [report(item.name, excluded.get(item.name), spec) for item in config.variants]
+    plans = serving_plans(config, reports)
+    return Opened(config, WarmFleet(base, plans, device, traffic_plan(config)))  # type: ignore[arg-type]
+
+
+def open_variants(gate: threading.Event, spec: ModelSpec = SPEC, **changes: Any) -> Opened:
     """`a`, `b` answer, `broken` fails on rows with a 1, `held` waits for the gate to open, `poor` is excluded."""
     config = ServiceConfig.model_validate(CONFIG | changes)
-    reports = [report(item.name, POOR if item.name == "poor" else None) for item in config.variants]
     base = PixelBase()
     base.spec = spec
-    fleet = Fleet(base, config, reports, Device("cpu", 1))  # type: ignore[arg-type]
+    opened = planned(config, base, Device("cpu", 1), {"poor": POOR})
     for item in config.variants:
         if item.name != "poor":
             backend = PixelBackend(broken=item.name == "broken", gate=gate if item.name == "held" else None)
-            fleet.open(item.name, lambda threads, backend=backend: backend, config.batch)  # type: ignore[misc]
-    return fleet
+            opened.warm.open(item.name, lambda threads, backend=backend: backend)  # type: ignore[misc]
+    return opened
 
 
 @dataclass(frozen=True)
 class Live:
     """A server that listens; `gate` stops and frees the variant `held`."""
 
-    fleet: Fleet
+    service: Service
     gate: threading.Event
     http: str
     grpc: str
     server: uvicorn.Server
+
+    @property
+    def fleet(self) -> Fleet:
+        return self.service.fleet
 
     @property
     def host_and_port(self) -> tuple[str, int]:
@@ -164,49 +196,38 @@ class Live:
         return host, int(port)
 
 
-@dataclass(frozen=True)
-class Opened:
-    """The start of a fleet that is open already."""
-
-    fleet: Fleet
-    startup: Startup = field(default_factory=lambda: Startup(()))
-
-    def run(self) -> Fleet:
-        return self.fleet
-
-    def stop(self) -> None: ...
-
-
 @contextmanager
 def live_server(spec: ModelSpec = SPEC, **changes: Any) -> Iterator[Live]:
     """HTTP and gRPC on free ports, served from a thread."""
     gate = threading.Event()
     gate.set()
-    with serving(open_fleet(gate, spec, **changes), gate) as live:
+    with serving(open_variants(gate, spec, **changes), gate) as live:
         yield live
 
 
 @contextmanager
-def serving(fleet: Fleet, gate: threading.Event) -> Iterator[Live]:
-    """A live server over any fleet; the gate is opened and the fleet closed at the end."""
+def serving(opened: Opened, gate: threading.Event) -> Iterator[Live]:
+    """A live server over any variants; the gate is opened and the fleet closed at the end."""
     listening = socket.create_server(("127.0.0.1", 0))
     grpc_port = _free_port()
-    server = Server(fleet.config, Address(listening, ("127.0.0.1", grpc_port)), Opened(fleet))
+    server = Server(opened.config, Address(listening, ("127.0.0.1", grpc_port)), opened)
     thread = threading.Thread(target=server.run, args=([listening],))
     collector = gc.get_threshold()
     thread.start()
     try:
         for _ in range(1000):
-            if server.fleet is not None:
+            if server.service is not None:
                 break
             assert thread.is_alive()
             time.sleep(0.01)
-        yield Live(fleet, gate, f"127.0.0.1:{listening.getsockname()[1]}", f"127.0.0.1:{grpc_port}", server)
+        service = server.service
+        assert service is not None
+        yield Live(service, gate, f"127.0.0.1:{listening.getsockname()[1]}", f"127.0.0.1:{grpc_port}", server)
     finally:
         gate.set()
         server.should_exit = True
         thread.join()
-        fleet.close()
+        (server.service.fleet if server.service else opened.warm).close()
         listening.close()
         gc.unfreeze()  # a server sets the collector for a process of its own
         gc.set_threshold(*collector)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,10 +25,11 @@ from leanserve.api.server import Address, listen, run_server
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
 from leanserve.config.schema import ServiceConfig
+from leanserve.context import serving_plans, traffic_plan
 from leanserve.contracts import Backend, BuildContext, OnnxModel
 from leanserve.runtime.backends.onnx_runtime import OnnxRuntimeBackend
 from leanserve.runtime.device import Device
-from leanserve.serving.fleet import Fleet, MeasuredLimits
+from leanserve.serving.opening import MeasuredLimits, WarmFleet
 from leanserve.serving.scheduler import SHORT_S
 from rules import SPEC, WIDTH, RuleBackend
 
@@ -91,12 +93,14 @@ def main(folder: Path, port: int, config: ServiceConfig) -> None:
         write_network(folder / f"{kind}.onnx", hidden)
     for kind in {item.name.rstrip("0123456789") for item in config.variants} & SCALES.keys():
         quantize(folder / "onnx.onnx", folder / f"{kind}.onnx", SCALES[kind])
-    reports = [report(item.name) for item in config.variants]
-    fleet = Fleet(RuleBase(), config, reports, Device("cpu", 2))  # type: ignore[arg-type]
-    for item in config.variants:
-        trusted = not item.name.startswith("tensor")
-        fleet.open(item.name, loader(item.name, folder), config.batch_of(item), measured=MeasuredLimits(trusted))
-    run_server(config, Address(claimed), Opened(fleet))
+    plans = [
+        replace(plan, measured=MeasuredLimits(trusts_rows=not plan.name.startswith("tensor")))
+        for plan in serving_plans(config, [report(item.name) for item in config.variants])
+    ]
+    warm = WarmFleet(RuleBase(), plans, Device("cpu", 2), traffic_plan(config))  # type: ignore[arg-type]
+    for plan in plans:
+        warm.open(plan.name, loader(plan.name, folder))
+    run_server(config, Address(claimed), Opened(config, warm))
 
 
 if __name__ == "__main__":

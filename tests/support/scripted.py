@@ -9,12 +9,14 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 
-from leanserve.contracts import Arrays, ModelSpec, Result, TensorSpec
+from leanserve.contracts import Arrays, Decoded, Json, ModelSpec, Result, TensorSpec
 from leanserve.runtime.costs import Costs, CostTable
 from leanserve.runtime.device import Device
 from leanserve.runtime.lanes import LoadedVariant
-from leanserve.serving.batch_runner import PendingResult, Prediction
-from leanserve.serving.batcher import Batcher, QueueLimits
+from leanserve.serving.batch_runner import Prediction
+from leanserve.serving.batcher import QueueLimits
+from leanserve.serving.company import company_by
+from leanserve.serving.opening import WarmVariant
 from leanserve.serving.variant import Variant
 from leanserve.telemetry.observations import VariantFacts, VariantMetrics
 
@@ -44,6 +46,18 @@ class ScriptedBackend:
         return Result((batch[0] * 2,))
 
     def close(self) -> None: ...
+
+
+class NoCodec:
+    """Of a variant that is asked with arrays."""
+
+    media_types = ()
+
+    def decode(self, media_type: str, body: bytes) -> Decoded:
+        raise NotImplementedError
+
+    def encode(self, outputs: Arrays) -> list[dict[str, Json]]:
+        raise NotImplementedError
 
 
 class Slow(ScriptedBackend):
@@ -83,27 +97,30 @@ def play(
     device = Device("test", lanes, lanes, spare=spare)
     sizes = (1, 2, limits.max_rows)
     costs = Costs([CostTable({rows: seconds(rows) if callable(seconds) else seconds for rows in sizes})])
-    variant = Variant("v", SPEC, LoadedVariant(device, (backend,) * lanes, costs), Batcher[PendingResult](limits))
-
-    act(variant, device, lambda: scenario(variant, backend), backend.gate)
-    return variant
+    warm = warm_variant(LoadedVariant(device, (backend,) * lanes, costs), limits)
+    return act(warm, lambda variant: scenario(variant, backend), backend.gate)
 
 
-def act(variant: Variant, device: Device, scene: Callable[[], Awaitable[None]], *gates: threading.Event) -> None:
-    """Bind a variant to a loop and act there for at most 20 s; then the gates are opened and the device is closed."""
+def warm_variant(running: LoadedVariant, limits: QueueLimits, name: str = "v", spec: ModelSpec = SPEC) -> WarmVariant:
+    return WarmVariant(name, spec, NoCodec(), running, limits, company_by(spec, trusts_rows=True))
 
-    async def body() -> None:
-        variant.bind(asyncio.get_running_loop(), VariantMetrics("v", VariantFacts()), [])
-        await scene()
+
+def act(warm: WarmVariant, scene: Callable[[Variant], Awaitable[None]], *gates: threading.Event) -> Variant:
+    """Serve a variant on a loop and act there for at most 20 s; then the gates are opened and its device is closed."""
+
+    async def body() -> Variant:
+        variant = Variant(warm, VariantMetrics("v", VariantFacts()))
+        await scene(variant)
         await asyncio.sleep(0)
         variant.metrics.catch_up()
+        return variant
 
     try:
-        asyncio.run(asyncio.wait_for(body(), 20))
+        return asyncio.run(asyncio.wait_for(body(), 20))
     finally:
         for gate in gates:
             gate.set()
-        device.close()
+        warm.running.device.close()
 
 
 async def hold(variant: Variant, backend: ScriptedBackend) -> asyncio.Task[Prediction]:

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from fakes import Live, PixelBase, report, serving
+from fakes import Live, Opened, PixelBase, planned, serving
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.text import TextCodec
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Arrays, ModelSpec, Result, TensorSpec
 from leanserve.runtime.device import Device
-from leanserve.serving.fleet import Fleet
 from leanserve.serving.scheduler import SHORT_S
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "one", "two", "three", "four", "five"]
@@ -71,7 +70,7 @@ class ReadingBackend:
         """Holds nothing."""
 
 
-def text_fleet(folder: Path, gate: threading.Event, spec: ModelSpec = SPEC, **changes: Any) -> Fleet:
+def text_fleet(folder: Path, gate: threading.Event, spec: ModelSpec = SPEC, **changes: Any) -> Opened:
     """`a` and `b` answer, `held` waits for the gate to open, `poor` is excluded by its gate. `five` is a fatal word."""
     names = ("a", "b", "held", "poor")
     settings = {
@@ -83,12 +82,11 @@ def text_fleet(folder: Path, gate: threading.Event, spec: ModelSpec = SPEC, **ch
     base = PixelBase()
     base.name, base.spec = "words", spec
     base.codec = TextCodec(tokenizer_file(folder), MAX_LENGTH, AnswerEncoder(spec))
-    reports = [report(name, "its cosine is 0.5" if name == "poor" else None) for name in names]
-    fleet = Fleet(base, config, reports, Device("cpu", 1))  # type: ignore[arg-type]
+    opened = planned(config, base, Device("cpu", 1), {"poor": "its cosine is 0.5"})
     for name in names[:3]:
         backend = ReadingBackend(gate if name == "held" else None)
-        fleet.open(name, lambda threads, backend=backend: backend, config.batch)  # type: ignore[misc]
-    return fleet
+        opened.warm.open(name, lambda threads, backend=backend: backend)  # type: ignore[misc]
+    return opened
 
 
 @contextmanager

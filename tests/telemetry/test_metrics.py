@@ -41,7 +41,8 @@ FACTS_OF_INT8 = VariantFacts(
 def metrics() -> Metrics:
     """Two variants, the second excluded, and some traffic."""
     made = Metrics("digits")
-    served = made.add("int8", FACTS_OF_INT8, queue_rows=lambda: 7, queue_requests=lambda: 3)
+    served = made.add("int8", FACTS_OF_INT8)
+    served.queue_rows, served.queue_requests = lambda: 7, lambda: 3
     made.add("tiny", VariantFacts(state="excluded", reason='agreement 0.8 < 0.9, "gate"'))
     served.batch_done(6, 2, 0.004, [0.0001, 0.02], input_s=0.001, output_s=0.002)
     served.batch_done(1, 0, 0.002, [0.5])

@@ -6,25 +6,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from leanserve import __version__
-from leanserve.api.cors import CrossOriginHotPath
-from leanserve.api.openapi import hot_paths
-from leanserve.api.routes import HotPath
+from leanserve.api.endpoint import Endpoint, declared_routes
+from leanserve.api.routes import CrossOriginHotPath, HotPath, endpoints_of
+from leanserve.api.service import Service
 from leanserve.contracts import Json
 from leanserve.errors import ServiceError
 from leanserve.http.messages import error_body, error_headers
 from leanserve.serving.fleet import Fleet
+from leanserve.serving.incidents import details_in_log
 
 
-def create_app(fleet: Fleet) -> HotPath:
-    """The whole HTTP service over an opened fleet, which is started on the loop that serves."""
+def create_app(service: Service) -> HotPath:
+    """The whole HTTP service."""
+    fleet = service.fleet
     app = FastAPI(title="leanserve", version=__version__)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -47,9 +51,9 @@ def create_app(fleet: Fleet) -> HotPath:
     async def variants() -> Json:
         """Every variant with its state, quality and share of the traffic; those that do not serve with their reason."""
         return {
-            "model": fleet.base.name,
-            "caveats": fleet.base.caveats,
-            "variants": [_variant(fleet, name) for name in fleet.reports],
+            "model": fleet.name,
+            "caveats": service.base.caveats,
+            "variants": [_variant(fleet, name) for name in fleet.plans],
         }
 
     async def metrics(request: Request) -> Response:
@@ -61,26 +65,28 @@ def create_app(fleet: Fleet) -> HotPath:
     add_route("/readyz", readyz)
     add_route("/v1/variants", variants)
     add_route("/metrics", metrics, PlainTextResponse)
-    app.openapi = lambda: _openapi(app, fleet)  # type: ignore[method-assign]
-    return CrossOriginHotPath(fleet, app) if fleet.config.cors.origins else HotPath(fleet, app)
+    endpoints = endpoints_of(service)
+    app.openapi = cache(partial(_openapi, app, endpoints))  # type: ignore[method-assign]
+    hot_path = CrossOriginHotPath if service.config.cors.origins else HotPath
+    return hot_path(service, endpoints, app)
 
 
 def _variant(fleet: Fleet, name: str) -> Json:
-    report, variant = fleet.reports[name], fleet.variants.get(name)
+    facts, variant = fleet.plans[name].facts, fleet.variants.get(name)
     (state, reason), weights = fleet.status_of[name], fleet.weights
     return {
         "name": name,
         "state": state,
         "reason": reason or None,
-        "passes": [manifest.kind for manifest in report.chain[1:]],
-        "simulated": [manifest.kind for manifest in report.chain if manifest.simulated],
+        "passes": facts.passes,
+        "simulated": facts.simulated,
         "backend": variant.backend.name if variant else None,
         "traffic_share": weights[name] / sum(weights.values()) if name in weights else 0.0,
         "batch_rows": variant.batcher.limits.max_rows if variant else None,
         "memory_rows": variant.running.memory_rows if variant else None,
         "batch_ms": {rows: round(s * 1000, 3) for rows, s in variant.costs.table().items()} if variant else None,
-        "quality": report.quality.model_dump(),
-        "measured_on": {"cpu": report.chain[-1].cpu, "threads": report.chain[-1].threads},
+        "quality": facts.quality,
+        "measured_on": {"cpu": facts.cpu, "threads": facts.threads},
     }
 
 
@@ -106,13 +112,9 @@ async def _validation_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _unexpected(_request: Request, _error: Exception) -> JSONResponse:
     # Starlette raises it again afterwards, by which the server logs it.
-    return JSONResponse(error_body("the service failed on this request; see its log", ServiceError.code), 500)
+    return JSONResponse(error_body(f"the service failed on this request; {details_in_log()}", ServiceError.code), 500)
 
 
-def _openapi(app: FastAPI, fleet: Fleet) -> dict[str, Any]:
-    """FastAPI's schema plus the paths that it does not see."""
-    from fastapi.openapi.utils import get_openapi
-
-    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    schema["paths"] |= hot_paths(fleet)
-    return schema
+def _openapi(app: FastAPI, endpoints: list[Endpoint]) -> dict[str, Any]:
+    """FastAPI's schema of its own paths and of those that are answered before it is asked."""
+    return get_openapi(title=app.title, version=app.version, routes=[*app.routes, *declared_routes(endpoints)])

@@ -1,62 +1,26 @@
 """CORS: which pages of other origins may use the service from a browser (the Fetch standard, section 3.2).
 
-Only there if the config names origins: then this class takes the place of `HotPath`, which knows nothing of it. To an
-origin that is not named all is as without CORS, and its browser keeps the reply from the page.
+Only there if the config names origins: then `CrossOriginHotPath` takes the place of `HotPath`, which knows nothing of
+it. To an origin that is not named all is as without CORS, and its browser keeps the reply from the page.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
-from typing import Any
 
-from leanserve.api.routes import App, HotPath
 from leanserve.config.schema import CorsConfig
-from leanserve.http.messages import AsgiScope, Headers, Receive, Request, Response, Route, Send, send_response
-from leanserve.serving.fleet import Fleet
+from leanserve.http.messages import Headers, Response
 
 METHODS = b"GET, HEAD, POST"
-SENT = b"content-encoding, content-type, inference-header-content-length, x-variant"
+SENT = (
+    b"content-encoding, content-type, inference-header-content-length, traceparent, tracestate, x-request-id, x-variant"
+)
 """Headers of requests that the service itself reads, besides the sticky one."""
 EXPOSED = (
-    b"inference-header-content-length, retry-after, x-batch-rows, x-caveats, x-inference-ms, x-queue-ms, x-variant"
+    b"inference-header-content-length, retry-after, traceparent, x-batch-rows, x-caveats, x-inference-ms, x-queue-ms, "
+    b"x-request-id, x-variant"
 )
 """Headers of replies that a page may read, besides those that any page may."""
-
-
-class CrossOriginHotPath(HotPath):
-    """The outermost ASGI app where pages of other origins are among the clients."""
-
-    def __init__(self, fleet: Fleet, app: App) -> None:
-        super().__init__(fleet, partial(self._ask_app, app))
-        self._grants = Grants(fleet.config.cors, fleet.sticky_header)
-
-    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "OPTIONS":
-            preflight = self._grants.preflight(dict(scope["headers"]))
-            if preflight is not None:
-                return await send_response(send, preflight)
-        return await super().__call__(scope, receive, send)
-
-    async def answer(self, route: Route, caller: Request) -> Response | None:
-        """The reply to a request, with what its browser wants to know."""
-        reply = await super().answer(route, caller)
-        if reply is None:
-            return None
-        return reply._replace(headers=(*reply.headers, *self._grants.headers(caller.headers)))
-
-    async def _ask_app(self, app: App, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        """The same for what `app` answers."""
-        if scope["type"] != "http":
-            return await app(scope, receive, send)
-        headers = self._grants.headers(dict(scope["headers"]))
-
-        async def send_granted(message: dict[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                message = message | {"headers": [*message.get("headers", ()), *headers]}
-            await send(message)
-
-        return await app(scope, receive, send_granted)
 
 
 class Grants:

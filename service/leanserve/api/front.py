@@ -1,17 +1,19 @@
 """The outermost ASGI app of the server: it listens from the first second, and what answers behind it is replaced once.
 
 Until the service is ready `starting.py` answers, then the hot path. Connections that are open stay open: they belong to
-the front, and their next request finds the other.
+the front, and their next request finds the other. Every request gets its identity here, whoever answers it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Any
 
 from leanserve.api.routes import App, HotPath
-from leanserve.http.connection import Find
 from leanserve.http.exchange import Answer
-from leanserve.http.messages import AsgiScope, Receive, Send
+from leanserve.http.messages import AsgiScope, Receive, Request, Response, Send
+from leanserve.request_identity import CURRENT_REQUEST, RequestIdentities
 
 
 class Front:
@@ -19,19 +21,33 @@ class Front:
 
     def __init__(self, starting: App) -> None:
         self._app: Callable[[AsgiScope, Receive, Send], Awaitable[None]] = starting
-        self._find: Find = _nothing
+        self._answers: Mapping[bytes, Answer] = {}
+        self._identities = RequestIdentities()
 
     def serve(self, hot: HotPath) -> None:
         """From now on this app answers."""
-        self._app, self._find = hot, hot.find
+        self._app = hot
+        self._answers = {path: partial(self._identified, answer) for path, answer in hot.predictions.items()}
 
     def find(self, method: bytes, path: bytes) -> Answer | None:
         """What answers predictions on this path by this method."""
-        return self._find(method, path)
+        return self._answers.get(path) if method == b"POST" else None
+
+    def _identified(self, answer: Answer, request: Request) -> Awaitable[Response | None]:
+        """The answer to a request, to be awaited in the task that calls this."""
+        request.identity = identity = self._identities.of(request.headers)
+        CURRENT_REQUEST.set(identity)
+        return answer(request)
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        identity = self._identities.of(dict(scope["headers"]))
+        CURRENT_REQUEST.set(identity)
 
+        async def send_identified(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message = message | {"headers": [*message.get("headers", ()), *identity]}
+            await send(message)
 
-def _nothing(_method: bytes, _path: bytes) -> None:
-    """No path answers predictions yet."""
+        return await self._app(scope, receive, send_identified)

@@ -1,53 +1,56 @@
-"""Raw ASGI in front of FastAPI: predictions and the Open Inference Protocol take the short way, the rest the app.
+"""The table of endpoints, in front of FastAPI, which describes them; what is not in it is for FastAPI to answer.
 
-FastAPI's routing, dependency injection and response models cost more than a small model's inference. A path is one
-look-up in a table; errors become the same bodies as everywhere (`wire.error_body`).
+A path is one look-up in a table; errors become the same bodies as everywhere (`http.messages.error_body`).
 """
 
 from __future__ import annotations
 
-import logging
-import time
-import uuid
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import Any
 
 from leanserve.api.caveats import caveat_headers
-from leanserve.api.openai.embeddings import embeddings_route
+from leanserve.api.cors import Grants
+from leanserve.api.endpoint import Endpoint
+from leanserve.api.openai.embeddings import embeddings_endpoint
 from leanserve.api.openai.models import MODELS, ModelList
-from leanserve.api.v1.predict import predict
-from leanserve.api.v2.rest import no_such_path, open_inference_routes
-from leanserve.errors import ClientGone, MethodNotAllowed, OutOfMemory, ServiceError
+from leanserve.api.service import Service
+from leanserve.api.v1.predict import predict_endpoint
+from leanserve.api.v2.rest import no_such_path, open_inference_endpoints
+from leanserve.errors import ClientGone, MethodNotAllowed, NotFound, ServiceError
 from leanserve.http.exchange import Answer
 from leanserve.http.messages import AsgiScope, Receive, Request, Response, Route, Send, send_response
-from leanserve.memory import is_out_of_memory
-from leanserve.serving.fleet import Fleet
-
-logger = logging.getLogger(__name__)
+from leanserve.serving.incidents import unexpected_failure
+from leanserve.serving.session import refuse_unrouted
 
 App = Callable[[AsgiScope, Receive, Send], Awaitable[None]]
-PREDICT, EMBEDDINGS = "/v1/predict", "/v1/embeddings"
+
+
+def endpoints_of(service: Service) -> list[Endpoint]:
+    """The table: every endpoint that FastAPI describes, but does not answer."""
+    return [
+        predict_endpoint(service),
+        embeddings_endpoint(service),
+        *ModelList(service).endpoints(),
+        *open_inference_endpoints(service),
+    ]
 
 
 class HotPath:
-    """The outermost ASGI app: serves and counts predictions, passes what it has no route for to `app`."""
+    """An ASGI app that answers what is in its table, and passes all else on to `app`."""
 
-    def __init__(self, fleet: Fleet, app: App) -> None:
-        self._fleet = fleet
+    def __init__(self, service: Service, endpoints: list[Endpoint], app: App) -> None:
+        self._fleet = service.fleet
         self._app = app
-        self._caveats = caveat_headers(fleet.base.caveats)
-        self._models = ModelList(fleet)
-        self._routes = {
-            PREDICT: Route("POST", "prediction", partial(predict, fleet)),
-            EMBEDDINGS: embeddings_route(fleet),
-            MODELS: self._models.all,
-            **open_inference_routes(fleet),
-        }
-        self._predictions = {
+        self._caveats = caveat_headers(service.base.caveats)
+        self._models = ModelList(service)
+        self._routes = {path: route for item in endpoints for path, route in item.routes.items()}
+        self.predictions: dict[bytes, Answer] = {
             path.encode(): partial(self.answer, route)
             for path, route in self._routes.items()
             if route.counts == "prediction"
         }
+        """By the raw path, what is POSTed there and answered on the short way of a connection."""
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,7 +60,7 @@ class HotPath:
         if route is None:
             return await self._app(scope, receive, send)
         if method != route.method and not (method == "HEAD" and route.method == "GET"):
-            route = route._replace(answer=partial(_wrong_method, method, route.method))
+            route = self._refusing(route, _wrong_method(path, method, route.method))
         # ASGI gives the names in lower case. A dict costs less than a second look through the list.
         reply = await self.answer(route, Request(path, dict(scope["headers"]), receive))
         if reply is not None:
@@ -67,52 +70,74 @@ class HotPath:
     def _route_below(self, method: str, path: str) -> Route | None:
         """The route of a path that is in no table, but below one that is answered here."""
         if path.startswith("/v2/"):
-            return Route(method, "prediction" if path.endswith("/infer") else "description", self._unknown)
+            unknown = Route(method, "prediction" if path.endswith("/infer") else "description", _nothing)
+            return self._refusing(unknown, no_such_path(self._fleet, path))
         return self._models.one if path.startswith(f"{MODELS}/") else None
 
-    def find(self, method: bytes, path: bytes) -> Answer | None:
-        """What answers predictions on this path by this method."""
-        return self._predictions.get(path) if method == b"POST" else None
-
-    async def answer(self, route: Route, caller: Request) -> Response | None:
+    async def answer(self, route: Route, request: Request) -> Response | None:
         """The reply to a request, also where it is refused or fails; `None` where nobody is left to get it."""
-        started = time.perf_counter()
-        outcome = ServiceError.code
         try:
-            reply = await route.answer(caller)
-            outcome = "ok"
-        except ClientGone as error:
-            outcome = error.code
+            reply = await route.answer(request)
+        except ClientGone:
             return None
         except ServiceError as error:
-            outcome = error.code
             return route.refuse(error)
         except Exception as error:
-            failure = confession(error, f"a request to {caller.path}")
-            outcome = failure.code
-            return route.refuse(failure)
-        finally:
-            if route.counts == "prediction":
-                counted = self._fleet.metrics.variants.get(caller.variant or "", self._fleet.metrics.unrouted)
-                counted.request_done(outcome, time.perf_counter() - started)
+            return route.refuse(unexpected_failure(error, f"a request to {request.path}"))
         if self._caveats and route.counts == "prediction":
             return Response(reply.body, (*reply.headers, *self._caveats), reply.status)
         return reply
 
-    async def _unknown(self, caller: Request) -> Response:
-        raise no_such_path(self._fleet, caller.path)
+    def _refusing(self, route: Route, error: ServiceError) -> Route:
+        """A route that only tells why; of a prediction that is counted, too."""
+
+        async def answer(_: Request) -> Response:
+            if route.counts == "prediction":
+                refuse_unrouted(self._fleet, error)
+            raise error
+
+        return route._replace(answer=answer)
 
 
-async def _wrong_method(method: str, right: str, caller: Request) -> Response:
+class CrossOriginHotPath(HotPath):
+    """The outermost ASGI app where pages of other origins are among the clients."""
+
+    def __init__(self, service: Service, endpoints: list[Endpoint], app: App) -> None:
+        super().__init__(service, endpoints, partial(self._ask_app, app))
+        self._grants = Grants(service.config.cors, service.fleet.sticky_header)
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "OPTIONS":
+            preflight = self._grants.preflight(dict(scope["headers"]))
+            if preflight is not None:
+                return await send_response(send, preflight)
+        return await super().__call__(scope, receive, send)
+
+    async def answer(self, route: Route, caller: Request) -> Response | None:
+        """The reply to a request, with what its browser wants to know."""
+        reply = await super().answer(route, caller)
+        if reply is None:
+            return None
+        return reply._replace(headers=(*reply.headers, *self._grants.headers(caller.headers)))
+
+    async def _ask_app(self, app: App, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        """The same for what `app` answers."""
+        if scope["type"] != "http":
+            return await app(scope, receive, send)
+        headers = self._grants.headers(dict(scope["headers"]))
+
+        async def send_granted(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message = message | {"headers": [*message.get("headers", ()), *headers]}
+            await send(message)
+
+        return await app(scope, receive, send_granted)
+
+
+async def _nothing(request: Request) -> Response:
+    raise NotFound(f"no such path: {request.path[:200]}")
+
+
+def _wrong_method(path: str, method: str, right: str) -> MethodNotAllowed:
     allow = "GET, HEAD" if right == "GET" else right
-    raise MethodNotAllowed(f"{caller.path} takes {right}, not {method}", allow)
-
-
-def confession(error: Exception, what: str) -> ServiceError:
-    """Memory that ran out, or a bug of ours: the stack goes into the log, the client gets the id to ask for it."""
-    if is_out_of_memory(error):
-        logger.error("memory ran out on %s: %s", what, error)
-        return OutOfMemory("memory ran out on this request; try again later")
-    incident = uuid.uuid4().hex[:12]
-    logger.error("failed on %s, id %s", what, incident, exc_info=error)
-    return ServiceError(f"the service failed on this request; its log has the details under id {incident}")
+    return MethodNotAllowed(f"{path} takes {right}, not {method}", allow)

@@ -27,11 +27,13 @@ import uvicorn
 
 from leanserve.api.front import Front
 from leanserve.api.routes import HotPath
+from leanserve.api.service import Service
 from leanserve.api.starting import StartingApp
-from leanserve.api.v1.predict import DECODER_THREADS
 from leanserve.config.schema import ServiceConfig
 from leanserve.http.connection import connections_to
 from leanserve.serving.fleet import Fleet
+from leanserve.serving.opening import WarmFleet
+from leanserve.serving.session import DECODER_THREADS
 from leanserve.telemetry.startup import Startup
 
 if TYPE_CHECKING:
@@ -49,14 +51,14 @@ is 5 ms, several times per probe."""
 
 
 class Start(Protocol):
-    """What makes a fleet while the server listens already."""
+    """What opens the variants while the server listens already."""
 
     @property
     def startup(self) -> Startup:
         """How far it is."""
 
-    def run(self) -> Fleet:
-        """Make it; on a thread that is there only for this.
+    def run(self) -> WarmFleet:
+        """Open them; on a thread that is there only for this.
 
         Raises:
             StartupError: it cannot be served. Whatever else ends the start.
@@ -100,16 +102,16 @@ def listen(host: str, port: int) -> socket.socket:
     return claimed
 
 
-def _nobody(_: Fleet) -> None:
+def _nobody(_: Service) -> None:
     """Nobody waits to be told."""
 
 
 def run_server(
-    config: ServiceConfig, address: Address, start: Start, announce: Callable[[Fleet], None] = _nobody
+    config: ServiceConfig, address: Address, start: Start, announce: Callable[[Service], None] = _nobody
 ) -> None:
     """Listen, start, and serve until a signal ends it; then drain. Blocks.
 
-    `announce` is called once the fleet answers: who is told by it and asks at once finds somebody.
+    `announce` is called once the service answers: who is told by it and asks at once finds somebody.
 
     Raises:
         Interrupted: a signal came before.
@@ -125,7 +127,7 @@ class Server(uvicorn.Server):
     """A server that listens before it has a fleet; `failure` is why it never had one."""
 
     def __init__(
-        self, config: ServiceConfig, address: Address, start: Start, announce: Callable[[Fleet], None] = _nobody
+        self, config: ServiceConfig, address: Address, start: Start, announce: Callable[[Service], None] = _nobody
     ) -> None:
         self._front = Front(StartingApp(start.startup, config))
         super().__init__(
@@ -136,6 +138,7 @@ class Server(uvicorn.Server):
                 loop="auto",
                 lifespan="off",
                 access_log=False,
+                log_config=None,
                 log_level="warning",
                 server_header=False,
                 proxy_headers=False,
@@ -143,7 +146,7 @@ class Server(uvicorn.Server):
             )
         )
         self.failure: BaseException | None = None
-        self.fleet: Fleet | None = None
+        self.service: Service | None = None
         self._settings = config
         self._address = address
         self._start = start
@@ -162,21 +165,21 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more connections and calls, and let those that are open finish."""
-        if self.fleet is None:
+        if self.service is None:
             self.force_exit, self.config.timeout_graceful_shutdown = True, 1
         await super().shutdown(sockets)
         if self._grpc is not None:
-            await self._grpc.stop(0.0 if self.fleet is None else self._settings.drain.timeout_s)
+            await self._grpc.stop(0.0 if self.service is None else self._settings.drain.timeout_s)
 
     def _run_start(self, loop: asyncio.AbstractEventLoop) -> None:
         """On the thread of the start: what takes long is done here, and the loop is told what came of it."""
         then: Callable[[], None]
         try:
             with _giving_way():
-                fleet = self._start.run()
+                warm = self._start.run()
                 from leanserve.api.app import create_app
 
-                then = partial(self._take_over, fleet, create_app(fleet))
+                then = partial(self._take_over, warm, create_app)
         except BaseException as error:
             then = partial(self._fail, error)
         with suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits for it
@@ -187,18 +190,22 @@ class Server(uvicorn.Server):
             self.failure = error
         self.should_exit = True
 
-    def _take_over(self, fleet: Fleet, app: HotPath) -> None:
+    def _take_over(self, warm: WarmFleet, create_app: Callable[[Service], HotPath]) -> None:
         if self.should_exit:
             return
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(DECODER_THREADS, thread_name_prefix="decode"))
-        fleet.start(loop)
+        try:
+            service = Service(Fleet(warm), warm.base, self._settings)
+            self._front.serve(create_app(service))
+            if self._grpc is not None:
+                self._grpc.serve(service)
+        except Exception as error:
+            self._fail(error)
+            return
         _settle()
-        self.fleet = fleet
-        self._front.serve(app)
-        if self._grpc is not None:
-            self._grpc.serve(fleet)
-        self._announce(fleet)
+        self.service = service
+        self._announce(service)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -216,14 +223,14 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def _end(self, number: int) -> None:
-        if self.fleet is None:
+        if self.service is None:
             self._fail(Interrupted(number))
             self._start.stop()
             return
-        if self.fleet.draining:
+        if self.service.fleet.draining:
             self._stop()
             return
-        self.fleet.drain()
+        self.service.fleet.drain()
         delay = self._settings.drain.delay_s
         logger.warning("%s: draining, serving %.1f s more", signal.Signals(number).name, delay)
         asyncio.get_running_loop().call_later(delay, self._stop)

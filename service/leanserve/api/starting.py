@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from leanserve.api.cors import Grants
+from leanserve.api.openai.embeddings import EMBEDDINGS
 from leanserve.api.openai.models import MODELS, refusal
-from leanserve.api.routes import EMBEDDINGS
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Json
 from leanserve.errors import NotReady

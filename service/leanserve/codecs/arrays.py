@@ -18,9 +18,9 @@ from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
-import orjson
 
 from leanserve.codecs.answers import AnswerEncoder
+from leanserve.codecs.json_body import inputs_of
 from leanserve.codecs.nested import array_of, refuse, sizes_of
 from leanserve.codecs.numpy_files import array_in, arrays_in
 from leanserve.codecs.tensors import clip
@@ -70,7 +70,7 @@ class ArrayCodec:
         if kind not in self.media_types:
             raise UnsupportedMediaType(f"content type {media_type!r} is none of {', '.join(self.media_types)}")
         if kind == JSON:
-            given = self._by_name(_inputs(body))
+            given = self._by_name(inputs_of(body))
             return _joined(self.fields, [self._parsed(item, value, where) for item, value, where in given])
         if kind == OCTETS:
             return self._rows_of_bytes(body)
@@ -162,19 +162,6 @@ class ArrayCodec:
                 f"input {item.name!r} has {prod(shape)} elements, padding included; at most {self.max_elements} are "
                 "taken"
             )
-
-
-def _inputs(body: bytes) -> Json:
-    try:
-        content = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadInput(f"the body is not valid JSON: {error}") from error
-    if not isinstance(content, dict) or "inputs" not in content:
-        raise BadInput('the body must be a JSON object with the key "inputs"')
-    unknown = ", ".join(clip(key) for key in content if key != "inputs")
-    if unknown:
-        raise BadInput(f'unknown key {unknown}: the body takes "inputs" only')
-    return content["inputs"]
 
 
 def _row(item: TensorSpec, row: Json, where: str) -> Array:

@@ -13,8 +13,7 @@ from math import prod
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-import orjson
-
+from leanserve.codecs.json_body import json_object
 from leanserve.codecs.tensors import Buffer, Datatype, Port, Shape, clip, from_binary, from_json
 from leanserve.contracts import Array, Arrays, Json
 from leanserve.errors import BadInput
@@ -98,12 +97,7 @@ class InferPlan(NamedTuple):
 
 def plan_json(text: Buffer, inputs: Mapping[str, Port], outputs: Mapping[str, Port]) -> InferPlan:
     """The plan of a request from its JSON part. Raises `BadInput`."""
-    try:
-        document = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise BadInput(f"the request is not valid JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise BadInput(f"the request must be a JSON object, not {clip(document)}")
+    document = json_object(text)
     options = _options(document, outputs)
     tensors, size = _inputs(document.get("inputs"), inputs)
     rows = tensors[0].shape[0]

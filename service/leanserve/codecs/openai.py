@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 import orjson
 
+from leanserve.codecs.json_body import json_object
 from leanserve.codecs.tensors import clip
 from leanserve.codecs.text import TextCodec, checked_texts, holds_token_ids
 from leanserve.contracts import Array, Json
@@ -51,12 +52,7 @@ def parse_request(body: bytes, width: int) -> EmbeddingRequest:
     Raises:
         BadInput: not a JSON object, an unknown or missing key, or a value that is not taken.
     """
-    try:
-        content = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadInput(f"the body is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"the body must be a JSON object with the keys {', '.join(KEYS)}")
+    content = json_object(body, f"with the keys {', '.join(KEYS)}")
     for key in content:
         if key not in KEYS:
             raise WrongParameter(key[:60], f"unknown key {clip(key)}; known are {', '.join(KEYS)}")

@@ -16,6 +16,7 @@ from typing import TypeAlias
 import numpy as np
 import orjson
 
+from leanserve.codecs.json_body import inputs_of
 from leanserve.codecs.uploads import holds_file
 from leanserve.contracts import Array, Json
 from leanserve.errors import BadInput
@@ -27,16 +28,7 @@ Placed: TypeAlias = tuple[Json, str]
 
 def parse_images(body: bytes) -> tuple[list[Placed], bool]:
     """JSON body -> its images, not yet checked, and whether they came as a list. Raises `BadInput`."""
-    try:
-        content = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadInput(f"the body is not valid JSON: {error}") from error
-    if not isinstance(content, dict) or "inputs" not in content:
-        raise BadInput('the body must be a JSON object with the key "inputs"')
-    unknown = ", ".join(repr(key) for key in content if key != "inputs")
-    if unknown:
-        raise BadInput(f'unknown key {unknown}: the body takes "inputs" only')
-    inputs = content["inputs"]
+    inputs = inputs_of(body)
     lengths = _lengths(inputs)
     if isinstance(inputs, list) and any(map(holds_file, inputs)):
         _require_files_only(inputs)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import orjson
 
 from leanserve.codecs.answers import AnswerEncoder
+from leanserve.codecs.json_body import inputs_of
 from leanserve.contracts import Array, Arrays, Decoded, Json, TensorSpec
 from leanserve.errors import BadInput, BodyTooLarge, ConfigError, UnsupportedMediaType
 
@@ -84,7 +84,7 @@ class TextCodec:
             return Decoded(self.arrays(self.tokens([_utf8(body)])), many=False)
         if kind != JSON:
             raise UnsupportedMediaType(f"content type {media_type!r} is none of {', '.join(self.media_types)}")
-        inputs = _inputs(body)
+        inputs = inputs_of(body)
         if holds_token_ids(inputs):
             raise BadInput(
                 "inputs: expected texts, got token ids. Send the texts, which are tokenized here; ids of this model's "
@@ -185,19 +185,6 @@ def _utf8(body: bytes) -> str:
         return body.decode()
     except UnicodeDecodeError as error:
         raise BadInput(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
-
-
-def _inputs(body: bytes) -> Json:
-    try:
-        content = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadInput(f"the body is not valid JSON: {error}") from error
-    if not isinstance(content, dict) or "inputs" not in content:
-        raise BadInput('the body must be a JSON object with the key "inputs"')
-    unknown = ", ".join(repr(key) for key in content if key != "inputs")
-    if unknown:
-        raise BadInput(f'unknown key {unknown}: the body takes "inputs" only')
-    return content["inputs"]
 
 
 def _kind(value: Json) -> str:

@@ -27,6 +27,7 @@ from leanserve.errors import BadInput
 from leanserve.http.body_reader import LARGE, BodyReader
 from leanserve.http.exchange import Answer, Exchange
 from leanserve.http.messages import Response, acknowledge, error_response, send_response
+from leanserve.request_identity import RequestIdentities, RequestIdentity
 
 Find = Callable[[bytes, bytes], Answer | None]
 """What answers a method and a raw path; `None`: uvicorn's way does."""
@@ -41,10 +42,13 @@ class Connection(HttpToolsProtocol):
     find: Find
     body_limit: int
     """Bytes up to which a body is handed over with its request."""
+    identities: RequestIdentities
+    """Of what is no valid request, and reaches nobody else."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=False)  # what follows is refused, not swallowed
+        self.headers: list[tuple[bytes, bytes]] = []  # there is none yet where the first line is wrong
         self._answered_at = 0.0
         self._place: Literal["between", "head", "body"] = "between"
         """Where in a request the parser is."""
@@ -85,6 +89,8 @@ class Connection(HttpToolsProtocol):
         """
         due = self.cycle is not None and not self.cycle.response_complete
         response = error_response(BadInput(f"this is no valid HTTP/1.1 request: {reason}"))
+        identity = self.identities.of(dict(self.headers))
+        response = response._replace(headers=(*response.headers, *identity))
         if due and self._place != "body":  # earlier requests are still to be answered; the last of them closes
             self.cycle.keep_alive = False
         elif due and self.pipeline:  # it is the last in the line
@@ -92,7 +98,7 @@ class Connection(HttpToolsProtocol):
             self.pipeline[0] = (self.cycle, lambda _scope, _receive, send: send_response(send, response))
         else:
             if due or self._place != "body":  # else it was answered before its body was through
-                self.transport.write(self._head(response, keep_alive=False) + response.body)
+                self.transport.write(self._head(response, (), keep_alive=False) + response.body)
             self.transport.close()
 
     def on_message_begin(self) -> None:
@@ -106,10 +112,11 @@ class Connection(HttpToolsProtocol):
             if self.parser.get_method() == b"CONNECT":
                 raise BadInput("CONNECT asks a proxy for a tunnel, and this is none")
             return
-        headers, self.headers = self.headers, []  # trailers come after them, and are none of them
+        headers = self.headers
         hosts = [name for name, _ in headers].count(b"host")
         if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
             raise BadInput(f"it has {hosts} Host headers instead of one")  # RFC 9112, 3.2
+        self.headers = []  # trailers come after them, and are none of them
         self._place = "body"
         answer, fields = self._found(), dict(headers)
         if answer is None or b"content-length" not in fields:
@@ -185,7 +192,7 @@ class Connection(HttpToolsProtocol):
         if isinstance(cycle, Exchange):
             cycle.lost()
 
-    def respond(self, exchange: Exchange, response: Response | None) -> None:
+    def respond(self, exchange: Exchange, response: Response | None, identity: RequestIdentity) -> None:
         """Send the response, if there is one, and be ready for the next request."""
         exchange.response_complete = True
         if exchange.disconnected:
@@ -193,7 +200,7 @@ class Connection(HttpToolsProtocol):
         if response is None:
             self.transport.close()
             return
-        body, head = response.body, self._head(response, keep_alive=exchange.keep_alive)
+        body, head = response.body, self._head(response, identity, keep_alive=exchange.keep_alive)
         if len(body) <= _ONE_WRITE:
             self.transport.write(head + body)
         else:
@@ -203,8 +210,8 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
         self.on_response_complete()
 
-    def _head(self, response: Response, *, keep_alive: bool) -> bytes:
-        headers = (*self.server_state.default_headers, *response.headers)
+    def _head(self, response: Response, identity: RequestIdentity, *, keep_alive: bool) -> bytes:
+        headers = (*self.server_state.default_headers, *response.headers, *identity)
         lines = b"".join([b"%b: %b\r\n" % header for header in headers])
         if not keep_alive:
             lines += b"connection: close\r\n"
@@ -232,4 +239,5 @@ class Connection(HttpToolsProtocol):
 
 def connections_to(find: Find, body_limit: int) -> type[Connection]:
     """The class of all connections, as uvicorn wants it, with a short way to what `find` finds."""
-    return type("Connection", (Connection,), {"find": staticmethod(find), "body_limit": body_limit})
+    own = {"find": staticmethod(find), "body_limit": body_limit, "identities": RequestIdentities()}
+    return type("Connection", (Connection,), own)

@@ -137,7 +137,7 @@ class Exchange:
             logger.exception("a request was left without a response")
         finally:
             self._connection.tasks.discard(self._task)
-            self._connection.respond(self, response)
+            self._connection.respond(self, response, request.identity)
 
 
 def _task(loop: asyncio.AbstractEventLoop, run: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

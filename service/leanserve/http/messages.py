@@ -13,6 +13,7 @@ import orjson
 
 from leanserve.contracts import Json
 from leanserve.errors import BadInput, BodyTooLarge, ClientGone, MethodNotAllowed, ServiceError
+from leanserve.request_identity import RequestIdentity
 
 AsgiScope = dict[str, Any]
 Receive = Callable[[], Any]
@@ -22,10 +23,11 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 @dataclass(slots=True)
 class Request:
-    """One request; `variant` is the name of the variant that was chosen for it, once known.
+    """One request.
 
     The names in `headers` are in lower case. `body` is there where it came with the head: whole, not compressed, and
-    not above the limit. Else it is to be read by `receive`, as ASGI has it; `begun` is what is known of it before.
+    not above the limit. Else it is to be read by `receive`, as ASGI has it; `begun` is what is known of it before. The
+    headers of its `identity` go into the response.
     """
 
     path: str
@@ -33,7 +35,7 @@ class Request:
     receive: Receive
     body: bytes | None = None
     begun: bytes = b""
-    variant: str | None = None
+    identity: RequestIdentity = ()
 
     def header(self, name: bytes) -> str | None:
         """The header of that (lower-case) name, decoded; `None` if absent or empty."""
@@ -154,7 +156,11 @@ def error_body(text: str, code: str) -> Json:
 
 
 def error_headers(error: ServiceError) -> dict[str, str]:
-    """`Retry-After` in whole seconds, at least 1, where the error knows it; `Allow` where the method is wrong."""
+    """`Retry-After` in whole seconds, at least 1, where the error knows it; `Allow` where the method is wrong; the
+    variant that was to answer."""
+    headers = {} if error.variant is None else {"x-variant": error.variant}
     if isinstance(error, MethodNotAllowed):
-        return {"allow": error.allow}
-    return {} if error.retry_after_s is None else {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+        headers["allow"] = error.allow
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    return headers

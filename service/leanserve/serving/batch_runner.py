@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from leanserve.runtime.costs import CostTable
 from leanserve.runtime.device import Lane
 from leanserve.runtime.lanes import LanePlacement, LoadedVariant
 from leanserve.serving.batcher import Ticket
+from leanserve.serving.incidents import log_incident
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class BatchRunner:
             return [batch for half in halves for batch in half]
         if tickets[0].rows > 1 and is_out_of_memory(error):
             return [self._run_in_parts(way, tickets[0])]
-        return [CompletedBatch(tickets, [self._failure(error)], tickets[0].rows)]
+        return [CompletedBatch(tickets, [self._failure(error, tickets[0])], tickets[0].rows)]
 
     def _run_in_parts(self, way: LanePlacement, ticket: Ticket[PendingResult]) -> CompletedBatch:
         """A request for which there is no memory as a whole."""
@@ -195,19 +195,19 @@ class BatchRunner:
         try:
             [reply] = self._split(rejoin(run_in_parts(run, ticket.sample)), [ticket])
         except Exception as error:
-            return CompletedBatch([ticket], [self._failure(error)], ticket.rows)
+            return CompletedBatch([ticket], [self._failure(error, ticket)], ticket.rows)
         return CompletedBatch([ticket], [reply], ticket.rows, time.perf_counter() - started)
 
-    def _failure(self, error: BaseException) -> ServiceError:
+    def _failure(self, error: BaseException, ticket: Ticket[PendingResult]) -> ServiceError:
         """What the client of a request is told on which the model failed."""
         if isinstance(error, BadInput):
             return BadInput(str(error))  # told anew: the stack of the error holds the tickets, and they would hold it
         if is_out_of_memory(error):
-            logger.error("variant %s: memory ran out on a request: %s", self._name, error)
+            text = "variant %s: memory ran out on a request: %s"
+            logger.error(text, self._name, error, extra={"identity": ticket.identity})
             return OutOfMemory(f"variant '{self._name}' ran out of memory on this request; try again later")
-        incident = uuid.uuid4().hex[:12]
-        logger.error("variant %s failed on a request, id %s", self._name, incident, exc_info=error)
-        return BackendFailed(f"the model failed on this request; the server's log has the details under id {incident}")
+        where = log_incident(f"variant {self._name} failed on a request", error, ticket.identity)
+        return BackendFailed(f"the model failed on this request; {where}")
 
 
 def _rows(tickets: list[Ticket[PendingResult]]) -> int:

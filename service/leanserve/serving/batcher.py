@@ -25,6 +25,7 @@ from typing import Generic, TypeVar
 
 from leanserve.contracts import Arrays
 from leanserve.errors import BadInput, QueueFull
+from leanserve.request_identity import RequestIdentity
 
 
 def _never_gone() -> bool:
@@ -40,6 +41,7 @@ class Ticket(Generic[Pending]):
 
     `length` is the longest dynamic axis of its rows, 0 if there is none; the queue finds its length `bucket`. `level`
     is its priority from 1, the most urgent, to the `levels` of the queue. Only those of equal `company` share a batch.
+    `identity` names the request in the log.
     """
 
     __slots__ = (
@@ -47,6 +49,7 @@ class Ticket(Generic[Pending]):
         "company",
         "deadline",
         "enqueued_at",
+        "identity",
         "is_disconnected",
         "length",
         "level",
@@ -72,6 +75,7 @@ class Ticket(Generic[Pending]):
         self.is_disconnected = is_disconnected
         self.level = level
         self.length = length
+        self.identity: RequestIdentity | None = None
         self.company: Hashable = ()
         self.bucket = 0
         self.enqueued_at = 0.0

@@ -1,8 +1,8 @@
-"""All variants of one base: opened and warmed on their device before the first request, chosen per request, drained.
+"""All variants of one base at work: chosen per request, unloaded and loaded again, drained.
 
-The fleet is what the API sees. It knows neither the config file nor the artifact store; `open_fleet` in the composition
-root gives it what it needs. While it serves, variants can be unloaded and loaded again; what that takes is in
-`reload.py`, and here only who answers meanwhile.
+The fleet is what sessions and the API see. It knows neither the config file nor the artifact store; the composition
+root plans and opens what it serves (`opening.py`). While it serves, variants can be unloaded and loaded again; what
+that takes is in `reload.py`, and here only who answers meanwhile.
 """
 
 from __future__ import annotations
@@ -14,20 +14,11 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from leanserve.artifacts.manifest import VariantReport
-from leanserve.config.schema import BatchConfig, ServiceConfig
-from leanserve.contracts import Base
-from leanserve.errors import BadInput, NotFound, NotReady, OutOfMemory, ServiceError, StartupError
+from leanserve.errors import BadInput, NotFound, NotReady, OutOfMemory, ServiceError
 from leanserve.memory import is_out_of_memory
-from leanserve.runtime.costs import Costs
-from leanserve.runtime.device import Device
-from leanserve.runtime.lanes import LoadedVariant
 from leanserve.runtime.linux.denormals import flush_denormals
-from leanserve.runtime.warm_up import warm_up
-from leanserve.serving.batch_runner import PendingResult
-from leanserve.serving.batcher import Batcher, QueueLimits
-from leanserve.serving.company import company_by
-from leanserve.serving.reload import LoadingThreads, Open, Read, close_all, open_again
+from leanserve.serving.opening import VariantPlan, WarmFleet
+from leanserve.serving.reload import LoadingThreads, Read, close_all, open_again
 from leanserve.serving.traffic import choose_variant, normalize_weights
 from leanserve.serving.variant import Variant
 from leanserve.telemetry.metrics import Metrics
@@ -43,88 +34,37 @@ class VariantStatus(NamedTuple):
     reason: str = ""
 
 
-class MeasuredLimits(NamedTuple):
-    """What the build has found out about the batches of a variant."""
-
-    trusts_rows: bool = True
-    """Whether it keeps the rows of a batch apart, whatever their values."""
-    memory_rows: int | None = None
-    """Rows of the largest batch for which there was memory, where that is a limit."""
-
-
-UNLIMITED = MeasuredLimits()
-
-
 class Fleet:
     """The variants that serve, those that do not and why, and the traffic split among them (`weights`)."""
 
-    def __init__(self, base: Base, config: ServiceConfig, reports: list[VariantReport], device: Device) -> None:
-        self.base = base
-        self.config = config
-        self.reports = {report.name: report for report in reports}
-        self.device = device
-        self.status_of = {report.name: VariantStatus(report.state, report.reason or "") for report in reports}
-        self.variants: dict[str, Variant] = {}
-        """Those that serve now."""
-        self.metrics = Metrics(base.name, caveats=base.caveats, ready=self.is_ready, threads=device.threads)
+    def __init__(self, warm: WarmFleet) -> None:
+        """Serve what was opened, on the running loop; all methods but `close` belong to its thread."""
+        flush_denormals()  # as on the lanes: the loop runs short batches itself
+        self.name = warm.base.name
+        self.plans = warm.plans
+        self.device = warm.device
+        self.sticky_header = warm.traffic.sticky_header.lower().encode()
         self.draining = False
-        self.sticky_header = config.traffic.sticky_header.lower().encode()
-        self.weights: Mapping[str, float] = {}
-        self._opened: dict[str, Variant] = {}
-        self._reads: dict[str, Read] = {}
-        self._split: Mapping[str, float] = {}
+        self.metrics = Metrics(self.name, caveats=warm.base.caveats, ready=self.is_ready, threads=warm.device.threads)
+        self.opened: dict[str, Variant] = {}
+        """All that passed their gate, whether they serve now or not."""
+        for name, plan in warm.plans.items():
+            metrics = self.metrics.add(name, _facts(plan, warm))
+            if name in warm.variants:
+                self.opened[name] = Variant(warm.variants[name], metrics)
+        self.variants = dict(self.opened)
+        """Those that serve now."""
+        self.status_of = {name: VariantStatus(plan.facts.state, plan.facts.reason) for name, plan in warm.plans.items()}
+        self._reads: dict[str, Read] = {name: opened.read for name, opened in warm.variants.items() if opened.read}
+        self._given_weights = warm.traffic.weights
+        self._split = normalize_weights(self._given_weights, self.opened)
         """As `weights`, but over all that were opened, so that a caller's key means the same while one is away."""
+        self.weights: Mapping[str, float] = {}
         self._threads = LoadingThreads()
         self._turn = asyncio.Lock()
         self._swaps: set[asyncio.Task[None]] = set()
         self._listeners: list[Callable[[], None]] = []
-
-    def open(
-        self, name: str, load: Open, batch: BatchConfig, read: Read | None = None, measured: MeasuredLimits = UNLIMITED
-    ) -> None:
-        """Load a variant for every lane (`load` is called there) and warm it in every shape that it will meet.
-
-        A batch has no more rows than there was memory for when it was `measured`, and than there is here, where all
-        else is loaded, too. `read` is the first part of `load`, for loading it again while others serve; without it
-        there is none apart.
-
-        Raises:
-            StartupError: it cannot be loaded or run; nothing half-warm is ever served.
-        """
-        try:
-            spec = self.base.spec
-            running = self._warm_up(name, load, spec.most_rows(batch.max_rows), measured.memory_rows)
-        except Exception as error:
-            remedy = "; fewer variants, or lanes: 1, take less memory" if is_out_of_memory(error) else ""
-            raise StartupError(f"variant '{name}' cannot be loaded and warmed up: {error}{remedy}") from error
-        batcher: Batcher[PendingResult] = Batcher(_limits(batch, running.costs))
-        self._opened[name] = Variant(name, spec, running, batcher, company_by(spec, trusts_rows=measured.trusts_rows))
-        self._reads[name] = read or (lambda: load)
-        self._split = normalize_weights(self.config.traffic.weights, self._opened)
-        self._enter(name, "serving")
-
-    def _warm_up(self, name: str, load: Open, max_rows: int, memory_rows: int | None) -> LoadedVariant:
-        fitting = min(memory_rows or max_rows, max_rows)
-        running = warm_up(self.device, load, self.base.spec, fitting, len(self.config.variants))
-        if running.memory_rows is None and fitting < max_rows:
-            running = replace(running, memory_rows=fitting)
-        if running.memory_rows is not None:
-            text = "variant '%s': there is memory for batches of at most %d rows; batch.max_rows is %d"
-            logger.warning(text, name, running.memory_rows, max_rows)
-        return running
-
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Bind all variants to the loop that serves, and declare their metrics. Call it on the loop's thread."""
-        flush_denormals()  # as on the lanes: the loop runs short batches itself
-        for report in self.reports.values():
-            variant = self._opened.get(report.name)
-            facts = _facts(report, variant, self.device)
-            if variant is None:
-                self.metrics.add(report.name, facts)
-                continue
-            metrics = self.metrics.add(report.name, facts, variant.waiting_rows, variant.batcher.waiting_requests)
-            others = [other for other in self.variants.values() if other is not variant]
-            variant.bind(loop, metrics, others)
+        self._share_out()
 
     def choose(self, name: str | None, caller_key: str | None) -> Variant:
         """Explicit name, then sticky key, then weights.
@@ -133,7 +73,7 @@ class Fleet:
             NotFound: no such variant. NotReady: it was excluded by its gate, or is not loaded; or none is.
         """
         if name is None:
-            name = choose_variant(self._split, self.weights, caller_key, self.base.name)
+            name = choose_variant(self._split, self.weights, caller_key, self.name)
         variant = self.variants.get(name)
         if variant is None:
             raise self._absence(name)
@@ -192,13 +132,13 @@ class Fleet:
         """One after the other, and to the end also if one fails or who asked for it leaves."""
         if self.draining:
             self.check_ready()
-        if name is not None and name not in self._opened:
+        if name is not None and name not in self.opened:
             raise self._absence(name)
 
         async def run() -> None:
             failures = []
             async with self._turn:
-                for each in (*self._opened,) if name is None else (name,):
+                for each in (*self.opened,) if name is None else (name,):
                     try:
                         await step(each)
                     except ServiceError as error:
@@ -214,10 +154,10 @@ class Fleet:
     async def _load(self, name: str) -> None:
         if name in self.variants:
             return
-        variant = self._opened[name]
+        variant = self.opened[name]
         self._enter(name, "loading")
         try:
-            variant.reopen(await open_again(self._threads, variant.running, self._reads[name], self.base.spec))
+            variant.reopen(await open_again(self._threads, variant.running, self._reads[name], variant.spec))
         except Exception as error:
             logger.exception("variant %s could not be loaded", name)
             self._enter(name, "unloaded", f"it could not be loaded: {error}")
@@ -231,7 +171,7 @@ class Fleet:
             return
         if len(self.variants) == 1 and not last_too:
             raise BadInput(f"variant '{name}' is the last one that serves and is not unloaded; load another one first")
-        variant = self._opened[name]
+        variant = self.opened[name]
         self._enter(name, "unloading")
         try:
             await variant.finish()
@@ -242,21 +182,23 @@ class Fleet:
     def _enter(self, name: str, state: VariantState, reason: str = "") -> None:
         """Change a variant's state, and with it who gets requests."""
         self.status_of[name] = VariantStatus(state, reason)
-        self.variants = {each: self._opened[each] for each in self._opened if self.status_of[each].state == "serving"}
-        self.weights = normalize_weights(self.config.traffic.weights, self.variants)
+        self.variants = {each: self.opened[each] for each in self.opened if self.status_of[each].state == "serving"}
+        self._share_out()
+        metrics = self.metrics.variants[name]
+        metrics.facts = replace(metrics.facts, state=state, reason=reason)
+        self._tell()
+
+    def _share_out(self) -> None:
+        self.weights = normalize_weights(self._given_weights, self.variants)
         for variant in self.variants.values():
             variant.neighbours = [other for other in self.variants.values() if other is not variant]
-        if name in self.metrics.variants:
-            metrics = self.metrics.variants[name]
-            metrics.facts = replace(metrics.facts, state=state, reason=reason)
-        self._tell()
 
     def _absence(self, name: str) -> ServiceError:
         """Why no variant of that name serves, or none at all if it is empty."""
         if not name:
-            return NotReady(f"no variant of '{self.base.name}' is loaded")
-        if name not in self.reports:
-            return NotFound(f"no variant '{name}'; there are {', '.join(self.reports)}")
+            return NotReady(f"no variant of '{self.name}' is loaded")
+        if name not in self.plans:
+            return NotFound(f"no variant '{name}'; there are {', '.join(self.plans)}")
         state, reason = self.status_of[name]
         return NotReady(f"variant '{name}' is {state}" + (f": {reason}" if reason else ""))
 
@@ -269,29 +211,9 @@ class Fleet:
                 backend.close()
 
 
-def _limits(batch: BatchConfig, costs: Costs) -> QueueLimits:
-    knees = tuple(table.knee for table in costs.tables)
-    return QueueLimits(
-        max_rows=max(knees),
-        queue_rows=batch.queue_rows,
-        max_delay_s=batch.max_delay_ms / 1000,
-        timeout_s=batch.timeout_ms / 1000,
-        levels=batch.priority_levels,
-        default_level=batch.default_level,
-        lengths=costs.lengths,
-        rows_at=knees,
-    )
-
-
-def _facts(report: VariantReport, variant: Variant | None, device: Device) -> VariantFacts:
-    passes = report.chain[1:]
-    return VariantFacts(
-        passes=tuple(str(manifest.kind) for manifest in passes),
-        backend=variant.backend.name if variant else "",
-        device=variant.backend.device if variant else "",
-        lanes=len(device.lanes),
-        state=report.state,
-        reason=report.reason or "",
-        quality=report.quality.model_dump(),
-        build_seconds=tuple(manifest.seconds for manifest in passes),
-    )
+def _facts(plan: VariantPlan, warm: WarmFleet) -> VariantFacts:
+    facts = replace(plan.facts, lanes=len(warm.device.lanes))
+    if plan.name not in warm.variants:
+        return facts
+    backend = warm.variants[plan.name].running.backends[0]
+    return replace(facts, backend=backend.name, device=backend.device)

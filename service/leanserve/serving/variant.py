@@ -11,16 +11,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from leanserve.contracts import Arrays, Backend, ModelSpec
+from leanserve.contracts import Arrays, Backend
 from leanserve.errors import BadInput, ClientGone, DeadlineUnreachable, QueueFull, QueueTimeout
+from leanserve.request_identity import CURRENT_REQUEST
 from leanserve.runtime.assembly import cut, dynamic_axes, longest, rejoin
 from leanserve.runtime.lanes import LoadedVariant
 from leanserve.serving.batch_runner import BatchRunner, CompletedBatch, PendingResult, Prediction
 from leanserve.serving.batcher import Batcher, Formed, Ticket
-from leanserve.serving.company import Company
 from leanserve.serving.deferred_metrics import DeferredMetrics
 from leanserve.serving.expiry import ExpiryTimer
 from leanserve.serving.in_flight import InFlightCount
+from leanserve.serving.opening import WarmVariant
 from leanserve.serving.scheduler import Scheduler
 from leanserve.telemetry.observations import VariantMetrics
 
@@ -32,43 +33,31 @@ IsDisconnected = Callable[[], bool]
 
 
 class Variant:
-    """One warm variant on its device. Create it with its measured costs, `bind` it to the loop, then `predict`."""
+    """One warm variant at work on its device: `predict`."""
 
-    def __init__(
-        self,
-        name: str,
-        spec: ModelSpec,
-        running: LoadedVariant,
-        batcher: Batcher[PendingResult],
-        company: Company | None = None,
-    ) -> None:
-        """`company` tells which requests may share a batch: those of which it says the same; `None`: any may."""
-        self.name = name
-        self.costs = running.costs
-        self.batcher = batcher
-        self.metrics: VariantMetrics
+    def __init__(self, warm: WarmVariant, metrics: VariantMetrics) -> None:
+        """Serve it on the running loop; `metrics` are told of every batch, and of the queue when they are asked."""
+        self.name = warm.name
+        self.spec = warm.spec
+        self.codec = warm.codec
+        self.running = warm.running
+        self.costs = warm.running.costs
+        self.batcher: Batcher[PendingResult] = Batcher(warm.limits)
         self.neighbours: Sequence[Variant] = ()
-        self._spec = spec
-        self._company = company
-        self._axes = dynamic_axes(spec.inputs)
-        self._device = running.device
-        self.running = running
-        self._scheduler: Scheduler
-        self._loop: asyncio.AbstractEventLoop
-        self._sweep: ExpiryTimer
-        self._unsettled = InFlightCount()
-        self._expected = [0] * batcher.limits.levels
-        """Requests that are being decoded, by level."""
-
-    def bind(self, loop: asyncio.AbstractEventLoop, metrics: VariantMetrics, neighbours: Sequence[Variant]) -> None:
-        """Connect to the loop that calls `predict`, to the metrics, and to the variants that share the device."""
-        self._loop = loop
-        self._sweep = ExpiryTimer(loop, self._expire)
+        """The other variants on its device that serve."""
         self.metrics = metrics
-        self.neighbours = neighbours
+        self._company = warm.company
+        self._axes = dynamic_axes(warm.spec.inputs)
+        self._device = warm.running.device
+        self._loop = loop = asyncio.get_running_loop()
+        self._sweep = ExpiryTimer(loop, self._expire)
+        self._unsettled = InFlightCount()
+        self._expected = [0] * warm.limits.levels
+        """Requests that are being decoded, by level."""
         tally = DeferredMetrics(loop, metrics)
         metrics.catch_up = tally.catch_up
-        self._scheduler = Scheduler(loop, self.running, self._execution(), self.batcher, self._settle, tally)
+        metrics.queue_rows, metrics.queue_requests = self.waiting_rows, self.batcher.waiting_requests
+        self._scheduler = Scheduler(loop, warm.running, self._execution(), self.batcher, self._settle, tally)
 
     @property
     def backend(self) -> Backend:
@@ -85,7 +74,7 @@ class Variant:
         self._scheduler.reopen(running, self._execution())
 
     def _execution(self) -> BatchRunner:
-        return BatchRunner(self.name, self._spec, self.running)
+        return BatchRunner(self.name, self.spec, self.running)
 
     async def predict(
         self, sample: Arrays, is_disconnected: IsDisconnected, timeout_s: float | None = None, priority: int = 0
@@ -98,13 +87,13 @@ class Variant:
         Raises:
             BadInput: rows are longer than the spec's `max_length`, or hold what the model cannot look up.
             QueueFull, DeadlineUnreachable: refused at the door; `retry_after_s` is set.
-            QueueTimeout: waited longer than `timeout_s` (the queue's own limit by default) and was not executed.
+            QueueTimeout: waited longer than `timeout_s`, or than the queue's own limit, and was not executed.
             ClientGone: the client left before its rows were executed.
             BackendFailed, OutOfMemory: the backend raised on these rows alone.
         """
         now = time.perf_counter()
         limits = self.batcher.limits
-        timeout_s = limits.timeout_s if timeout_s is None else timeout_s
+        timeout_s = limits.timeout_s if timeout_s is None else min(limits.timeout_s, timeout_s)
         length = self._length(sample) if self._axes else 0
         bucket = limits.bucket(length)
         level = limits.level(priority)
@@ -132,7 +121,7 @@ class Variant:
             raise self._full(f"all {limits.queue_rows} rows of the queue are taken")
         level = 1 if priority is None else limits.level(priority)
         expected = sum(self._expected[:level])
-        self._admit(1, level, 0, limits.timeout_s if timeout_s is None else timeout_s, expected)
+        self._admit(1, level, 0, limits.timeout_s if timeout_s is None else min(limits.timeout_s, timeout_s), expected)
 
     @contextmanager
     def expecting(self, priority: int | None = 0) -> Iterator[None]:
@@ -184,8 +173,8 @@ class Variant:
 
     def _length(self, sample: Arrays) -> int:
         length = longest(sample, self._axes)
-        if length > self._spec.max_length:
-            raise BadInput(f"an input is {length} long; this model takes at most {self._spec.max_length}")
+        if length > self.spec.max_length:
+            raise BadInput(f"an input is {length} long; this model takes at most {self.spec.max_length}")
         return length
 
     def _admit(self, rows: int, level: int, bucket: int, timeout_s: float, expected: int = 0) -> None:
@@ -203,6 +192,7 @@ class Variant:
             return reply.cancelled() or is_disconnected()
 
         ticket = Ticket(sample, reply, deadline=deadline, is_disconnected=left, level=level, length=length)
+        ticket.identity = CURRENT_REQUEST.get()
         if self._company is not None:
             ticket.company = self._company(sample)
         return ticket

@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 
 from leanserve.contracts import Json
 from leanserve.telemetry.hardware_metrics import HardwareMetrics, Sources, initialised_nvml
-from leanserve.telemetry.observations import BucketCounts, VariantFacts, VariantMetrics, no_queue
+from leanserve.telemetry.observations import BucketCounts, VariantFacts, VariantMetrics
 from leanserve.telemetry.startup import Startup
 
 TRITON_REASONS = {
@@ -187,15 +187,9 @@ class Metrics(Collector):
         self._hardware = HardwareMetrics(sources, threads)
         self._registry = _registry(self, sources.proc)
 
-    def add(
-        self,
-        name: str,
-        facts: VariantFacts,
-        queue_rows: Callable[[], int] = no_queue,
-        queue_requests: Callable[[], int] = no_queue,
-    ) -> VariantMetrics:
+    def add(self, name: str, facts: VariantFacts) -> VariantMetrics:
         """Start to export a variant (replacing one of the same name); the result is what its serving code writes to."""
-        self.variants[name] = VariantMetrics(name, facts, queue_rows, queue_requests)
+        self.variants[name] = VariantMetrics(name, facts)
         return self.variants[name]
 
     def render(self, accept: str = "") -> tuple[bytes, str]:

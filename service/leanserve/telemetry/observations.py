@@ -63,10 +63,12 @@ class VariantFacts:
 
     `quality` is the manifest's quality report as plain values: `None` is left out, nested numbers get joined names
     (`latency_ms: {8: ..}` becomes the measure `latency_ms_8`), and `outputs` is a list with the measures of each.
-    `build_seconds` has one entry per pass, in order.
+    `build_seconds` has one entry per pass, in order. `cpu` and `threads` are those that it was measured on.
     """
 
     passes: Sequence[str] = ()
+    simulated: Sequence[str] = ()
+    """Those of the passes whose gain is computed, not had."""
     backend: str = ""
     device: str = ""
     lanes: int = 1
@@ -75,6 +77,8 @@ class VariantFacts:
     reason: str = ""
     quality: Mapping[str, Json] = field(default_factory=dict)
     build_seconds: Sequence[float] = ()
+    cpu: str = ""
+    threads: int = 0
 
 
 @dataclass(slots=True)
@@ -127,18 +131,12 @@ class VariantMetrics:
         "rows",
     )
 
-    def __init__(
-        self,
-        name: str,
-        facts: VariantFacts,
-        queue_rows: Callable[[], int] = no_queue,
-        queue_requests: Callable[[], int] = no_queue,
-    ) -> None:
+    def __init__(self, name: str, facts: VariantFacts) -> None:
         self.name = name
         self.facts = facts
-        self.catch_up = up_to_date
-        self.queue_rows = queue_rows
-        self.queue_requests = queue_requests
+        self.catch_up: Callable[[], None] = up_to_date
+        self.queue_rows: Callable[[], int] = no_queue
+        self.queue_requests: Callable[[], int] = no_queue
         self.requests = {outcome: BucketCounts(SECONDS) for outcome in OUTCOMES}
         self.queue = BucketCounts(SECONDS)
         self.infer = BucketCounts(SECONDS)

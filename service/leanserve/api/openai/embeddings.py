@@ -1,120 +1,170 @@
-"""`POST /v1/embeddings` for clients of OpenAI's API, from request to reply.
+"""`POST /v1/embeddings` for clients of OpenAI's API.
 
 `model` names the base (the traffic split chooses, as everywhere), a variant, or both as `base:variant`. The texts of a
-request are cut into groups of similar length that queue apart (`by_length.py`).
+request are cut into groups of similar length that queue apart (`serving/length_groups.py`).
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Awaitable
+from functools import partial
+from typing import Annotated, Any, Literal
 
-from leanserve.api.by_length import joined, length_groups, predict_groups
-from leanserve.api.openai.models import gives_embeddings, no_embeddings, refusal, variant_of
-from leanserve.api.v1.predict import DEFAULT_PRIORITY, decode_for, how_it_ran, off_loop, plain_body
-from leanserve.codecs.openai import EmbeddingRequest, Tokens, encode_reply, parse_request, token_rows
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from leanserve.api.bodies import HttpSession
+from leanserve.api.endpoint import Declaration, Endpoint, OpenAiErrorReply, endpoint, in_body, one_of, which_variant
+from leanserve.api.openai.models import gives_embeddings, no_embeddings, refusal, served_models, variant_of
+from leanserve.api.service import Service
+from leanserve.codecs.openai import EmbeddingRequest, encode_reply, parse_request, token_rows
 from leanserve.codecs.tensors import clip
 from leanserve.codecs.text import TextCodec
 from leanserve.contracts import Array
 from leanserve.errors import BackendFailed, BadInput, ConfigError
-from leanserve.http.messages import Request, Response, Route, disconnect_check
-from leanserve.serving.batch_runner import Prediction
-from leanserve.serving.fleet import Fleet
-from leanserve.serving.variant import IsDisconnected, Variant
+from leanserve.http.messages import Request, Response, Route
+from leanserve.serving.length_groups import length_groups
+from leanserve.serving.session import (
+    Answered,
+    ModelRequest,
+    VariantChoice,
+    off_loop,
+    refuse_unrouted,
+)
+from leanserve.serving.variant import Variant
 
+EMBEDDINGS = "/v1/embeddings"
 SMALL = 2 * 2**10
 """Bytes of a body that is tokenized on the event loop: half a millisecond, where a thread costs 50 microseconds."""
-SMALL_REPLY = 32 * 2**10
-"""Numbers that are written as JSON on the event loop."""
 
 
-def embeddings_route(fleet: Fleet) -> Route:
-    """The route of this fleet; of a base that gives no embeddings of texts, one that says so.
+class EmbeddingRow(BaseModel):
+    """One embedding: numbers, or base64 of float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    """Tokens that were read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    """The embeddings, in the order of the texts."""
+
+    object: Literal["list"]
+    data: list[EmbeddingRow]
+    model: str
+    usage: EmbeddingUsage
+
+
+def embeddings_endpoint(service: Service) -> Endpoint:
+    """That of this service; of a base that gives no embeddings of texts, one that says so.
 
     Raises:
         ConfigError: the config says how embeddings are asked for, and the base gives none.
     """
-    codec = fleet.base.codec
-    if isinstance(codec, TextCodec) and gives_embeddings(fleet):
-        return Route("POST", "prediction", _Embeddings(fleet, codec).answer, refusal)
-    if fleet.config.embeddings.token_ids != "refuse":
-        raise ConfigError(f"embeddings.token_ids: the base '{fleet.base.name}' gives no embeddings of texts")
+    if gives_embeddings(service.base):
+        asked = {"body": in_body(_embedding_query(service)), **which_variant(service)}
+        told = Declaration("Embeddings, as of OpenAI's API", asked, {}, EmbeddingList, OpenAiErrorReply)
+        return endpoint(EMBEDDINGS, Route("POST", "prediction", partial(embed, service), refusal), told)
+    if service.config.embeddings.token_ids != "refuse":
+        raise ConfigError(f"embeddings.token_ids: the base '{service.base.name}' gives no embeddings of texts")
 
     async def refuse(_: Request) -> Response:
-        raise no_embeddings(fleet)
+        refuse_unrouted(service.fleet, no_embeddings(service.base))
 
-    return Route("POST", "prediction", refuse, refusal)
+    return endpoint(EMBEDDINGS, Route("POST", "prediction", refuse, refusal))
 
 
-class _Embeddings:
-    def __init__(self, fleet: Fleet, codec: TextCodec) -> None:
-        self._fleet = fleet
-        self._codec = codec
-        self._width = fleet.base.spec.outputs[0].shape[0] or 0
-        codec.open()
+def _embedding_query(service: Service) -> type[BaseModel]:
+    """A request for embeddings, with the models that may be named."""
+    base, names = service.base, served_models(service.fleet) or [service.base.name]
+    ids: Any = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    taken: Any = str | Annotated[list[str], Field(min_length=1)]
+    if service.config.embeddings.token_ids == "own":
+        taken = taken | ids | Annotated[list[ids], Field(min_length=1)]
+        taken = Annotated[taken, Field(description="texts, or token ids with the special ones")]
+    example: Any = {"example": {"input": ["one text", "another"], "model": base.name}}
+    fields: dict[str, Any] = {
+        "input": (taken, ...),
+        "model": (one_of(names), ...),
+        "encoding_format": (one_of(["float", "base64"]), "float"),
+        "dimensions": (one_of([base.spec.outputs[0].shape[0] or 0]) | None, None),
+        "user": (Annotated[str, Field(description="not used")], ""),
+    }
+    return create_model("EmbeddingQuery", __config__=ConfigDict(extra="forbid", json_schema_extra=example), **fields)
 
-    async def answer(self, caller: Request) -> Response:
-        body = bytes(await plain_body(caller, self._fleet.config.limits.body_bytes))
-        request = await self._parsed(body)
-        asked = self._asked(request.model, caller)
-        variant = self._fleet.choose(*asked)
-        caller.variant = variant.name
-        tokens = await self._tokenized(variant, request, len(body))
-        variant = self._fleet.confirm(variant, *asked)
-        caller.variant = variant.name
-        prediction = await predict_by_length(variant, self._codec, tokens, disconnect_check(caller.receive))
-        text = await self._encoded(prediction, request, sum(map(len, tokens)))
-        how = [
-            (f"x-{name.replace('_', '-')}".encode(), str(value).encode())
-            for name, value in how_it_ran(prediction).items()
-        ]
-        return Response(text, [(b"content-type", b"application/json"), (b"x-variant", variant.name.encode()), *how])
 
-    async def _parsed(self, body: bytes) -> EmbeddingRequest:
+def embed(service: Service, request: Request) -> Awaitable[Response]:
+    """Answer one request.
+
+    Raises:
+        ServiceError: whatever kept it from being answered.
+    """
+    return _Embeddings(service, request).run()
+
+
+class _Embeddings(HttpSession):
+    is_chosen_by_body = True
+
+    def __init__(self, service: Service, request: Request) -> None:
+        super().__init__(service, request)
+        self._service = service
+        self._asked: EmbeddingRequest
+        self._tokens = 0
+
+    async def read(self) -> None:
+        """Read the body and parse it: it names the variant."""
+        if self.body is None:
+            await super().read()
+        body, width = bytes(self.body or b""), self._service.base.spec.outputs[0].shape[0] or 0
         if len(body) <= SMALL:
-            return parse_request(body, self._width)
-        return await off_loop(parse_request, body, self._width)
+            self._asked = parse_request(body, width)
+        else:
+            self._asked = await off_loop(parse_request, body, width)
 
-    async def _tokenized(self, variant: Variant, request: EmbeddingRequest, size: int) -> Tokens:
-        asked = request.input, self._codec, self._fleet.config.embeddings.token_ids
-        if size <= SMALL:
-            return token_rows(*asked)
-        return await decode_for(variant, DEFAULT_PRIORITY, token_rows, *asked)
-
-    def _asked(self, model: str, caller: Request) -> tuple[str | None, str | None]:
-        """The name of the variant that `model` asks for, and the caller's key where it leaves the choice.
+    def asked(self) -> VariantChoice:
+        """The variant that `model` asks for, and the caller's key where it leaves the choice.
 
         Raises:
             NotFound: no such model. BadInput: the header asks for another one.
         """
-        name, named = variant_of(self._fleet, model), caller.header(b"x-variant")
+        fleet, model = self._service.fleet, self._asked.model
+        name, named = variant_of(fleet, model), self.http.header(b"x-variant")
         if name is None:
-            return named, caller.header(self._fleet.sticky_header)
+            return named, self.http.header(fleet.sticky_header)
         if named not in {None, name}:
             raise BadInput(f"the model {clip(model)} and the header x-variant name two variants")
         return name, None
 
-    async def _encoded(self, prediction: Prediction, request: EmbeddingRequest, tokens: int) -> bytes:
-        embeddings = prediction.outputs[0]
+    def decodes_quickly(self) -> bool:
+        return len(self.body or b"") <= SMALL
+
+    def decode(self, variant: Variant) -> ModelRequest:
+        codec = variant.codec
+        assert isinstance(codec, TextCodec)  # `gives_embeddings`; a pass changes what a text becomes, not what is sent
+        tokens = token_rows(self._asked.input, codec, self._service.config.embeddings.token_ids)
+        self._tokens = sum(map(len, tokens))
+        groups = length_groups(list(map(len, tokens)), variant.spec.rows)
+        samples = [codec.arrays([tokens[row] for row in group]) for group in groups]
+        return ModelRequest(samples, groups)
+
+    def encode(self, answered: Answered) -> Response:
+        rows = np.concatenate([np.asarray(group) for group in answered.groups])
+        found: Array = np.concatenate([part.outputs[0] for part in answered.parts])
+        embeddings = np.empty_like(found)
+        embeddings[rows] = found
         if not np.isfinite(embeddings).all():
             raise BackendFailed("the model's embeddings are not finite")
-        if embeddings.size <= SMALL_REPLY:
-            return encode_reply(embeddings, request.form, prediction.variant, tokens)
-        return await off_loop(encode_reply, embeddings, request.form, prediction.variant, tokens)
-
-
-async def predict_by_length(variant: Variant, codec: TextCodec, tokens: Tokens, gone: IsDisconnected) -> Prediction:
-    """Predict the rows in groups of similar length; the outputs are in the order of the rows.
-
-    Raises:
-        BadInput: more rows than may wait at all.
-        ServiceError: of the first group that failed; the others are taken back.
-    """
-    groups = length_groups(list(map(len, tokens)), codec.answers.spec.rows)
-    parts = await predict_groups(variant, [codec.arrays([tokens[row] for row in group]) for group in groups], gone)
-    if len(parts) == 1:
-        return parts[0]
-    rows = np.concatenate([np.asarray(group) for group in groups])
-    found: Array = np.concatenate([part.outputs[0] for part in parts])
-    outputs = np.empty_like(found)
-    outputs[rows] = found
-    return joined(parts, (outputs,))
+        variant = answered.variant.name
+        how = [
+            (f"x-{name.replace('_', '-')}".encode(), str(value).encode())
+            for name, value in answered.how_it_ran().items()
+        ]
+        headers = [(b"content-type", b"application/json"), (b"x-variant", variant.encode()), *how]
+        return Response(encode_reply(embeddings, self._asked.form, variant, self._tokens), headers)

@@ -1,105 +1,105 @@
-"""A prediction in the base's own formats, from request to reply: the straight line that every request walks.
-
-choose a variant -> body -> decode and check -> queue and run -> encode. Bad input never reaches a queue; bodies are
-decoded in a small thread pool, so that a large image cannot hold up the event loop, and not at all for a variant that
-could not take the request anyway.
-"""
+"""`POST /v1/predict`: a prediction in the base's own formats, which the codec knows; here is what HTTP adds to them."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from typing import TypeVar, TypeVarTuple
+from collections.abc import Awaitable, Mapping
+from functools import partial
+from typing import Any
 
-from leanserve.api.by_length import cut_to_length, in_order, joined, length_groups, predict_groups
-from leanserve.contracts import Base, Decoded, Json
-from leanserve.http.content_encoding import encoding_of_body, inflate
-from leanserve.http.messages import Request, Response, disconnect_check, json_response, read_body
-from leanserve.serving.batch_runner import Prediction
-from leanserve.serving.fleet import Fleet
-from leanserve.serving.variant import IsDisconnected, Variant
+from pydantic import BaseModel
 
-DECODER_THREADS = 2
-"""Threads of the loop's default executor, which decode and encode what would hold up the loop."""
-DEFAULT_PRIORITY = 0
+from leanserve.api.bodies import HttpSession
+from leanserve.api.endpoint import Declaration, Endpoint, endpoint, which_variant
+from leanserve.api.service import Service
+from leanserve.codecs.image_formats import FORMAT_NAMES, media_types
+from leanserve.contracts import Json
+from leanserve.http.messages import Request, Response, Route, json_response
+from leanserve.serving.length_groups import in_order
+from leanserve.serving.session import Answered, ModelRequest, VariantChoice, grouped_rows
+from leanserve.serving.variant import Variant
 
-_Args = TypeVarTuple("_Args")
-_Result = TypeVar("_Result")
-
-
-async def off_loop(work: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
-    """Do work that takes more than a few hundred microseconds where it does not hold up the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(None, work, *args)
-
-
-async def decode_for(
-    variant: Variant, priority: int | None, decode: Callable[[*_Args], _Result], *args: *_Args
-) -> _Result:
-    """Decode off the loop for a variant, unless that could not take a request of this priority anyway.
-
-    Raises:
-        QueueFull, DeadlineUnreachable: it could not. Whatever `decode` raises.
-    """
-    with variant.expecting(priority):
-        return await off_loop(decode, *args)
+PREDICT = "/v1/predict"
+_FILE: Json = {"type": "string", "format": "binary"}
+_BODIES: Mapping[str, Json] = {
+    **{kind: {"schema": _FILE} for kind in (*media_types(FORMAT_NAMES), "image/*", "application/octet-stream")},
+    "multipart/form-data": {
+        "schema": {
+            "type": "object",
+            "properties": {"file": _FILE},
+            "additionalProperties": _FILE,
+            "description": "one file per part, under any names; several files get a list of predictions",
+        }
+    },
+}
+"""What a prediction takes by these media types; others have no schema."""
 
 
-async def plain_body(caller: Request, limit: int) -> bytes | memoryview:
-    """The whole request body, inflated if its `Content-Encoding` says that it is compressed.
+class RowAnswer(BaseModel):
+    """What is told of one row: label and scores, an embedding, or outputs by name."""
 
-    Raises:
-        BodyTooLarge: above `limit` bytes, compressed or inflated. UnsupportedMediaType: an unknown encoding.
-        BadInput: the compressed body is damaged. ClientGone: the client left while sending.
-    """
-    if caller.body is not None:
-        return caller.body
-    encoding = encoding_of_body(caller.header(b"content-encoding"))
-    body = await read_body(caller, limit)
-    return body if encoding is None else await off_loop(inflate, bytes(body), encoding, limit)
+    label: str | None = None
+    scores: dict[str, float] | None = None
+    embedding: list[float] | None = None
+    outputs: dict[str, Any] | None = None
 
 
-async def predict(fleet: Fleet, caller: Request) -> Response:
+class HowItRan(BaseModel):
+    """Who answered, milliseconds in the queue and on the device, rows of the batch."""
+
+    variant: str
+    queue_ms: float
+    inference_ms: float
+    batch_rows: int
+
+
+class OneAnswer(RowAnswer, HowItRan):
+    """The answer to a single row."""
+
+
+class ManyAnswers(HowItRan):
+    """The answers to a list of rows, in its order."""
+
+    predictions: list[RowAnswer]
+
+
+def predict_endpoint(service: Service) -> Endpoint:
+    """Predictions in the base's own formats."""
+    media = {media_type: _BODIES.get(media_type, {}) for media_type in service.base.codec.media_types}
+    told = Declaration("Predict", which_variant(service), media, OneAnswer | ManyAnswers)
+    return endpoint(PREDICT, Route("POST", "prediction", partial(predict, service)), told)
+
+
+def predict(service: Service, request: Request) -> Awaitable[Response]:
     """Answer one request.
 
     Raises:
         ServiceError: whatever kept it from being answered.
     """
-    asked = caller.header(b"x-variant"), caller.header(fleet.sticky_header)
-    variant = fleet.choose(*asked)
-    caller.variant = variant.name
-    if caller.body is None:
-        variant.check_open()
-    body = bytes(await plain_body(caller, fleet.config.limits.body_bytes))
-    content_type = caller.header(b"content-type") or ""  # with its parameters: a form names its boundary there
-    decoded: Decoded = await decode_for(variant, DEFAULT_PRIORITY, fleet.base.codec.decode, content_type, body)
-    variant = fleet.confirm(variant, *asked)
-    caller.variant = variant.name
-    prediction, answers = await _answered(variant, fleet.base, decoded, disconnect_check(caller.receive))
-    how: dict[str, Json] = {"variant": prediction.variant, **how_it_ran(prediction)}
-    return json_response(
-        {"predictions": answers, **how} if decoded.many else {**answers[0], **how},
-        [(b"x-variant", variant.name.encode())],
-    )
+    return CodecSession(service, request).run()
 
 
-async def _answered(
-    variant: Variant, base: Base, decoded: Decoded, gone: IsDisconnected
-) -> tuple[Prediction, list[dict[str, Json]]]:
-    """The prediction and one answer per row. Rows of different length run apart where they must."""
-    spec = base.spec
-    if spec.rows == "any" or len(set(decoded.lengths)) < 2:
-        prediction = await variant.predict(decoded.inputs, gone)
-        return prediction, base.codec.encode(prediction.outputs)
-    groups = length_groups(decoded.lengths, spec.rows)
-    parts = await predict_groups(variant, [cut_to_length(decoded, spec, group) for group in groups], gone)
-    answers = in_order([base.codec.encode(part.outputs) for part in parts], groups)
-    return joined(parts, ()), answers
+class CodecSession(HttpSession):
+    """The session of a request whose body and answer are those of the variant's codec."""
 
+    many = False
+    """Whether a list of rows was sent."""
 
-def how_it_ran(prediction: Prediction) -> dict[str, float]:
-    """What every reply tells about its prediction: milliseconds in the queue and on the device, rows of its batch."""
-    return {
-        "queue_ms": round(prediction.queue_s * 1000, 3),
-        "inference_ms": round(prediction.infer_s * 1000, 3),
-        "batch_rows": prediction.batch_size,
-    }
+    def asked(self) -> VariantChoice:
+        return self.http.header(b"x-variant"), self.http.header(self.fleet.sticky_header)
+
+    def decodes_quickly(self) -> bool:
+        return False  # an image takes milliseconds
+
+    def decode(self, variant: Variant) -> ModelRequest:
+        content_type = self.http.header(b"content-type") or ""  # with its parameters: a form names its boundary there
+        decoded = variant.codec.decode(content_type, bytes(self.body or b""))
+        self.many = decoded.many
+        return grouped_rows(decoded, variant.spec)
+
+    def encode(self, answered: Answered) -> Response:
+        variant = answered.variant
+        parts = [variant.codec.encode(part.outputs) for part in answered.parts]
+        answers = in_order(parts, answered.groups) if answered.groups else parts[0]
+        how: dict[str, Json] = {"variant": variant.name, **answered.how_it_ran()}
+        body = {"predictions": answers, **how} if self.many else {**answers[0], **how}
+        return json_response(body, [(b"x-variant", variant.name.encode())])

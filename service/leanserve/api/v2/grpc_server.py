@@ -6,10 +6,7 @@ that the client cancels, or whose deadline passes, cancels the coroutine here, b
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -18,20 +15,22 @@ import grpc
 from google.protobuf.json_format import ParseDict
 from grpc import aio
 
-from leanserve.api.routes import confession
+from leanserve.api.service import Service
 from leanserve.api.starting import refused
-from leanserve.api.v1.predict import decode_for, how_it_ran
 from leanserve.api.v2.grpc_health import HEALTH, REQUEST, RESPONSE, Health
 from leanserve.api.v2.grpc_infer import GrpcInferDecoder, encode, form_of
 from leanserve.api.v2.grpc_messages import SERVICE, message
-from leanserve.api.v2.open_inference import OpenInference
-from leanserve.contracts import Json
-from leanserve.errors import ClientGone, NotReady, ServiceError, StartupError
+from leanserve.api.v2.open_inference import OpenInference, terms_of
+from leanserve.codecs.infer_plan import InferOptions
+from leanserve.contracts import Json, ModelSpec
+from leanserve.errors import NotReady, ServiceError, StartupError
 from leanserve.http.messages import error_headers
+from leanserve.request_identity import CURRENT_REQUEST, RequestIdentities
 from leanserve.serving.fleet import Fleet
+from leanserve.serving.incidents import unexpected_failure
+from leanserve.serving.session import UNKNOWN_TERMS, Answered, ModelRequest, Session, Terms, VariantChoice
+from leanserve.serving.variant import Variant
 from leanserve.telemetry.startup import Startup
-
-logger = logging.getLogger(__name__)
 
 Context: TypeAlias = Any
 GrpcAnswer: TypeAlias = Callable[[Any, Context], Awaitable[Any]]
@@ -72,10 +71,10 @@ class GrpcServer:
     calls: _Calls
     health: Health
 
-    def serve(self, fleet: Fleet) -> None:
-        """From now on the fleet answers, which was started on the loop that runs this."""
-        self.calls.serve(fleet)
-        fleet.on_change(self.health.changed)
+    def serve(self, service: Service) -> None:
+        """From now on the service answers, on the loop that runs this."""
+        self.calls.serve(service)
+        service.fleet.on_change(self.health.changed)
         self.health.changed()
 
     async def stop(self, grace_s: float) -> None:
@@ -96,16 +95,20 @@ async def start_grpc(host: str, port: int, body_bytes: int, startup: Startup) ->
         ("grpc.so_reuseport", 0),  # else a second server would share the port without a word
     )
     server = aio.server(options=options)
-    calls = _Calls(startup)
+    calls, identities = _Calls(startup), RequestIdentities()
     health = Health(calls.ready)
     methods = {
-        name: _handler(name, partial(calls.answer, name), message(f"{name}Request"), message(f"{name}Response"))
+        name: _handler(
+            partial(_answered, identities, name, partial(calls.answer, name)),
+            message(f"{name}Request"),
+            message(f"{name}Response"),
+        )
         for name in METHODS
     }
     server.add_generic_rpc_handlers(
         (
             grpc.method_handlers_generic_handler(SERVICE, methods),
-            grpc.method_handlers_generic_handler(HEALTH, _health_methods(health)),
+            grpc.method_handlers_generic_handler(HEALTH, _health_methods(health, identities)),
         )
     )
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -117,34 +120,54 @@ async def start_grpc(host: str, port: int, body_bytes: int, startup: Startup) ->
     return GrpcServer(server, claimed, calls, health)
 
 
-def _health_methods(health: Health) -> dict[str, grpc.RpcMethodHandler]:
-    watch = grpc.unary_stream_rpc_method_handler(
-        health.watch,
+def _health_methods(health: Health, identities: RequestIdentities) -> dict[str, grpc.RpcMethodHandler]:
+    async def watch(request: Any, context: Context) -> AsyncIterator[Any]:
+        _identify(identities, context)
+        async for reply in health.watch(request, context):
+            yield reply
+
+    watching = grpc.unary_stream_rpc_method_handler(
+        watch,
         request_deserializer=message(REQUEST).FromString,
         response_serializer=message(RESPONSE).SerializeToString,
     )
-    return {"Check": _handler("Check", health.check, message(REQUEST), message(RESPONSE)), "Watch": watch}
+    check = partial(_answered, identities, "Check", health.check)
+    return {"Check": _handler(check, message(REQUEST), message(RESPONSE)), "Watch": watching}
 
 
-def _handler(name: str, answer: GrpcAnswer, asked: Any, told: Any) -> grpc.RpcMethodHandler:
-    async def call(request: Any, context: Context) -> Any:
-        try:
-            return await answer(request, context)
-        except ServiceError as error:
-            return await _abort(context, error)
-        except Exception as error:
-            return await _abort(context, confession(error, f"a gRPC call of {name}"))
-
+def _handler(answer: GrpcAnswer, asked: Any, told: Any) -> grpc.RpcMethodHandler:
     return grpc.unary_unary_rpc_method_handler(
-        call,
-        request_deserializer=asked.FromString,
-        response_serializer=told.SerializeToString,
+        answer, request_deserializer=asked.FromString, response_serializer=told.SerializeToString
     )
 
 
-async def _abort(context: Context, error: ServiceError) -> Any:
-    context.set_trailing_metadata(tuple(error_headers(error).items()))
-    return await context.abort(_STATUS.get(error.status, grpc.StatusCode.INTERNAL), str(error))
+async def _answered(
+    identities: RequestIdentities, name: str, answer: GrpcAnswer, request: Any, context: Context
+) -> Any:
+    """The reply to a call of that name, or the status that refuses it; both tell the identity of the call."""
+    told = _identify(identities, context)
+    try:
+        return await answer(request, context)
+    except ServiceError as error:
+        failure = error
+    except Exception as error:
+        failure = unexpected_failure(error, f"a gRPC call of {name}")
+    context.set_trailing_metadata((*told, *error_headers(failure).items()))
+    return await context.abort(_STATUS.get(failure.status, grpc.StatusCode.INTERNAL), str(failure))
+
+
+def _identify(identities: RequestIdentities, context: Context) -> tuple[tuple[str, str], ...]:
+    """Give a call its identity, and that to its trailing metadata."""
+    headers = {
+        name.encode(): value.encode(errors="replace")
+        for name, value in context.invocation_metadata()
+        if isinstance(value, str)
+    }
+    identity = identities.of(headers)
+    CURRENT_REQUEST.set(identity)
+    told = tuple((name.decode(), value.decode()) for name, value in identity)
+    context.set_trailing_metadata(told)
+    return told
 
 
 class _Calls:
@@ -169,71 +192,91 @@ class _Calls:
         """Whether the service is ready: the one place where that is known on this side."""
         return self._fleet is not None and self._fleet.is_ready()
 
-    def serve(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-        self._answers = _Service(fleet).answers | self._health
+    def serve(self, service: Service) -> None:
+        self._fleet = service.fleet
+        self._answers = model_answers(OpenInference(service)) | self._health
 
 
-class _Service:
-    """One method per call of the protocol that is about a model."""
+def model_answers(protocol: OpenInference) -> dict[str, GrpcAnswer]:
+    """What answers each call of the protocol that is about a model."""
+    index, config = protocol.repository_index, protocol.config
+    return {
+        "ModelReady": _described("ModelReady", partial(_model_ready, protocol)),
+        "ServerMetadata": _described("ServerMetadata", lambda _: protocol.server_metadata()),
+        "ModelMetadata": _described("ModelMetadata", lambda r: protocol.metadata(r.name, r.version)),
+        "ModelConfig": _described("ModelConfig", lambda r: {"config": config(r.name, r.version)}),
+        "ModelStatistics": _described("ModelStatistics", lambda r: protocol.statistics(r.name, r.version)),
+        "RepositoryIndex": _described("RepositoryIndex", lambda r: {"models": index(ready_only=r.ready)}),
+        "RepositoryModelLoad": _swapped("RepositoryModelLoad", protocol.load),
+        "RepositoryModelUnload": _swapped("RepositoryModelUnload", protocol.unload),
+        "ModelInfer": partial(_infer, protocol, {}),
+    }
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-        self._protocol = protocol = OpenInference(fleet)
-        self._decoder = GrpcInferDecoder(fleet.base.spec)
-        self.answers: dict[str, GrpcAnswer] = {
-            "ModelReady": _described("ModelReady", self._model_ready),
-            "ServerMetadata": _described("ServerMetadata", lambda _: protocol.server_metadata()),
-            "ModelMetadata": _described("ModelMetadata", lambda r: protocol.metadata(r.name, r.version)),
-            "ModelConfig": _described("ModelConfig", lambda r: {"config": protocol.config(r.name, r.version)}),
-            "ModelStatistics": _described("ModelStatistics", lambda r: protocol.statistics(r.name, r.version)),
-            "RepositoryIndex": _described(
-                "RepositoryIndex", lambda r: {"models": protocol.repository_index(ready_only=r.ready)}
-            ),
-            "RepositoryModelLoad": _swapped("RepositoryModelLoad", protocol.load),
-            "RepositoryModelUnload": _swapped("RepositoryModelUnload", protocol.unload),
-            "ModelInfer": self._infer,
-        }
 
-    def _model_ready(self, request: Any) -> Json:
-        try:
-            self._protocol.check_ready(request.name, request.version)
-        except NotReady:
-            return {"ready": False}
-        return {"ready": True}
+def _model_ready(protocol: OpenInference, request: Any) -> Json:
+    try:
+        protocol.check_ready(request.name, request.version)
+    except NotReady:
+        return {"ready": False}
+    return {"ready": True}
 
-    async def _infer(self, request: Any, context: Context) -> Any:
-        started = time.perf_counter()
-        metrics = self._fleet.metrics
-        counted, outcome = metrics.unrouted, "internal"
-        try:
-            headers = dict(context.invocation_metadata())
-            wanted = request.model_version or headers.get("x-variant")
-            asked = wanted, headers.get(self._fleet.sticky_header.decode())
-            variant = self._protocol.choose(request.model_name, *asked)
-            counted = variant.metrics
-            inline = form_of(request) == "raw" and sum(map(len, request.raw_input_contents)) <= SMALL_RAW
-            decode = self._decoder.decode
-            checked = decode(request) if inline else await decode_for(variant, None, decode, request)
-            variant = self._fleet.confirm(variant, *asked)
-            counted = variant.metrics
-            prediction = await self._protocol.infer(variant, checked.inputs, checked.options, _stays)
-            names = (self._protocol.name, variant.name)
-            reply = encode(checked.options, prediction.outputs, form_of(request), names, how_it_ran(prediction))
-            outcome = "ok"
-            return reply
-        except asyncio.CancelledError:
-            outcome = ClientGone.code
-            raise
-        except ServiceError as error:
-            outcome = error.code
-            raise
-        finally:
-            counted.request_done(outcome, time.perf_counter() - started)
+
+def _infer(
+    protocol: OpenInference, decoders: dict[ModelSpec, GrpcInferDecoder], request: Any, context: Context
+) -> Awaitable[Any]:
+    headers = dict(context.invocation_metadata())
+    return _Infer(protocol, decoders, request, headers).run()
+
+
+class _Infer(Session[Any]):
+    """The session of a request in the messages of gRPC, which have come whole before it begins."""
+
+    _options: InferOptions
+
+    def __init__(
+        self,
+        protocol: OpenInference,
+        decoders: dict[ModelSpec, GrpcInferDecoder],
+        request: Any,
+        headers: Mapping[str, str],
+    ) -> None:
+        self.fleet = protocol.fleet
+        self.body = request
+        self.is_disconnected = _stays
+        self._protocol = protocol
+        self._decoders = decoders
+        self._headers = headers
+
+    def asked(self) -> VariantChoice:
+        self._protocol.check_model(self.body.model_name)
+        wanted = self.body.model_version or self._headers.get("x-variant")
+        return wanted, self._headers.get(self.fleet.sticky_header.decode())
+
+    def terms(self, _: Variant) -> Terms:
+        return UNKNOWN_TERMS
+
+    async def read(self) -> None:
+        """Nothing is left to read."""
+
+    def decodes_quickly(self) -> bool:
+        raw = self.body.raw_input_contents
+        return form_of(self.body) == "raw" and sum(map(len, raw)) <= SMALL_RAW
+
+    def decode(self, variant: Variant) -> ModelRequest:
+        decoder = self._decoders.get(variant.spec) or self._decoders.setdefault(
+            variant.spec, GrpcInferDecoder(variant.spec)
+        )
+        decoded = decoder.decode(self.body)
+        self._options = decoded.options
+        return ModelRequest((decoded.inputs,), terms=terms_of(decoded.options))
+
+    def encode(self, answered: Answered) -> Any:
+        names, form = (self._protocol.name, answered.variant.name), form_of(self.body)
+        return encode(self._options, answered.parts[0].outputs, form, names, answered.how_it_ran())
 
 
 def _stays() -> bool:
-    """Cancellation ends the coroutine, which the variant sees by itself."""
+    """A cancelled call ends the coroutine, which the variant sees by itself."""
     return False
 
 

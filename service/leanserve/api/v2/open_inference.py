@@ -6,19 +6,19 @@ refuse and describe alike. The bodies are those of REST; the messages of gRPC ha
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable
 
 from leanserve import __version__
 from leanserve.api.caveats import caveat_parameters
+from leanserve.api.service import Service
 from leanserve.codecs.description import Compute, Counters, Duration, model_config, model_metadata, statistics
 from leanserve.codecs.infer_plan import InferOptions
+from leanserve.codecs.open_inference import InferDecoder
 from leanserve.codecs.tensors import clip
-from leanserve.contracts import Arrays, Json
+from leanserve.contracts import Json, ModelSpec
 from leanserve.errors import BadInput, NotFound
-from leanserve.serving.batch_runner import Prediction
-from leanserve.serving.fleet import Fleet
-from leanserve.serving.variant import IsDisconnected, Variant
+from leanserve.serving.session import DEFAULT_TERMS, Terms
+from leanserve.serving.variant import Variant
 from leanserve.telemetry.observations import BatchTimes, VariantMetrics
 
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "parameters", "schedule_policy")
@@ -38,14 +38,18 @@ class OpenInference:
     version that does not exist, `NotReady` for a version that was excluded by its gate or is not loaded.
     """
 
-    def __init__(self, fleet: Fleet) -> None:
-        self.fleet = fleet
-        self.name = fleet.base.name
-
-    def choose(self, model: str, version: str | None, caller_key: str | None) -> Variant:
-        """The variant that answers: the version that is asked for, else by the traffic split."""
-        self._check_model(model)
-        return self.fleet.choose(version, caller_key)
+    def __init__(self, service: Service) -> None:
+        """Raises `StartupError` where a variant takes or gives what the protocol cannot carry."""
+        self.service = service
+        self.fleet = service.fleet
+        self.name = service.fleet.name
+        self._base = service.base
+        self._swaps_allowed = service.config.model_control == "explicit"
+        decoders = {spec: InferDecoder(spec) for spec in {variant.spec for variant in self.fleet.opened.values()}}
+        self.decoders = {name: decoders[variant.spec] for name, variant in self.fleet.opened.items()}
+        """By variant; they know the JSON headers of recent requests."""
+        self.takes_strings = any(item.dtype == "object" for spec in decoders for item in spec.inputs)
+        """Whether a tensor may hold texts, whose reading takes as long as that of JSON."""
 
     async def load(self, model: str, version: str | None, parameters: Iterable[str]) -> None:
         """Load what is not loaded of the model, or only this version; returns when it serves.
@@ -69,28 +73,13 @@ class OpenInference:
     async def _swap(
         self, swap: Callable[[str | None], Awaitable[None]], model: str, version: str | None, unknown: set[str]
     ) -> None:
-        self._check_model(model)
-        if self.fleet.config.model_control == "none":
+        self.check_model(model)
+        if not self._swaps_allowed:
             raise BadInput("loading and unloading is not allowed; set model_control: explicit in the config")
         if unknown:
             named = ", ".join(clip(name) for name in sorted(unknown))
             raise BadInput(f"the parameters {named} are not taken: a version is loaded as it was built")
         await swap(version or None)
-
-    def infer(
-        self, variant: Variant, inputs: Arrays, options: InferOptions, gone: IsDisconnected
-    ) -> Coroutine[Any, Any, Prediction]:
-        """Run a checked request at its `priority`. Its `timeout` may shorten the queue's limit, not lengthen it.
-
-        Raises:
-            ServiceError: see `Variant.predict`.
-        """
-        return variant.predict(inputs, gone, self.timeout_s(variant, options), options.priority or 0)
-
-    def timeout_s(self, variant: Variant, options: InferOptions) -> float:
-        """The longest time that this request may wait in the queue."""
-        limit = variant.batcher.limits.timeout_s
-        return limit if options.timeout_us is None else min(limit, options.timeout_us / 1e6)
 
     def health(self) -> dict[str, Json]:
         """Both keys in one body, because clients differ in which one they read, whatever they asked."""
@@ -105,14 +94,14 @@ class OpenInference:
     def server_metadata(self) -> dict[str, Json]:
         """Name and version of this software, and the extensions of the protocol that it offers."""
         offered = list(EXTENSIONS)
-        if self.fleet.config.model_control == "explicit":
+        if self._swaps_allowed:
             offered.append(REPOSITORY)
         return {"name": "leanserve", "version": __version__, "extensions": sorted(offered)}
 
     def metadata(self, model: str, version: str | None = None) -> dict[str, Json]:
         """The tensors of the model; `versions` are the variants that serve."""
-        platform = _platform(self._serving(model, version))
-        return model_metadata(self.fleet.base.spec, self.name, list(self.fleet.variants), platform)
+        asked = self._serving(model, version)
+        return model_metadata(self._spec(version), self.name, list(self.fleet.variants), _platform(asked))
 
     def config(self, model: str, version: str | None = None) -> dict[str, Json]:
         """Batching as configured (`max_batch_size`, unless memory allows less, priorities) and as measured (the
@@ -121,22 +110,21 @@ class OpenInference:
         Without a version it holds for all: the smallest maximum, the shortest delay, the fewest levels.
         """
         asked = self._serving(model, version)
-        batches = {item.name: self.fleet.config.batch_of(item) for item in self.fleet.config.variants}
+        batches = {name: plan.batch for name, plan in self.fleet.plans.items()}
+        spec = self._spec(version)
         knees = sorted({variant.batcher.limits.max_rows for variant in asked})
         config = model_config(
-            self.fleet.base.spec,
+            spec,
             self.name,
             _platform(asked),
-            self.fleet.base.spec.most_rows(
-                min(variant.running.memory_rows or batches[variant.name].max_rows for variant in asked)
-            ),
+            spec.most_rows(min(variant.running.memory_rows or batches[variant.name].max_rows for variant in asked)),
             knees,
-            round(min(batches[variant.name].max_delay_ms for variant in asked) * 1000),
+            round(min(batches[variant.name].max_delay_s for variant in asked) * 1e6),
         )
         fewest = min((variant.batcher.limits for variant in asked), key=lambda limits: limits.levels)
         priorities = {"priority_levels": fewest.levels, "default_priority_level": fewest.default_level}
         config["dynamic_batching"] |= priorities
-        return config | caveat_parameters(self.fleet.base.caveats)
+        return config | caveat_parameters(self._base.caveats)
 
     def statistics(self, model: str | None = None, version: str | None = None) -> dict[str, Json]:
         """What the variants have done since they were loaded."""
@@ -153,18 +141,30 @@ class OpenInference:
                 index.append({"name": self.name, "version": name, "state": state, "reason": told})
         return index
 
-    def _check_model(self, model: str) -> None:
+    def check_model(self, model: str) -> None:
+        """Raise `NotFound` for another model."""
         if model != self.name:
             raise NotFound(f"no model '{model[:80]}'; this server has '{self.name}'")
 
+    def _spec(self, version: str | None) -> ModelSpec:
+        """Of a version its own; of the model that of the base."""
+        return self.fleet.opened[version].spec if version else self._base.spec
+
     def _serving(self, model: str, version: str | None) -> list[Variant]:
         """The version that is asked for, or all that serve: at least one."""
-        self._check_model(model)
+        self.check_model(model)
         if version:
             return [self.fleet.choose(version, None)]
         if not self.fleet.variants:
             self.fleet.check_ready()  # raises
         return list(self.fleet.variants.values())
+
+
+def terms_of(options: InferOptions) -> Terms:
+    """The `priority` and the `timeout` of a request."""
+    if not options.priority and options.timeout_us is None:
+        return DEFAULT_TERMS
+    return Terms(options.priority or 0, None if options.timeout_us is None else options.timeout_us / 1e6)
 
 
 def _platform(variants: Iterable[Variant]) -> str:

@@ -1,70 +1,132 @@
-"""The Open Inference Protocol V2 over REST: its table of paths, and the infer call from body to reply.
+"""The Open Inference Protocol V2 over REST: its table of paths, and the wire format of the infer call.
 
 All paths are known when the service starts, for the model and its variants are; so routing is one look-up of the whole
-path, and whatever is not in the table does not exist. The infer call reads as a straight line: choose -> body ->
-decode -> queue and run -> encode. Small bodies are decoded where they are; only what would hold up the event loop for
-more than about a millisecond is sent to a thread, for the way there and back costs some 50 microseconds.
+path, and whatever is not in the table does not exist. Small bodies are decoded where they are; only what would hold up
+the event loop for more than about a millisecond is sent to a thread, for the way there and back costs some 50
+microseconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
+from typing import TypeAlias
 
-import orjson
-
-from leanserve.api.v1.predict import decode_for, how_it_ran, off_loop, plain_body
-from leanserve.api.v2.open_inference import OpenInference
-from leanserve.codecs.open_inference import InferDecoder, InferReply, encode_infer, parse_json_length
-from leanserve.codecs.tensors import Buffer
+from leanserve.api.bodies import HttpSession, plain_body
+from leanserve.api.endpoint import Declaration, Endpoint, endpoint, in_body, in_header, in_path, which_variant
+from leanserve.api.service import Service
+from leanserve.api.v2.described import IndexQuery, InferAnswer, SwapQuery, infer_query
+from leanserve.api.v2.open_inference import OpenInference, terms_of
+from leanserve.codecs.infer_plan import InferOptions
+from leanserve.codecs.json_body import json_object
+from leanserve.codecs.open_inference import JSON_LENGTH_HEADER, InferReply, encode_infer, parse_json_length
 from leanserve.contracts import Json
 from leanserve.errors import BadInput, NotFound
 from leanserve.http.content_encoding import compress, encoding_of_reply
-from leanserve.http.messages import Request, Response, Route, disconnect_check, json_response
+from leanserve.http.messages import Request, Response, Route, json_response
 from leanserve.serving.fleet import Fleet
+from leanserve.serving.session import UNKNOWN_TERMS, Answered, ModelRequest, Terms, VariantChoice
+from leanserve.serving.variant import Variant
 
 SMALL = 64 * 2**10
-"""Bytes of JSON, or of a tensor of strings, that are decoded on the event loop; also of outputs encoded there."""
+"""Bytes of JSON, or of a tensor of strings, that are decoded on the event loop."""
 SMALL_BINARY = 2**20
 """Bytes of numbers in binary: they are looked at, not copied (FP16, BF16 and BOOL are converted or checked)."""
 _JSON_LENGTH = b"inference-header-content-length"
+_Routing: TypeAlias = Callable[[str | None], Route]
 
 
-def open_inference_routes(fleet: Fleet) -> dict[str, Route]:
-    """Every path of the protocol on this server."""
-    protocol = OpenInference(fleet)
-    infer = _Infer(protocol)
-    routes = {
-        "/v2": _described(protocol.server_metadata),
-        "/v2/": _described(protocol.server_metadata),
-        "/v2/health/live": _described(protocol.health),
-        "/v2/health/ready": _described(partial(_ready, protocol)),
-        "/v2/models/stats": _described(protocol.statistics),
-        "/v2/repository/index": Route("POST", "description", partial(_index, protocol)),
-    }
+def open_inference_endpoints(service: Service) -> list[Endpoint]:
+    """Every endpoint of the protocol on this server."""
+    protocol = OpenInference(service)
+    metadata = _described(protocol.server_metadata)
+    index = Route("POST", "description", partial(_index, protocol))
+    return [
+        endpoint("/v2", metadata, Declaration("Server metadata")),
+        endpoint("/v2/", metadata),
+        endpoint("/v2/health/live", _described(protocol.health), Declaration("Is the process alive")),
+        endpoint(
+            "/v2/health/ready",
+            _described(partial(_ready, protocol)),
+            Declaration("Are all variants warm, and is the service not draining"),
+        ),
+        endpoint("/v2/models/stats", _described(protocol.statistics), Declaration("Statistics of all variants")),
+        endpoint(
+            "/v2/repository/index",
+            index,
+            Declaration("The variants and their states", {"body": in_body(IndexQuery)}),
+        ),
+        *_model_endpoints(service, protocol),
+        *_swap_endpoints(service, protocol),
+    ]
+
+
+def _model_endpoints(service: Service, protocol: OpenInference) -> list[Endpoint]:
     model = protocol.name
-    for version in (None, *fleet.reports):
-        path = f"/v2/repository/models/{model}" + (f"/versions/{version}" if version else "")
-        routes[f"{path}/load"] = _swapped(partial(protocol.load, model, version))
-        routes[f"{path}/unload"] = _swapped(partial(protocol.unload, model, version))
-    for version in (None, *fleet.reports):
-        path = f"/v2/models/{model}" + (f"/versions/{version}" if version else "")
-        routes[path] = _described(partial(protocol.metadata, model, version))
-        routes[f"{path}/config"] = _described(partial(protocol.config, model, version))
-        routes[f"{path}/stats"] = _described(partial(protocol.statistics, model, version))
-        routes[f"{path}/ready"] = _described(partial(_model_ready, protocol, version))
-        routes[f"{path}/infer"] = Route("POST", "prediction", partial(infer.answer, version))
-    return routes
+    length = in_header(JSON_LENGTH_HEADER, "bytes of JSON before the binary tensors; 0: the body is the only tensor")
+    asked = {
+        "body": in_body(infer_query(service.base.spec)),
+        **which_variant(service),
+        "json_length": length,
+    }
+    infers = Declaration("Infer", asked, {"application/octet-stream": {}}, InferAnswer)
+
+    def describe(summary: str, told: Callable[[str, str | None], Json]) -> tuple[_Routing, Declaration]:
+        return (lambda version: _described(partial(told, model, version))), Declaration(summary)
+
+    rows: dict[str, tuple[_Routing, Declaration]] = {
+        "": describe("Metadata of the model", protocol.metadata),
+        "/config": describe("Configuration of the model", protocol.config),
+        "/stats": describe("Statistics of the model", protocol.statistics),
+        "/ready": describe("Is the model ready", partial(_model_ready, protocol)),
+        "/infer": (lambda version: Route("POST", "prediction", partial(infer, protocol, version)), infers),
+    }
+    return [
+        found
+        for end, (route, told) in rows.items()
+        for found in _by_version(service.fleet, "/v2/models", end, route, told)
+    ]
+
+
+def _swap_endpoints(service: Service, protocol: OpenInference) -> list[Endpoint]:
+    """Loading and unloading; nothing is told of it where the config does not allow it."""
+    model, taken = protocol.name, {"body": in_body(SwapQuery)}
+    is_told = service.config.model_control == "explicit"
+    rows: dict[str, tuple[_Routing, Declaration]] = {
+        "/load": (lambda version: _swapped(partial(protocol.load, model, version)), Declaration("Load", taken)),
+        "/unload": (lambda version: _swapped(partial(protocol.unload, model, version)), Declaration("Unload", taken)),
+    }
+    found = [
+        item
+        for end, (route, told) in rows.items()
+        for item in _by_version(service.fleet, "/v2/repository/models", end, route, told)
+    ]
+    return found if is_told else [item._replace(declared=None) for item in found]
+
+
+def _by_version(fleet: Fleet, root: str, end: str, route: _Routing, told: Declaration) -> list[Endpoint]:
+    """The endpoint of the model, which leaves the choice of the version to the service, and that of each version."""
+    model, versions = {"model": in_path([fleet.name])}, list(fleet.plans)
+    both = model | {"version": in_path(list(fleet.opened))}
+    each = {f"{root}/{fleet.name}/versions/{version}{end}": route(version) for version in versions}
+    return [
+        Endpoint(
+            f"{root}/{{model}}{end}",
+            {f"{root}/{fleet.name}{end}": route(None)},
+            told._replace(takes=model | dict(told.takes)),
+        ),
+        Endpoint(f"{root}/{{model}}/versions/{{version}}{end}", each, told._replace(takes=both | dict(told.takes))),
+    ]
 
 
 def no_such_path(fleet: Fleet, path: str) -> NotFound:
     """Why a path below /v2/ is not in the table, as exactly as can be told."""
-    model, variants = fleet.base.name, ", ".join(fleet.reports)
+    model, variants = fleet.name, ", ".join(fleet.plans)
     parts = path.removeprefix("/v2/").removeprefix("repository/").split("/")
     if parts[0] == "models" and len(parts) > 1:
         if parts[1] != model:
             return NotFound(f"no model '{parts[1][:80]}'; this server has '{model}'")
-        if len(parts) > 3 and parts[2] == "versions" and parts[3] not in fleet.reports:
+        if len(parts) > 3 and parts[2] == "versions" and parts[3] not in fleet.plans:
             return NotFound(f"no version '{parts[3][:80]}' of '{model}'; there are {variants}")
     return NotFound(f"no such path: {path[:200]}")
 
@@ -81,84 +143,81 @@ def _ready(protocol: OpenInference) -> Json:
     return protocol.health()
 
 
-def _model_ready(protocol: OpenInference, version: str | None) -> Json:
-    protocol.check_ready(protocol.name, version)
-    return {"name": protocol.name, "ready": True}
+def _model_ready(protocol: OpenInference, model: str, version: str | None) -> Json:
+    protocol.check_ready(model, version)
+    return {"name": model, "ready": True}
 
 
-async def _index(protocol: OpenInference, caller: Request) -> Response:
-    asked = await _asked(caller)
-    ready = asked.get("ready", False) if isinstance(asked, dict) else None
+async def _index(protocol: OpenInference, request: Request) -> Response:
+    ready = (await _told(request)).get("ready", False)
     if type(ready) is not bool:
-        raise BadInput("the request must be a JSON object; its only key 'ready' is true or false")
+        raise BadInput("the body must be a JSON object; its only key 'ready' is true or false")
     return json_response(protocol.repository_index(ready_only=ready))
 
 
 def _swapped(swap: Callable[[Iterable[str]], Awaitable[None]]) -> Route:
-    async def answer(caller: Request) -> Response:
-        asked = await _asked(caller)
-        parameters = asked.get("parameters", {}) if isinstance(asked, dict) else None
+    async def answer(request: Request) -> Response:
+        parameters = (await _told(request)).get("parameters", {})
         if not isinstance(parameters, dict):
-            raise BadInput("the request must be a JSON object; its only key 'parameters' is one, too")
+            raise BadInput("the body must be a JSON object; its only key 'parameters' is one, too")
         await swap(parameters)
         return json_response({})
 
     return Route("POST", "description", answer)
 
 
-async def _asked(caller: Request) -> Json:
+async def _told(request: Request) -> dict[str, Json]:
     """The JSON of a small request; no body stands for an empty object."""
-    body = await plain_body(caller, SMALL)
-    try:
-        return orjson.loads(body or b"{}")
-    except orjson.JSONDecodeError as error:
-        raise BadInput(f"the request is not valid JSON: {error}") from None
+    return json_object(await plain_body(request, SMALL) or b"{}")
 
 
-class _Infer:
-    """The infer call; keeps the decoder, which knows the JSON headers of recent requests."""
+def infer(protocol: OpenInference, version: str | None, request: Request) -> Awaitable[Response]:
+    """Answer an infer request.
 
-    def __init__(self, protocol: OpenInference) -> None:
-        spec = protocol.fleet.base.spec
+    Raises:
+        ServiceError: whatever kept it from being answered.
+    """
+    return _Infer(protocol, version, request).run()
+
+
+class _Infer(HttpSession):
+    _json_length: int | None = None
+    _options: InferOptions
+
+    def __init__(self, protocol: OpenInference, version: str | None, request: Request) -> None:
+        super().__init__(protocol.service, request)
         self._protocol = protocol
-        self._decoder = InferDecoder(spec)
-        self._strings = any(field.dtype == "object" for field in spec.inputs)
+        self._version = version
+        self._compression = encoding_of_reply(request.header(b"accept-encoding"))
+        self.encodes_quickly = self._compression is None
 
-    async def answer(self, version: str | None, caller: Request) -> Response:
-        protocol, fleet = self._protocol, self._protocol.fleet
-        asked = version or caller.header(b"x-variant"), caller.header(fleet.sticky_header)
-        variant = fleet.choose(*asked)
-        caller.variant = variant.name
-        json_length = parse_json_length(caller.headers.get(_JSON_LENGTH))
-        body: Buffer | None = caller.body
-        if body is None:
-            options = self._decoder.options(caller.begun, json_length)
-            if options is None:
-                variant.check_open(None)
-            else:
-                variant.check_open(options.priority or 0, protocol.timeout_s(variant, options))
-            body = await plain_body(caller, fleet.config.limits.body_bytes)
-            variant = fleet.confirm(variant, *asked)
-            caller.variant = variant.name
-        if self._is_small(body, json_length):
-            request = self._decoder.decode(body, json_length)
-        else:
-            request = await decode_for(variant, None, self._decoder.decode, body, json_length)
-            variant = fleet.confirm(variant, *asked)
-            caller.variant = variant.name
-        prediction = await protocol.infer(variant, request.inputs, request.options, disconnect_check(caller.receive))
-        parts = (request.options, prediction.outputs, protocol.name, variant.name, how_it_ran(prediction))
-        small = sum([output.nbytes for output in prediction.outputs]) <= SMALL
-        reply = encode_infer(*parts) if small else await off_loop(encode_infer, *parts)
-        encoding = encoding_of_reply(caller.header(b"accept-encoding"))
-        if encoding is None:
-            return Response(reply.body, _headers(reply, variant.name))
-        body = await off_loop(compress, reply.body, encoding)
-        return Response(body, (*_headers(reply, variant.name), (b"content-encoding", encoding.encode())))
+    def asked(self) -> VariantChoice:
+        self._json_length = parse_json_length(self.http.headers.get(_JSON_LENGTH))
+        wanted = self._version or self.http.header(b"x-variant")
+        return wanted, self.http.header(self.fleet.sticky_header)
 
-    def _is_small(self, body: Buffer, json_length: int | None) -> bool:
-        parsed = len(body) if json_length is None or self._strings else json_length
+    def terms(self, variant: Variant) -> Terms:
+        options = self._protocol.decoders[variant.name].options(self.http.begun, self._json_length)
+        return UNKNOWN_TERMS if options is None else terms_of(options)
+
+    def decodes_quickly(self) -> bool:
+        body, json_length = self.body or b"", self._json_length
+        parsed = len(body) if json_length is None or self._protocol.takes_strings else json_length
         return parsed <= SMALL and len(body) <= SMALL_BINARY
+
+    def decode(self, variant: Variant) -> ModelRequest:
+        decoded = self._protocol.decoders[variant.name].decode(self.body or b"", self._json_length)
+        self._options = decoded.options
+        return ModelRequest((decoded.inputs,), terms=terms_of(decoded.options))
+
+    def encode(self, answered: Answered) -> Response:
+        model, variant = self._protocol.name, answered.variant.name
+        reply = encode_infer(self._options, answered.parts[0].outputs, model, variant, answered.how_it_ran())
+        headers = _headers(reply, variant)
+        if self._compression is None:
+            return Response(reply.body, headers)
+        body = compress(reply.body, self._compression)
+        return Response(body, (*headers, (b"content-encoding", self._compression.encode())))
 
 
 def _headers(reply: InferReply, variant: str) -> tuple[tuple[bytes, bytes], ...]:

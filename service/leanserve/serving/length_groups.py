@@ -6,13 +6,10 @@ long ones. And where rows of different length must not share a batch at all, nei
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import TypeVar
 
 from leanserve.contracts import Arrays, Decoded, ModelSpec, RowsTogether
-from leanserve.serving.batch_runner import Prediction
-from leanserve.serving.variant import IsDisconnected, Variant
 
 SHORTEST = 16
 """Tokens of the first group; that of each further group is twice as long."""
@@ -43,37 +40,7 @@ def cut_to_length(decoded: Decoded, spec: ModelSpec, group: Sequence[int]) -> Ar
     return tuple(array[place] for array, place in zip(decoded.inputs, kept, strict=True))
 
 
-async def predict_groups(variant: Variant, samples: Sequence[Arrays], gone: IsDisconnected) -> list[Prediction]:
-    """The prediction of each sample.
-
-    Raises:
-        BadInput: they have more rows than may wait at all.
-        ServiceError: of the first one that failed; the others are taken back.
-    """
-    if len(samples) == 1:
-        return [await variant.predict(samples[0], gone)]
-    variant.batcher.limits.check(sum(len(sample[0]) for sample in samples))
-    tasks = [asyncio.ensure_future(variant.predict(sample, gone)) for sample in samples]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        raise
-
-
 def in_order(parts: Sequence[Sequence[Row]], groups: Sequence[Sequence[int]]) -> list[Row]:
     """What the groups gave, row by row, in the order of the request."""
     found = {row: part[place] for part, group in zip(parts, groups, strict=True) for place, row in enumerate(group)}
     return [found[row] for row in range(len(found))]
-
-
-def joined(parts: Sequence[Prediction], outputs: Arrays) -> Prediction:
-    """One prediction with these outputs, that took as long as its parts."""
-    return Prediction(
-        outputs,
-        parts[0].variant,
-        max(part.queue_s for part in parts),
-        sum(part.infer_s for part in parts),
-        max(part.batch_size for part in parts),
-    )

@@ -10,14 +10,13 @@ import httpx
 import numpy as np
 import pytest
 
-from fakes import PixelBase, report, serving
-from leanserve.api.by_length import cut_to_length, in_order, length_groups
+from fakes import PixelBase, planned, serving
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.arrays import ArrayCodec
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Arrays, Decoded, ModelSpec, Result, RowsTogether, TensorSpec
 from leanserve.runtime.device import Device
-from leanserve.serving.fleet import Fleet
+from leanserve.serving.length_groups import cut_to_length, in_order, length_groups
 from text_fleet import CLS, SEP, WORDS, embedded, live_texts
 from text_fleet import SPEC as TEXTS
 
@@ -67,12 +66,12 @@ def test_ragged_arrays_of_one_request_are_not_padded(rows: RowsTogether) -> None
     config = ServiceConfig.model_validate({"base": "means", "variants": [{"name": "a"}], "drain": {"delay_s": 0}})
     base = PixelBase()
     base.spec, base.codec = spec, ArrayCodec(AnswerEncoder(spec))
-    fleet = Fleet(base, config, [report("a")], Device("cpu", 1))  # type: ignore[arg-type]
-    fleet.open("a", lambda threads: backend, config.batch)
+    opened = planned(config, base, Device("cpu", 1))
+    opened.warm.open("a", lambda threads: backend)
     backend.shapes.clear()
     sequences = [[1, 2, 3], [5], [4, 4, 4], [2, 4]]
     inputs = {"x": [[[value] for value in values] for values in sequences], "n": [[0, 0]] * 4}
-    with serving(fleet, gate) as live:
+    with serving(opened, gate) as live:
         reply = httpx.post(f"http://{live.http}/v1/predict", json={"inputs": inputs}).json()
     assert [answer["outputs"]["mean"] for answer in reply["predictions"]] == [[2], [5], [4], [3]]
     assert [answer["outputs"]["each"] for answer in reply["predictions"]] == inputs["x"]

@@ -1,0 +1,17 @@
+"""What the endpoints are made of, handed to each of them: so that none has to reach through one part for another."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from leanserve.config.schema import ServiceConfig
+from leanserve.contracts import Base
+from leanserve.serving.fleet import Fleet
+
+
+class Service(NamedTuple):
+    """The variants that answer, the base that they were made of, and what the config says about clients."""
+
+    fleet: Fleet
+    base: Base
+    config: ServiceConfig

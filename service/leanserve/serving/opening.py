@@ -1,0 +1,150 @@
+"""Variants on their way to a fleet: planned, then loaded and warm on their device, but served by no loop yet.
+
+Loading takes seconds to minutes and belongs to no event loop; a `Fleet` is made of what was opened here in one step, on
+the loop that serves, so that there is never half a fleet.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from leanserve.contracts import Base, Codec, ModelSpec
+from leanserve.errors import StartupError
+from leanserve.memory import is_out_of_memory
+from leanserve.runtime.costs import Costs
+from leanserve.runtime.device import Device
+from leanserve.runtime.lanes import LoadedVariant
+from leanserve.runtime.warm_up import warm_up
+from leanserve.serving.batcher import QueueLimits
+from leanserve.serving.company import Company, company_by
+from leanserve.serving.reload import Open, Read
+from leanserve.telemetry.observations import VariantFacts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """How requests to a variant share batches, as wished for; what is measured may allow less."""
+
+    max_rows: int = 32
+    max_delay_s: float = 0.0
+    queue_rows: int = 512
+    timeout_s: float = 10.0
+    levels: int = 3
+    default_level: int = 2
+
+
+class MeasuredLimits(NamedTuple):
+    """What the build has found out about the batches of a variant."""
+
+    trusts_rows: bool = True
+    """Whether it keeps the rows of a batch apart, whatever their values."""
+    memory_rows: int | None = None
+    """Rows of the largest batch for which there was memory, where that is a limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class VariantPlan:
+    """One variant before it is loaded; what is `excluded` by its facts never is."""
+
+    name: str
+    facts: VariantFacts = field(default_factory=VariantFacts)
+    batch: BatchLimits = field(default_factory=BatchLimits)
+    measured: MeasuredLimits = field(default_factory=MeasuredLimits)
+    spec: ModelSpec | None = None
+    """What its artifact takes and gives; `None`: what the base does."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficPlan:
+    """Which variant answers a request that names none: by this header's value, else by the weights; equal ones if none
+    are given."""
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+    sticky_header: str = "x-caller-key"
+
+
+class WarmVariant(NamedTuple):
+    """A variant loaded on every lane and run in every shape that it will meet."""
+
+    name: str
+    spec: ModelSpec
+    codec: Codec
+    running: LoadedVariant
+    limits: QueueLimits
+    company: Company | None = None
+    """Which requests may share a batch: those of which it says the same; `None`: any may."""
+    read: Read | None = None
+    """The first part of loading it again."""
+
+
+class WarmFleet:
+    """The variants of a base on one device: planned all at once, then opened one after the other."""
+
+    def __init__(
+        self, base: Base, plans: Sequence[VariantPlan], device: Device, traffic: TrafficPlan | None = None
+    ) -> None:
+        self.base = base
+        self.plans = {plan.name: plan for plan in plans}
+        self.device = device
+        self.traffic = traffic or TrafficPlan()
+        self.variants: dict[str, WarmVariant] = {}
+        """Those that are open."""
+
+    def open(self, name: str, load: Open, read: Read | None = None) -> None:
+        """Load a planned variant for every lane (`load` is called there) and warm it in every shape that it will meet.
+
+        A batch has no more rows than there was memory for when it was measured, and than there is here, where all else
+        is loaded, too. `read` is the first part of `load`, for loading it again while others serve; without it there is
+        none apart.
+
+        Raises:
+            StartupError: it cannot be loaded or run; nothing half-warm is ever served.
+        """
+        plan = self.plans[name]
+        spec = plan.spec or self.base.spec
+        try:
+            running = self._warm_up(plan, load, spec)
+        except Exception as error:
+            remedy = "; fewer variants, or lanes: 1, take less memory" if is_out_of_memory(error) else ""
+            raise StartupError(f"variant '{name}' cannot be loaded and warmed up: {error}{remedy}") from error
+        company = company_by(spec, trusts_rows=plan.measured.trusts_rows)
+        limits = _queue_limits(plan.batch, running.costs)
+        codec = self.base.codec if spec == self.base.spec else self.base.codec_for(spec)
+        self.variants[name] = WarmVariant(name, spec, codec, running, limits, company, read or (lambda: load))
+
+    def _warm_up(self, plan: VariantPlan, load: Open, spec: ModelSpec) -> LoadedVariant:
+        max_rows = spec.most_rows(plan.batch.max_rows)
+        fitting = min(plan.measured.memory_rows or max_rows, max_rows)
+        running = warm_up(self.device, load, spec, fitting, len(self.plans))
+        if running.memory_rows is None and fitting < max_rows:
+            running = replace(running, memory_rows=fitting)
+        if running.memory_rows is not None:
+            text = "variant '%s': there is memory for batches of at most %d rows; batch.max_rows is %d"
+            logger.warning(text, plan.name, running.memory_rows, max_rows)
+        return running
+
+    def close(self) -> None:
+        """End the lanes after what they still have to do, then close all backends. A fleet made of this has its own."""
+        self.device.close()
+        for variant in self.variants.values():
+            for backend in variant.running.opened:
+                backend.close()
+
+
+def _queue_limits(batch: BatchLimits, costs: Costs) -> QueueLimits:
+    knees = tuple(table.knee for table in costs.tables)
+    return QueueLimits(
+        max_rows=max(knees),
+        queue_rows=batch.queue_rows,
+        max_delay_s=batch.max_delay_s,
+        timeout_s=batch.timeout_s,
+        levels=batch.levels,
+        default_level=batch.default_level,
+        lengths=costs.lengths,
+        rows_at=knees,
+    )

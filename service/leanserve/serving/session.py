@@ -1,0 +1,222 @@
+"""One request, from the choice of its variant to its count: the walk of every front, written once.
+
+    choose -> admit -> decode -> predict -> encode -> count
+
+A front (REST, gRPC, OpenAI's API) has a `Session` of its own, which says what was asked, and how that is read, decoded
+and answered in its wire format. All else is here, and whoever wants a say in every request (limits, tracing,
+experiments) gets it here.
+Bad input never reaches a queue. What would hold up the event loop is decoded and encoded on a thread, and not at all
+for a variant that could not take the request anyway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar, TypeVarTuple
+
+from leanserve.contracts import Arrays, Decoded, ModelSpec
+from leanserve.errors import ClientGone, ServiceError
+from leanserve.serving.batch_runner import Prediction
+from leanserve.serving.fleet import Fleet
+from leanserve.serving.incidents import unexpected_failure
+from leanserve.serving.length_groups import cut_to_length, length_groups
+from leanserve.serving.variant import Variant
+
+DECODER_THREADS = 2
+"""Threads of the loop's default executor, which decode and encode what would hold up the loop."""
+QUICK_BYTES = 64 * 2**10
+"""Bytes of outputs up to which they are encoded on the event loop; a thread costs 50 microseconds."""
+
+Reply = TypeVar("Reply")
+_Args = TypeVarTuple("_Args")
+_Result = TypeVar("_Result")
+
+
+VariantChoice: TypeAlias = tuple[str | None, str | None]
+"""Which variant a request asks for: by its name, else by the caller's key, else (both `None`) by the traffic split."""
+
+
+class Terms(NamedTuple):
+    """How urgent a request is (0: as the default; `None`: not known yet), and the longest wait that it allows itself,
+    which can shorten the queue's own limit."""
+
+    priority: int | None = 0
+    timeout_s: float | None = None
+
+
+DEFAULT_TERMS = Terms()
+UNKNOWN_TERMS = Terms(None)
+"""Of a request that does not say so before it is decoded: it may be the most urgent one."""
+
+
+class ModelRequest(NamedTuple):
+    """A decoded request: one sample of all its rows, or one per group of rows that must queue apart."""
+
+    samples: Sequence[Arrays]
+    groups: Sequence[Sequence[int]] = ()
+    """Numbers of the rows in each sample, where there are several."""
+    terms: Terms = DEFAULT_TERMS
+
+
+class Answered(NamedTuple):
+    """An answered request; `parts` are as many as its samples were."""
+
+    variant: Variant
+    parts: Sequence[Prediction]
+    groups: Sequence[Sequence[int]]
+
+    def nbytes(self) -> int:
+        """Bytes of all outputs."""
+        if len(self.parts) > 1:
+            return sum(array.nbytes for part in self.parts for array in part.outputs)
+        return sum([array.nbytes for array in self.parts[0].outputs])
+
+    def how_it_ran(self) -> dict[str, float]:
+        """What every reply tells: milliseconds in the queue and on the device, rows of the (largest) batch."""
+        queue_s, infer_s, rows = self.parts[0][2:]
+        if len(self.parts) > 1:
+            queue_s = max(part.queue_s for part in self.parts)
+            infer_s = sum(part.infer_s for part in self.parts)
+            rows = max(part.batch_size for part in self.parts)
+        return {"queue_ms": round(queue_s * 1000, 3), "inference_ms": round(infer_s * 1000, 3), "batch_rows": rows}
+
+
+class Session(ABC, Generic[Reply]):
+    """One request on its way; `run` it once.
+
+    The class of a front says what its wire format makes of a request. Its methods may raise any `ServiceError`.
+    """
+
+    is_chosen_by_body = False
+    """Whether the body has to be read to know what is asked."""
+    encodes_quickly = True
+    """Whether encoding takes no longer than the outputs are large."""
+    fleet: Fleet
+    body: Any
+    """What came, once it is here; `None` before."""
+    is_disconnected: Callable[[], bool]
+    """Whether the client left; asked from any thread."""
+    variant: Variant | None = None
+    """Who answers, once that is chosen."""
+    _choice: VariantChoice
+
+    @abstractmethod
+    def asked(self) -> VariantChoice:
+        """Who is to answer."""
+
+    @abstractmethod
+    async def read(self) -> None:
+        """Read the body."""
+
+    def terms(self, _: Variant) -> Terms:
+        """What is known of its terms before it is decoded."""
+        return DEFAULT_TERMS
+
+    @abstractmethod
+    def decodes_quickly(self) -> bool:
+        """Whether decoding takes less than about half a millisecond."""
+
+    @abstractmethod
+    def decode(self, variant: Variant) -> ModelRequest:
+        """Check and decode the body, on any thread; again where another variant must answer after all."""
+
+    @abstractmethod
+    def encode(self, answered: Answered) -> Reply:
+        """The reply, on any thread."""
+
+    async def run(self) -> Reply:
+        """Answer the request, and count what became of it.
+
+        Raises:
+            ServiceError: whatever kept it from being answered; it names the variant, where one was chosen.
+        """
+        started = time.perf_counter()
+        ended = ServiceError.code
+        try:
+            if self.is_chosen_by_body:
+                await self.read()
+            self._choice = choice = self.asked()
+            variant = self.variant = self.fleet.choose(*choice)
+            if self.body is None:
+                variant = await self._read(variant)
+            if self.decodes_quickly():
+                samples, groups, terms = self.decode(variant)
+            else:
+                variant, (samples, groups, terms) = await self._decoded_apart(variant)
+            if len(samples) > 1:
+                answered = Answered(variant, await self._predict_apart(variant, samples, terms), groups)
+            else:
+                one = await variant.predict(samples[0], self.is_disconnected, terms.timeout_s, terms.priority or 0)
+                answered = Answered(variant, (one,), groups)
+            if self.encodes_quickly and answered.nbytes() <= QUICK_BYTES:
+                reply = self.encode(answered)
+            else:
+                reply = await off_loop(self.encode, answered)
+            ended = "ok"
+            return reply
+        except asyncio.CancelledError:
+            ended = ClientGone.code
+            raise
+        except Exception as error:
+            failure = error if isinstance(error, ServiceError) else unexpected_failure(error, "a request")
+            ended = failure.code
+            failure.variant = None if self.variant is None else self.variant.name
+            raise failure from None
+        finally:
+            counted = self.fleet.metrics.unrouted if self.variant is None else self.variant.metrics
+            counted.request_done(ended, time.perf_counter() - started)
+
+    async def _read(self, variant: Variant) -> Variant:
+        """Read the body, unless its variant could not take the request anyway."""
+        terms = self.terms(variant)
+        variant.check_open(terms.priority, terms.timeout_s)
+        await self.read()
+        return self._confirmed(variant)
+
+    def _confirmed(self, variant: Variant) -> Variant:
+        """After the loop turned to others: another variant if this one was unloaded since."""
+        self.variant = self.fleet.confirm(variant, *self._choice)
+        return self.variant
+
+    async def _decoded_apart(self, variant: Variant) -> tuple[Variant, ModelRequest]:
+        """Decode on a thread; it counts as waiting meanwhile."""
+        while True:
+            with variant.expecting(self.terms(variant).priority):
+                asked = await off_loop(self.decode, variant)
+            before, variant = variant, self._confirmed(variant)
+            if variant is before or (variant.spec == before.spec and variant.codec == before.codec):
+                return variant, asked
+
+    async def _predict_apart(self, variant: Variant, samples: Sequence[Arrays], terms: Terms) -> Sequence[Prediction]:
+        """The prediction of each sample; if one fails the others are taken back."""
+        variant.batcher.limits.check(sum(len(sample[0]) for sample in samples))
+        gone, timeout_s, priority = self.is_disconnected, terms.timeout_s, terms.priority or 0
+        tasks = [asyncio.ensure_future(variant.predict(sample, gone, timeout_s, priority)) for sample in samples]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            raise
+
+
+def refuse_unrouted(fleet: Fleet, error: ServiceError) -> NoReturn:
+    """Refuse a prediction that no variant can answer, whatever it says: an unknown path, a wrong method. Counts it."""
+    fleet.metrics.unrouted.request_done(error.code, 0.0)
+    raise error
+
+
+def grouped_rows(decoded: Decoded, spec: ModelSpec) -> ModelRequest:
+    """A decoded body as it is to queue: rows of different length apart, where these must not share a batch."""
+    if spec.rows == "any" or len(set(decoded.lengths)) < 2:
+        return ModelRequest((decoded.inputs,))
+    groups = length_groups(decoded.lengths, spec.rows)
+    return ModelRequest([cut_to_length(decoded, spec, group) for group in groups], groups)
+
+
+async def off_loop(work: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
+    """Do work that takes more than a few hundred microseconds where it does not hold up the event loop."""
+    return await asyncio.to_thread(work, *args)  # which also takes the identity of the request there
