@@ -186,7 +186,18 @@ class Variant:
         length = longest(sample, self._axes)
         if length > self._spec.max_length:
             raise BadInput(f"an input is {length} long; this model takes at most {self._spec.max_length}")
+        if self._spec.step > 1 or self._spec.least > 1:
+            self._check_sizes(sample)
         return length
+
+    def _check_sizes(self, sample: Arrays) -> None:
+        step, least = self._spec.step, self._spec.least
+        for position, axis in self._axes:
+            if (size := sample[position].shape[axis]) != self._spec.size(size):
+                allowed = f"multiples of {step}" if step > 1 else "sizes"
+                at_least = f" from {self._spec.size(1)} up" if least > 1 else ""
+                name = self._spec.inputs[position].name
+                raise BadInput(f"axis {axis} of '{name}' has size {size}; this model takes {allowed}{at_least}")
 
     def _admit(self, rows: int, level: int, bucket: int, timeout_s: float, expected: int = 0) -> None:
         wait = self.wait_s(rows, level, bucket, expected) * ADMISSION_MARGIN
