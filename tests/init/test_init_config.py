@@ -38,6 +38,10 @@ def depthwise():
 def chances():
     return nn.Sequential(nn.Linear(6, 3), nn.Softmax(dim=1))
 
+def late():
+    blocks = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(8)) for _ in range(4)]
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
 def dense():
     return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3))
 
@@ -287,6 +291,13 @@ def test_what_cannot_be_made_of_the_model_is_left_out_with_the_reason(tmp_path: 
         in (tmp_path / "c.yaml").read_text()
     )
     assert [variant.name for variant in read_config(tmp_path / "c.yaml").variants] == ["float", "busy"]
+
+
+def test_batch_norms_that_cannot_be_folded_are_left_as_they_are(folder: Path) -> None:
+    found = kinds(written(folder / "c.yaml", "init_model:late", IMAGES))
+    assert found["onnx"] == ["onnxruntime"]
+    assert found["int8"] == ["quantize_static", "onnxruntime"]
+    assert "channels-last" in found
 
 
 def test_a_layer_without_rank_to_spare_is_not_factorised(folder: Path) -> None:

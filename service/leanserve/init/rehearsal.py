@@ -27,6 +27,8 @@ from leanserve.passes.base import Pass
 
 _PASS: TypeAdapter[Pass] = TypeAdapter(AnyPass)
 ROWS = 8
+OPTIONAL = ({"fold_bn"}, {"channels_last"}, {"fold_bn", "channels_last"})
+"""Passes that a variant is worth trying without."""
 LONGEST_REASON = 240
 """Characters; some exporters explain themselves on pages."""
 
@@ -70,14 +72,14 @@ def rehearsed(base: LoadedBase, suggestions: Iterable[Suggestion]) -> Rehearsed:
     with TemporaryDirectory(prefix="leanserve-init-") as folder, _quiet():
         stage = _Stage(replace(base, rows=FewRows(base.rows)), Path(folder))
         for suggestion in suggestions:
-            try:
-                if suggestion.passes:
-                    stage.run(stage.made(suggestion.passes))
-            except Exception as error:  # whatever a library raises on a model that it has never seen
-                lines = str(error).strip().splitlines() or [type(error).__name__]
-                left.append(LeftOut(suggestion.name, lines[0][:LONGEST_REASON]))
+            reasons = []
+            for attempt in _attempts(suggestion):
+                if (reason := stage.failure_of(attempt.passes)) is None:
+                    kept.append(attempt)
+                    break
+                reasons.append(reason)
             else:
-                kept.append(suggestion)
+                left.append(LeftOut(suggestion.name, reasons[-1]))
     return Rehearsed(tuple(kept), tuple(left))
 
 
@@ -91,6 +93,15 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
+def _attempts(suggestion: Suggestion) -> Iterator[Suggestion]:
+    """The variant, then without passes that it can do without: of some networks no batch norm follows a layer."""
+    yield suggestion
+    for spared in OPTIONAL:
+        others = tuple(step for step in suggestion.passes if step["kind"] not in spared)
+        if others and len(others) < len(suggestion.passes):
+            yield suggestion._replace(passes=others)
+
+
 class _Stage:
     """Applies passes to a base, those that several variants begin with once."""
 
@@ -98,6 +109,16 @@ class _Stage:
         self._base = base
         self._folder = folder
         self._made: dict[str, Model] = {}
+
+    def failure_of(self, passes: tuple[Json, ...]) -> str | None:
+        """Why a model cannot be made with these passes, or not be run; `None` if it can."""
+        try:
+            if passes:
+                self.run(self.made(passes))
+        except Exception as error:  # whatever a library raises on a model that it has never seen
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            return lines[0][:LONGEST_REASON]
+        return None
 
     def made(self, passes: tuple[Json, ...]) -> Model:
         key = json.dumps(passes, sort_keys=True)
