@@ -79,7 +79,7 @@ def _variant(fleet: Fleet, name: str) -> Json:
         "batch_rows": variant.batcher.limits.max_rows if variant else None,
         "memory_rows": variant.running.memory_rows if variant else None,
         "batch_ms": {rows: round(s * 1000, 3) for rows, s in variant.costs.table().items()} if variant else None,
-        "quality": report.quality.model_dump(),
+        "quality": report.quality.model_dump() if report.built else None,
         "measured_on": {"cpu": report.chain[-1].cpu, "threads": report.chain[-1].threads},
     }
 

@@ -292,6 +292,6 @@ def _facts(report: VariantReport, variant: Variant | None, device: Device) -> Va
         lanes=len(device.lanes),
         state=report.state,
         reason=report.reason or "",
-        quality=report.quality.model_dump(),
+        quality=report.quality.model_dump() if report.built else {},
         build_seconds=tuple(manifest.seconds for manifest in passes),
     )
