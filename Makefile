@@ -5,7 +5,7 @@ HOST ?= 127.0.0.1
 ONNXRUNTIME ?= cpu# or gpu
 BIN := .venv/bin
 
-.PHONY: install serve test perf-analyzer prometheus lock fuzz check build bench train-digits clean
+.PHONY: install serve test perf-analyzer prometheus lock zoo fuzz check build bench train-digits clean
 
 install: .venv/.installed
 
@@ -41,6 +41,10 @@ prometheus: install
 # The versions with which the tests passed; run it in an environment that was made without constraints.
 lock: install
 	$(BIN)/pip freeze --exclude-editable | grep -v -e '^torch==' -e '^torchvision==' -e '^nvidia-' -e '^pip==' >constraints.txt
+
+# Real models, downloaded into LEANSERVE_ZOO (by default a folder in ~/.cache); what was tried is not tried again.
+zoo: install
+	PYTHONPATH=tests/support $(BIN)/python -m zoo
 
 fuzz: install
 	LEANSERVE_FUZZ_SECONDS=120 $(BIN)/pytest tests/fuzz --timeout 7200

@@ -118,23 +118,29 @@ def init(
     image: Annotated[str | None, typer.Option(help="Takes images of WIDTHxHEIGHT (grey: WIDTHxHEIGHTxL).")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Takes texts, by this tokenizer.json.")] = None,
     shape: Annotated[list[str] | None, typer.Option("--input", help="Takes NAME=3,224 or NAME:int64=?.")] = None,
+    argument: Annotated[list[str] | None, typer.Option(help="Of the factory: NAME=VALUE.")] = None,
     meaning: Annotated[list[str] | None, typer.Option(help="Gives NAME=logits, NAME=probabilities ...")] = None,
 ) -> None:
-    """ModelProfile at a model and write a commented config with variants worth trying on this machine."""
+    """Look at a model and write a commented config with variants worth trying on this machine."""
     from leanserve.init.data_argument import data_seen
     from leanserve.init.model_argument import Hints
-    from leanserve.init.writing import write_config
+    from leanserve.init.writing import is_unfinished, write_config
 
-    if output.exists():
+    if output.exists() and not is_unfinished(output):
         raise StartupError(f"{output} exists and is not replaced; remove it, or write another file with --output")
-    hints = Hints(weights, weights_key, task, labels, image, tokenizer, tuple(shape or ()), tuple(meaning or ()))
+    lists = (tuple(given or ()) for given in (shape, argument, meaning))
+    hints = Hints(weights, weights_key, task, labels, image, tokenizer, *lists)
     with err.status(f"looking at {escape(model)} ..."):
-        profile, suggestions = write_config(model, output, hints, data)
+        profile, suggestions, left, remarks = write_config(model, output, hints, data)
     err.print(f"{profile.name}: {escape(profile.inputs)} -> {escape(profile.outputs)}", highlight=False, soft_wrap=True)
     if (seen := data_seen(data)) is not None:
         err.print(f"data: {escape(seen)}", highlight=False, soft_wrap=True)
     for suggestion in suggestions:
         err.print(f"  {suggestion.name}: {escape(suggestion.expect)}", highlight=False, soft_wrap=True)
+    for variant in left:
+        err.print(f"  not {variant.name}: {escape(variant.reason)}", highlight=False, soft_wrap=True)
+    for remark in (*profile.caveats, *remarks):
+        err.print(f"[yellow]check:[/] {escape(remark)}", highlight=False, soft_wrap=True)
     err.print(f"wrote {output}; next: leanserve serve --config {output}", highlight=False, soft_wrap=True)
 
 

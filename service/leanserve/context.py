@@ -196,7 +196,7 @@ def _facts(report: VariantReport) -> VariantFacts:
         simulated=tuple(str(manifest.kind) for manifest in report.chain if manifest.simulated),
         state=report.state,
         reason=report.reason or "",
-        quality=report.quality.model_dump(),
+        quality=report.quality.model_dump() if report.built else {},
         build_seconds=tuple(manifest.seconds for manifest in passes),
         cpu=last.cpu,
         threads=last.threads,

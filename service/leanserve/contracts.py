@@ -60,7 +60,8 @@ class ModelSpec:
 
     `max_length` bounds the dynamic axes of what it takes: longer requests are refused. `labelled` is the position of
     the output whose classes the labels name; without labels it says nothing. `rows` says which rows it keeps apart when
-    they share a batch.
+    they share a batch. Dynamic axes have sizes of at least `least`, in multiples of `step`: what halves an image five
+    times and joins the halves again takes multiples of 32.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -69,6 +70,8 @@ class ModelSpec:
     max_length: int = 512
     labelled: int = 0
     rows: RowsTogether = "any"
+    step: int = 1
+    least: int = 1
 
     def most_rows(self, wanted: int) -> int:
         """The rows that a batch of `wanted` rows may have at most: a single one where no other may share its batch."""
@@ -81,9 +84,13 @@ class ModelSpec:
         return sum(math.prod(shape) * np.dtype(item.dtype).itemsize for item, shape in shapes)
 
     def example(self, rows: int, length: int = 16, seed: int = 0) -> Arrays:
-        """A random batch of `rows` rows that fits the spec; dynamic axes get `length`."""
+        """A random batch of `rows` rows that fits the spec; dynamic axes get `length`, or the next size they take."""
         random = np.random.default_rng(seed)
-        return tuple(_random_field(random, item, rows, length) for item in self.inputs)
+        return tuple(_random_field(random, item, rows, self.size(length)) for item in self.inputs)
+
+    def size(self, wanted: int) -> int:
+        """The least size of a dynamic axis that is not below `wanted`."""
+        return -(-max(wanted, self.least) // self.step) * self.step
 
 
 def _random_field(random: np.random.Generator, item: TensorSpec, rows: int, length: int) -> Array:
@@ -91,7 +98,7 @@ def _random_field(random: np.random.Generator, item: TensorSpec, rows: int, leng
     if np.issubdtype(np.dtype(item.dtype), np.floating):
         return random.standard_normal(shape).astype(item.dtype)
     drawn = random.integers(0, 2, shape).astype(item.dtype)
-    drawn[:, :1] = 1  # a mask without a single 1 would be a row of nothing
+    drawn.reshape(rows, -1)[:, :1] = 1  # a mask without a single 1 would be a row of nothing
     return drawn
 
 

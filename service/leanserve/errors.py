@@ -122,7 +122,14 @@ class ConfigError(StartupError):
 
 
 class PassFailed(StartupError):
-    """A pass could not be applied; the message names the variant, the pass, its position and the option."""
+    """A pass could not be applied; the message names the variant, the pass, its position and the option.
+
+    `lasting`: it will fail again; else something was missing that may be there the next time, such as memory.
+    """
+
+    def __init__(self, message: str, *, lasting: bool = True) -> None:
+        super().__init__(message)
+        self.lasting = lasting
 
 
 class GateFailed(StartupError):

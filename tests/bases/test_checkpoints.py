@@ -288,6 +288,24 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path, name: str) -> None:
         read_state(tmp_path / name)
 
 
+def test_tensors_that_the_model_has_no_place_for_are_told(tmp_path: Path) -> None:
+    """A loss with weights of its own, or a second head, that only training used."""
+    torch.save({"step": 9, "model_state": {**STATE, "similarity_weight": torch.ones(1)}}, tmp_path / "c.pt")
+    module = nn.Linear(3, 2)
+    told = "the file has weights that the model has no place for: similarity_weight"
+    assert load_weights(module, tmp_path / "c.pt") == (told,)
+    assert torch.equal(module.weight, STATE["weight"])
+
+
+def test_weights_under_a_key_that_nobody_knows_are_found_by_what_fits(tmp_path: Path) -> None:
+    discriminator = {"weight": torch.ones(1, 2), "bias": torch.ones(1)}
+    torch.save({"net_g": STATE, "net_d": discriminator}, tmp_path / "c.pt")
+    assert torch.equal(loaded(tmp_path / "c.pt").weight, STATE["weight"])
+    torch.save({"net_g": STATE, "net_h": AVERAGE}, tmp_path / "c.pt")
+    with pytest.raises(ConfigError, match=r"base.weights_key can choose others of this file: net_g, net_h$"):
+        loaded(tmp_path / "c.pt")
+
+
 def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2, 4), "scale": torch.ones(1)}, tmp_path / "c.safetensors")
     with pytest.raises(ConfigError) as caught:

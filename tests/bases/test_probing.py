@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from leanserve.bases.description import Tensor
 from leanserve.bases.inputs import MASKED_TEXT
-from leanserve.bases.probing import check_rows, probe
+from leanserve.bases.probing import check_rows, probe, spec_of_inputs
 from leanserve.bases.tracing import runner, traced_outputs
-from leanserve.contracts import RowsTogether
+from leanserve.contracts import Array, Arrays, RowsTogether
 from leanserve.errors import ConfigError
 
 ROW = (Tensor(name="x", dtype="float32", shape=(6,)),)
@@ -216,18 +216,32 @@ def test_a_model_of_which_one_row_is_too_many_says_why() -> None:
 
 def test_files_are_tried_in_the_same_way() -> None:
     mixing, leaking = runner(MIXING["a mean over the batch"][0]), runner(LEAKING["a mean over the sequence"][0])
+    row, sequence = spec_of_inputs(ROW, "any"), spec_of_inputs(SEQUENCE, "any")
     with pytest.raises(ConfigError, match=r"base\.rows: one, and"):
-        probe(mixing, ROW, ["y"])
+        probe(mixing, row, ["y"])
     with pytest.raises(ConfigError, match=r"base\.rows: one_length"):
-        probe(leaking, SEQUENCE, ["y"])
+        probe(leaking, sequence, ["y"])
     with pytest.raises(ConfigError, match=r"does run on a single row"):
-        probe(runner(Function(only_one)), ROW, ["y"])
-    assert probe(mixing, ROW, ["y"], "one")[0].shape == (WIDTH,)
-    assert probe(runner(Function(torch.relu)), SEQUENCE, ["y"], "one_length")[0].shape == (None, WIDTH)
+        probe(runner(Function(only_one)), row, ["y"])
+    assert probe(mixing, spec_of_inputs(ROW, "one"), ["y"]).outputs[0].shape == (WIDTH,)
+    alike = spec_of_inputs(SEQUENCE, "one_length")
+    assert probe(runner(Function(torch.relu)), alike, ["y"]).outputs[0].shape == (None, WIDTH)
 
 
 def test_differences_of_rounding_are_none() -> None:
     def rounding(batch: tuple[np.ndarray[Any, Any], ...]) -> list[np.ndarray[Any, Any]]:
         return [batch[0] * np.float32(1 + 1e-5 * len(batch[0]))]
 
-    check_rows(rounding, ROW, ["y"])
+    assert check_rows(rounding, spec_of_inputs(ROW, "any"), ["y"]) == ()
+
+
+def test_what_only_rounds_otherwise_in_a_larger_batch_is_served_with_a_caveat() -> None:
+    def rounding(batch: Arrays) -> list[Array]:
+        return [batch[0] * np.float32(1 + 2e-3 * len(batch[0]))]
+
+    row = spec_of_inputs(ROW, "any")
+    [caveat] = check_rows(rounding, row, ["y"])
+    assert "rounded otherwise" in caveat
+    assert "'y' differs by" in caveat
+    with pytest.raises(ConfigError, match="depends on the other rows"):
+        check_rows(lambda batch: [batch[0] + np.float32(1e-6) * batch[0].mean(0)], row, ["y"])

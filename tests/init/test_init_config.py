@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -19,14 +20,16 @@ from leanserve.errors import ConfigError
 from leanserve.init.data_argument import data_seen
 from leanserve.init.model_argument import Hints, base_section
 from leanserve.init.suggestions import suggest
-from leanserve.init.writing import write_config
+from leanserve.init.writing import is_unfinished, write_config
+from tiny_graphs import graph, write
 
 SOURCE = """
 from torch import nn
 
 def images():
-    blocks = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(4)]
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    blocks = [nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()) for _ in range(4)]
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3)
+    return nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), *blocks, *head)
 
 def depthwise():
     blocks = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)) for _ in range(4)]
@@ -34,6 +37,10 @@ def depthwise():
 
 def chances():
     return nn.Sequential(nn.Linear(6, 3), nn.Softmax(dim=1))
+
+def late():
+    blocks = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(8)) for _ in range(4)]
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
 
 def dense():
     return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3))
@@ -104,7 +111,8 @@ def test_rows_that_change_each_other_are_kept_apart_and_the_file_says_so(folder:
 
 
 def test_a_machine_without_instructions_is_not_offered_what_would_be_emulated(folder: Path) -> None:
-    profile, offered = write_config("init_model:images", folder / "a.yaml", IMAGES, None)
+    seen = write_config("init_model:images", folder / "a.yaml", IMAGES, None)
+    profile, offered = seen.profile, seen.suggestions
     assert "bf16" in {suggestion.name for suggestion in suggest(profile, EVERYTHING, trainable=False)}
     poor = suggest(profile, frozenset({"avx2"}), trainable=False)
     assert "bf16" not in {suggestion.name for suggestion in poor}
@@ -270,3 +278,67 @@ def test_the_command_writes_a_file_once_and_checks_out(tmp_path: Path) -> None:
     assert lost.returncode == 2
     assert "names no model" in lost.stderr
     assert "Traceback" not in lost.stderr
+
+
+def test_what_cannot_be_made_of_the_model_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    text = "agraph (float[N, 4] x) => (float[N, 4] y) { y = Relu (x) }"
+    seen = write_config(str(write(tmp_path / "m.onnx", graph(text))), tmp_path / "c.yaml", Hints(), None)
+    kept = [suggestion.name for suggestion in seen.suggestions]
+    assert kept[0] == "float"
+    assert not any(name.startswith("int8") for name in kept)
+    assert {item.name for item in seen.left} == {"int8", "int8-percentile", "int8-minmax"}
+    assert all("finds no convolution or linear layer" in item.reason for item in seen.left)
+    assert (
+        "  # Left out: int8, which does not suit this model: quantize_static finds no"
+        in (tmp_path / "c.yaml").read_text()
+    )
+    assert [variant.name for variant in read_config(tmp_path / "c.yaml").variants] == kept
+
+
+def test_batch_norms_that_cannot_be_folded_are_left_as_they_are(folder: Path) -> None:
+    found = kinds(written(folder / "c.yaml", "init_model:late", IMAGES))
+    assert found["onnx"] == ["onnxruntime"]
+    assert found["int8"] == ["quantize_static", "onnxruntime"]
+    assert "channels-last" in found
+
+
+def test_a_layer_without_rank_to_spare_is_not_factorised(folder: Path) -> None:
+    seen = write_config("init_model:dense", folder / "c.yaml", Hints(shapes=("x=6",)), None)
+    assert [item.name for item in seen.left] == ["lowrank"]
+    assert "cannot be reached" in seen.left[0].reason
+
+
+def test_what_is_missing_is_written_as_a_line_to_do(folder: Path) -> None:
+    path = folder / "c.yaml"
+    with pytest.raises(ConfigError, match=r"the input of the model is not known.*c\.yaml has a TODO for it"):
+        write_config("init_model:dense", path, Hints(), None)
+    text = path.read_text()
+    assert text.startswith("# TODO: base: the input of the model is not known")
+    assert "  # inputs: {NAME: {dtype: float32, shape: [SIZES OF ONE ROW]}} # TODO: one per input" in text
+    assert read_config(path).variants[0].name == "float", "nothing is missing but what is to do"
+    assert is_unfinished(path)
+    write_config("init_model:dense", path, Hints(shapes=("x=6",)), None)
+    assert not is_unfinished(path)
+
+
+def test_what_was_guessed_is_told(folder: Path) -> None:
+    remarks = write_config("init_model:images", folder / "c.yaml", IMAGES, None).remarks
+    assert "mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225] are a guess" in remarks[0]
+    assert any(remark.startswith("Random rows") for remark in remarks)
+
+
+def test_a_factory_gets_its_arguments(folder: Path) -> None:
+    (folder / "init_model.py").write_text(
+        SOURCE + "\ndef sized(width, name):\n    return nn.Linear(width, len(name))\n"
+    )
+    config = written(folder / "c.yaml", "init_model:sized", Hints(shapes=("x=5",), arguments=("width=5", "name=abc")))
+    assert getattr(config.base, "arguments", None) == {"width": 5, "name": "abc"}
+    with pytest.raises(ConfigError, match="--argument width: give NAME=VALUE"):
+        base_section("a:b", Hints(arguments=("width",)), folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_torchscript_program_is_told_with_the_way_to_export(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(3, 2), torch.ones(1, 3)), str(tmp_path / "m.pt"))  # type: ignore[no-untyped-call]
+    with pytest.raises(ConfigError, match=r"is a TorchScript program.*torch\.onnx\.export\(torch\.jit\.load"):
+        base_section(str(tmp_path / "m.pt"), Hints(), tmp_path)

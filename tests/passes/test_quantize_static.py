@@ -241,3 +241,30 @@ class Means(nn.Module):
 def test_a_model_without_layers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PassFailed, match="no convolution or linear layer"):
         QuantizeStatic().apply(TorchModel(Means().eval(), IMAGES), context_of(BASE, tmp_path, no_progress))
+
+
+def test_layers_that_share_a_bias_get_one_each(net: OnnxModel, tmp_path: Path) -> None:
+    """Quantizers copy a shared one to a name that may be taken, and fail on a matrix of one row."""
+    model = onnx.load(net.path)
+    layers = [node for node in model.graph.node if node.op_type in {"Conv", "Gemm"} and len(node.input) == 3]
+    sizes = {item.name: list(item.dims) for item in model.graph.initializer}
+    alike = next(
+        (one, other)
+        for one in layers
+        for other in layers
+        if one is not other and sizes[one.input[2]] == sizes[other.input[2]]
+    )
+    alike[1].input[2] = alike[0].input[2]
+    [gemm] = [node for node in layers if node.op_type == "Gemm"]
+    bias = next(item for item in model.graph.initializer if item.name == gemm.input[2])
+    bias.dims[:] = [1, *bias.dims]
+    del model.graph.value_info[:]
+    taken = f"{alike[0].input[2]}1"
+    model.graph.node.append(onnx.helper.make_node("Identity", [gemm.output[0]], [taken]))
+    model.graph.output.append(onnx.helper.make_tensor_value_info(taken, onnx.TensorProto.FLOAT, None))
+    onnx.save(model, tmp_path / "shared.onnx")
+    shared = replace(net, path=tmp_path / "shared.onnx")
+    int8 = quantize(shared, tmp_path)
+    (images,) = BASE.inputs
+    one, other = (open_session(item.path).run(None, feeds(net.spec, (images,)))[0] for item in (int8, shared))
+    assert cosine(np.asarray(one), np.asarray(other)) > 0.99

@@ -131,3 +131,21 @@ def test_what_is_longer_than_the_model_takes_is_refused() -> None:
             await variant.predict(tokens(65), stay)
 
     play_tokens(scenario)
+
+
+@pytest.mark.parametrize(
+    ("step", "least", "length", "reason"),
+    [
+        (8, 1, 12, "axis 1 of 'ids' has size 12; this model takes multiples of 8$"),
+        (1, 20, 12, "axis 1 of 'ids' has size 12; this model takes sizes from 20 up$"),
+        (8, 20, 16, "axis 1 of 'ids' has size 16; this model takes multiples of 8 from 24 up$"),
+    ],
+)
+def test_sizes_on_which_the_model_does_not_run_are_refused(step: int, least: int, length: int, reason: str) -> None:
+    async def scenario(variant: Variant, backend: Tagger) -> None:
+        with pytest.raises(BadInput, match=reason):
+            await variant.predict(tokens(length), stay)
+        backend.gate.set()
+        await variant.predict(tokens(24), stay)
+
+    play_tokens(scenario, replace(TOKENS, step=step, least=least))

@@ -85,7 +85,7 @@ def _variant(fleet: Fleet, name: str) -> Json:
         "batch_rows": variant.batcher.limits.max_rows if variant else None,
         "memory_rows": variant.running.memory_rows if variant else None,
         "batch_ms": {rows: round(s * 1000, 3) for rows, s in variant.costs.table().items()} if variant else None,
-        "quality": facts.quality,
+        "quality": facts.quality or None,
         "measured_on": {"cpu": facts.cpu, "threads": facts.threads},
     }
 

@@ -162,16 +162,28 @@ class Manifest(Recipe):
     threads: int
 
 
+class Failure(BaseModel):
+    """Why a pass could not be applied, in the place of the artifact that it should have made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reason: str
+
+
 class VariantReport(BaseModel):
-    """A variant as the report shows it: its chain of artifacts from the base to its last pass, and the gate's word."""
+    """A variant as the report shows it: its chain of artifacts from the base to its last pass, and the gate's word.
+
+    Of a variant that could not be made (`built` is false) the chain is the base alone.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     state: Literal["serving", "excluded"]
     reason: str | None
-    """Why the gate excluded it."""
+    """Why the gate excluded it, or why it could not be made."""
     chain: tuple[Manifest, ...]
+    built: bool = True
 
     @property
     def spec(self) -> ModelSpec:

@@ -31,7 +31,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from leanserve.artifacts.manifest import BenchmarkResult, Manifest, Measurement, Quality, Recipe
+from leanserve.artifacts.manifest import BenchmarkResult, Failure, Manifest, Measurement, Quality, Recipe
 from leanserve.artifacts.sealed import Document, seal, unseal
 from leanserve.contracts import Format
 from leanserve.disk import may_write, sha256_of
@@ -39,7 +39,7 @@ from leanserve.errors import ArtifactCorrupt, PassFailed, StartupError
 from leanserve.hardware import cpu_name
 from leanserve.runtime.formats import format_named
 
-FOLDERS = ("artifacts", "bases", "locks", "tmp", "scratch", "races")
+FOLDERS = ("artifacts", "bases", "failures", "locks", "tmp", "scratch", "races")
 
 
 class ArtifactStore:
@@ -131,6 +131,16 @@ class ArtifactStore:
         """Store latencies that were measured together; call it under the lock `race`."""
         path = self._race(keys, race.cpu, race.threads)
         self._keep(path, path.name, race, "race")
+
+    def failure(self, key: str) -> Failure | None:
+        """Why the artifact cannot be made, if that was tried; a damaged note counts as none, and it is tried again."""
+        with suppress(ArtifactCorrupt):
+            return _found(self.root / "failures" / key, key, Failure)
+        return None
+
+    def keep_failure(self, key: str, failure: Failure) -> None:
+        """Store why an artifact cannot be made."""
+        self._keep(self.root / "failures" / key, key, failure, key)
 
     def chain(self, key: str) -> tuple[Recipe, ...]:
         """The verified recipes from the base up to `key`.

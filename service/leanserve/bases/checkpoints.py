@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanserve.bases.fitting import closest, copy_weights, shortened
+from leanserve.bases.fitting import closest, copy_weights, fits_whole, shortened
 from leanserve.bases.weight_files import SAVE, read_file
 from leanserve.disk import sha256_of
 from leanserve.errors import ConfigError
@@ -24,7 +24,10 @@ AVERAGED = (
     *("ema", "params_ema", "averaged_model"),
 )
 """Keys of averages over the last steps of a training (EMA)."""
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
+WRAPPERS = (
+    *("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params"),
+    *("model_weights", "net_state_dict", "state"),
+)
 """Keys under which training scripts put the state dict."""
 DEEPEST = 6
 """Mappings within mappings."""
@@ -40,6 +43,8 @@ class Checkpoint:
     """What the names of the chosen weights begin with; empty: all tensors of the file."""
     others: tuple[str, ...] = ()
     """Further weights, where the config does not choose."""
+    mappings: tuple[str, ...] = ()
+    """The keys around tensors, of all mappings in the file."""
 
     def under(self, place: str) -> dict[str, Tensor]:
         """The tensors whose names begin so, by the rest of their names."""
@@ -73,7 +78,7 @@ def read_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
         keys = shortened(list(map(str, content)))
         raise ConfigError(f"base.weights: {path} holds no tensors with names (its keys: {keys}). {SAVE}")
     if key is None:
-        return Checkpoint(path, everything, *_preferred(content))
+        return Checkpoint(path, everything, *_preferred(content), tuple(_mappings(content)))
     if not Checkpoint(path, everything).under(key):
         there = list(dict.fromkeys(name.partition(".")[0] for name in everything if "." in name))
         raise ConfigError(
@@ -89,10 +94,10 @@ def read_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, path: Path, key: str | None = None) -> tuple[str, ...]:
-    """Load a checkpoint into a module; every tensor must find its place, and every place its tensor.
+    """Load a checkpoint into a module; every place must find its tensor, by the keys around it or by what fits.
 
     Returns:
-        Caveats: what everyone must know of weights that the config did not choose.
+        Caveats: what everyone must know of weights that the config did not choose, and of those left over.
 
     Raises:
         ConfigError: names, shapes or kinds of numbers differ; the text lists the first of each.
@@ -100,10 +105,15 @@ def load_weights(module: nn.Module, path: Path, key: str | None = None) -> tuple
     checkpoint = read_checkpoint(path, key)
     wanted = module.state_dict()
     places = _upwards(checkpoint.taken) if key is None else (key,)
-    problems = copy_weights(closest([checkpoint.under(place) for place in places], wanted), module)
+    state = closest([checkpoint.under(place) for place in places], wanted)
+    elsewhere = [] if key is not None or fits_whole(state, wanted) else _fitting(checkpoint, wanted)
+    if len(elsewhere) == 1:
+        state = closest([checkpoint.under(elsewhere[0])], wanted)
+    problems, extra = copy_weights(state, module)
     if not problems:
-        return checkpoint.caveats
-    others = checkpoint.places_of(wanted) or list(checkpoint.others)
+        unused = (f"the file has weights that the model has no place for: {shortened(extra)}",) if extra else ()
+        return checkpoint.caveats + unused
+    others = elsewhere or checkpoint.places_of(wanted) or list(checkpoint.others)
     remedy = f". base.weights_key can choose others of this file: {shortened(others)}" if others else ""
     raise ConfigError(f"base.weights: {path} does not fit the model: {'; '.join(problems)}{remedy}")
 
@@ -129,6 +139,22 @@ def _named(content: Mapping[Any, Any], depth: int = 1) -> Iterator[tuple[str, Te
             yield str(key), value
         elif isinstance(value, Mapping) and "param_groups" not in value and depth < DEEPEST:
             yield from ((f"{key}.{name}", tensor) for name, tensor in _named(value, depth + 1))
+
+
+def _mappings(content: Mapping[Any, Any], place: str = "", depth: int = 1) -> Iterator[str]:
+    """The keys around every mapping that has tensors in it."""
+    for key, value in content.items():
+        if isinstance(value, Mapping) and depth < DEEPEST and any(_named(value)):
+            inner = f"{place}.{key}" if place else str(key)
+            yield inner
+            yield from _mappings(value, inner, depth + 1)
+
+
+def _fitting(checkpoint: Checkpoint, wanted: Mapping[str, Tensor]) -> list[str]:
+    """Where in the file weights for all of a model are, under keys that nobody knows."""
+    unknown = (place for place in checkpoint.mappings if place not in checkpoint.others)
+    found = [place for place in unknown if fits_whole(closest([checkpoint.under(place)], wanted), wanted)]
+    return [place for place in found if not any(other.startswith(f"{place}.") for other in found)]
 
 
 def _preferred(content: Mapping[Any, Any]) -> tuple[str, tuple[str, ...]]:

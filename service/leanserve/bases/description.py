@@ -24,7 +24,7 @@ from leanserve.errors import ArtifactCorrupt, ConfigError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Raise when descriptions of the same model come out differently."""
 Evidence = Literal["declared", "operator", "numbers", "name", "labels", "form", "none"]
 """From what the meaning of an output is known: the config, its last operator, what it looked like on random rows, its
@@ -67,6 +67,10 @@ class Description(BaseModel):
     """Longest dynamic axis that is served."""
     rows: RowsTogether = "any"
     """Which rows may share a batch."""
+    step: int = 1
+    """Sizes of dynamic axes are multiples of this."""
+    least: int = 1
+    """The smallest size of a dynamic axis."""
     caveats: tuple[str, ...] = ()
     """What everyone who sees a result must know, such as `untrained`."""
 
@@ -79,6 +83,8 @@ class Description(BaseModel):
             self.max_length,
             self.labelled,
             self.rows,
+            self.step,
+            self.least,
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,8 +30,18 @@ def closest(states: Iterable[StateDict], wanted: Mapping[str, Tensor]) -> StateD
     return max(unwrapped, key=lambda state: (len(state.keys() & wanted.keys()), -len(state)))
 
 
-def copy_weights(state: Mapping[str, Tensor], module: nn.Module) -> list[str]:
-    """Copy a state into a module, in the module's precision; what does not fit, as text (empty: everything does)."""
+class Fit(NamedTuple):
+    """What of a state did not find its place in a module, as text (empty: everything did), and what was left over."""
+
+    problems: list[str]
+    extra: list[str]
+
+
+def copy_weights(state: Mapping[str, Tensor], module: nn.Module) -> Fit:
+    """Copy a state into a module, in the module's precision.
+
+    Tensors that only training used (a loss with weights of its own, a second head) are left over.
+    """
     import torch
 
     wanted = {name: item for name, item in module.state_dict().items() if isinstance(item, torch.Tensor)}
@@ -39,7 +49,7 @@ def copy_weights(state: Mapping[str, Tensor], module: nn.Module) -> list[str]:
     try:
         left = module.load_state_dict({name: state[name] for name in state if name not in unlike}, strict=False)
     except RuntimeError as error:
-        return [str(error).splitlines()[-1].strip()]
+        return Fit([str(error).splitlines()[-1].strip()], [])
     ties = _ties(wanted)
     missing = [name for name in left.missing_keys if name not in unlike and not ties[name] & state.keys()]
     listed = (
@@ -48,7 +58,15 @@ def copy_weights(state: Mapping[str, Tensor], module: nn.Module) -> list[str]:
         ("shapes differ:", list(unlike.values())),
         ("differ, though they are one tensor in the model:", _torn(state, ties)),
     )
-    return [f"{what} {shortened(names)}" for what, names in listed if names]
+    extra = list(left.unexpected_keys)
+    problems = {what: names for what, names in listed if names}
+    alone = problems.keys() == {"has besides"}
+    return Fit([] if alone else [f"{what} {shortened(names)}" for what, names in problems.items()], extra)
+
+
+def fits_whole(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
+    """Whether a state has a tensor for every name, of the same shape."""
+    return all(name in state and state[name].shape == tensor.shape for name, tensor in wanted.items())
 
 
 def shortened(names: list[str]) -> str:

@@ -3,8 +3,9 @@
 Whatever a file or a class declares, only a run tells. A row is run alone, several times, then in company: beside rows
 of its own length, one of which is ten thousand times as large, and padded to a longer row. A model whose answer to
 that row changes (a softmax over the batch, statistics or a scale of the batch, padding that no mask hides, dropout
-left on) would let strangers change each other's answers, so it is refused before anybody waits for a build, unless the
-config says that such rows never share a batch (`base.rows`).
+left on) would let strangers change each other's answers, so it is refused before anybody waits for a build, unless
+the config says that such rows never share a batch (`base.rows`). What only rounds otherwise in another number of rows
+is served, with a caveat.
 """
 
 from __future__ import annotations
@@ -25,10 +26,15 @@ Run = Callable[[Arrays], Sequence[Array]]
 Found = TypeVar("Found")
 
 ROWS = 3
-LENGTHS = (16, 24)
-"""Of the dynamic axes, in two runs: what differs between them is a dynamic axis of an output."""
+SHORT = 16
+"""Of the dynamic axes in a first run, if the model runs on it; a second one is half as long again: what differs between
+them is a dynamic axis of an output."""
 TOLERANCE = 1e-3
 """Largest accepted difference, relative to the largest output: kernels add in another order in another batch."""
+ROUNDING = 0.02
+"""Largest difference that is taken for rounding, if a row in the company of its own copies differs like that, too."""
+ROUNDING_TIMES = 4
+"""How many times as much a row may differ among others as among its own copies."""
 NUMBERS = "biuf"
 """Kinds of numpy dtypes."""
 AGAIN = 4
@@ -49,63 +55,71 @@ class OutputPair(NamedTuple):
     other: Array
 
 
-def probe(
-    run: Run,
-    inputs: Sequence[Tensor],
-    names: Sequence[str],
-    rows: RowsTogether = "any",
-    tolerance: float = TOLERANCE,
-) -> tuple[Tensor, ...]:
-    """The outputs of a model, one per name.
+class Probed(NamedTuple):
+    """What was found out about a model by running it."""
+
+    outputs: tuple[Tensor, ...]
+    caveats: tuple[str, ...]
+
+
+def spec_of_inputs(inputs: Sequence[Tensor], rows: RowsTogether) -> ModelSpec:
+    """What takes these inputs, as far as it is known."""
+    return ModelSpec(tuple(item.field() for item in inputs), (), rows=rows)
+
+
+def probe(run: Run, spec: ModelSpec, names: Sequence[str], tolerance: float = TOLERANCE) -> Probed:
+    """The outputs of a model that takes the inputs of the spec, one output per name.
 
     Raises:
         ConfigError: it does not run on batches of 1 and of 3 rows, gives no arrays of numbers, or mixes up the rows.
     """
-    spec = ModelSpec(tuple(item.field() for item in inputs), (), rows=rows)
     most = spec.most_rows(ROWS)
-    together = or_row_by_row(lambda rows: _attempt(run, spec.example(rows, LENGTHS[0]), names), most)
-    dynamic = any(None in item.shape for item in inputs)
-    longer = _attempt(run, spec.example(most, LENGTHS[1], seed=1), names) if dynamic else together
+    short, long = two_lengths(spec)
+    together = or_row_by_row(lambda rows: attempt(run, spec.example(rows, short), names), most)
+    dynamic = bool(dynamic_axes(spec.inputs))
+    longer = attempt(run, spec.example(most, long, seed=1), names) if dynamic else together
     outputs = tuple(_output(*item, most) for item in zip(names, together, longer, strict=True))
-    check_rows(run, inputs, names, rows, tolerance)
-    return outputs
+    return Probed(outputs, check_rows(run, spec, names, tolerance))
 
 
-def or_row_by_row(attempt: Callable[[int], Found], rows: int) -> Found:
+def two_lengths(spec: ModelSpec) -> tuple[int, int]:
+    """Two sizes that the dynamic axes may have."""
+    short = spec.size(SHORT)
+    return short, spec.size(short * 3 // 2)
+
+
+def or_row_by_row(runs: Callable[[int], Found], rows: int) -> Found:
     """What comes of an attempt with so many rows; where it fails and one with a single row does not, the error says so.
 
     Raises:
         ConfigError: the attempt with so many rows did.
     """
     try:
-        return attempt(rows)
+        return runs(rows)
     except ConfigError as error:
         try:
-            attempt(1)
+            runs(1)
         except ConfigError:
             raise error from None
         raise ConfigError(f"{error}. It does run on a single row. {ONE}") from error
 
 
-def check_rows(
-    run: Run,
-    inputs: Sequence[Tensor],
-    names: Sequence[str],
-    rows: RowsTogether = "any",
-    tolerance: float = TOLERANCE,
-) -> None:
-    """See that a model answers a row as it would alone, whatever rows share its batch; `rows` says which ones may.
+def check_rows(run: Run, spec: ModelSpec, names: Sequence[str], tolerance: float = TOLERANCE) -> tuple[str, ...]:
+    """See that a model answers a row as it would alone, whatever rows share its batch; `spec.rows` says which may.
+
+    Returns:
+        Caveats: what everyone must know, where answers are rounded otherwise in another batch.
 
     Raises:
         ConfigError: it does not; the text says in which company, and which value of `base.rows` it can be served with.
     """
-    fields = tuple(item.field() for item in inputs)
-    trial = _Trial(run, ModelSpec(fields, ()), names, tolerance)
+    trial = _Trial(run, spec, names, tolerance)
     trial.answer_again()
-    if rows != "one":
+    if spec.rows != "one":
         trial.share_a_batch()
-    if rows == "any" and dynamic_axes(fields):
+    if spec.rows == "any" and dynamic_axes(spec.inputs):
         trial.be_padded()
+    return trial.caveats
 
 
 class _Trial:
@@ -116,7 +130,9 @@ class _Trial:
         self._spec = spec
         self._names = names
         self._tolerance = tolerance
-        self._rows = [self._row(LENGTHS[0], seed) for seed in (3, 4)]
+        self._short, self._long = two_lengths(spec)
+        self.caveats: tuple[str, ...] = ()
+        self._rows = [self._row(self._short, seed) for seed in (3, 4)]
         self._alone = [self._answers(row) for row in self._rows]
 
     def answer_again(self) -> None:
@@ -134,18 +150,27 @@ class _Trial:
         together = self._together([first, self._huge(), last])
         for place, alone in ((0, self._alone[0]), (2, self._alone[1])):
             reason = self._change(alone, _part(together, place))
-            if reason:
+            if reason and self._is_rounding(alone, _part(together, place), self._rows[place // 2]):
+                self.caveats = (f"answers are rounded otherwise with other numbers of rows in a batch: {reason}",)
+            elif reason:
                 raise ConfigError(
                     f"the answer to a row depends on the other rows of its batch (alone and together, {reason}), so "
                     "that strangers would change each other's answers: is it in training mode, or does it work across "
                     f"the first axis (a mean, a softmax, a scale of the whole batch)? {ONE}"
                 )
 
+    def _is_rounding(self, alone: Sequence[Array], among: Sequence[Array], row: Arrays) -> bool:
+        """Whether a row that differs little among others differs like that among its copies, which tell nothing."""
+        copies = self._answers(join([row] * ROWS, self._spec, ROWS))
+        others = max(map(_relative_change, among, alone))
+        own = max(max(map(_relative_change, _part(copies, place), alone)) for place in range(ROWS))
+        return others <= min(ROUNDING, ROUNDING_TIMES * own)
+
     def be_padded(self) -> None:
         """A row behind a longer one, which it is padded to; what is answered at padded positions is cut off."""
-        longer, shorter = self._row(LENGTHS[1], seed=5), self._rows[0]
+        longer, shorter = self._row(self._long, seed=5), self._rows[0]
         together = _part(self._answers(join([longer, shorter], self._spec, 2)), 1)
-        own = trim(tuple(together), _varying(self._alone[0], together), LENGTHS[1], LENGTHS[0])
+        own = trim(tuple(together), _varying(self._alone[0], together), self._long, self._short)
         reason = self._change(self._alone[0], own)
         if reason:
             raise ConfigError(
@@ -158,10 +183,10 @@ class _Trial:
         try:
             return self._answers(join(rows, self._spec, len(rows)))
         except ConfigError:  # a model may refuse what is out of its range, and the next best is an ordinary row
-            return self._answers(join([rows[0], self._row(LENGTHS[0], seed=6), rows[2]], self._spec, len(rows)))
+            return self._answers(join([rows[0], self._row(self._short, seed=6), rows[2]], self._spec, len(rows)))
 
     def _huge(self) -> Arrays:
-        row = self._row(LENGTHS[0], seed=6)
+        row = self._row(self._short, seed=6)
         return tuple(np.asarray(part * HUGE, part.dtype) if part.dtype.kind == "f" else part for part in row)
 
     def _row(self, length: int, seed: int) -> Arrays:
@@ -170,7 +195,7 @@ class _Trial:
         return tuple(np.ones_like(array) if item.name == MASK else array for item, array in pairs)
 
     def _answers(self, batch: Arrays) -> list[Array]:
-        return _attempt(self._run, batch, self._names)
+        return attempt(self._run, batch, self._names)
 
     def _change(self, one: Sequence[Array], other: Sequence[Array]) -> str | None:
         pairs = zip(self._names, one, other, strict=True)
@@ -198,7 +223,20 @@ def differs(answer: OutputPair, tolerance: float = TOLERANCE) -> str | None:
     return f"output '{answer.name}' differs by {change:.2g}, where its largest value is {largest:.2g}"
 
 
-def _attempt(run: Run, batch: Arrays, names: Sequence[str]) -> list[Array]:
+def _relative_change(one: Array, other: Array) -> float:
+    """The largest difference, relative to the largest value; infinite where shapes differ."""
+    if one.shape != other.shape:
+        return np.inf
+    change, largest = largest_difference(one, other), largest_finite(other)
+    return float(change / largest) if largest else (np.inf if change else 0.0)
+
+
+def attempt(run: Run, batch: Arrays, names: Sequence[str]) -> list[Array]:
+    """The outputs for a batch, one per name.
+
+    Raises:
+        ConfigError: the model does not run on it, or gives no arrays of numbers.
+    """
     try:
         outputs = list(run(batch))
     except Exception as error:  # whatever a runtime raises on a model that it has never seen

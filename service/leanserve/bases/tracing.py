@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from leanserve.bases.description import Tensor
 from leanserve.bases.meanings import LastOperator, guessed, proven
-from leanserve.bases.probing import Run, check_rows, or_row_by_row
+from leanserve.bases.probing import Run, check_rows, or_row_by_row, spec_of_inputs
 from leanserve.contracts import Array, Arrays, ModelSpec, RowsTogether
 from leanserve.errors import ConfigError
 from leanserve.memory import is_out_of_memory
@@ -51,7 +51,7 @@ def traced_outputs(
     Raises:
         ConfigError: it does not run on these inputs, gives no tensors, or mixes up the rows.
     """
-    spec = ModelSpec(tuple(item.field() for item in inputs), (), rows=rows)
+    spec = spec_of_inputs(inputs, rows)
     attempts = (partial(_run, module, spec, length, remedy) for _, length in RUNS)
     small, large = (
         or_row_by_row(attempt, spec.most_rows(most)) for attempt, (most, _) in zip(attempts, RUNS, strict=True)
@@ -69,7 +69,7 @@ def traced_outputs(
         tensor = Tensor(name=name, dtype=str(one.dtype).removeprefix("torch."), shape=shape)
         found.append(proven(guessed(tensor, (_as_array(one), _as_array(two))), operators[index]))
     try:
-        check_rows(runner(partial(_tensors_of, module)), inputs, _told(found), rows)
+        check_rows(runner(partial(_tensors_of, module)), spec, _told(found))
     except ConfigError as error:
         raise ConfigError(f"base: the model cannot be served: {error}") from error
     return tuple(found)

@@ -87,7 +87,7 @@ def _safetensors(path: Path) -> Mapping[Any, Any]:
 def _torch_file(path: Path) -> Any:
     import torch
 
-    if _is_torchscript(path):
+    if is_torchscript(path):
         raise ConfigError(
             f"base.weights: {path} is a TorchScript archive, which holds code. Save its weights alone: "
             "safetensors.torch.save_file(torch.jit.load(FILE).state_dict(), OTHER)"
@@ -103,7 +103,8 @@ def _torch_file(path: Path) -> Any:
             raise ConfigError(f"base.weights: {path} is not a checkpoint of torch: {lines[0]}") from error
 
 
-def _is_torchscript(path: Path) -> bool:
+def is_torchscript(path: Path) -> bool:
+    """Whether it is a program of TorchScript, with its weights."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())

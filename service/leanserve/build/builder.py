@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from leanserve.artifacts.load import load_model
-from leanserve.artifacts.manifest import BenchmarkResult, Manifest, Measurement, Recipe, VariantReport
+from leanserve.artifacts.manifest import BenchmarkResult, Failure, Manifest, Measurement, Recipe, VariantReport
 from leanserve.artifacts.store import ArtifactStore, checksums
 from leanserve.build.cache_key import RecipeStep, steps_of, versions_of
 from leanserve.build.progress import BuildProgress
@@ -60,6 +60,18 @@ def plan(config: ServiceConfig, base: Base) -> Plan:
     return Plan(tuple((variant, steps_of(config, base, variant)) for variant in config.variants))
 
 
+def living(store: ArtifactStore, work: Plan) -> Plan:
+    """The plan with the base alone in the place of every variant that cannot be made."""
+    chains = ((variant, steps[:1] if failed_step(store, steps) else steps) for variant, steps in work.chains)
+    return Plan(tuple(chains))
+
+
+def failed_step(store: ArtifactStore, steps: Sequence[RecipeStep]) -> tuple[RecipeStep, str] | None:
+    """The first step that was tried and could not be made, and why."""
+    found = ((step, store.failure(step.key)) for step in steps)
+    return next(((step, failure.reason) for step, failure in found if failure is not None), None)
+
+
 def stored_benchmark(store: ArtifactStore, work: Plan, threads: int) -> BenchmarkResult | None:
     """What was measured side by side on this machine, with lanes too if there are threads for several.
 
@@ -69,6 +81,7 @@ def stored_benchmark(store: ArtifactStore, work: Plan, threads: int) -> Benchmar
     Raises:
         ArtifactCorrupt: the measurement of this machine is damaged.
     """
+    work = living(store, work)
     here = store.benchmark(work.keys, threads)
     if here is not None and _with_lanes(here, work):
         return here
@@ -81,7 +94,7 @@ def shortfall(store: ArtifactStore, work: Plan, threads: int) -> str | None:
     """What has to be built or measured before anything can be served, in words; `None`: nothing."""
     try:
         race = stored_benchmark(store, work, threads)
-        for variant, steps in work.chains:
+        for variant, steps in living(store, work).chains:
             for step in steps:
                 if race is None or store.manifest(step.key, race) is None:
                     missing = "not built" if store.recipe(step.key) is None else "not measured on this machine"
@@ -94,7 +107,7 @@ def shortfall(store: ArtifactStore, work: Plan, threads: int) -> str | None:
 def machines(store: ArtifactStore, work: Plan, threads: int) -> list[str]:
     """Where the reported numbers were measured, if not here: a processor and its threads each."""
     race = stored_benchmark(store, work, threads)
-    measured = [race, *(store.measurement(key) for key in work.keys)]
+    measured = [race, *(store.measurement(key) for key in living(store, work).keys)]
     found = {(item.cpu, item.threads) for item in measured if item is not None} - {(cpu_name(), threads)}
     return [f"{cpu} with {count} thread{'s' if count > 1 else ''}" for cpu, count in sorted(found)]
 
@@ -103,17 +116,19 @@ def reports(store: ArtifactStore, config: ServiceConfig, work: Plan, threads: in
     """Every variant with its manifests and the gate's word.
 
     Raises:
-        GateFailed: a variant fails a gate that says `on_fail: abort`.
+        GateFailed: a variant fails a gate that says `on_fail: abort`, or cannot be made and has such a gate.
         ArtifactCorrupt: an artifact is missing or damaged.
     """
     race = stored_benchmark(store, work, threads)
-    manifests = {key: store.manifest(key, race) for key in work.keys} if race else {}
+    alive = living(store, work)
+    manifests = {key: store.manifest(key, race) for key in alive.keys} if race else {}
     found = []
-    for variant, steps in work.chains:
+    for (variant, steps), (_, every) in zip(alive.chains, work.chains, strict=True):
         chain = tuple(manifest for step in steps if (manifest := manifests.get(step.key)))
         if len(chain) != len(steps):
             raise ArtifactCorrupt(f"variant '{variant.name}' is not built; run `leanserve build`")
-        found.append(_report(config, variant, chain))
+        failed = failed_step(store, every)
+        found.append(_report(config, variant, chain) if failed is None else _unmade(config, variant, chain, failed))
     return found
 
 
@@ -128,6 +143,17 @@ def _report(config: ServiceConfig, variant: VariantConfig, chain: tuple[Manifest
         remedy = "Soften its passes, allow more, or set on_fail: exclude."
         raise GateFailed(f"variant '{variant.name}' fails its gate: {reason}. {remedy}")
     return VariantReport(name=variant.name, state="excluded" if reason else "serving", reason=reason, chain=chain)
+
+
+def _unmade(
+    config: ServiceConfig, variant: VariantConfig, chain: tuple[Manifest, ...], failed: tuple[RecipeStep, str]
+) -> VariantReport:
+    """The report of a variant of which a pass could not be applied."""
+    step, reason = failed
+    reason = f"pass {step.position} ({_kind(step)}) cannot be applied: {reason}"
+    if config.gate_of(variant).wants_abort:
+        raise GateFailed(f"variant '{variant.name}': {reason}. Drop the pass, or set gate.on_fail: exclude.")
+    return VariantReport(name=variant.name, state="excluded", reason=reason, chain=chain, built=False)
 
 
 class Builder:
@@ -146,8 +172,11 @@ class Builder:
     def build(self, work: Plan) -> None:
         """Build all variants; what exists is verified and used, what is damaged is rebuilt with a message.
 
+        A variant of which a pass cannot be applied is noted in the store, and the others are built.
+
         Raises:
-            PassFailed: with the variant, the pass and its position.
+            PassFailed: with the variant, the pass and its position: of the base, for lack of memory, or where the gate
+                says `on_fail: abort`.
         """
         _set_threads(self._threads)
         self._store.sweep()
@@ -155,6 +184,8 @@ class Builder:
         for variant, steps in work.chains:
             model: Model | None = None
             for step in steps:
+                if self._store.failure(step.key) is not None:
+                    break
                 if step.key in done:
                     model = None
                     continue
@@ -162,7 +193,11 @@ class Builder:
                     model = self._advance(step, model, variant.name)
                 except PassFailed as error:
                     where = _where(variant, step.pass_, step.position) if step.pass_ else f"base '{self._base.name}'"
-                    raise PassFailed(f"{where}: {error}") from error
+                    if step.pass_ is None or not error.lasting or self._config.gate_of(variant).wants_abort:
+                        raise PassFailed(f"{where}: {error}") from error
+                    self._store.keep_failure(step.key, Failure(reason=str(error)))
+                    self._progress.say(f"{where} cannot be applied, the variant is excluded: {error}")
+                    break
                 done.add(step.key)
         self._compare(work)
 
@@ -170,8 +205,9 @@ class Builder:
         """Time all artifacts side by side, unless that was done; two builders never time at once."""
         with self._store.lock("race"), self._progress.artifact(None, "all, side by side"):
             if self._intact(lambda: stored_benchmark(self._store, work, self._threads)) is None:
-                measured = race(self._store, self._base, work.keys, work.served, self._threads)
-                self._store.keep_benchmark(work.keys, measured)
+                alive = living(self._store, work)
+                measured = race(self._store, self._base, alive.keys, alive.served, self._threads)
+                self._store.keep_benchmark(alive.keys, measured)
 
     def _advance(self, step: RecipeStep, model: Model | None, variant: str) -> Model | None:
         """Make sure that one artifact exists and is measured; returns its model if it had to be made."""
@@ -243,8 +279,9 @@ class Builder:
             extra = "the extra 'cpu' (or 'gpu') brings the ONNX libraries: pip install 'leanserve[cpu]'"
             raise PassFailed(f"{error}; {extra}") from error
         except Exception as error:
-            what = "memory ran out in the pass" if is_out_of_memory(error) else type(error).__name__
-            raise PassFailed(f"{what}: {error}") from error
+            if is_out_of_memory(error):
+                raise PassFailed(f"memory ran out in the pass: {error}", lasting=False) from error
+            raise PassFailed(f"{type(error).__name__}: {error}", lasting=not isinstance(error, OSError)) from error
 
     def _recipe(
         self, step: RecipeStep, applied: Applied, seconds: float, files: dict[str, str], size: ModelSize

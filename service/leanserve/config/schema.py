@@ -39,7 +39,16 @@ class GateConfig(Section):
         description="largest allowed change of an answer by the rows that share its batch, relative to the largest "
         "output; null: any",
     )
-    on_fail: Literal["abort", "exclude"] = Field("abort", description="refuse to start, or serve without the variant")
+    on_fail: Literal["abort", "exclude"] = Field(
+        "abort",
+        description="refuse to start, or serve without the variant; one of which a pass cannot be applied is excluded "
+        "unless abort is written down",
+    )
+
+    @property
+    def wants_abort(self) -> bool:
+        """Whether a variant that cannot be made ends the start: only where that was asked for."""
+        return self.on_fail == "abort" and "on_fail" in self.model_fields_set
 
 
 class BatchConfig(Section):

@@ -9,7 +9,7 @@ rows that are alike move each other by a hundredth, and a single value of a stra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -109,16 +109,19 @@ def _stranger(random: np.random.Generator, item: TensorSpec, rows: Array, size: 
         return (random.standard_normal(shape) * min(scale * size, most)).astype(rows.dtype)
     low, high = item.values or (int(rows.min()), int(rows.max()))
     drawn: Array = random.integers(low, high, shape, rows.dtype, endpoint=True)
-    drawn[:, :1] = rows[:1, :1]  # a mask without a single 1 would be a row of nothing
+    drawn.reshape(1, -1)[:, :1] = rows[:1].reshape(1, -1)[:, :1]  # a mask without a single 1 would be a row of nothing
     return drawn
 
 
 def _sample(rows: Arrays, spec: ModelSpec, index: int) -> Arrays:
     """One row; its dynamic axes keep between a half and all of their length, by its place among the golden rows."""
     kept = 1.0 if spec.rows == "one_length" else (GOLDEN + 1 + index % GOLDEN) / (2 * GOLDEN)
-    return tuple(_cut(array[index : index + 1], item, kept) for item, array in zip(spec.inputs, rows, strict=True))
+    pairs = zip(spec.inputs, rows, strict=True)
+    return tuple(
+        _cut(array[index : index + 1], item, lambda has: spec.size(math.ceil(has * kept))) for item, array in pairs
+    )
 
 
-def _cut(row: Array, item: TensorSpec, kept: float) -> Array:
+def _cut(row: Array, item: TensorSpec, kept: Callable[[int], int]) -> Array:
     lengths = zip(item.shape, row.shape[1:], strict=True)
-    return row[(slice(None), *(slice(math.ceil(has * kept) if size is None else has) for size, has in lengths))]
+    return row[(slice(None), *(slice(kept(has) if size is None else has) for size, has in lengths))]

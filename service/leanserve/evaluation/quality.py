@@ -114,7 +114,8 @@ def _measured(*arguments: str, answers: str) -> Json:
                 raise
             if rows == 1 or error.status == memory.EXIT_STATUS:
                 remedy = "give the build more memory, or make the model smaller"
-                raise PassFailed(f"there is no memory even for a single row: {error.last}; {remedy}") from error
+                text = f"there is no memory even for a single row: {error.last}; {remedy}"
+                raise PassFailed(text, lasting=False) from error
         rows //= 2
 
 

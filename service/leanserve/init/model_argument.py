@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from leanserve.bases.shipped import SHIPPED
+from leanserve.bases.weight_files import is_torchscript
 from leanserve.contracts import Json, Meaning
 from leanserve.errors import ConfigError
 
@@ -34,6 +36,8 @@ class Hints:
     tokenizer: Path | None = None
     shapes: tuple[str, ...] = ()
     """`NAME=3,224,224`, `?` for an axis of any size; one per input."""
+    arguments: tuple[str, ...] = ()
+    """`NAME=VALUE`, per argument of a factory; a value that is no JSON is a text."""
     meanings: tuple[str, ...] = ()
     """`NAME=MEANING`, per output of which it cannot be seen."""
 
@@ -56,6 +60,8 @@ def base_section(model: str, hints: Hints, folder: Path) -> dict[str, Json]:
         section["text"] = {"tokenizer": _near(hints.tokenizer, folder)}
     if hints.shapes:
         section["inputs"] = dict(_input(text) for text in hints.shapes)
+    if hints.arguments:
+        section["arguments"] = dict(_argument(text) for text in hints.arguments)
     if hints.meanings:
         section["outputs"] = dict(_output(text) for text in hints.meanings)
     return section
@@ -75,6 +81,13 @@ def _form(model: str, folder: Path) -> dict[str, Json]:
         return {"onnx" if path.suffix == ".onnx" else "torch_export": _near(path, folder)}
     if (path / "config.json").is_file():
         return {"transformers": _near(path, folder)}
+    if path.is_file() and is_torchscript(path):
+        raise ConfigError(
+            f"{path} is a TorchScript program, which holds code and is not run. Export it once, where it was made, and "
+            "bring the result: torch.onnx.export(torch.jit.load(FILE).eval(), (EXAMPLE,), 'model.onnx', dynamo=False, "
+            "input_names=['x'], dynamic_axes={'x': {0: 'rows'}}); or bring its class as package.module:factory with "
+            "--weights, from torch.jit.load(FILE).state_dict()"
+        )
     if path.is_file():
         raise ConfigError(
             f"{path} has weights at most, no architecture: name the model (timm:NAME, or package.module:factory) and "
@@ -103,6 +116,16 @@ def _input(text: str) -> tuple[str, Mapping[str, Json]]:
         raise ConfigError(f"--input {text}: give NAME=SIZES or NAME:DTYPE=SIZES, such as x=3,224 or ids:int64=?")
     shape = [None if size == "?" else int(size) for size in found[3].split(",")]
     return found[1], {"dtype": found[2] or "float32", "shape": shape}
+
+
+def _argument(text: str) -> tuple[str, Json]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ConfigError(f"--argument {text}: give NAME=VALUE, such as depth=18 or pretrained=false")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def _output(text: str) -> tuple[str, str]:

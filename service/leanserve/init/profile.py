@@ -1,7 +1,8 @@
-"""A profile at a model: what it is made of decides which passes are worth trying."""
+"""A look at a model: what it is made of decides which passes are worth trying."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
@@ -92,12 +93,7 @@ def _seen_in_graph(model: OnnxModel) -> tuple[RowShape, int, bool, bool, bool]:
 
     graph = onnx.load(model.path, load_external_data=False).graph
     operators = Counter(node.op_type for node in graph.node)
-    parameters = 0
-    for weight in graph.initializer:
-        count = 1
-        for size in weight.dims:
-            count *= size
-        parameters += count
+    parameters = sum(math.prod(weight.dims) for weight in graph.initializer)
     multiplies = bool(operators["MatMul"] + operators["Gemm"])
     return "graph", parameters, False, operators["Conv"] > 0, multiplies
 

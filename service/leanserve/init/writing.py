@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
 import yaml
@@ -21,15 +22,28 @@ from leanserve.hardware import isa_flags
 from leanserve.init.data_argument import SYNTHETIC, data_section
 from leanserve.init.model_argument import Hints, base_section
 from leanserve.init.profile import ModelProfile, inspect
+from leanserve.init.rehearsal import LeftOut, rehearsed
 from leanserve.init.suggestions import Suggestion, suggest
 
+TODO = "# TODO:"
+KEYS: Mapping[str, str] = {
+    "image": "{size: [224, 224], mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]} # TODO: as in training",
+    "text": "{tokenizer: tokenizer.json} # TODO: the file of the model",
+    "inputs": "{NAME: {dtype: float32, shape: [SIZES OF ONE ROW]}} # TODO: one per input",
+    "labels": "labels.txt # TODO: one class name per line",
+    "outputs": "{NAME: logits} # TODO: what each means",
+    "weights": "FILE # TODO: the checkpoint",
+    "weights_key": "KEY # TODO: which weights of the file",
+    "rows": "one # TODO: any, one_length or one",
+}
+"""How keys of `base` that an error may ask for are written."""
 TEMPLATE = Path(__file__).parent / "config.yaml.j2"
 AGREEMENT: Mapping[Meaning, float] = dict.fromkeys(CLASSES, 0.98) | {"embedding": 0.99, "values": 0.95}
 """What a first gate asks of an output by its meaning; of several, the least."""
 WHY: Mapping[Evidence, str] = {
     "declared": "as you say",
     "operator": "its last operator is one for that",
-    "numbers": "a guess: on random rows its numbers profile like that; check it",
+    "numbers": "a guess: on random rows its numbers look like that; check it",
     "name": "a guess by its name; check it",
     "labels": "it has as many numbers per row as there are labels, and nothing says that they are probabilities",
     "form": "what such a model gives",
@@ -37,30 +51,71 @@ WHY: Mapping[Evidence, str] = {
 }
 
 
-def write_config(
-    model: str, path: Path, hints: Hints, data: Path | None
-) -> tuple[ModelProfile, tuple[Suggestion, ...]]:
-    """ModelProfile at a model and write a config for it; also what was seen and suggested.
+class Written(NamedTuple):
+    """What was seen of a model, what was suggested for it, and what was guessed: the config says all of it, too."""
+
+    profile: ModelProfile
+    suggestions: tuple[Suggestion, ...]
+    left: tuple[LeftOut, ...]
+    remarks: tuple[str, ...]
+
+
+def write_config(model: str, path: Path, hints: Hints, data: Path | None) -> Written:
+    """Look at a model and write a config for it.
 
     Raises:
-        ConfigError: the model cannot be opened, or does not fit the data; the text names what to add.
+        ConfigError: the model cannot be opened, or does not fit the data; the text names what to add. Where the
+            argument names a model, a file with `TODO` lines is written nevertheless.
     """
     folder = path.resolve().parent
     section = base_section(model, hints, folder)
     own = data is None and has_own_rows(section)
-    base, opened = _open_apart(section, None if own else SYNTHETIC, folder)
-    rows = None if own else data_section(data, opened.spec, folder)
+    rows = None if own else SYNTHETIC
+    _origin(section, rows, folder)
+    try:
+        base, opened = _open_apart(section, rows, folder)
+    except ConfigError as error:
+        path.write_text(_unfinished(path, section, str(error)), encoding="utf-8")
+        raise ConfigError(f"{error}. {path} has a TODO for it; mend that, or give `leanserve init` more") from error
     if data is not None:
+        rows = data_section(data, opened.spec, folder)
         opened = _open(base, rows, folder)
+    return _written(opened, {"base": base, "data": rows}, path)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a file was left with its first line to do by `leanserve init`, which may replace it."""
+    with path.open(encoding="utf-8") as stream:
+        return stream.readline().startswith(TODO)
+
+
+def _written(opened: LoadedBase, sections: Sections, path: Path) -> Written:
+    base = sections["base"] or {}
     if "shipped" not in base:
         base = {**base, "outputs": {item.name: item.meaning for item in opened.outputs}}
+    sections = {**sections, "base": base}
     profile = inspect(opened, next(iter(base)))
     labelled = next(opened.data("gate", 2 * opened.unit).batches(8)).labels is not None
-    suggestions = suggest(profile, isa_flags(), trainable=rows != SYNTHETIC and profile.spec.rows == "any")
-    text = _rendered(path, profile, suggestions, {"base": base, "data": rows}, labelled=labelled)
+    trainable = sections["data"] != SYNTHETIC and profile.spec.rows == "any"
+    suggestions, left = rehearsed(opened, suggest(profile, isa_flags(), trainable=trainable))
+    remarks = _remarks(sections, profile)
+    text = _rendered(path, profile, Chosen(suggestions, left, remarks, labelled), sections)
     path.write_text(text, encoding="utf-8")
     read_config(path)
-    return profile, suggestions
+    return Written(profile, suggestions, left, (*remarks["base"], *remarks["data"]))
+
+
+def _unfinished(path: Path, section: Mapping[str, Json], reason: str) -> str:
+    """A config that says what is missing, with every key that could tell it."""
+    asked = [f"  # {key}: {example}" for key, example in KEYS.items() if f"base.{key}" in reason]
+    told = " ".join(reason.split())
+    lines = (
+        *(f"{TODO} {told}", f"# Written by `leanserve init`; then: leanserve check --config {path.name}", ""),
+        *("base:", _block(section), *asked, ""),
+        *("# TODO: rows like those it will be asked about; random ones are good for a look at speed.", "data:"),
+        *(_block(SYNTHETIC), "", "variants:", "  - name: float", ""),
+    )
+    return "\n".join(lines)
 
 
 def has_own_rows(base: Mapping[str, Json]) -> bool:
@@ -69,13 +124,16 @@ def has_own_rows(base: Mapping[str, Json]) -> bool:
 
 
 def _open(base: Mapping[str, Json], data: Mapping[str, Json] | None, folder: Path) -> LoadedBase:
+    return open_base(_origin(base, data, folder))
+
+
+def _origin(base: Mapping[str, Json], data: Mapping[str, Json] | None, folder: Path) -> Origin:
     try:
-        origin = Origin.model_validate({"base": base, "data": data, "folder": folder})
+        return Origin.model_validate({"base": base, "data": data, "folder": folder})
     except ValidationError as error:
         places = [".".join(str(part) for part in item["loc"] if "." not in str(part)) for item in error.errors()]
         told = zip(places, error.errors(), strict=True)
         raise ConfigError("; ".join(f"{place}: {item['msg']}" for place, item in told)) from error
-    return open_base(origin)
 
 
 def _open_apart(
@@ -89,7 +147,7 @@ def _open_apart(
     try:
         return base, _open(base, data, folder)
     except ConfigError as error:
-        if "base.rows" not in str(error):
+        if "base.rows" not in str(error) and "onnx" not in base:
             raise
         for rows in ("one_length", "one"):
             with suppress(ConfigError):
@@ -101,9 +159,16 @@ def _open_apart(
 Sections = Mapping[str, Mapping[str, Json] | None]
 
 
-def _rendered(
-    path: Path, profile: ModelProfile, suggestions: tuple[Suggestion, ...], sections: Sections, *, labelled: bool
-) -> str:
+class Chosen(NamedTuple):
+    """What stands in the file besides the sections of the model and its data."""
+
+    suggestions: tuple[Suggestion, ...]
+    left: tuple[LeftOut, ...]
+    remarks: Mapping[str, list[str]]
+    labelled: bool
+
+
+def _rendered(path: Path, profile: ModelProfile, chosen: Chosen, sections: Sections) -> str:
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )
@@ -112,11 +177,12 @@ def _rendered(
         file=path.name,
         parameters=_short(profile.parameters),
         sections=[(name, _block(section)) for name, section in sections.items() if section is not None],
-        remarks=_remarks(sections, profile),
-        labelled=labelled,
+        remarks=chosen.remarks,
+        labelled=chosen.labelled,
         agreement=min(AGREEMENT[item.meaning] for item in profile.spec.outputs),
         meaning=_measured_by(profile.spec),
-        suggestions=[(suggestion, [_flow(step) for step in suggestion.passes]) for suggestion in suggestions],
+        suggestions=[(one, [_flow(step) for step in one.passes]) for one in chosen.suggestions],
+        left=chosen.left,
     )
 
 
@@ -135,7 +201,7 @@ def _remarks(sections: Sections, profile: ModelProfile) -> dict[str, list[str]]:
     base, data = (sections[name] or {} for name in ("base", "data"))
     found: dict[str, list[str]] = {"base": [], "data": []}
     if "image" in base:
-        found["base"].append("Check mean, std, fit and resize: they must be those of the training.")
+        found["base"].append(_guessed(base["image"]))
     if "outputs" in base:
         found["base"] += [f"Output {item.name}: {item.meaning}, {WHY[item.evidence]}." for item in profile.tensors]
     if "rows" in base:
@@ -146,10 +212,18 @@ def _remarks(sections: Sections, profile: ModelProfile) -> dict[str, list[str]]:
         found["base"].append("Random weights: good for speed work only. Give a file, or `hub`.")
     if data == SYNTHETIC:
         found["data"] += [
-            "Random rows, good for a first profile at speed. Put your own data here before you believe quality:",
+            "Random rows, good for a first look at speed; before you believe quality, put your own data here: "
             "{images: FOLDER}, {arrays: FILE.npz, labels: NAME} or {texts: FILE.csv, text: COLUMN, label: COLUMN}.",
         ]
     return found
+
+
+def _guessed(image: Mapping[str, Json]) -> str:
+    """Of an image's preprocessing nothing but its size was told."""
+    told = (
+        f"mean {image['mean']} and std {image['std']} are a guess" if "mean" in image else "This is all that was told"
+    )
+    return f"{told}: like fit and resize, they must be those of the training."
 
 
 def _block(section: Mapping[str, Json]) -> str:

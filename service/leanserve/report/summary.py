@@ -121,6 +121,15 @@ class Yardstick:
         return value is not None and floor is not None and value >= floor - 1e-9
 
 
+@dataclass(frozen=True, slots=True)
+class UnmadeVariant:
+    """A variant of which a pass could not be applied, so that there are no numbers of it."""
+
+    number: int
+    name: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Summary:
     """Everything that the report shows, in the order in which the variants were given."""
@@ -132,6 +141,7 @@ class Summary:
     """What is true of every number in it: the base is `untrained`, its rows are `synthetic data`."""
     elsewhere: str = ""
     """In a sentence, that the numbers were measured on another machine; empty: they were measured on this one."""
+    unmade: tuple[UnmadeVariant, ...] = ()
 
     @property
     def mark(self) -> str:
@@ -175,12 +185,15 @@ def summarise(reports: Sequence[VariantReport], caveats: Sequence[str] = (), els
     """
     if not reports:
         raise ValueError("nothing to report: the list of variants is empty; build at least one variant first")
-    variants = [_variant(number, report) for number, report in enumerate(reports, start=1)]
+    numbered = tuple(enumerate(reports, start=1))
+    unmade = tuple(UnmadeVariant(number, item.name, item.reason or "") for number, item in numbered if not item.built)
+    variants = [_variant(number, report) for number, report in numbered if report.built]
     if all(variant.passes for variant in variants):
-        reference = variants[0].steps[0]
+        reference = _variant(0, reports[0]).steps[0]
         name = f"base ({reference.manifest.base})"
         variants.insert(0, VariantSummary(0, name, "reference", None, reference.measured, (reference,)))
-    return Summary(reports[0].chain[0].base, tuple(variants), _yardstick(reports), tuple(caveats), elsewhere)
+    base = reports[0].chain[0].base
+    return Summary(base, tuple(variants), _yardstick(reports), tuple(caveats), elsewhere, unmade)
 
 
 def _variant(number: int, report: VariantReport) -> VariantSummary:

@@ -88,6 +88,10 @@ def _variants_table(summary: Summary) -> Table:
         if variant.reason:
             state.append(f": {variant.reason}")
         table.add_row(_name(variant, summary), Text(" → ".join(variant.passes) or "none"), state)
+    for unmade in summary.unmade:
+        table.add_row(
+            Text(unmade.name), Text("–"), Text("excluded", style=STYLES["excluded"]).append(f": {unmade.reason}")
+        )
     return table
 
 

@@ -175,7 +175,18 @@ class Variant:
         length = longest(sample, self._axes)
         if length > self.spec.max_length:
             raise BadInput(f"an input is {length} long; this model takes at most {self.spec.max_length}")
+        if self.spec.step > 1 or self.spec.least > 1:
+            self._check_sizes(sample)
         return length
+
+    def _check_sizes(self, sample: Arrays) -> None:
+        step, least = self.spec.step, self.spec.least
+        for position, axis in self._axes:
+            if (size := sample[position].shape[axis]) != self.spec.size(size):
+                allowed = f"multiples of {step}" if step > 1 else "sizes"
+                at_least = f" from {self.spec.size(1)} up" if least > 1 else ""
+                name = self.spec.inputs[position].name
+                raise BadInput(f"axis {axis} of '{name}' has size {size}; this model takes {allowed}{at_least}")
 
     def _admit(self, rows: int, level: int, bucket: int, timeout_s: float, expected: int = 0) -> None:
         wait = self.wait_s(rows, level, bucket, expected) * ADMISSION_MARGIN

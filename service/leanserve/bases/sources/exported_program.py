@@ -18,7 +18,7 @@ from leanserve.bases.description import Description, Tensor
 from leanserve.bases.inputs import declared_inputs, described
 from leanserve.bases.meanings import proven
 from leanserve.bases.naming import served_name
-from leanserve.bases.probing import probe
+from leanserve.bases.probing import probe, spec_of_inputs
 from leanserve.bases.sources.exported_archive import safe_copy
 from leanserve.bases.tracing import last_operators, runner
 from leanserve.config.base_section import TorchExportBase
@@ -49,17 +49,18 @@ class ExportedSource:
         program = self._program()
         inputs = self._settled(_inputs(program, self._path, self.declared.rows))
         module, names = _module(program), _output_names(program)
+        spec = spec_of_inputs(inputs, self.declared.rows)
         try:
-            outputs = probe(runner(module), inputs, names, self.declared.rows)
+            outputs, caveats = probe(runner(module), spec, names)
         except ConfigError as error:
             raise ConfigError(f"base.torch_export: {self._path} cannot be served: {error}") from error
-        spec = ModelSpec(tuple(item.field() for item in inputs), (), rows=self.declared.rows)
         operators = last_operators(module, spec, len(outputs))
         outputs = tuple(
             proven(output.model_copy(update={"name": ""}), operator)
             for output, operator in zip(outputs, operators, strict=True)
         )
-        return described(self.declared, self.folder, served_name(self._path), inputs, outputs)
+        description = described(self.declared, self.folder, served_name(self._path), inputs, outputs)
+        return description.model_copy(update={"caveats": description.caveats + caveats})
 
     def model(self, spec: ModelSpec) -> TorchModel:
         return TorchModel(_module(self._program()), spec)

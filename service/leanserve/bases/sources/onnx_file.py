@@ -14,28 +14,31 @@ import weakref
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from leanserve.bases.checkpoints import file_digest
-from leanserve.bases.description import Description, Tensor
+from leanserve.bases.description import Description
 from leanserve.bases.inputs import described
 from leanserve.bases.meanings import proven
 from leanserve.bases.naming import served_name
-from leanserve.bases.sources.onnx_endings import last_nodes
-from leanserve.bases.sources.onnx_preparation import Prepared, prepared
-from leanserve.bases.sources.onnx_reading import files_of, modern, nodes_of, read_onnx
-from leanserve.bases.sources.onnx_trial import Trial, tried
+from leanserve.bases.sources.onnx_preparation import Prepared, candidates, fix_sizes
+from leanserve.bases.sources.onnx_reading import files_of, nodes_of, read_onnx
+from leanserve.bases.sources.onnx_trial import Trial, Verdict, tried
 from leanserve.config.base_section import OnnxBase
 from leanserve.contracts import ModelSpec, OnnxModel
 from leanserve.errors import ConfigError
 from leanserve.hardware import library_version
 
-if TYPE_CHECKING:
-    from onnx import ModelProto
-
 LIBRARIES = ("onnx", "onnxruntime")
 SCALED_BY_BATCH = "DynamicQuantize"
 """How operators that find the scale of activations at run time begin."""
+
+
+class _Chosen(NamedTuple):
+    """A graph that is ready to be served, and what was found out about it."""
+
+    path: Path
+    verdict: Verdict
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,15 @@ class OnnxSource:
         return total.hexdigest()
 
     def describe(self) -> Description:
-        with tempfile.TemporaryDirectory(prefix="leanserve-onnx-") as folder:
-            inputs, outputs = self._tensors(Path(folder))
-        return described(self.declared, self.folder, served_name(self._path), inputs, outputs)
+        found = self._chosen.verdict
+        description = described(self.declared, self.folder, served_name(self._path), found.inputs, found.outputs)
+        longest = min(description.max_length, found.max_length)
+        told = {"step": found.step, "least": found.least, "max_length": longest}
+        return description.model_copy(update=told | {"caveats": description.caveats + found.caveats})
 
     def model(self, spec: ModelSpec) -> OnnxModel:
         """The prepared graph as one file, which lives as long as this source does."""
-        import onnx
-
-        path = self._workplace / "model.onnx"
-        if not path.exists():
-            onnx.save(self._prepared(read_onnx(self._path)).model, path)
-        return OnnxModel(path, spec)
+        return OnnxModel(self._chosen.path, spec)
 
     @property
     def _path(self) -> Path:
@@ -78,33 +78,50 @@ class OnnxSource:
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return folder
 
-    def _prepared(self, model: ModelProto) -> Prepared:
-        return prepared(modern(model, self._path), self.declared)
+    @cached_property
+    def _chosen(self) -> _Chosen:
+        """The first preparation of the graph that runs, and answers like the file.
 
-    def _tensors(self, folder: Path) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Inputs and outputs of the graph, which is prepared in `folder` and run beside what was read."""
+        Raises:
+            ConfigError: none does; the text says what was wrong with the first.
+        """
         import onnx
 
-        original, candidate = folder / "original.onnx", folder / "candidate.onnx"
         model = read_onnx(self._path)
+        original = self._workplace / "original.onnx"
         onnx.save(model, original)
-        ready = self._prepared(model)
-        onnx.save(ready.model, candidate)
+        first: ConfigError | None = None
+        for candidate in candidates(model, self._path, self.declared):
+            try:
+                return self._tried(candidate(), original)
+            except ConfigError as error:
+                first = first or error
+        assert first is not None
+        if str(first).startswith("base"):
+            raise first
+        raise ConfigError(f"base.onnx: {self._path} cannot be served: {first}") from first
+
+    def _tried(self, ready: Prepared, original: Path) -> _Chosen:
+        import onnx
+
+        path = self._workplace / "model.onnx"
+        onnx.save(ready.model, path)
         trial = Trial(
             original=original,
-            candidate=candidate,
+            candidate=path,
             inputs=ready.inputs,
             outputs=ready.outputs,
             fixed_rows=ready.fixed_rows,
             scaled_by_batch=any(node.op_type.startswith(SCALED_BY_BATCH) for node in nodes_of(ready.model.graph)),
             rows=self.declared.rows,
+            whole=ready.whole,
         )
-        try:
-            outputs = tried(trial)
-        except ConfigError as error:
-            raise ConfigError(f"base.onnx: {self._path} cannot be served: {error}") from error
-        operators = last_nodes(ready.model.graph)
-        return ready.inputs, tuple(proven(*pair) for pair in zip(outputs, operators, strict=True))
+        found = tried(trial)
+        if found.inputs != ready.inputs:
+            fix_sizes(ready, found.inputs)
+            onnx.save(ready.model, path)
+        outputs = tuple(proven(*pair) for pair in zip(found.outputs, ready.endings, strict=True))
+        return _Chosen(path, found.model_copy(update={"outputs": outputs}))
 
 
 def _version(library: str) -> str:

@@ -1,18 +1,25 @@
 """Makes a graph that somebody brought fit to be served: its first axis counts rows, its shapes are known.
 
 Exporters often write a batch of one into the graph. Much of that can be undone: the axis gets a name, shapes that were
-inferred from it are dropped and inferred anew, reshapes to a fixed number of rows copy the number from their input. No
-rule is sure to be right, so nothing is believed until `onnx_trial` has run the result beside the original.
+inferred from it are dropped and inferred anew, reshapes to a fixed number of rows copy the number from their input.
+With `base.rows: one` it stays as it is, and a graph without an axis of rows gets one (`onnx_whole`). No rule is sure to
+be right, so there are several candidates, and none is believed until `onnx_trial` has run it beside the original.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from leanserve.bases.description import Tensor
 from leanserve.bases.inputs import image_tensor
+from leanserve.bases.meanings import LastOperator
+from leanserve.bases.sources.onnx_endings import last_nodes
+from leanserve.bases.sources.onnx_reading import LEAST_OPSET, modern, opset_of
+from leanserve.bases.sources.onnx_whole import LoneAxes, add_axis_of_rows, sizes_of_whole
 from leanserve.config.base_section import BroughtBase, ImageInput
 from leanserve.errors import ConfigError
 
@@ -21,42 +28,161 @@ if TYPE_CHECKING:
 
 ROWS = "rows"
 DeclaredBase = Mapping[str, Tensor]
+ONE_BY_ONE = "with base.rows: one the graph runs once per row, and a row is all that it takes at once"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A graph with a dynamic first axis, what it takes, and the batch size that was fixed in the file, if any was."""
+    """A graph that takes rows, what it takes and gives, and the batch size that was fixed in the file, if any was.
+
+    `whole`: a row is all that the graph in the file takes at once. `endings`: the last operators of the outputs.
+    """
 
     model: ModelProto
     inputs: tuple[Tensor, ...]
     outputs: tuple[str, ...]
-    fixed_rows: int | None
+    endings: tuple[LastOperator | None, ...]
+    fixed_rows: int | None = None
+    whole: bool = False
+
+
+def candidates(model: ModelProto, path: Path, declared: BroughtBase) -> Iterator[Callable[[], Prepared]]:
+    """Ways to prepare a model, which stays as it is, best first; each may raise a `ConfigError`.
+
+    Converting a graph to newer operators goes wrong at times, so that every way is also tried without.
+    """
+    _keep_true_inputs(model)
+    for version in (modern, _copied) if opset_of(model) < LEAST_OPSET else (modern,):
+        for way in _ways(model.graph, declared):
+            yield partial(_prepared_by, way, version, model, path, declared)
+
+
+def _prepared_by(way: Way, version: Version, model: ModelProto, path: Path, declared: BroughtBase) -> Prepared:
+    return way(_tidied(version(_copied(model, path), path)), declared)
+
+
+Way = Callable[["ModelProto", BroughtBase], Prepared]
+Version = Callable[["ModelProto", Path], "ModelProto"]
+
+
+def _ways(graph: GraphProto, declared: BroughtBase) -> tuple[Way, ...]:
+    """How the model may get its axis of rows, in this order."""
+    if declared.rows != "one":
+        return (prepared,)
+    whole = tuple(partial(prepared_whole, lone=lone) for lone in ("named", "unknown"))
+    if isinstance(declared.image, ImageInput) or declared.text is not None:
+        return (prepared,)
+    firsts = {_first_size(item) for item in graph.input}
+    wishes = declared.inputs or {}
+    as_whole = any(
+        item.name in wishes and len(wishes[item.name].shape) == len(item.type.tensor_type.shape.dim)
+        for item in graph.input
+        if item.type.tensor_type.HasField("shape")
+    )
+    return whole if as_whole else (prepared, *whole) if len(firsts) == 1 else (*whole, prepared)
 
 
 def prepared(model: ModelProto, declared: BroughtBase) -> Prepared:
     """Give the model a dynamic first axis and complete its shapes; the model is changed.
 
+    A first axis of 1 stays where no row has company.
+
     Raises:
         ConfigError: an input is no tensor of numbers, has no axis of rows, or is not what the config declares.
     """
     graph = model.graph
-    _keep_true_inputs(model)
     wishes = _wishes(declared, [item.name for item in graph.input])
     inputs = tuple(_settled(item, wishes) for item in graph.input)
     if declared.text is not None:
         _refuse_fixed_length(inputs)
-    fixed = {item.type.tensor_type.shape.dim[0].dim_value for item in graph.input} - {0}
+    fixed = {size for item in graph.input if (size := _first_size(item)) is not None}
     if len(fixed) > 1:
         raise ConfigError(
             f"base.onnx: the inputs have different fixed first axes ({', '.join(map(str, sorted(fixed)))}); the first "
-            "axis must count the rows. Export it again with a dynamic batch axis"
+            f"axis must count the rows. Export it again with a dynamic batch axis; or {ONE_BY_ONE}"
         )
-    for value in graph.input:
-        _name_axis(value)
-    if fixed:
-        _forget_rows(graph, next(iter(fixed)))
-    outputs = tuple(item.name for item in graph.output)
-    return Prepared(_inferred(model), inputs, outputs, next(iter(fixed), None))
+    if not (declared.rows == "one" and fixed == {1}):
+        for value in graph.input:
+            _name_axis(value)
+        if fixed:
+            _forget_rows(graph, next(iter(fixed)))
+    return _finished(model, inputs, next(iter(fixed), None))
+
+
+def prepared_whole(model: ModelProto, declared: BroughtBase, lone: LoneAxes) -> Prepared:
+    """Put an axis of rows in front of all that the model takes and gives; the model is changed.
+
+    Raises:
+        ConfigError: an input is no tensor of numbers, or is not what the config declares.
+    """
+    wishes = _wishes(declared, [item.name for item in model.graph.input])
+    inputs = tuple(_settled_whole(item, wishes, lone) for item in model.graph.input)
+    add_axis_of_rows(model)
+    return _finished(model, inputs, whole=True)
+
+
+def fix_sizes(ready: Prepared, inputs: Sequence[Tensor]) -> None:
+    """Write the sizes of these inputs into the graph, which is changed."""
+    for value, item in zip(ready.model.graph.input, inputs, strict=True):
+        for axis, size in zip(value.type.tensor_type.shape.dim[1:], item.shape, strict=True):
+            if size is not None:
+                axis.dim_value = size
+
+
+def _finished(
+    model: ModelProto, inputs: tuple[Tensor, ...], fixed_rows: int | None = None, *, whole: bool = False
+) -> Prepared:
+    names = tuple(item.name for item in model.graph.output)
+    return Prepared(_inferred(model), inputs, names, tuple(last_nodes(model.graph)), fixed_rows, whole)
+
+
+def _copied(model: ModelProto, _: Path) -> ModelProto:
+    copy = type(model)()
+    copy.CopyFrom(model)
+    return copy
+
+
+def _tidied(model: ModelProto) -> ModelProto:
+    """With weights where passes look for them, and with tensors of numbers as its only outputs."""
+    _lift_constants(model.graph)
+    _give_tensors(model.graph)
+    return model
+
+
+def _lift_constants(graph: GraphProto) -> None:
+    """Weights in nodes of their own, as some converters write them, become initializers."""
+    outputs = {item.name for item in graph.output}
+    kept = []
+    for node in graph.node:
+        [attribute, *_] = node.attribute or [None]
+        if node.op_type == "Constant" and attribute.name == "value" and node.output[0] not in outputs:
+            attribute.t.name = node.output[0]
+            graph.initializer.append(attribute.t)
+        else:
+            kept.append(node)
+    if len(kept) < len(graph.node):
+        del graph.node[:]
+        graph.node.extend(kept)
+
+
+def _give_tensors(graph: GraphProto) -> None:
+    """Converters of classic models give the probabilities as maps, and the class as a text beside: take the tensor."""
+    maps = {node.output[0]: node for node in graph.node if node.op_type == "ZipMap"}
+    for value in graph.output:
+        if value.name in maps:
+            node = maps[value.name]
+            node.op_type, node.domain = "Identity", ""
+            del node.attribute[:]
+            value.type.Clear()
+            value.type.tensor_type.elem_type = 1
+    numbers = [item for item in graph.output if item.type.tensor_type.elem_type != _STRING]
+    if 0 < len(numbers) < len(graph.output):
+        del graph.output[:]
+        graph.output.extend(numbers)
+
+
+_STRING = 8
+"""`TensorProto.STRING`."""
 
 
 def _keep_true_inputs(model: ModelProto) -> None:
@@ -99,7 +225,9 @@ def _settled(value: ValueInfoProto, wishes: DeclaredBase) -> Tensor:
         for _ in range(1 + len(wish.shape)):
             shape.dim.add()
     if not shape.dim:
-        raise ConfigError(f"base.onnx: the input '{value.name}' is a single value; the first axis must count the rows")
+        raise ConfigError(
+            f"base.onnx: the input '{value.name}' is a single value; the first axis must count the rows; {ONE_BY_ONE}"
+        )
     sizes = tuple(axis.dim_value or None for axis in shape.dim[1:])
     if wish is None:
         return Tensor(name=value.name, dtype=dtype, shape=sizes)
@@ -113,6 +241,24 @@ def _settled(value: ValueInfoProto, wishes: DeclaredBase) -> Tensor:
         if size is not None:
             axis.dim_value = size
     return Tensor(name=value.name, dtype=dtype, shape=wish.shape)
+
+
+def _settled_whole(value: ValueInfoProto, wishes: DeclaredBase, lone: LoneAxes) -> Tensor:
+    """One input of a graph without an axis of rows, with all of its axes."""
+    dtype, wish = _dtype(value), wishes.get(value.name)
+    sizes = sizes_of_whole(value, lone)
+    if wish is not None and (wish.dtype, len(wish.shape)) != (dtype, len(sizes)):
+        raise ConfigError(
+            f"base: the config declares {wish.dtype} {_shown(wish.shape)} for the input '{value.name}', which takes "
+            f"{dtype} {_shown(sizes)}"
+        )
+    return Tensor(name=value.name, dtype=dtype, shape=sizes if wish is None else wish.shape)
+
+
+def _first_size(value: ValueInfoProto) -> int | None:
+    """The fixed size of the first axis, if it has one."""
+    axes = value.type.tensor_type.shape.dim
+    return axes[0].dim_value if axes and axes[0].dim_value > 0 else None
 
 
 def _dtype(value: ValueInfoProto) -> str:

@@ -48,9 +48,18 @@ def read_onnx(path: Path) -> ModelProto:
     except Exception as error:  # the checker's own errors, and those of reading tensors
         raise ConfigError(f"base.onnx: {path} is damaged: {_first_line(error)}") from error
     _refuse_unknown_operators(model, path)
+    _forget_impossible_sizes(model)
     # The version of the format runs ahead of runtimes with every release of onnx; what graphs need is in their opset.
     model.ir_version = min(model.ir_version, NEWEST_FORMAT)
     return model
+
+
+def _forget_impossible_sizes(model: ModelProto) -> None:
+    """Some exporters write 0 or -1 for what they do not know."""
+    for value in (*model.graph.input, *model.graph.output):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.HasField("dim_value") and axis.dim_value <= 0:
+                axis.Clear()
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
@@ -129,6 +138,11 @@ def _refuse_unknown_operators(model: ModelProto, path: Path) -> None:
         )
 
 
+def opset_of(model: ModelProto) -> int:
+    """The version of ONNX's own operators that it is written in."""
+    return next((item.version for item in model.opset_import if item.domain in {"", "ai.onnx"}), LEAST_OPSET)
+
+
 def modern(model: ModelProto, path: Path) -> ModelProto:
     """The model, converted to opset 13 if it is written in an older one.
 
@@ -137,7 +151,7 @@ def modern(model: ModelProto, path: Path) -> ModelProto:
     """
     from onnx import version_converter
 
-    opset = next((item.version for item in model.opset_import if item.domain in {"", "ai.onnx"}), LEAST_OPSET)
+    opset = opset_of(model)
     if opset >= LEAST_OPSET:
         return model
     try:

@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from leanserve import child
+from leanserve.bases.axis_sizes import with_sizes
 from leanserve.bases.description import Tensor
-from leanserve.bases.probing import TOLERANCE, OutputPair, Run, differs, probe
+from leanserve.bases.probing import TOLERANCE, OutputPair, Run, differs, probe, spec_of_inputs
 from leanserve.contracts import Array, Arrays, ModelSpec, RowsTogether
 from leanserve.errors import ConfigError
 
@@ -45,19 +47,27 @@ class Trial(BaseModel):
     """Whether it quantizes activations while running."""
     rows: RowsTogether
     """Which rows may share a batch."""
+    whole: bool
+    """Whether a row of the candidate is all that the original takes at once."""
 
 
 class Verdict(BaseModel):
-    """The outputs as they came, or why the graph cannot be served."""
+    """What was found out about the candidate, or why it cannot be served."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    inputs: tuple[Tensor, ...] = ()
+    """As they were, or with one size for what is dynamic in the graph and runs on no other."""
     outputs: tuple[Tensor, ...] = ()
+    step: int = 1
+    least: int = 1
+    max_length: int = 512
+    caveats: tuple[str, ...] = ()
     error: str = ""
 
 
-def tried(trial: Trial) -> tuple[Tensor, ...]:
-    """The outputs of the candidate, run in a child process.
+def tried(trial: Trial) -> Verdict:
+    """What running the candidate in a child process tells of it.
 
     Raises:
         ConfigError: it does not run, answers otherwise than the original, or mixes up the rows.
@@ -71,45 +81,48 @@ def tried(trial: Trial) -> tuple[Tensor, ...]:
         raise ConfigError(f"onnxruntime {child.how_it_ended(done.returncode)} and said: {said[0]}") from error
     if verdict.error:
         raise ConfigError(verdict.error)
-    return verdict.outputs
+    return verdict
 
 
 def main(request: str) -> None:
     """Try what the request says and print the verdict."""
     trial = Trial.model_validate_json(request)
     try:
-        verdict = Verdict(outputs=_outputs(trial))
+        verdict = _verdict(trial)
     except ConfigError as error:
         verdict = Verdict(error=str(error))
     sys.stdout.write(verdict.model_dump_json() + "\n")
     sys.stdout.flush()
 
 
-def _outputs(trial: Trial) -> tuple[Tensor, ...]:
+def _verdict(trial: Trial) -> Verdict:
     tolerance = LOOSE_TOLERANCE if trial.scaled_by_batch else TOLERANCE
     original, candidate = (_runner(_session(path), trial) for path in (trial.original, trial.candidate))
     try:
-        outputs = probe(candidate, trial.inputs, trial.outputs, trial.rows, tolerance)
-        _compare(original, candidate, trial, tolerance)
+        spec, sizes = with_sizes(candidate, spec_of_inputs(trial.inputs, trial.rows), trial.outputs)
+        outputs, caveats = probe(candidate, spec, trial.outputs, tolerance)
+        _compare(original, candidate, trial, spec, tolerance)
     except ConfigError as error:
         raise ConfigError(f"{error}{_remedy(trial)}") from error
-    return outputs
+    shapes = zip(trial.inputs, spec.inputs, strict=True)
+    inputs = tuple(item.model_copy(update={"shape": found.shape}) for item, found in shapes)
+    found = {"step": spec.step, "least": spec.least, "max_length": spec.max_length}
+    return Verdict(inputs=inputs, outputs=outputs, caveats=sizes + caveats, **found)
 
 
-def _compare(original: Run, candidate: Run, trial: Trial, tolerance: float) -> None:
-    spec = ModelSpec(tuple(item.field() for item in trial.inputs), ())
-    batch = spec.example(trial.fixed_rows or 1, seed=2)
+def _compare(original: Run, candidate: Run, trial: Trial, spec: ModelSpec, tolerance: float) -> None:
+    batch = spec.example(1 if trial.whole else trial.fixed_rows or 1, seed=2)
     try:
-        expected = original(batch)
+        expected = original(tuple(np.asarray(array[0]) for array in batch) if trial.whole else batch)
     except Exception as error:  # whatever the runtime raises
         raise ConfigError(f"the file itself does not run: {str(error).splitlines()[0]}") from error
     for name, one, other in zip(trial.outputs, candidate(batch), expected, strict=True):
-        if reason := differs(OutputPair(name, one, other), tolerance):
-            raise ConfigError(f"made ready for any number of rows it answers otherwise than the file: {reason}")
+        if reason := differs(OutputPair(name, one[0] if trial.whole else one, other), tolerance):
+            raise ConfigError(f"as leanserve prepared it, it answers otherwise than the file: {reason}")
 
 
 def _remedy(trial: Trial) -> str:
-    if trial.fixed_rows is None:
+    if trial.fixed_rows is None or trial.rows == "one":
         return ""
     axes = ", ".join(f"'{item.name}': {{0: 'rows'}}" for item in trial.inputs)
     return (
@@ -136,9 +149,16 @@ def _runner(session: onnxruntime.InferenceSession, trial: Trial) -> Run:
 
     def run(batch: Arrays) -> Sequence[Array]:
         outputs: Any = session.run(list(trial.outputs), dict(zip(names, batch, strict=True)))
-        return list(outputs)  # of arrays, or of the lists and maps that `probe` refuses
+        return [_as_array(item) for item in outputs]
 
     return run
+
+
+def _as_array(item: Any) -> Any:
+    """Maps from classes to numbers, one per row, as the array of these; what else is no array stays what it is."""
+    if isinstance(item, list) and item and all(isinstance(row, dict) for row in item):
+        return np.array([list(row.values()) for row in item], np.float32)
+    return item
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,7 @@ def fused_graph(model: Model, scratch: Path) -> Graph:
     for position, node in enumerate(fused.graph.node):
         node.name = node.name or f"{node.op_type}_fused_{position}"
     _pool_by_average(fused.graph)
+    _part_biases(fused.graph)
     _forget_constants(fused.graph)
     return Graph(fused)
 
@@ -50,6 +53,28 @@ def _forget_constants(graph: onnx.GraphProto) -> None:
     kept = [item for item in graph.value_info if item.name not in constants]
     del graph.value_info[:]
     graph.value_info.extend(kept)
+
+
+def _part_biases(graph: onnx.GraphProto) -> None:
+    """Give every layer a bias of its own, as a vector.
+
+    Quantizers copy one that several layers share to a name that may be taken, and fail on one that is a matrix of one
+    row, as exporters of classic networks write it.
+    """
+    constants = {item.name: item for item in graph.initializer}
+    readers = Counter(name for node in graph.node for name in node.input)
+    taken = {name for node in graph.node for name in (*node.input, *node.output)} | constants.keys()
+    for position, node in enumerate(graph.node):
+        bias = constants.get(node.input[2]) if node.op_type in {"Conv", "Gemm"} and len(node.input) > 2 else None
+        if bias is None or (len(bias.dims) == 1 and readers[bias.name] == 1):
+            continue
+        array = onnx.numpy_helper.to_array(bias)
+        if array.ndim > 1 and array.shape[:-1] != (1,) * (array.ndim - 1):
+            continue
+        name = next(free for copy in count(position) if (free := f"bias_{copy}") not in taken)
+        taken.add(name)
+        graph.initializer.append(onnx.numpy_helper.from_array(array.reshape(-1), name))
+        node.input[2] = name
 
 
 def _pool_by_average(graph: onnx.GraphProto) -> None:

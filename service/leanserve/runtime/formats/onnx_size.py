@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
 Shapes = Mapping[str, tuple[int, ...]]
-ASSUMED_LENGTH = 16
-"""Size of a dynamic axis, as for torch models."""
+ASSUMED_LENGTHS = (16, 32, 64, 256)
+"""Sizes of dynamic axes: the first as for torch models, or the next on which the graph runs."""
 OPAQUE = frozenset({"LSTM", "GRU", "RNN", "Einsum", "If", "Loop", "Scan"})
 """Operators with arithmetic that shapes alone do not tell."""
 
@@ -33,19 +33,22 @@ def graph_size(path: Path) -> ModelSize:
     types = onnx.TensorProto
     weights = {types.FLOAT, types.FLOAT16, types.BFLOAT16, types.DOUBLE, types.INT8, types.UINT8}
     parameters = sum(math.prod(item.dims) for item in graph.graph.initializer if item.data_type in weights)
-    return ModelSize(_macs(graph), parameters)
+    return ModelSize(next(filter(None, (_macs(onnx.load(path), length) for length in ASSUMED_LENGTHS)), 0), parameters)
 
 
-def _macs(model: ModelProto) -> int:
-    """Of a single row; the model is changed."""
+def _macs(model: ModelProto, length: int) -> int:
+    """Of a single row whose dynamic axes are so long; the model is changed."""
     graph = model.graph
     if model.functions or any(node.op_type in OPAQUE for node in graph.node):
         return 0
     for value in graph.input:
         for position, axis in enumerate(value.type.tensor_type.shape.dim):
-            axis.dim_value = axis.dim_value or (ASSUMED_LENGTH if position else 1)
+            axis.dim_value = axis.dim_value or (length if position else 1)
     _forget_shapes(graph)
-    folded = _folded(model).graph
+    try:
+        folded = _folded(model).graph
+    except Exception:  # the runtime's errors share no base class; a graph may not run on the assumed length
+        return 0
     shapes = _shapes(folded)
     try:
         return sum(COUNTED[node.op_type](node, shapes) for node in folded.node if node.op_type in COUNTED)

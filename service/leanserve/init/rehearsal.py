@@ -1,0 +1,150 @@
+"""Every suggested variant is made once on a few rows, and run, before it is written down.
+
+What a model is made of tells which passes suit it, not whether they can be applied: no layer may have rank to spare, no
+operator may be quantizable, an exporter may give up. A config must not fail minutes into its first build.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import NamedTuple
+
+from pydantic import TypeAdapter
+
+from leanserve.bases.loaded import LoadedBase, Rows
+from leanserve.contracts import BuildContext, Data, Json, Model, Split
+from leanserve.hardware import thread_budget
+from leanserve.init.suggestions import Suggestion
+from leanserve.passes import AnyPass
+from leanserve.passes.base import Pass
+
+_PASS: TypeAdapter[Pass] = TypeAdapter(AnyPass)
+ROWS = 8
+OPTIONAL = ({"fold_bn"}, {"channels_last"}, {"fold_bn", "channels_last"})
+"""Passes that a variant is worth trying without."""
+LONGEST_REASON = 240
+"""Characters; some exporters explain themselves on pages."""
+
+
+class LeftOut(NamedTuple):
+    """A variant that is not suggested after all, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class FewRows:
+    """The first rows of every split."""
+
+    rows: Rows
+
+    @property
+    def digest(self) -> str:
+        return self.rows.digest
+
+    @property
+    def unit(self) -> int:
+        return self.rows.unit
+
+    def split(self, split: Split, n: int | None) -> Data:
+        return self.rows.split(split, ROWS if n is None else min(n, ROWS))
+
+
+class Rehearsed(NamedTuple):
+    """The variants that can be made of a base and run, and those that cannot."""
+
+    kept: tuple[Suggestion, ...]
+    left: tuple[LeftOut, ...]
+
+
+def rehearsed(base: LoadedBase, suggestions: Iterable[Suggestion]) -> Rehearsed:
+    """Try every variant; training is left to the build. What libraries warn of is told by the build, too."""
+    kept: list[Suggestion] = []
+    left: list[LeftOut] = []
+    with TemporaryDirectory(prefix="leanserve-init-") as folder, _quiet():
+        stage = _Stage(replace(base, rows=FewRows(base.rows)), Path(folder))
+        for suggestion in suggestions:
+            reasons = []
+            for attempt in _attempts(suggestion):
+                if (reason := stage.failure_of(attempt.passes)) is None:
+                    kept.append(attempt)
+                    break
+                reasons.append(reason)
+            else:
+                left.append(LeftOut(suggestion.name, reasons[-1]))
+    return Rehearsed(tuple(kept), tuple(left))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _attempts(suggestion: Suggestion) -> Iterator[Suggestion]:
+    """The variant, then without passes that it can do without: of some networks no batch norm follows a layer."""
+    yield suggestion
+    for spared in OPTIONAL:
+        others = tuple(step for step in suggestion.passes if step["kind"] not in spared)
+        if others and len(others) < len(suggestion.passes):
+            yield suggestion._replace(passes=others)
+
+
+class _Stage:
+    """Applies passes to a base, those that several variants begin with once."""
+
+    def __init__(self, base: LoadedBase, folder: Path) -> None:
+        self._base = base
+        self._folder = folder
+        self._made: dict[str, Model] = {}
+
+    def failure_of(self, passes: tuple[Json, ...]) -> str | None:
+        """Why a model cannot be made with these passes, or not be run; `None` if it can."""
+        try:
+            if passes:
+                self.run(self.made(passes))
+        except Exception as error:  # whatever a library raises on a model that it has never seen
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            return lines[0][:LONGEST_REASON]
+        return None
+
+    def made(self, passes: tuple[Json, ...]) -> Model:
+        key = json.dumps(passes, sort_keys=True)
+        if key not in self._made:
+            self._made[key] = self._applied(passes) if passes else self._base.model()
+        return self._made[key]
+
+    def run(self, model: Model) -> None:
+        """Open the model as a server does, and answer one row."""
+        from leanserve.runtime.formats import open_backend
+
+        backend = open_backend(model, thread_budget())
+        try:
+            backend.run(self._base.spec.example(max(1, min(backend.row_buckets, default=1))))
+        finally:
+            backend.close()
+
+    def _applied(self, passes: tuple[Json, ...]) -> Model:
+        model = self.made(passes[:-1])
+        step = _PASS.validate_python(passes[-1])
+        if "train" in step.needs:
+            return model
+        scratch = Path(mkdtemp(dir=self._folder))
+        context = BuildContext(self._base, 0, thread_budget(), scratch, _unheard)
+        return step.apply(model, context).model
+
+
+def _unheard(done: float, total: float, note: str = "") -> None:
+    """A `contracts.Progress` of which nobody hears."""

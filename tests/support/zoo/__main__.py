@@ -1,0 +1,94 @@
+"""`make zoo`: bring every model of the zoo, print the table. What was tried before is not tried again."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from zoo.catalogue import MODELS, ZooModel
+from zoo.trial import Outcome, stored, try_out
+from zoo.wheels import cache_folder
+
+out = Console()
+COLUMNS = ("model", "what", "accepted", "built", "serve / excluded", "error of the base", "speed-up", "seconds")
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help="Names of models (repeat the option).")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Also those whose results are stored.")] = False,  # noqa: FBT002
+    keep: Annotated[Path | None, typer.Option(help="Folder that keeps configs, caches and logs.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
+) -> None:
+    """Try the models, and end with status 1 if one that was tried is not served right."""
+    models = [model for model in MODELS if not only or model.name in only]
+    outcomes = []
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("zoo", total=len(models))
+        for model in models:
+            progress.update(task, description=model.name)
+            outcomes.append(_outcome(model, keep, fresh=again))
+            progress.advance(task)
+    out.print(_table(models, outcomes))
+    wrong = [outcome for outcome in outcomes if not outcome.right]
+    for outcome in wrong:
+        out.print(f"{outcome.name}: {outcome.said or 'its base answers otherwise'}", highlight=False, markup=False)
+    if markdown is not None:
+        markdown.write_text(_markdown(models, outcomes), encoding="utf-8")
+    raise typer.Exit(int(bool(wrong)))
+
+
+def _outcome(model: ZooModel, keep: Path | None, *, fresh: bool) -> Outcome:
+    path = cache_folder() / "results" / f"{model.name}.json"
+    known = None if fresh else stored(path)
+    if known is not None and known.right:
+        return known
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="leanserve-zoo-") as temporary:
+            outcome = try_out(model, Path(temporary))
+    else:
+        folder = keep.resolve() / model.name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        outcome = try_out(model, folder)
+    path.write_text(outcome.model_dump_json(), encoding="utf-8")
+    return outcome
+
+
+def _cells(model: ZooModel, outcome: Outcome) -> tuple[str, ...]:
+    return (
+        model.name,
+        model.what,
+        "yes" if outcome.accepted else "no",
+        "yes" if outcome.built else "no",
+        f"{len(outcome.serving)} / {len(outcome.excluded)}",
+        "" if outcome.error is None else f"{outcome.error:.1g}",
+        f"{outcome.speed:.1f}x",
+        f"{outcome.seconds:.0f}",
+    )
+
+
+def _table(models: Sequence[ZooModel], outcomes: Sequence[Outcome]) -> Table:
+    right = sum(outcome.right for outcome in outcomes)
+    table = Table(*COLUMNS, title=f"{right} of {len(outcomes)} models are served and answer like the original")
+    for model, outcome in zip(models, outcomes, strict=True):
+        table.add_row(*_cells(model, outcome))
+    return table
+
+
+def _markdown(models: Sequence[ZooModel], outcomes: Sequence[Outcome]) -> str:
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *map(_cells, models, outcomes)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

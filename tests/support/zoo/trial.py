@@ -1,0 +1,212 @@
+"""One model, brought as a new user would: init, build, serve, and every variant's answers beside the original's."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from zoo.catalogue import Brought, ZooModel
+from zoo.reference import Array
+
+ROWS = 2
+SECONDS = 900.0
+EXACT = 1e-5
+"""Largest error of a base's answers, relative to the largest number of the output."""
+
+
+class Outcome(BaseModel):
+    """What became of a model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    accepted: bool = False
+    built: bool = False
+    serving: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+    error: float | None = None
+    """Worst relative error of the base's outputs."""
+    variants: dict[str, float] = {}
+    """The same of every variant that serves."""
+    speed: float = 1.0
+    """Rows per second of the fastest variant that serves, in those of the base."""
+    seconds: float = 0.0
+    said: str = ""
+    """The last line of what went wrong."""
+
+    @property
+    def right(self) -> bool:
+        """Whether it serves and its base answers like the original."""
+        return self.accepted and self.built and self.error is not None and self.error <= EXACT
+
+
+def try_out(model: ZooModel, folder: Path) -> Outcome:
+    """Bring a model into an empty folder; whatever goes wrong is part of the outcome."""
+    started = time.monotonic()
+    outcome = Outcome(name=model.name)
+    try:
+        brought = model.bring(folder)
+        _leanserve(folder, "init", *brought.arguments)
+        outcome = outcome.model_copy(update={"accepted": True})
+        _leanserve(folder, "build", "--config", "leanserve.yaml")
+        outcome = outcome.model_copy(update=_reported(folder))
+        outcome = outcome.model_copy(update=_served(folder, brought, outcome.serving))
+    except Exception as error:
+        outcome = outcome.model_copy(update={"said": _last_line(error)})
+    return outcome.model_copy(update={"seconds": round(time.monotonic() - started, 1)})
+
+
+def _leanserve(folder: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "leanserve", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=SECONDS, check=False)
+    (folder / f"{arguments[0]}.log").write_text(done.stderr, encoding="utf-8")
+    if done.returncode != 0:
+        raise RuntimeError(f"{arguments[0]}: {done.stderr.strip()}")
+    return done.stderr
+
+
+def _reported(folder: Path) -> dict[str, Any]:
+    """States and speeds of the variants, as the report has them."""
+    from leanserve.context import AppContext
+
+    with _inside(folder):
+        reports = AppContext(Path("leanserve.yaml"), None).reports()
+    base = reports[0].chain[0].quality.throughput
+    serving = [item for item in reports if item.state == "serving"]
+    fastest = max(item.quality.throughput for item in serving)
+    return {
+        "built": True,
+        "serving": tuple(item.name for item in serving),
+        "excluded": tuple(f"{item.name}: {item.reason}" for item in reports if item.state == "excluded"),
+        "speed": round(fastest / base, 2),
+    }
+
+
+def _served(folder: Path, brought: Brought, variants: Sequence[str]) -> dict[str, Any]:
+    """Errors of every variant's answers over HTTP, against the original's."""
+    rows = _rows(folder)
+    expected = [brought.original(row) for row in rows]
+    with _server(folder) as address:
+        errors = {name: _worst(address, name, rows, expected) for name in variants}
+    return {"variants": errors, "error": errors[variants[0]]}
+
+
+def _worst(
+    address: str, variant: str, rows: Sequence[Mapping[str, Array]], expected: Sequence[Sequence[Array]]
+) -> float:
+    answers = (_asked(address, variant, row) for row in rows)
+    pairs = (
+        (one, other)
+        for given, wanted in zip(answers, expected, strict=True)
+        for one, other in zip(given, wanted, strict=True)
+    )
+    return max(_relative(one, other) for one, other in pairs)
+
+
+def _relative(one: Array, other: Array) -> float:
+    """The largest difference, relative to the largest value."""
+    if one.shape != other.shape:
+        return float("inf")
+    finite = np.isfinite(other)
+    if not (np.isfinite(one) == finite).all():
+        return float("inf")
+    ours, theirs = np.asarray(one[finite], np.float64), np.asarray(other[finite], np.float64)
+    change = float(np.abs(ours - theirs).max(initial=0.0))
+    return change / max(float(np.abs(theirs).max(initial=0.0)), 1e-30) if change else 0.0
+
+
+def _rows(folder: Path) -> list[dict[str, Array]]:
+    """Rows that the model takes, by the names of its inputs."""
+    from leanserve.context import AppContext
+
+    with _inside(folder):
+        base = AppContext(Path("leanserve.yaml"), None).base
+        batches = base.data("gate", ROWS * base.unit).batches(ROWS)
+        arrays = [
+            tuple(array[index : index + 1] for array in batch.inputs)
+            for batch in batches
+            for index in range(len(batch.inputs[0]))
+        ]
+    return [dict(zip((item.name for item in base.spec.inputs), row, strict=True)) for row in arrays]
+
+
+def _asked(address: str, variant: str, row: Mapping[str, Array]) -> list[Array]:
+    """One row by the Open Inference Protocol, asked by somebody else's client."""
+    import tritonclient.http as triton
+    from tritonclient.utils import np_to_triton_dtype
+
+    client = triton.InferenceServerClient(address, network_timeout=120.0, connection_timeout=120.0)
+    try:
+        name = json.loads(urllib.request.urlopen(f"http://{address}/v1/variants", timeout=60).read())["model"]
+        known = client.get_model_metadata(name)
+        inputs = []
+        for item in known["inputs"]:
+            array = row[item["name"]]
+            given = triton.InferInput(item["name"], array.shape, np_to_triton_dtype(array.dtype))
+            given.set_data_from_numpy(np.ascontiguousarray(array))
+            inputs.append(given)
+        answer = client.infer(name, inputs, model_version=variant)
+        return [np.asarray(answer.as_numpy(item["name"])) for item in known["outputs"]]
+    finally:
+        client.close()
+
+
+@contextmanager
+def _server(folder: Path) -> Iterator[str]:
+    """A service of the config in the folder; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "leanserve", "serve", "--config", "leanserve.yaml", "--port", str(port)]
+    with (folder / "serve.log").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, cwd=folder, stderr=log, stdout=log)
+        try:
+            _await_ready(process, port, folder / "serve.log")
+            yield f"127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def _await_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2) as reply:
+            if reply.status == 200:
+                return
+        time.sleep(0.2)
+    raise RuntimeError(f"serve: {log.read_text(encoding='utf-8').strip()}")
+
+
+@contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """With the folder as the working directory."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    first = lines[0].partition(":")[0]
+    return lines[-1] if len(lines) == 1 else f"{first}: {lines[-1]}"
+
+
+def stored(path: Path) -> Outcome | None:
+    """An outcome from a file, if it is there."""
+    return Outcome.model_validate(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
