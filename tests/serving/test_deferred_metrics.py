@@ -16,24 +16,6 @@ from leanserve.serving.variant import Variant
 from scripted import ScriptedBackend, play, sample, stay
 
 
-@pytest.fixture(autouse=True)
-def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that takes any time is quick."""
-    monkeypatch.setattr(tally, "IMMEDIATE_MAX_S", 0.0)
-
-
-def test_quick_batches_are_counted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tally, "IMMEDIATE_MAX_S", 10.0)
-    monkeypatch.setattr(tally, "LATER_S", 60.0)
-
-    async def scenario(variant: Variant, _: ScriptedBackend) -> None:
-        await variant.predict(sample(1, rows=3), stay)
-        await asyncio.sleep(0)
-        assert variant.metrics.rows.total == 3
-
-    play(scenario, QueueLimits(4, 100))
-
-
 class Telling(ScriptedBackend):
     """Tells of every batch how many rows it had; of one that is run again in halves, of the halves that worked."""
 
@@ -41,10 +23,7 @@ class Telling(ScriptedBackend):
         return super().run(batch)._replace(facts={"rows_seen": len(batch[0])})
 
 
-@pytest.mark.parametrize("immediate_s", [0.0, 10.0])
-def test_what_a_backend_tells_is_summed(monkeypatch: pytest.MonkeyPatch, immediate_s: float) -> None:
-    monkeypatch.setattr(tally, "IMMEDIATE_MAX_S", immediate_s)
-
+def test_what_a_backend_tells_is_summed() -> None:
     async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
         backend.gate.clear()
         first = asyncio.create_task(variant.predict(sample(1, rows=2), stay))

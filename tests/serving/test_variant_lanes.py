@@ -165,6 +165,22 @@ def test_a_batch_of_microseconds_is_run_by_the_loop_itself(seconds: float, threa
     assert backend.threads == [thread]
 
 
+def test_what_comes_in_consecutive_turns_of_the_loop_makes_one_batch() -> None:
+    """Each turn reads some of what clients have sent; whoever was read first would have a batch of its own."""
+    backend = Whereabouts()
+
+    async def scenario(variant: Variant, _: ScriptedBackend) -> None:
+        async def read_in(turn: int) -> None:
+            for _ in range(turn):
+                await asyncio.sleep(0)
+            await variant.predict(sample(1), stay)
+
+        await asyncio.gather(*map(read_in, reversed(range(6))))
+
+    play(scenario, QueueLimits(4, 100), backend, 1e-6)
+    assert backend.ran == [4, 2]
+
+
 def test_more_short_batches_than_one_are_run_by_the_loop_in_turns_that_leave_others_theirs() -> None:
     backend = Whereabouts()
 

@@ -105,7 +105,9 @@ class Connection(HttpToolsProtocol):
         self._place = "head"
         self.url = b""
         self.headers = []
-        self.expect_100_continue = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -113,29 +115,33 @@ class Connection(HttpToolsProtocol):
                 raise BadInput("CONNECT asks a proxy for a tunnel, and this is none")
             return
         headers = self.headers
-        hosts = [name for name, _ in headers].count(b"host")
-        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
-            raise BadInput(f"it has {hosts} Host headers instead of one")  # RFC 9112, 3.2
+        fields = dict(headers)
+        if b"host" not in fields or len(fields) < len(headers):
+            self._check_hosts(headers)
         self.headers = []  # trailers come after them, and are none of them
         self._place = "body"
-        answer, fields = self._found(), dict(headers)
+        path = self.url.partition(b"?")[0]
+        answer = None if self._must_wait() else self.find(self.parser.get_method(), path)
         if answer is None or b"content-length" not in fields:
             self._take_uvicorns_way(headers)
         else:
-            path = self.url.partition(b"?")[0].decode("ascii")
-            self.cycle = self._arriving = Exchange(self, answer, path, fields)  # type: ignore[assignment]
+            self.cycle = self._arriving = Exchange(self, answer, path.decode("ascii"), fields)  # type: ignore[assignment]
 
-    def _found(self) -> Answer | None:
-        """What answers this request on the short way, if nothing on this connection has to be answered before it."""
-        if (self.cycle is not None and not self.cycle.response_complete) or self.flow.write_paused:
-            return None
-        return self.find(self.parser.get_method(), self.url.partition(b"?")[0])
+    def _check_hosts(self, headers: list[tuple[bytes, bytes]]) -> None:
+        hosts = [name for name, _ in headers].count(b"host")
+        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
+            raise BadInput(f"it has {hosts} Host headers instead of one")  # RFC 9112, 3.2
+
+    def _must_wait(self) -> bool:
+        """Whether something on this connection has to be answered first, or its client does not read."""
+        return (self.cycle is not None and not self.cycle.response_complete) or self.flow.write_paused
 
     def _take_uvicorns_way(self, headers: list[tuple[bytes, bytes]]) -> None:
-        url, expects = self.url, self.expect_100_continue
+        url = self.url
         super().on_message_begin()  # makes the scope, which is given `self.headers`
-        self.url, self.expect_100_continue = url, expects
-        self.headers.extend(headers)
+        self.url = url
+        for header in headers:
+            super().on_header(*header)
         super().on_headers_complete()
         self.headers = []
 

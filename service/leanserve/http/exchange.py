@@ -54,7 +54,9 @@ class Exchange:
         self.length = self.missing = int(headers[b"content-length"])
         self.disconnected = False
         parser = connection.parser
-        self.keep_alive = parser.should_keep_alive() and parser.get_http_version() != "1.0"
+        # HTTP/1.0 keeps no connection alive unless it is asked to, and what asks is not heard: uvicorn has it so.
+        asked = b"connection" in headers and parser.get_http_version() == "1.0"
+        self.keep_alive = parser.should_keep_alive() and not asked
         self.response_complete = False
         self.message_event = _NOTHING_TO_WAKE
 

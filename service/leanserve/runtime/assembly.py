@@ -17,16 +17,17 @@ def join(samples: Sequence[Arrays], spec: ModelSpec, rows: int) -> Arrays:
     """Concatenate samples along the row axis to exactly `rows` rows; a lone sample that fits is passed on uncopied."""
     if len(samples) == 1 and len(samples[0][0]) == rows:
         return samples[0]
-    return tuple(
-        _join_field([sample[index] for sample in samples], item, rows) for index, item in enumerate(spec.inputs)
-    )
+    fields = zip(*samples, strict=True)
+    return tuple([_join_field(arrays, item, rows) for arrays, item in zip(fields, spec.inputs, strict=True)])
 
 
 def split(outputs: Arrays, counts: Sequence[int]) -> list[Arrays]:
     """Cut the outputs back into one tuple per sample (views); padding rows at the end are dropped."""
+    if len(counts) == sum(counts):  # one row each, as nearly always: the arrays are walked through, not cut
+        return list(zip(*[array[: len(counts), None] for array in outputs], strict=True))
     replies, start = [], 0
     for count in counts:
-        replies.append(tuple(array[start : start + count] for array in outputs))
+        replies.append(tuple([array[start : start + count] for array in outputs]))
         start += count
     return replies
 
@@ -69,7 +70,7 @@ def cut(sample: Arrays, max_rows: int) -> list[Arrays]:
 
 
 def _join_field(arrays: Sequence[Array], item: TensorSpec, rows: int) -> Array:
-    count = sum(len(array) for array in arrays)
+    count = sum(map(len, arrays))
     if count == rows and None not in item.shape:
         return np.concatenate(arrays)
     shape = tuple(max(array.shape[axis] for array in arrays) for axis in range(1, arrays[0].ndim))

@@ -1,7 +1,7 @@
 """What was run is counted, into the metrics and into what batches cost: a moment later, many batches at a time.
 
-After a batch has had the core's caches, counting it takes 0.15 ms, and a lone client who asks again at once waits for
-that. A dozen batches take hardly longer than one. Short batches leave the caches as they were and are counted at once.
+After a batch of milliseconds has had the core's caches, counting it takes 0.15 ms, and a lone client who asks again at
+once waits for that. A dozen batches take hardly longer than one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from leanserve.serving.batch_runner import CompletedBatch, PendingResult, Timed
 from leanserve.serving.batcher import Ticket
 from leanserve.telemetry.observations import VariantMetrics
 
-LATER_S, MOST = 0.05, 64
+LATER_S, MOST = 0.05, 16
 """How long batches wait to be counted, and how many of them."""
-IMMEDIATE_MAX_S = 0.001
-"""Batches that took no longer do not wait."""
 
 
 class Record(NamedTuple):
@@ -41,14 +39,7 @@ class DeferredMetrics:
 
     def add(self, batches: Sequence[CompletedBatch]) -> None:
         """Count these, now or before long. What failed is not counted."""
-        for batch in batches:
-            if batch.timed is None:
-                continue
-            record = _record(batch, batch.timed)
-            if batch.infer_s <= IMMEDIATE_MAX_S:
-                self._count(record)
-            else:
-                self._records.append(record)
+        self._records += [_record(batch, batch.timed) for batch in batches if batch.timed is not None]
         if len(self._records) >= MOST:
             self.catch_up()
         elif self._records and not self._due:

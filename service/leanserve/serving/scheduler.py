@@ -79,8 +79,18 @@ class Scheduler:
         if pause:
             self._gathering = self._loop.call_later(pause, self._begin)
         else:
-            # At the end of this turn of the loop: what arrived together makes one batch, and wakes a lane once.
-            self._loop.call_soon(self._begin)
+            self._loop.call_soon(self._gather, self._batcher.waiting_rows)
+
+    def _gather(self, rows: int) -> None:
+        """Begin once a turn of the loop has added none to so many waiting rows: what arrives together makes one batch.
+
+        To read the others is the loop's work anyway, and a batch costs it far more than another turn.
+        """
+        waiting = self._batcher.waiting_rows
+        if rows < waiting < self._batcher.limits.max_rows:
+            self._loop.call_soon(self._gather, waiting)
+        else:
+            self._begin()
 
     def _pause(self) -> float:
         """Seconds for which it is worth waiting for company: `max_delay_s`, and until a group is together again."""
@@ -151,6 +161,6 @@ class Scheduler:
             self._waker.wake_threadsafe(callback, *arguments)
 
     def _done(self, formed: Formed[PendingResult], batches: list[CompletedBatch], taken: float) -> None:
-        """Once per batch: hand out the outcomes; what is counted can wait until the replies are written."""
+        """Once per batch: hand out the outcomes, and remember what is to be counted."""
         self._settle(formed, batches, taken)
-        self._loop.call_soon(self._tally.add, batches)
+        self._tally.add(batches)

@@ -81,7 +81,12 @@ class Answered(NamedTuple):
             queue_s = max(part.queue_s for part in self.parts)
             infer_s = sum(part.infer_s for part in self.parts)
             rows = max(part.batch_size for part in self.parts)
-        return {"queue_ms": round(queue_s * 1000, 3), "inference_ms": round(infer_s * 1000, 3), "batch_rows": rows}
+        return {"queue_ms": _milliseconds(queue_s), "inference_ms": _milliseconds(infer_s), "batch_rows": rows}
+
+
+def _milliseconds(seconds: float) -> float:
+    """To the microsecond. `round(..., 3)` goes by decimal text, and takes as long as the rest of a reply's JSON."""
+    return int(seconds * 1e6 + 0.5) / 1000
 
 
 class Session(ABC, Generic[Reply]):

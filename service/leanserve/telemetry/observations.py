@@ -51,6 +51,13 @@ class BucketCounts:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
+    def add_all(self, values: Sequence[float]) -> None:
+        """The same for several."""
+        bounds, counts = self.bounds, self.counts
+        for value in values:
+            counts[bisect_left(bounds, value)] += 1
+        self.total += sum(values)
+
     @property
     def count(self) -> int:
         """Observations so far."""
@@ -181,8 +188,7 @@ class VariantMetrics:
         self.infer_request_s += infer_s * requests
         self.input_request_s += input_s * requests
         self.output_request_s += output_s * requests
-        for seconds in queue_seconds:
-            self.queue.add(seconds)
+        self.queue.add_all(queue_seconds)
         times = self.batches.get(rows)
         if times is None:
             times = self.batches[rows] = BatchTimes()
