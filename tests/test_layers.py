@@ -57,6 +57,7 @@ LAZY = {
     "openvino",
     "optuna",
     "ray",
+    "scipy",
     "timm",
     "torch",
     "torch_pruning",

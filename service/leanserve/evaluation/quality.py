@@ -139,18 +139,10 @@ def scored(base: Base, answers: GateOutputs) -> dict[str, float | None]:
         return {"score": None, "score_low": None, "score_high": None}
     score = base.score(answers.outputs, answers.labels)
     if base.spec.labels:
-        low, high = wilson(score, len(answers.labels))
+        low, high = _wilson(score, len(answers.labels))
     else:
         low, high = _bootstrap(base, answers)
     return {"score": score, "score_low": low, "score_high": high}
-
-
-def wilson(share: float, samples: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion (Wilson 1927), sound even at shares of 0 and 1."""
-    centre = share + z * z / (2 * samples)
-    spread = z * np.sqrt(share * (1 - share) / samples + z * z / (4 * samples * samples))
-    scale = 1 + z * z / samples
-    return max(0.0, float((centre - spread) / scale)), min(1.0, float((centre + spread) / scale))
 
 
 def gate_reason(gate: GateConfig, quality: Quality, base: Quality) -> str | None:
@@ -187,16 +179,33 @@ def _distance(output: OutputFidelity) -> str:
     return f"{agreement}: it is off by {100 * output.error:.1f} % of the base's spread (channel {output.channel})"
 
 
+def _wilson(share: float, samples: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion (Wilson 1927), sound even at shares of 0 and 1."""
+    from scipy.stats import binomtest
+
+    found = binomtest(round(share * samples), samples).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
+
+
 def _bootstrap(base: Base, answers: GateOutputs) -> tuple[float, float]:
-    """Percentile bootstrap over rows (Efron 1979), seeded."""
-    assert answers.labels is not None
-    random = np.random.default_rng(0)
-    units = len(answers.labels) // base.unit
-    drawn = random.integers(0, units, (RESAMPLES, units))
-    # Rows that are scored together are drawn together.
-    rows = (drawn[:, :, None] * base.unit + np.arange(base.unit)).reshape(RESAMPLES, -1)
-    scores = [base.score(tuple(array[row] for array in answers.outputs), answers.labels[row]) for row in rows]
-    low, high = np.nanpercentile(scores, [2.5, 97.5])
+    """Percentile bootstrap over rows (Efron 1979), seeded; rows that are scored together are drawn together.
+
+    A draw without a score (NaN, as of labels that are all alike) has no say.
+    """
+    from scipy.stats import bootstrap
+
+    labels = answers.labels
+    assert labels is not None
+
+    def score(units: Array) -> float:
+        rows = (units[:, None] * base.unit + np.arange(base.unit)).ravel()
+        return base.score(tuple(array[rows] for array in answers.outputs), labels[rows])
+
+    units = np.arange(len(labels) // base.unit)
+    if len(units) < 2:
+        return score(units), score(units)
+    drawn = bootstrap((units,), score, n_resamples=RESAMPLES, method="percentile", vectorized=False, rng=0)
+    low, high = np.nanpercentile(drawn.bootstrap_distribution, [2.5, 97.5])
     return float(low), float(high)
 
 
