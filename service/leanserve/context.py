@@ -100,7 +100,7 @@ class AppContext:
             return self.config.lanes
         race = stored_benchmark(self.store, self.plan, self.threads)
         assert race is not None  # what is reported was measured
-        keys = [report.chain[-1].key for report in reports if report.state == "serving"]
+        keys = [report.ancestry[-1].key for report in reports if report.state == "serving"]
         self_contained = all(self.store.format_of(key).self_contained for key in keys)
         return race.best_lanes(keys, self.threads, self_contained=self_contained)
 
@@ -137,7 +137,7 @@ class AppContext:
             startup.enter(name, "warming")
             return backend
 
-        for variant, steps in self.plan.chains:
+        for variant, steps in self.plan.recipes:
             report = fleet.reports[variant.name]
             if report.state == "serving":
                 key, name, batch = steps[-1].key, variant.name, self.config.batch_of(variant)

@@ -26,12 +26,12 @@ from measurements import measurement
 KEY = "a" * 64
 
 
-def recipe_of(key: str, files: dict[str, str], parent: str | None = None) -> Recipe:
+def recipe_of(key: str, files: dict[str, str], parents: tuple[str, ...] = ()) -> Recipe:
     return Recipe(
         key=key,
-        parent=parent,
+        parents=parents,
         base="tiny",
-        kind=None if parent is None else "fold_bn",
+        kind=None if not parents else "fold_bn",
         options={},
         decisions={},
         facts={},
@@ -47,10 +47,10 @@ def recipe_of(key: str, files: dict[str, str], parent: str | None = None) -> Rec
     )
 
 
-def publish(store: ArtifactStore, key: str = KEY, parent: str | None = None) -> None:
+def publish(store: ArtifactStore, key: str = KEY, parents: tuple[str, ...] = ()) -> None:
     with store.lock(key), store.workspace(key) as folder:
         (folder / "model.onnx").write_bytes(os.urandom(1000))
-        store.publish(folder, recipe_of(key, checksums(folder), parent))
+        store.publish(folder, recipe_of(key, checksums(folder), parents))
 
 
 def test_published_is_found_again_with_its_measurement(tmp_path: Path) -> None:
@@ -256,9 +256,9 @@ def test_latencies_belong_to_the_set_of_artifacts_they_were_measured_with(tmp_pa
 
 def test_a_missing_file_or_parent_is_noticed(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
-    publish(store, parent="b" * 64)
+    publish(store, parents=("b" * 64,))
     with pytest.raises(ArtifactCorrupt, match="missing"):
-        store.chain(KEY)
+        store.ancestry(KEY)
     (store.folder(KEY) / "model.onnx").unlink()
     with pytest.raises(ArtifactCorrupt, match=r"model\.onnx"):
         store.recipe(KEY)

@@ -126,8 +126,8 @@ def test_a_read_only_cache_serves_with_the_numbers_of_another_machine(
     assert build.machines(sealed_cache, work, 1) == []
     assert build.shortfall(sealed_cache, work, 4) is None
     assert build.machines(sealed_cache, work, 4) == [f"{cpu_name()} with 1 thread"]
-    chain = build.reports(sealed_cache, CONFIG, work, 4)[1].chain
-    assert [(manifest.threads, manifest.quality.throughput) for manifest in chain] == [(1, 500.0), (1, 500.0)]
+    ancestry = build.reports(sealed_cache, CONFIG, work, 4)[1].ancestry
+    assert [(manifest.threads, manifest.quality.throughput) for manifest in ancestry] == [(1, 500.0), (1, 500.0)]
     race = build.stored_benchmark(sealed_cache, work, 4)
     assert race is not None
     assert race.best_lanes(work.served, 4, self_contained=False) == 1, "lanes were not measured there"

@@ -134,7 +134,7 @@ def published(store: ArtifactStore, spec: ModelSpec, key: str, first: float, sec
     with store.workspace(key) as folder:
         network(folder, first, second)
         recipe = Recipe(
-            key=key, parent=None, base="two", kind=None, options={}, decisions={}, facts={}, simulated=False,
+            key=key, parents=(), base="two", kind=None, options={}, decisions={}, facts={}, simulated=False,
             format="onnx", spec=spec, files=checksums(folder), parameters=24, macs=24, seconds=0.0, versions={}, isa=[],
         )  # fmt: skip
         store.publish(folder, recipe)

@@ -103,7 +103,7 @@ def report(name: str, reason: str | None = None) -> VariantReport:
     )
     manifest = Manifest(
         key=name,
-        parent=None,
+        parents=(),
         base="pixels",
         kind=None,
         options={},
@@ -122,7 +122,7 @@ def report(name: str, reason: str | None = None) -> VariantReport:
         cpu="x",
         threads=1,
     )
-    return VariantReport(name=name, state="excluded" if reason else "serving", reason=reason, chain=(manifest,))
+    return VariantReport(name=name, state="excluded" if reason else "serving", reason=reason, ancestry=(manifest,))
 
 
 POOR = "score 0.5 is 0.5 below the base's"

@@ -72,15 +72,16 @@ def _variant(fleet: Fleet, name: str) -> Json:
         "name": name,
         "state": state,
         "reason": reason or None,
-        "passes": [manifest.kind for manifest in report.chain[1:]],
-        "simulated": [manifest.kind for manifest in report.chain if manifest.simulated],
+        "parents": report.parents,
+        "passes": [manifest.kind for manifest in report.ancestry[1:]],
+        "simulated": [manifest.kind for manifest in report.ancestry if manifest.simulated],
         "backend": variant.backend.name if variant else None,
         "traffic_share": weights[name] / sum(weights.values()) if name in weights else 0.0,
         "batch_rows": variant.batcher.limits.max_rows if variant else None,
         "memory_rows": variant.running.memory_rows if variant else None,
         "batch_ms": {rows: round(s * 1000, 3) for rows, s in variant.costs.table().items()} if variant else None,
         "quality": report.quality.model_dump(),
-        "measured_on": {"cpu": report.chain[-1].cpu, "threads": report.chain[-1].threads},
+        "measured_on": {"cpu": report.ancestry[-1].cpu, "threads": report.ancestry[-1].threads},
     }
 
 

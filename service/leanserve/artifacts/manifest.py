@@ -77,12 +77,12 @@ class Quality(Fidelity):
 
 
 class Recipe(BaseModel):
-    """How one artifact was made: the last pass (`kind`) on the artifact `parent`; `kind` is `None` for the base."""
+    """How one artifact was made: the last pass (`kind`) on the artifacts `parents`; `kind` is `None` for the base."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     key: str
-    parent: str | None
+    parents: tuple[str, ...]
     base: str
     kind: str | None
     options: dict[str, Json]
@@ -163,7 +163,7 @@ class Manifest(Recipe):
 
 
 class VariantReport(BaseModel):
-    """A variant as the report shows it: its chain of artifacts from the base to its last pass, and the gate's word."""
+    """A variant as the report shows it: all that it is made of, and the gate's word."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -171,14 +171,17 @@ class VariantReport(BaseModel):
     state: Literal["serving", "excluded"]
     reason: str | None
     """Why the gate excluded it."""
-    chain: tuple[Manifest, ...]
+    parents: tuple[str, ...] = ()
+    """The variants that it is made of, as configured; none: the base."""
+    ancestry: tuple[Manifest, ...]
+    """Every artifact that it is made of, in building order: the base first, its last pass last."""
 
     @property
     def spec(self) -> ModelSpec:
         """What the finished variant takes and gives; passes may have changed what the base does."""
-        return self.chain[-1].spec
+        return self.ancestry[-1].spec
 
     @property
     def quality(self) -> Quality:
         """Quality of the finished variant."""
-        return self.chain[-1].quality
+        return self.ancestry[-1].quality

@@ -132,27 +132,36 @@ class ArtifactStore:
         path = self._race(keys, race.cpu, race.threads)
         self._keep(path, path.name, race, "race")
 
-    def chain(self, key: str) -> tuple[Recipe, ...]:
-        """The verified recipes from the base up to `key`.
+    def ancestry(self, key: str) -> tuple[Recipe, ...]:
+        """The verified recipes of all that `key` is made of, each once, in building order: the base first, `key` last.
 
         Raises:
             ArtifactCorrupt: one of them is missing or damaged.
         """
+        found: dict[str, Recipe] = {}
+        self._visit(key, found)
+        return tuple(found.values())
+
+    def _visit(self, key: str, found: dict[str, Recipe]) -> None:
+        """Add what is not found yet of the ancestry, parents first."""
         recipe = self.recipe(key)
         if recipe is None:
             raise ArtifactCorrupt(f"{self.folder(key)}: the artifact is missing")
-        return (*self.chain(recipe.parent), recipe) if recipe.parent else (recipe,)
+        for parent in recipe.parents:
+            if parent not in found:
+                self._visit(parent, found)
+        found[key] = recipe
 
     def holder(self, key: str) -> Recipe:
         """The recipe of the artifact that has the model of this one: itself, or one before load passes.
 
         Raises:
-            ArtifactCorrupt: as `chain`.
+            ArtifactCorrupt: as `ancestry`.
         """
-        return next(recipe for recipe in reversed(self.chain(key)) if recipe.format is not None)
+        return next(recipe for recipe in reversed(self.ancestry(key)) if recipe.format is not None)
 
     def format_of(self, key: str) -> Format[Any]:
-        """The format of the model of an artifact. Raises `ArtifactCorrupt` as `chain`."""
+        """The format of the model of an artifact. Raises `ArtifactCorrupt` as `ancestry`."""
         return format_named(str(self.holder(key).format))
 
     @contextmanager

@@ -10,10 +10,11 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from leanserve.artifacts.load import load_model
+from leanserve.artifacts.load import OneByOne, load_model
 from leanserve.artifacts.manifest import BenchmarkResult, Manifest, Measurement, Recipe, VariantReport
 from leanserve.artifacts.store import ArtifactStore, checksums
 from leanserve.build.cache_key import RecipeStep, steps_of, versions_of
@@ -21,6 +22,7 @@ from leanserve.build.progress import BuildProgress
 from leanserve.config.schema import ServiceConfig, VariantConfig
 from leanserve.contracts import Base, BuildContext, Format, Model, ModelSize
 from leanserve.errors import ArtifactCorrupt, GateFailed, PassFailed, StartupError
+from leanserve.evaluation.candidates import CandidateEvaluator
 from leanserve.evaluation.quality import GateOutputs, gate_reason, measure, race
 from leanserve.hardware import cpu_name, isa_flags
 from leanserve.memory import is_out_of_memory
@@ -32,23 +34,32 @@ _Measured = TypeVar("_Measured", Measurement, BenchmarkResult)
 
 @dataclass(frozen=True)
 class Plan:
-    """Every variant with its chain of steps."""
+    """Every variant with the steps that make it, in building order."""
 
-    chains: tuple[tuple[VariantConfig, tuple[RecipeStep, ...]], ...]
+    recipes: tuple[tuple[VariantConfig, tuple[RecipeStep, ...]], ...]
+
+    @property
+    def steps(self) -> tuple[RecipeStep, ...]:
+        """Every artifact of the plan once, in building order."""
+        found: dict[str, RecipeStep] = {}
+        for _, steps in self.recipes:
+            for step in steps:
+                found.setdefault(step.key, step)
+        return tuple(found.values())
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Every artifact of the plan once, in building order."""
-        return tuple(dict.fromkeys(step.key for _, steps in self.chains for step in steps))
+        """Those of `steps`."""
+        return tuple(step.key for step in self.steps)
 
     @property
     def served(self) -> tuple[str, ...]:
         """The last artifact of every variant, once."""
-        return tuple(dict.fromkeys(steps[-1].key for _, steps in self.chains))
+        return tuple(dict.fromkeys(steps[-1].key for _, steps in self.recipes))
 
 
 def plan(config: ServiceConfig, base: Base) -> Plan:
-    """The chains of all variants.
+    """The recipes of all variants.
 
     Raises:
         PassFailed: a pass cannot pay on this machine.
@@ -56,7 +67,7 @@ def plan(config: ServiceConfig, base: Base) -> Plan:
     for variant in config.variants:
         for position, pass_ in enumerate(variant.passes, start=1):
             if reason := pass_.unsupported_reason(isa_flags()):
-                raise PassFailed(f"{_where(variant, pass_, position)}: {reason}")
+                raise PassFailed(f"{_where(variant.name, pass_, position)}: {reason}")
     return Plan(tuple((variant, steps_of(config, base, variant)) for variant in config.variants))
 
 
@@ -81,11 +92,10 @@ def shortfall(store: ArtifactStore, work: Plan, threads: int) -> str | None:
     """What has to be built or measured before anything can be served, in words; `None`: nothing."""
     try:
         race = stored_benchmark(store, work, threads)
-        for variant, steps in work.chains:
-            for step in steps:
-                if race is None or store.manifest(step.key, race) is None:
-                    missing = "not built" if store.recipe(step.key) is None else "not measured on this machine"
-                    return f"{variant.name}: {_kind(step)} is {missing}"
+        for step in work.steps:
+            if race is None or store.manifest(step.key, race) is None:
+                missing = "not built" if store.recipe(step.key) is None else "not measured on this machine"
+                return f"{step.variant}: {_kind(step)} is {missing}"
     except ArtifactCorrupt as error:
         return str(error)
     return None
@@ -109,11 +119,11 @@ def reports(store: ArtifactStore, config: ServiceConfig, work: Plan, threads: in
     race = stored_benchmark(store, work, threads)
     manifests = {key: store.manifest(key, race) for key in work.keys} if race else {}
     found = []
-    for variant, steps in work.chains:
-        chain = tuple(manifest for step in steps if (manifest := manifests.get(step.key)))
-        if len(chain) != len(steps):
+    for variant, steps in work.recipes:
+        ancestry = tuple(manifest for step in steps if (manifest := manifests.get(step.key)))
+        if len(ancestry) != len(steps):
             raise ArtifactCorrupt(f"variant '{variant.name}' is not built; run `leanserve build`")
-        found.append(_report(config, variant, chain))
+        found.append(_report(config, variant, ancestry))
     return found
 
 
@@ -121,13 +131,19 @@ def _with_lanes(race: BenchmarkResult, work: Plan) -> bool:
     return race.threads == 1 or set(work.served) <= race.lane_rates.keys()
 
 
-def _report(config: ServiceConfig, variant: VariantConfig, chain: tuple[Manifest, ...]) -> VariantReport:
+def _report(config: ServiceConfig, variant: VariantConfig, ancestry: tuple[Manifest, ...]) -> VariantReport:
     gate = config.gate_of(variant)
-    reason = gate_reason(gate, chain[-1].quality, chain[0].quality)
+    reason = gate_reason(gate, ancestry[-1].quality, ancestry[0].quality)
     if reason and gate.on_fail == "abort":
         remedy = "Soften its passes, allow more, or set on_fail: exclude."
         raise GateFailed(f"variant '{variant.name}' fails its gate: {reason}. {remedy}")
-    return VariantReport(name=variant.name, state="excluded" if reason else "serving", reason=reason, chain=chain)
+    return VariantReport(
+        name=variant.name,
+        state="excluded" if reason else "serving",
+        reason=reason,
+        parents=variant.parent_names,
+        ancestry=ancestry,
+    )
 
 
 class Builder:
@@ -141,7 +157,10 @@ class Builder:
         self._base = base
         self._threads = threads
         self._progress = progress
+        self._evaluator = CandidateEvaluator(base, threads)
         self._reference: GateOutputs | None = None
+        self._made: tuple[str, Model] | None = None
+        """Key and model of the artifact that was made last."""
 
     def build(self, work: Plan) -> None:
         """Build all variants; what exists is verified and used, what is damaged is rebuilt with a message.
@@ -151,19 +170,12 @@ class Builder:
         """
         _set_threads(self._threads)
         self._store.sweep()
-        done: set[str] = set()
-        for variant, steps in work.chains:
-            model: Model | None = None
-            for step in steps:
-                if step.key in done:
-                    model = None
-                    continue
-                try:
-                    model = self._advance(step, model, variant.name)
-                except PassFailed as error:
-                    where = _where(variant, step.pass_, step.position) if step.pass_ else f"base '{self._base.name}'"
-                    raise PassFailed(f"{where}: {error}") from error
-                done.add(step.key)
+        try:
+            for step in work.steps:
+                self._advance(step)
+        finally:
+            self._evaluator.close()
+            self._made = None
         self._compare(work)
 
     def _compare(self, work: Plan) -> None:
@@ -173,22 +185,30 @@ class Builder:
                 measured = race(self._store, self._base, work.keys, work.served, self._threads)
                 self._store.keep_benchmark(work.keys, measured)
 
-    def _advance(self, step: RecipeStep, model: Model | None, variant: str) -> Model | None:
-        """Make sure that one artifact exists and is measured; returns its model if it had to be made."""
+    def _advance(self, step: RecipeStep) -> None:
+        """Make sure that one artifact exists and is measured."""
+        try:
+            self._make_and_measure(step)
+        except PassFailed as error:
+            where = _where(step.variant, step.pass_, step.position) if step.pass_ else f"base '{self._base.name}'"
+            raise PassFailed(f"{where}: {error}") from error
+
+    def _make_and_measure(self, step: RecipeStep) -> None:
         kind = _kind(step)
-        with self._store.lock(step.key), self._progress.artifact(variant, kind):
+        with self._store.lock(step.key), self._progress.artifact(step.variant, kind):
             recipe = self._recipe_of(step.key)
-            made: Model | None = None
-            if recipe is None:
-                made = self._make(step, model)
+            if recipe is not None:
+                self._made = None
+            else:
+                made = self._make(step)
+                self._made = None if made is None else (step.key, made)
                 recipe = self._recipe_of(step.key)
                 assert recipe is not None
             measured = self._intact(lambda: self._store.measurement(step.key))
             if measured is None or (measured.cpu, measured.threads) != (cpu_name(), self._threads):
                 rows = self._measure(recipe).fidelity.memory_rows
                 if rows is not None:
-                    self._progress.say(f"{variant}: {kind}: there is memory for batches of at most {rows} rows")
-        return made
+                    self._progress.say(f"{step.variant}: {kind}: there is memory for batches of at most {rows} rows")
 
     def _recipe_of(self, key: str) -> Recipe | None:
         try:
@@ -206,9 +226,9 @@ class Builder:
             self._progress.say(f"damaged measurement is taken again: {error}")
             return None
 
-    def _make(self, step: RecipeStep, model: Model | None) -> Model | None:
+    def _make(self, step: RecipeStep) -> Model | None:
         """Make and publish an artifact; its model, if that can do without the files that are gone now."""
-        applied, seconds = self._apply(step, model)
+        applied, seconds = self._apply(step)
         format_ = format_named(applied.model.format)
         with self._store.workspace(step.key) as folder:
             if _saves(step):
@@ -221,22 +241,29 @@ class Builder:
 
     def _size(self, step: RecipeStep, format_: Format[Any], model: Model) -> ModelSize:
         """Only passes on torch modules change what is computed; lowering and what follows it keep it."""
-        parent = self._store.recipe(step.parent) if step.parent else None
+        parent = self._store.recipe(step.parents[0]) if step.parents else None
         if parent is None or step.pass_ is None or "eager_module" in step.pass_.requires:
             return format_.size(model)
         return ModelSize(parent.macs, parent.parameters)
 
-    def _apply(self, step: RecipeStep, model: Model | None) -> tuple[Applied, float]:
+    def _parent(self, key: str) -> Model:
+        """What was made last is at hand; anything else is loaded."""
+        if self._made is not None and self._made[0] == key:
+            return self._made[1]
+        return load_model(self._store, self._base, key)
+
+    def _apply(self, step: RecipeStep) -> tuple[Applied, float]:
         """The artifact's model and the seconds that making it took."""
-        if step.parent is None or step.pass_ is None:
+        if step.pass_ is None:
             started = time.perf_counter()
             return Applied(self._base.model()), time.perf_counter() - started
-        parent = model or load_model(self._store, self._base, step.parent)
+        load = [partial(self._parent, key) for key in step.parents]
+        models = OneByOne(load) if len(load) > 1 else [load[0]()]
         scratch = self._store.scratch(step.key)
-        context = BuildContext(self._base, self._config.seed, self._threads, scratch, self._progress)
+        context = BuildContext(self._base, self._config.seed, self._threads, scratch, self._progress, self._evaluator)
         started = time.perf_counter()
         try:
-            return step.pass_.apply(parent, context), time.perf_counter() - started
+            return step.pass_.join(models, context), time.perf_counter() - started
         except StartupError:
             raise
         except ModuleNotFoundError as error:
@@ -252,7 +279,7 @@ class Builder:
         libraries = step.pass_.libraries if step.pass_ else format_named(applied.model.format).libraries
         return Recipe(
             key=step.key,
-            parent=step.parent,
+            parents=step.parents,
             base=self._base.name,
             kind=step.pass_.kind if step.pass_ else None,
             options=step.pass_.model_dump(mode="json") if step.pass_ else {},
@@ -270,9 +297,9 @@ class Builder:
         )
 
     def _measure(self, recipe: Recipe) -> Measurement:
-        reference = None if recipe.parent is None else self._base_answers(recipe)
+        reference = self._base_answers(recipe) if recipe.parents else None
         measurement, answers = measure(self._store, self._base, recipe, reference, self._threads)
-        if recipe.parent is None:
+        if not recipe.parents:
             self._reference = answers
         self._store.attach(recipe.key, measurement)
         return measurement
@@ -280,7 +307,7 @@ class Builder:
     def _base_answers(self, recipe: Recipe) -> GateOutputs:
         """The base's outputs on the gate split; run again if the base itself came from the cache."""
         if self._reference is None:
-            root = self._store.chain(recipe.key)[0]
+            root = self._store.ancestry(recipe.key)[0]
             _, self._reference = measure(self._store, self._base, root, None, self._threads)
         return self._reference
 
@@ -309,5 +336,5 @@ def _kind(step: RecipeStep) -> str:
     return step.pass_.kind if step.pass_ else "base"
 
 
-def _where(variant: VariantConfig, pass_: Pass, position: int) -> str:
-    return f"variant '{variant.name}', pass {position} ({pass_.kind})"
+def _where(variant: str, pass_: Pass, position: int) -> str:
+    return f"variant '{variant}', pass {position} ({pass_.kind})"

@@ -43,7 +43,7 @@ def main(cache: str, origin: str, threads: str, *artifacts: str) -> None:
         def load(threads: int, key: str = key) -> Backend:
             return open_backend(load_model(store, base, key), threads)
 
-        rates[key] = lane_rates(load, examples(store.chain(key)[-1].spec, sizes_up_to([rows])), int(threads))
+        rates[key] = lane_rates(load, examples(store.ancestry(key)[-1].spec, sizes_up_to([rows])), int(threads))
     sys.stdout.write(json.dumps(rates) + "\n")
 
 

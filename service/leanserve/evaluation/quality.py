@@ -211,6 +211,6 @@ def _bootstrap(base: Base, answers: GateOutputs) -> tuple[float, float]:
 
 def _disk_bytes(store: ArtifactStore, recipe: Recipe) -> int:
     """Of the model's files, and of those that load passes brought."""
-    chain = store.chain(recipe.key)
-    used = chain[chain.index(store.holder(recipe.key)) :]
+    ancestry = store.ancestry(recipe.key)
+    used = ancestry[ancestry.index(store.holder(recipe.key)) :]
     return sum((store.folder(item.key) / name).stat().st_size for item in used for name in item.files)

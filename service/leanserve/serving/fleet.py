@@ -284,7 +284,7 @@ def _limits(batch: BatchConfig, costs: Costs) -> QueueLimits:
 
 
 def _facts(report: VariantReport, variant: Variant | None, device: Device) -> VariantFacts:
-    passes = report.chain[1:]
+    passes = report.ancestry[1:]
     return VariantFacts(
         passes=tuple(str(manifest.kind) for manifest in passes),
         backend=variant.backend.name if variant else "",
