@@ -20,6 +20,7 @@ LAYERS = {
     "hardware": 0,
     "memory": 0,
     "scoring": 0,
+    "timing": 0,
     "codecs": 1,
     "runtime": 1,
     "telemetry": 1,

@@ -27,7 +27,7 @@ def run_bench(fleet: Fleet, sizes: Sequence[int], seconds: float) -> Latencies:
     timings = []
     for lane in fleet.device.lanes:
         backends = {name: variant.running.backends[lane.index] for name, variant in fleet.variants.items()}
-        timings.append(interleaved(backends, batches, rounds, ROUND_S, limits))
+        timings.append(interleaved(backends, batches, ROUND_S, limits))
     for _ in track(range(rounds), "measuring", transient=True):
         by_lane = fleet.device.call_on_each(lambda lane: next(timings[lane.index]))
     return {

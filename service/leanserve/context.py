@@ -98,11 +98,11 @@ class AppContext:
 
         if self.config.lanes != "auto":
             return self.config.lanes
-        race = stored_benchmark(self.store, self.plan, self.threads)
-        assert race is not None  # what is reported was measured
+        timed = stored_benchmark(self.store, self.plan, self.threads)
+        assert timed is not None  # what is reported was timed
         keys = [report.ancestry[-1].key for report in reports if report.state == "serving"]
         self_contained = all(self.store.format_of(key).self_contained for key in keys)
-        return race.best_lanes(keys, self.threads, self_contained=self_contained)
+        return timed.best_lanes(keys, self.threads, self_contained=self_contained)
 
     def build(self, progress: BuildProgress) -> None:
         """Build, measure and time every artifact of the plan that is missing."""

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from leanserve.artifacts.manifest import BenchmarkResult, Fidelity, Measurement
+from leanserve.artifacts.manifest import Fidelity, Measurement
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.build import builder as build
 from leanserve.build.progress import BuildProgress
@@ -25,9 +25,8 @@ def measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     found = Fidelity.model_validate(nothing | size | {"outputs": ()})
     answer = (Measurement(fidelity=found, cpu=cpu_name(), threads=1), GateOutputs((), None))
-    latencies = BenchmarkResult(cpu=cpu_name(), threads=1, latency_ms={}, lane_rates={})
     monkeypatch.setattr(build, "measure", lambda *_: answer)
-    monkeypatch.setattr(build, "race", lambda *_: latencies)
+    monkeypatch.setattr(build, "benchmark", lambda *_: [])
 
 
 def constructed(store: ArtifactStore, config: ServiceConfig, base: TinyBase) -> tuple[list[list[str]], str]:

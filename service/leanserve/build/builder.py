@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from leanserve.artifacts.benchmarks import BenchmarkResult, BenchmarkSet, LaneRates
 from leanserve.artifacts.load import OneByOne, load_model
-from leanserve.artifacts.manifest import BenchmarkResult, Manifest, Measurement, Recipe, VariantReport
+from leanserve.artifacts.manifest import Manifest, Measurement, Recipe, VariantReport
 from leanserve.artifacts.store import ArtifactStore, checksums
 from leanserve.build.cache_key import RecipeStep, steps_of, versions_of
 from leanserve.build.progress import BuildProgress
@@ -23,13 +25,13 @@ from leanserve.config.schema import ServiceConfig, VariantConfig
 from leanserve.contracts import Base, BuildContext, Format, Model, ModelSize
 from leanserve.errors import ArtifactCorrupt, GateFailed, PassFailed, StartupError
 from leanserve.evaluation.candidates import CandidateEvaluator
-from leanserve.evaluation.quality import GateOutputs, gate_reason, measure, race
+from leanserve.evaluation.quality import GateOutputs, benchmark, benchmark_lanes, gate_reason, measure
 from leanserve.hardware import cpu_name, isa_flags
 from leanserve.memory import is_out_of_memory
 from leanserve.passes.base import Applied, Pass, Stage
 from leanserve.runtime.formats import format_named
 
-_Measured = TypeVar("_Measured", Measurement, BenchmarkResult)
+_Measured = TypeVar("_Measured", Measurement, BenchmarkResult, LaneRates)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class Plan:
         return tuple(step.key for step in self.steps)
 
     @property
+    def anchor(self) -> str:
+        """The base, beside which all others are timed."""
+        return self.steps[0].key
+
+    @property
     def served(self) -> tuple[str, ...]:
         """The last artifact of every variant, once."""
         return tuple(dict.fromkeys(steps[-1].key for _, steps in self.recipes))
@@ -71,31 +78,51 @@ def plan(config: ServiceConfig, base: Base) -> Plan:
     return Plan(tuple((variant, steps_of(config, base, variant)) for variant in config.variants))
 
 
-def stored_benchmark(store: ArtifactStore, work: Plan, threads: int) -> BenchmarkResult | None:
-    """What was measured side by side on this machine, with lanes too if there are threads for several.
+def stored_benchmark(store: ArtifactStore, work: Plan, threads: int) -> BenchmarkSet | None:
+    """How fast all artifacts are on this machine, with lanes too if there are threads for several; `None`: not known.
 
-    Where that is missing from a cache that cannot be written: what was measured on another machine, if possible with as
+    Where that is missing from a cache that cannot be written: how fast they are on another machine, if possible with as
     many threads.
 
     Raises:
-        ArtifactCorrupt: the measurement of this machine is damaged.
+        ArtifactCorrupt: what was timed on this machine is damaged.
     """
-    here = store.benchmark(work.keys, threads)
-    if here is not None and _with_lanes(here, work):
+    here = _benchmark_on(store, work, cpu_name(), threads)
+    if here.covers(work.keys, work.served):
         return here
-    elsewhere = [] if store.writable else store.side_by_side_elsewhere(work.keys)
-    complete = [race for race in elsewhere if _with_lanes(race, work)]
-    return min(complete, key=lambda race: (race.threads != threads, race.cpu), default=None)
+    machines = [] if store.writable else store.machines(work.anchor)
+    found = [_intact_benchmark(store, work, *machine) for machine in machines]
+    complete = [other for other in found if other is not None and other.covers(work.keys, work.served)]
+    return min(complete, key=lambda other: (other.threads != threads, other.cpu), default=None)
+
+
+def _benchmark_on(store: ArtifactStore, work: Plan, cpu: str, threads: int) -> BenchmarkSet:
+    """What is known of a machine."""
+    results = {key: store.benchmark(key, work.anchor, cpu, threads) for key in work.keys}
+    lanes = {key: store.lane_rates(key, cpu, threads) for key in (work.served if threads > 1 else ())}
+    return BenchmarkSet(cpu, threads, work.anchor, _present(results), _present(lanes))
+
+
+def _intact_benchmark(store: ArtifactStore, work: Plan, cpu: str, threads: int) -> BenchmarkSet | None:
+    with suppress(ArtifactCorrupt):
+        return _benchmark_on(store, work, cpu, threads)
+    return None
+
+
+def _present(found: Mapping[str, _Measured | None]) -> dict[str, _Measured]:
+    return {key: item for key, item in found.items() if item is not None}
 
 
 def shortfall(store: ArtifactStore, work: Plan, threads: int) -> str | None:
     """What has to be built or measured before anything can be served, in words; `None`: nothing."""
     try:
-        race = stored_benchmark(store, work, threads)
+        timed = stored_benchmark(store, work, threads) or _benchmark_on(store, work, cpu_name(), threads)
         for step in work.steps:
-            if race is None or store.manifest(step.key, race) is None:
+            if store.manifest(step.key, timed) is None:
                 missing = "not built" if store.recipe(step.key) is None else "not measured on this machine"
                 return f"{step.variant}: {_kind(step)} is {missing}"
+        if not timed.covers(work.keys, work.served):
+            return "the gain of several lanes is not measured on this machine"
     except ArtifactCorrupt as error:
         return str(error)
     return None
@@ -103,8 +130,8 @@ def shortfall(store: ArtifactStore, work: Plan, threads: int) -> str | None:
 
 def machines(store: ArtifactStore, work: Plan, threads: int) -> list[str]:
     """Where the reported numbers were measured, if not here: a processor and its threads each."""
-    race = stored_benchmark(store, work, threads)
-    measured = [race, *(store.measurement(key) for key in work.keys)]
+    timed = stored_benchmark(store, work, threads)
+    measured = [timed, *(store.measurement(key) for key in work.keys)]
     found = {(item.cpu, item.threads) for item in measured if item is not None} - {(cpu_name(), threads)}
     return [f"{cpu} with {count} thread{'s' if count > 1 else ''}" for cpu, count in sorted(found)]
 
@@ -116,8 +143,8 @@ def reports(store: ArtifactStore, config: ServiceConfig, work: Plan, threads: in
         GateFailed: a variant fails a gate that says `on_fail: abort`.
         ArtifactCorrupt: an artifact is missing or damaged.
     """
-    race = stored_benchmark(store, work, threads)
-    manifests = {key: store.manifest(key, race) for key in work.keys} if race else {}
+    timed = stored_benchmark(store, work, threads)
+    manifests = {key: store.manifest(key, timed) for key in work.keys} if timed else {}
     found = []
     for variant, steps in work.recipes:
         ancestry = tuple(manifest for step in steps if (manifest := manifests.get(step.key)))
@@ -125,10 +152,6 @@ def reports(store: ArtifactStore, config: ServiceConfig, work: Plan, threads: in
             raise ArtifactCorrupt(f"variant '{variant.name}' is not built; run `leanserve build`")
         found.append(_report(config, variant, ancestry))
     return found
-
-
-def _with_lanes(race: BenchmarkResult, work: Plan) -> bool:
-    return race.threads == 1 or set(work.served) <= race.lane_rates.keys()
 
 
 def _report(config: ServiceConfig, variant: VariantConfig, ancestry: tuple[Manifest, ...]) -> VariantReport:
@@ -179,11 +202,28 @@ class Builder:
         self._compare(work)
 
     def _compare(self, work: Plan) -> None:
-        """Time all artifacts side by side, unless that was done; two builders never time at once."""
-        with self._store.lock("race"), self._progress.artifact(None, "all, side by side"):
-            if self._intact(lambda: stored_benchmark(self._store, work, self._threads)) is None:
-                measured = race(self._store, self._base, work.keys, work.served, self._threads)
-                self._store.keep_benchmark(work.keys, measured)
+        """Time what was not timed yet on this machine; two builders never time at once."""
+        store, threads = self._store, self._threads
+        with store.lock("benchmark"), self._progress.artifact(None, "all, side by side"):
+            known = {key: self._intact(self._benchmark_of(key, work.anchor)) for key in work.keys}
+            untimed = [key for key, result in known.items() if result is None]
+            fresh = benchmark(store, self._base, work.anchor, untimed, threads) if untimed else []
+            for result in fresh:
+                store.keep_benchmark(result)
+            timed = _present(known) | {result.key: result for result in fresh}
+            self._compare_lanes([timed[key] for key in work.served if key in timed])
+
+    def _benchmark_of(self, key: str, anchor: str) -> Callable[[], BenchmarkResult | None]:
+        return partial(self._store.benchmark, key, anchor, cpu_name(), self._threads)
+
+    def _compare_lanes(self, timed: Sequence[BenchmarkResult]) -> None:
+        """Measure what a lane per thread brings where that is not known."""
+        store, threads = self._store, self._threads
+        known = (self._intact(partial(store.lane_rates, item.key, cpu_name(), threads)) for item in timed)
+        unknown = [item for item, rates in zip(timed, known, strict=True) if rates is None]
+        if threads > 1 and unknown:
+            for rates in benchmark_lanes(store, self._base, unknown, threads):
+                store.keep_lane_rates(rates)
 
     def _advance(self, step: RecipeStep) -> None:
         """Make sure that one artifact exists and is measured."""

@@ -10,18 +10,20 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from leanserve import child, memory
-from leanserve.artifacts.manifest import BenchmarkResult, Fidelity, Measurement, OutputFidelity, Quality, Recipe
+from leanserve.artifacts.benchmarks import BenchmarkResult, LaneRates, RatioInterval
+from leanserve.artifacts.manifest import Fidelity, Measurement, OutputFidelity, Quality, Recipe
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.config.schema import GateConfig
 from leanserve.contracts import Array, Arrays, Base, Json
 from leanserve.errors import PassFailed
 from leanserve.evaluation.fidelity import fidelity
+from leanserve.evaluation.interleaved_benchmark import GROUP
 from leanserve.evaluation.measure import ROWS
 from leanserve.hardware import cpu_name
 
@@ -57,32 +59,77 @@ def measure(
     return Measurement(fidelity=found, cpu=cpu_name(), threads=threads), answers
 
 
-def race(store: ArtifactStore, base: Base, keys: Sequence[str], served: Sequence[str], threads: int) -> BenchmarkResult:
-    """Time published and measured artifacts side by side in a fresh process, and those that are `served` also with a
-    lane per thread.
+def benchmark(
+    store: ArtifactStore, base: Base, anchor: str, keys: Sequence[str], threads: int
+) -> list[BenchmarkResult]:
+    """Time published and measured artifacts beside the anchor, which may be one of them, in a fresh process.
+
+    Where there is no memory for a few at a time beside the anchor, they come one by one.
 
     Raises:
-        PassFailed: they cannot be loaded or run together.
+        PassFailed: they cannot be loaded or run beside the anchor.
     """
-    sized = {key: f"{key}:{_largest_batch(store.measurement(key))}" for key in keys}
+    asked = [_sized(store, key) for key in dict.fromkeys((anchor, *keys))]
     arguments = (str(store.root), base.origin, str(threads))
     try:
-        latencies = _in_fresh_process("interleaved_benchmark", *arguments, *sized.values())
+        timed = _in_fresh_process("interleaved_benchmark", *arguments, str(GROUP), *asked)
     except _Ended as error:
         if not error.out_of_memory:
             raise
-        remedy = "give the build more memory, or list fewer variants"
-        raise PassFailed(f"all variants are timed side by side, and memory ran out: {error.last}; {remedy}") from error
-    timed = BenchmarkResult(cpu=cpu_name(), threads=threads, latency_ms=latencies, lane_rates={})
-    if threads == 1:
-        return timed
+        timed = _one_by_one(arguments, asked)
+    return [_result(key, anchor, timed[key], threads) for key in keys]
+
+
+def _one_by_one(arguments: Sequence[str], asked: Sequence[str]) -> Json:
     try:
-        rates = _in_fresh_process("lane_rates", *arguments, *(sized[key] for key in served))
+        return _in_fresh_process("interleaved_benchmark", *arguments, "1", *asked)
     except _Ended as error:
         if not error.out_of_memory:
             raise
-        rates = {key: {1: timed.throughput(key), threads: 0.0} for key in served}
-    return BenchmarkResult(cpu=cpu_name(), threads=threads, latency_ms=latencies, lane_rates=rates)
+        remedy = "give the build more memory, or make the variants smaller"
+        raise PassFailed(f"variants are timed beside the base, and memory ran out: {error.last}; {remedy}") from error
+
+
+def _result(key: str, anchor: str, timed: Mapping[str, Json], threads: int) -> BenchmarkResult:
+    """From what the child printed of an artifact, by rows."""
+    by_rows = {int(rows): measured for rows, measured in timed.items()}
+    beside = {rows: measured for rows, measured in by_rows.items() if "ratio" in measured}
+    return BenchmarkResult(
+        key=key,
+        anchor=anchor,
+        cpu=cpu_name(),
+        threads=threads,
+        latency_ms={rows: measured["ms"] for rows, measured in by_rows.items()},
+        anchor_ms={rows: measured["anchor_ms"] for rows, measured in beside.items()},
+        ratios={rows: _interval(*measured["ratio"]) for rows, measured in beside.items()},
+    )
+
+
+def _interval(median: float, low: float, high: float) -> RatioInterval:
+    return RatioInterval(median=median, low=low, high=high)
+
+
+def benchmark_lanes(
+    store: ArtifactStore, base: Base, timed: Sequence[BenchmarkResult], threads: int
+) -> list[LaneRates]:
+    """What a lane per thread brings artifacts that were timed already.
+
+    Raises:
+        PassFailed: one cannot be loaded or run.
+    """
+    asked = [_sized(store, result.key) for result in timed]
+    try:
+        rates = _in_fresh_process("lane_rates", str(store.root), base.origin, str(threads), *asked)
+    except _Ended as error:
+        if not error.out_of_memory:
+            raise
+        rates = {result.key: {1: result.throughput, threads: 0.0} for result in timed}
+    return [LaneRates(key=item.key, cpu=cpu_name(), threads=threads, rates=rates[item.key]) for item in timed]
+
+
+def _sized(store: ArtifactStore, key: str) -> str:
+    """As the children are told of an artifact."""
+    return f"{key}:{_largest_batch(store.measurement(key))}"
 
 
 def _largest_batch(measured: Measurement | None) -> int:
