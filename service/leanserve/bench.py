@@ -27,7 +27,7 @@ def run_bench(warm: WarmFleet, sizes: Sequence[int], seconds: float) -> Latencie
     timings = []
     for lane in warm.device.lanes:
         backends = {name: variant.running.backends[lane.index] for name, variant in warm.variants.items()}
-        timings.append(interleaved(backends, batches, rounds, ROUND_S, limits))
+        timings.append(interleaved(backends, batches, ROUND_S, limits))
     for _ in track(range(rounds), "measuring", transient=True):
         by_lane = warm.device.call_on_each(lambda lane: next(timings[lane.index]))
     return {

@@ -100,11 +100,11 @@ class AppContext:
 
         if self.config.lanes != "auto":
             return self.config.lanes
-        race = stored_benchmark(self.store, self.plan, self.threads)
-        assert race is not None  # what is reported was measured
-        keys = [report.chain[-1].key for report in reports if report.state == "serving"]
+        timed = stored_benchmark(self.store, self.plan, self.threads)
+        assert timed is not None  # what is reported was timed
+        keys = [report.ancestry[-1].key for report in reports if report.state == "serving"]
         self_contained = all(self.store.format_of(key).self_contained for key in keys)
-        return race.best_lanes(keys, self.threads, self_contained=self_contained)
+        return timed.best_lanes(keys, self.threads, self_contained=self_contained)
 
     def build(self, progress: BuildProgress) -> None:
         """Build, measure and time every artifact of the plan that is missing."""
@@ -142,7 +142,7 @@ class AppContext:
 
         for report in reports:
             if report.state == "serving":
-                name, key = report.name, report.chain[-1].key
+                name, key = report.name, report.ancestry[-1].key
                 startup.enter(name, "loading")
                 warm.open(name, partial(load, name, key), partial(read, key))
                 startup.enter(name, "warm")
@@ -190,10 +190,11 @@ def _batch_limits(batch: BatchConfig) -> BatchLimits:
 def _facts(report: VariantReport) -> VariantFacts:
     from leanserve.telemetry.observations import VariantFacts
 
-    passes, last = report.chain[1:], report.chain[-1]
+    passes, last = report.ancestry[1:], report.ancestry[-1]
     return VariantFacts(
+        parents=report.parents,
         passes=tuple(str(manifest.kind) for manifest in passes),
-        simulated=tuple(str(manifest.kind) for manifest in report.chain if manifest.simulated),
+        simulated=tuple(str(manifest.kind) for manifest in report.ancestry if manifest.simulated),
         state=report.state,
         reason=report.reason or "",
         quality=report.quality.model_dump() if report.built else {},

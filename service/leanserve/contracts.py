@@ -354,8 +354,27 @@ class Progress(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class CandidateQuality:
+    """What a model answers on `samples` rows of the calibration split."""
+
+    samples: int
+    score: float | None
+    """The base's own, higher is better; `None` where the rows have no labels."""
+    agreement: float
+    """With the base, of the output that is farthest from it, 0..1 (`OutputFidelity`)."""
+
+    @property
+    def value(self) -> float:
+        """By which candidates are compared: the score, without labels the agreement."""
+        return self.agreement if self.score is None else self.score
+
+
+@dataclass(frozen=True, slots=True)
 class BuildContext:
     """What a pass may use besides the model: data and teacher (`base`), a seed, threads, scratch space, progress.
+
+    `evaluate` tells how good a candidate is, for passes that choose among several: it runs the model on the calibration
+    split, never on the rows that the gate judges by.
 
     `scratch` survives an interruption (the same pass on the same input gets the same folder again), so that long
     training resumes from its last checkpoint; it is deleted once the pass has succeeded.
@@ -366,3 +385,4 @@ class BuildContext:
     threads: int
     scratch: Path
     progress: Progress
+    evaluate: Callable[[Model], CandidateQuality]

@@ -61,18 +61,11 @@ def pair_correlation(outputs: Arrays, labels: Array, output: int = 0) -> float:
 
 def spearman(one: Array, other: Array) -> float:
     """Spearman's rank correlation of two lists (Spearman 1904), ties with their mean rank; 0 for a constant list."""
-    ranks = [_ranks(np.asarray(values)) for values in (one, other)]
-    spreads = [float(rank.std()) for rank in ranks]
-    if 0.0 in spreads:
-        return 0.0
-    deviations = [rank - rank.mean() for rank in ranks]
-    return float(np.mean(deviations[0] * deviations[1]) / (spreads[0] * spreads[1]))
+    from scipy.stats import spearmanr
 
-
-def _ranks(values: Array) -> Array:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[inverse])
+    if any((np.asarray(values) == values[0]).all() for values in (one, other)):
+        return 0.0  # no correlation is defined, and scipy warns
+    return float(spearmanr(one, other).statistic)
 
 
 def _squeezed(shape: Sequence[int | None]) -> list[int | None]:

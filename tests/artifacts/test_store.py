@@ -12,26 +12,27 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from leanserve.artifacts.manifest import BenchmarkResult, Measurement, Recipe
+from leanserve.artifacts.benchmarks import BenchmarkResult, BenchmarkSet, LaneRates, RatioInterval
+from leanserve.artifacts.manifest import Measurement, Recipe
 from leanserve.artifacts.store import ArtifactStore, checksums
 from leanserve.contracts import ModelSpec
 from leanserve.errors import ArtifactCorrupt, PassFailed, StartupError
-from leanserve.hardware import cpu_name
 from measurements import measurement
 
 KEY = "a" * 64
 
 
-def recipe_of(key: str, files: dict[str, str], parent: str | None = None) -> Recipe:
+def recipe_of(key: str, files: dict[str, str], parents: tuple[str, ...] = ()) -> Recipe:
     return Recipe(
         key=key,
-        parent=parent,
+        parents=parents,
         base="tiny",
-        kind=None if parent is None else "fold_bn",
+        kind=None if not parents else "fold_bn",
         options={},
         decisions={},
         facts={},
@@ -47,24 +48,33 @@ def recipe_of(key: str, files: dict[str, str], parent: str | None = None) -> Rec
     )
 
 
-def publish(store: ArtifactStore, key: str = KEY, parent: str | None = None) -> None:
+def result(key: str, latency_ms: dict[int, float] | None = None, anchor: str | None = None) -> BenchmarkResult:
+    """As fast as its anchor."""
+    ms = latency_ms or {1: 2.0}
+    ratios = {rows: RatioInterval(median=1.0, low=0.9, high=1.1) for rows in ms}
+    return BenchmarkResult(
+        key=key, anchor=anchor or key, cpu="x", threads=1, latency_ms=ms, anchor_ms=ms, ratios=ratios
+    )
+
+
+def publish(store: ArtifactStore, key: str = KEY, parents: tuple[str, ...] = ()) -> None:
     with store.lock(key), store.workspace(key) as folder:
         (folder / "model.onnx").write_bytes(os.urandom(1000))
-        store.publish(folder, recipe_of(key, checksums(folder), parent))
+        store.publish(folder, recipe_of(key, checksums(folder), parents))
 
 
 def test_published_is_found_again_with_its_measurement(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
     assert store.recipe(KEY) is None
-    race = BenchmarkResult(cpu="x", threads=1, latency_ms={KEY: {1: 2.0, 8: 4.0}}, lane_rates={})
-    assert store.manifest(KEY, race) is None
+    timed = BenchmarkSet("x", 1, KEY, {KEY: result(KEY, {1: 2.0, 8: 4.0})}, {})
+    assert store.manifest(KEY, timed) is None
     publish(store)
-    assert store.manifest(KEY, race) is None  # made, but not measured yet
+    assert store.manifest(KEY, timed) is None  # made, but not measured yet
     store.attach(KEY, measurement())
-    manifest = store.manifest(KEY, race)
+    manifest = store.manifest(KEY, timed)
     assert manifest is not None
     assert (manifest.base, manifest.cpu, manifest.quality.throughput) == ("tiny", "x", 2000)
-    assert store.manifest(KEY, race.model_copy(update={"cpu": "another machine"})) is None
+    assert store.manifest(KEY, replace(timed, cpu="another machine")) is None
     assert not list((tmp_path / "tmp").iterdir())
 
 
@@ -132,15 +142,19 @@ def test_what_was_copied_from_another_artifact_is_not_believed(tmp_path: Path) -
 
 def test_latencies_of_other_artifacts_or_another_machine_are_not_believed(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
-    race = BenchmarkResult(cpu=cpu_name(), threads=2, latency_ms={"a": {1: 2.0}}, lane_rates={})
-    store.keep_benchmark(["a"], race)
-    (kept,) = (tmp_path / "races").iterdir()
-    store.keep_benchmark(["b"], race.model_copy(update={"threads": 1}))
-    (other,) = set((tmp_path / "races").iterdir()) - {kept}
+    store.keep_benchmark(result("a"))
+    (kept,) = (tmp_path / "benchmarks").iterdir()
+    store.keep_benchmark(result("a").model_copy(update={"threads": 2}))
+    (other,) = set((tmp_path / "benchmarks").iterdir()) - {kept}
+    assert sorted(store.machines("a")) == [("x", 1), ("x", 2)]
     shutil.copy(kept, other)
     with pytest.raises(ArtifactCorrupt, match="copied here"):
-        store.benchmark(["b"], 1)
-    assert store.side_by_side_elsewhere(["b"]) == []
+        store.benchmark("a", "a", "x", 2)
+    assert store.machines("a") == [("x", 1)]
+    rates = LaneRates(key="a", cpu="x", threads=2, rates={1: 10.0, 2: 12.0})
+    store.keep_lane_rates(rates)
+    assert (store.lane_rates("a", "x", 2), store.lane_rates("a", "y", 2)) == (rates, None)
+    assert store.machines("a") == [("x", 1)], "a machine is one where the anchor was timed"
 
 
 def stand_in(path: Path, kind: str) -> None:
@@ -160,7 +174,6 @@ def stand_in(path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["fifo", "folder", "device", "dangling link"])
 def test_what_is_no_file_is_an_error_at_once(tmp_path: Path, kind: str) -> None:
     store = ArtifactStore(tmp_path)
-    race = BenchmarkResult(cpu=cpu_name(), threads=2, latency_ms={KEY: {1: 2.0}}, lane_rates={})
     for name in ("model.onnx", "manifest.json"):
         publish(store)
         stand_in(store.folder(KEY) / name, kind)
@@ -173,12 +186,12 @@ def test_what_is_no_file_is_an_error_at_once(tmp_path: Path, kind: str) -> None:
         store.measurement(KEY)
     store.attach(KEY, measurement())
     assert store.measurement(KEY) == measurement()
-    store.keep_benchmark([KEY], race)
-    stand_in(next((tmp_path / "races").iterdir()), kind)
+    store.keep_benchmark(result(KEY))
+    stand_in(next((tmp_path / "benchmarks").iterdir()), kind)
     with pytest.raises(ArtifactCorrupt, match="cannot be read"):
-        store.benchmark([KEY], 2)
-    store.keep_benchmark([KEY], race)
-    assert store.benchmark([KEY], 2) == race
+        store.benchmark(KEY, KEY, "x", 1)
+    store.keep_benchmark(result(KEY))
+    assert store.benchmark(KEY, KEY, "x", 1) == result(KEY)
     assert not list((tmp_path / "tmp").iterdir())
 
 
@@ -209,9 +222,8 @@ def test_what_json_does_not_have_is_refused_when_it_is_written(tmp_path: Path, v
     with pytest.raises(PassFailed, match=r"cannot be stored: fidelity\.score is"):
         store.attach(KEY, Measurement(fidelity=odd, cpu="x", threads=1))
     assert store.measurement(KEY) is None
-    race = BenchmarkResult(cpu="x", threads=1, latency_ms={KEY: {1: value}}, lane_rates={})
-    with pytest.raises(PassFailed, match=rf"cannot be stored: latency_ms\.{KEY}\.1 is"):
-        store.keep_benchmark([KEY], race)
+    with pytest.raises(PassFailed, match=r"cannot be stored: latency_ms\.1 is"):
+        store.keep_benchmark(result(KEY, {1: value}))
     assert not list((tmp_path / "tmp").iterdir())
 
 
@@ -221,7 +233,7 @@ def test_what_dead_builders_left_is_swept_and_what_live_ones_do_is_not(tmp_path:
     for key in (KEY, other):
         (store.scratch(key) / "checkpoint").write_bytes(b"epoch 3")
         (tmp_path / "tmp" / f"{key}.left").mkdir()
-    (tmp_path / "tmp" / "race.left").write_text("half")
+    (tmp_path / "tmp" / "benchmark.left").write_text("half")
     alive = ArtifactStore(tmp_path)
     with store.lock(other), store.workspace(other) as folder:
         (tmp_path / "tmp" / f"{other}.too").mkdir()
@@ -245,20 +257,19 @@ def test_others_may_read_what_was_published(tmp_path: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in store.folder(KEY).iterdir()} == {0o644}
 
 
-def test_latencies_belong_to_the_set_of_artifacts_they_were_measured_with(tmp_path: Path) -> None:
+def test_latencies_belong_to_an_artifact_its_anchor_and_a_machine(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
-    race = BenchmarkResult(cpu=cpu_name(), threads=2, latency_ms={"a": {1: 2.0}, "b": {1: 4.0}}, lane_rates={})
-    store.keep_benchmark(["a", "b"], race)
-    assert store.benchmark(["b", "a"], 2) == race
-    assert store.benchmark(["a"], 2) is None
-    assert store.benchmark(["a", "b"], 1) is None
+    store.keep_benchmark(result("b", anchor="a"))
+    assert store.benchmark("b", "a", "x", 1) == result("b", anchor="a")
+    for key, anchor, cpu, threads in (("a", "b", "x", 1), ("b", "b", "x", 1), ("b", "a", "y", 1), ("b", "a", "x", 2)):
+        assert store.benchmark(key, anchor, cpu, threads) is None
 
 
 def test_a_missing_file_or_parent_is_noticed(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
-    publish(store, parent="b" * 64)
+    publish(store, parents=("b" * 64,))
     with pytest.raises(ArtifactCorrupt, match="missing"):
-        store.chain(KEY)
+        store.ancestry(KEY)
     (store.folder(KEY) / "model.onnx").unlink()
     with pytest.raises(ArtifactCorrupt, match=r"model\.onnx"):
         store.recipe(KEY)

@@ -21,9 +21,10 @@ from leanserve.bases.sources.onnx_reading import read_onnx
 from leanserve.codecs.arrays import ArrayCodec
 from leanserve.codecs.images import ImageCodec
 from leanserve.config.schema import read_config
-from leanserve.contracts import Array, Arrays, BuildContext, OnnxModel, TensorSpec
+from leanserve.contracts import Array, Arrays, OnnxModel, TensorSpec
 from leanserve.errors import ConfigError, PassFailed
 from leanserve.passes.families.quantize.quantize_static import QuantizeStatic
+from tiny_base import context_of
 from tiny_checkpoints import write_tokenizer
 from tiny_graphs import CNN, CNN_WEIGHTS, ENCODER, ENCODER_WEIGHTS, cnn, graph, random, write
 
@@ -283,7 +284,7 @@ def test_describing_imports_neither_torch_nor_the_runtime(tmp_path: Path) -> Non
 def test_half_precision_is_left_alone_by_quantization(tmp_path: Path) -> None:
     text = "agraph (float16[N, 4] x) => (float16[N, 3] y) { y = MatMul (x, weight) }"
     base = opened(write(tmp_path / "m.onnx", graph(text, {"weight": random(4, 3).astype(np.float16)})))
-    context = BuildContext(base, 0, 1, tmp_path, lambda done, total, note="": None)
+    context = context_of(base, tmp_path)
     with pytest.raises(PassFailed, match="no convolution or linear layer with constant weights"):
         QuantizeStatic().apply(base.model(), context)
 

@@ -15,19 +15,21 @@ from torch import nn
 from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.modules.tensor_outputs import named_tensors
 from leanserve.bases.opening import Origin, open_base
-from leanserve.contracts import Arrays, BuildContext, Model, TorchModel
+from leanserve.contracts import Arrays, Model, TorchModel
 from leanserve.errors import ConfigError
 from leanserve.passes.families.distill.distill import Distill
 from leanserve.passes.families.precision.cast import Cast
 from leanserve.passes.families.quantize.quantize_static import QuantizeStatic
 from leanserve.passes.families.runtime.onnxruntime import OnnxRuntime
 from leanserve.runtime.formats import open_backend
+from tiny_base import context_of
 
 SOURCE = """
 from collections import namedtuple
 from dataclasses import dataclass
 import torch
 from torch import nn
+from tiny_base import context_of
 
 Pair = namedtuple("Pair", "scores boxes")
 
@@ -144,7 +146,7 @@ def test_passes_and_exports_answer_the_same(folder: Path) -> None:
     base = opened(folder, form)
     rows = base.spec.example(5)
     wanted = expected(folder, form, rows)
-    context = BuildContext(base, 0, 1, folder, lambda done, total, note="": None)
+    context = context_of(base, folder)
     exported = OnnxRuntime().apply(base.model(), context).model
     narrow, int8 = Cast().apply(base.model(), context).model, QuantizeStatic().apply(exported, context).model
     for model, limit in ((exported, 1e-5), (narrow, 0.05), (int8, 0.1)):
@@ -160,7 +162,7 @@ def test_a_student_learns_from_all_tensors(folder: Path) -> None:
     assert isinstance(model, TorchModel)
     with torch.no_grad():
         model.module.get_parameter("second.bias").add_(1)
-    context = BuildContext(base, 0, 1, folder, lambda done, total, note="": None)
+    context = context_of(base, folder)
     facts = Distill(epochs=40, loss="mse").apply(model, context).facts
     assert facts["last_loss"] < 0.8 * facts["first_loss"]
 

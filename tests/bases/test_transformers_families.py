@@ -15,10 +15,11 @@ import torch
 from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.opening import Origin, open_base
 from leanserve.codecs.text import TextCodec
-from leanserve.contracts import Array, BuildContext, Model
+from leanserve.contracts import Array, Model
 from leanserve.errors import ConfigError
 from leanserve.passes.families.runtime.onnxruntime import OnnxRuntime
 from leanserve.runtime.formats import open_backend
+from tiny_base import context_of
 from tiny_checkpoints import SHAPE, write_model, write_tokenizer
 
 TEXTS = ["the cat sat on the mat", "a dog", "a very big green tree and a red film was not good"]
@@ -94,7 +95,7 @@ def test_decoders_and_ends_of_texts_are_exported(tmp_path: Path) -> None:
     for kind, config in (("GPT2ForSequenceClassification", GPT2), ("BartForSequenceClassification", BART)):
         write_model(tmp_path / kind, kind, config | {"num_labels": 3})
         base = opened(tmp_path / kind)
-        context = BuildContext(base, 0, 1, tmp_path, lambda done, total, note="": None)
+        context = context_of(base, tmp_path)
         exported = OnnxRuntime().apply(base.model(), context).model
         np.testing.assert_allclose(answers(base, exported), answers(base, base.model()), atol=1e-5)
 

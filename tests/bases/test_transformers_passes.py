@@ -11,13 +11,14 @@ import torch
 from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.opening import Origin, open_base
 from leanserve.codecs.text import TextCodec
-from leanserve.contracts import Array, BuildContext, Model, TensorSpec, TorchModel
+from leanserve.contracts import Array, Model, TensorSpec, TorchModel
 from leanserve.evaluation.fidelity import fidelity
 from leanserve.passes.base import Pass
 from leanserve.passes.families.quantize.quantize_dynamic import QuantizeDynamic
 from leanserve.passes.families.runtime.onnxruntime import OnnxRuntime
 from leanserve.runtime.formats import open_backend
 from leanserve.runtime.formats.torch_size import count_macs
+from tiny_base import context_of
 from tiny_checkpoints import WORDS, write_classifier, write_encoder
 
 
@@ -38,7 +39,7 @@ def exported(base: LoadedBase, tmp_path_factory: pytest.TempPathFactory) -> Mode
 
 
 def applied(pass_: Pass, model: Model, base: LoadedBase, folder: Path) -> Model:
-    return pass_.apply(model, BuildContext(base, 0, 1, folder, lambda done, total, note="": None)).model
+    return pass_.apply(model, context_of(base, folder)).model
 
 
 def answers(model: Model, base: LoadedBase) -> Array:

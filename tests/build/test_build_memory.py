@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import signal
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from rich.console import Console
 from torch import nn
 
 from leanserve import memory
+from leanserve.artifacts.benchmarks import BenchmarkSet, RatioInterval
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.contracts import ArrayData, Arrays, BuildContext, ModelSpec, Result
 from leanserve.errors import PassFailed
-from leanserve.evaluation import interleaved_benchmark as race
-from leanserve.evaluation import lane_rates, measure, quality
+from leanserve.evaluation import interleaved_benchmark, lane_rates, measure, quality
 from leanserve.passes.families.lowrank.lowrank_linear import LowrankLinear
 from leanserve.passes.families.prune.prune_channels import PruneChannels
 from leanserve.passes.toolkit import calibration
@@ -59,15 +60,15 @@ def batches(*rows: int) -> list[Arrays]:
 
 
 def test_sizes_that_are_timed_end_with_what_fits() -> None:
-    assert race.sizes_up_to([32]) == [1, 8, 32]
-    assert race.sizes_up_to([4]) == [1, 4]
-    assert race.sizes_up_to([32, 16, 1]) == [1, 8, 16, 32]
+    assert interleaved_benchmark.sizes_up_to([32]) == [1, 8, 32]
+    assert interleaved_benchmark.sizes_up_to([4]) == [1, 4]
+    assert interleaved_benchmark.sizes_up_to([32, 16, 1]) == [1, 8, 16, 32]
 
 
 def test_only_what_fits_is_timed_and_what_does_not_beside_others_is_left_out() -> None:
     backends = {"measured": Small(8), "crowded": Small(8), "large": Small(32)}
     limits = {"measured": 8, "crowded": 32, "large": 32}
-    *_, last = race.interleaved(backends, batches(1, 8, 32), 3, 0.0, limits)
+    *_, last = islice(interleaved_benchmark.interleaved(backends, batches(1, 8, 32), 0.0, limits), 3)
     assert {name: list(by_rows) for name, by_rows in last.items()} == {
         "measured": [1, 8],
         "crowded": [1, 8],
@@ -77,7 +78,7 @@ def test_only_what_fits_is_timed_and_what_does_not_beside_others_is_left_out() -
     assert 32 not in backends["measured"].ran
     assert backends["crowded"].ran.count(32) == 1
     with pytest.raises(RuntimeError, match="can't allocate"):
-        list(race.interleaved({"none": Small(0)}, batches(1), 1, 0.0, {"none": 32}))
+        next(interleaved_benchmark.interleaved({"none": Small(0)}, batches(1), 0.0, {"none": 32}))
 
 
 @pytest.mark.parametrize(("limits", "rates"), [((8, 1), "narrow is slower"), ((8, None), "there is no narrow one")])
@@ -109,6 +110,12 @@ def test_rows_are_measured_as_far_as_they_go() -> None:
 
 
 Ended = quality._Ended
+MEDIANS = {"1": {"ms": 2.0, "anchor_ms": 4.0, "ratio": [0.5, 0.4, 0.6]}, "8": {"ms": 10.0}}
+ANSWERS: dict[str, Any] = {
+    "measure": {},
+    "interleaved_benchmark": {"a": MEDIANS, "b": MEDIANS},
+    "lane_rates": {"a": {"1": 800.0, "2": 900.0}},
+}
 KILLED = Ended(-signal.SIGKILL, "")
 
 
@@ -122,7 +129,7 @@ def children(monkeypatch: pytest.MonkeyPatch, ends: dict[str, Ended], fitting: i
             raise ends[module]
         if module == "measure" and int(arguments[-2]) > fitting:
             raise KILLED
-        return {"a": {"1": 2.0, "8": 10.0}}
+        return ANSWERS[module]
 
     monkeypatch.setattr(quality, "_in_fresh_process", run)
     return asked
@@ -157,19 +164,36 @@ def test_another_failure_of_a_measurement_keeps_its_words(monkeypatch: pytest.Mo
     assert str(Ended(-signal.SIGSEGV, "")) == "what was built does not run: the process was ended by SIGSEGV"
 
 
-def test_what_cannot_be_timed_side_by_side_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    children(monkeypatch, {"interleaved_benchmark": KILLED})
-    with pytest.raises(PassFailed, match=r"side by side, and memory ran out: .* killed .*; give .* fewer variants"):
-        quality.race(ArtifactStore(tmp_path), tiny_base(), ["a"], ["a"], 2)
+def test_what_cannot_be_timed_beside_the_base_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = children(monkeypatch, {"interleaved_benchmark": KILLED})
+    with pytest.raises(PassFailed, match=r"beside the base, and memory ran out: .* killed .*; give .* smaller"):
+        quality.benchmark(ArtifactStore(tmp_path), tiny_base(), "a", ["b"], 2)
+    assert [arguments[4:] for arguments in asked] == [("3", "a:32", "b:32"), ("1", "a:32", "b:32")]
+
+
+def test_of_what_was_timed_the_ratios_are_kept_where_the_base_has_memory_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    children(monkeypatch, {})
+    [found] = quality.benchmark(ArtifactStore(tmp_path), tiny_base(), "a", ["b"], 2)
+    assert (found.key, found.anchor, found.threads) == ("b", "a", 2)
+    assert (found.latency_ms, found.anchor_ms) == ({1: 2.0, 8: 10.0}, {1: 4.0})
+    assert found.ratios == {1: RatioInterval(median=0.5, low=0.4, high=0.6)}
 
 
 def test_where_lanes_have_no_memory_beside_each_other_one_is_enough(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    store = ArtifactStore(tmp_path)
+    children(monkeypatch, {})
+    timed = quality.benchmark(store, tiny_base(), "a", ["a"], 2)
+    [known] = quality.benchmark_lanes(store, tiny_base(), timed, 2)
+    assert (known.rates, known.gain) == ({1: 800.0, 2: 900.0}, 1.125)
     children(monkeypatch, {"lane_rates": KILLED})
-    found = quality.race(ArtifactStore(tmp_path), tiny_base(), ["a"], ["a"], 2)
-    assert found.lane_rates == {"a": {1: 800.0, 2: 0.0}}
-    assert found.best_lanes(["a"], 2, self_contained=True) == 1
+    [found] = quality.benchmark_lanes(store, tiny_base(), timed, 2)
+    assert found.rates == {1: 800.0, 2: 0.0}
+    benchmark = BenchmarkSet("x", 2, "a", {}, {"a": found})
+    assert benchmark.best_lanes(["a"], 2, self_contained=True) == 1
 
 
 class SmallNet(TinyNet):

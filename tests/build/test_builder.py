@@ -12,16 +12,18 @@ import torch
 from rich.console import Console
 
 from leanserve.artifacts import store as artifacts
+from leanserve.artifacts.benchmarks import BenchmarkResult, LaneRates, RatioInterval
 from leanserve.artifacts.load import load_model
-from leanserve.artifacts.manifest import BenchmarkResult, Recipe
+from leanserve.artifacts.manifest import Recipe
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.bases.opening import Origin, open_base
 from leanserve.build import builder as build
 from leanserve.build.progress import BuildProgress
-from leanserve.config.schema import ServiceConfig
+from leanserve.config.schema import ServiceConfig, VariantConfig
 from leanserve.contracts import TorchModel
 from leanserve.evaluation.quality import GateOutputs
 from leanserve.hardware import cpu_name
+from leanserve.passes.families.runtime.channels_last import ChannelsLast
 from leanserve.runtime.formats.torch import WEIGHTS
 from measurements import measurement
 from tiny_base import TinyBase, tiny_base
@@ -36,41 +38,63 @@ def base() -> TinyBase:
     return tiny_base()
 
 
+def timed(key: str, anchor: str, cpu: str, threads: int) -> BenchmarkResult:
+    """Twice as fast as the anchor, unless it is the anchor."""
+    ratio = 1.0 if key == anchor else 0.5
+    interval = RatioInterval(median=ratio, low=ratio, high=ratio)
+    return BenchmarkResult(
+        key=key, anchor=anchor, cpu=cpu, threads=threads,
+        latency_ms={1: 2.0 * ratio}, anchor_ms={1: 2.0}, ratios={1: interval},
+    )  # fmt: skip
+
+
+def lanes(key: str, cpu: str, threads: int) -> LaneRates:
+    return LaneRates(key=key, cpu=cpu, threads=threads, rates={1: 100.0, threads: 130.0})
+
+
 @pytest.fixture(autouse=True)
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What was measured, by key; measuring itself is done in other tests."""
-    seen: list[str] = []
+    seen: list[object] = []
 
-    def measure(_store: object, _base: object, recipe: Recipe, *_: object) -> object:
+    def measure(_store: object, _base: object, recipe: Recipe, _reference: object, threads: int) -> object:
         seen.append(recipe.key)
-        return measurement().model_copy(update={"cpu": cpu_name(), "threads": 1}), GateOutputs((), None)
+        return measurement().model_copy(update={"cpu": cpu_name(), "threads": threads}), GateOutputs((), None)
 
-    def race(
-        _store: object, _base: object, keys: tuple[str, ...], served: tuple[str, ...], threads: int
-    ) -> BenchmarkResult:
-        seen.append("race")
-        rates = {key: {1: 100.0, threads: 130.0} for key in served} if threads > 1 else {}
-        return BenchmarkResult(
-            cpu=cpu_name(), threads=threads, latency_ms={key: {1: 2.0} for key in keys}, lane_rates=rates
-        )
+    def benchmark(_store: object, _base: object, anchor: str, keys: list[str], threads: int) -> list[BenchmarkResult]:
+        seen.append(("timed", *keys))
+        return [timed(key, anchor, cpu_name(), threads) for key in keys]
+
+    def benchmark_lanes(_store: object, _base: object, results: list[BenchmarkResult], threads: int) -> list[LaneRates]:
+        seen.append(("lanes", *(result.key for result in results)))
+        return [lanes(result.key, cpu_name(), threads) for result in results]
 
     monkeypatch.setattr(build, "measure", measure)
-    monkeypatch.setattr(build, "race", race)
+    monkeypatch.setattr(build, "benchmark", benchmark)
+    monkeypatch.setattr(build, "benchmark_lanes", benchmark_lanes)
     return seen
 
 
-def built(root: Path, base: TinyBase) -> tuple[ArtifactStore, build.Plan, str]:
+def built(
+    root: Path, base: TinyBase, config: ServiceConfig = CONFIG, threads: int = 1
+) -> tuple[ArtifactStore, build.Plan, str]:
     """The store, the plan, and what the progress said."""
-    store, work, said = ArtifactStore(root), build.plan(CONFIG, base), io.StringIO()
+    store, work, said = ArtifactStore(root), build.plan(config, base), io.StringIO()
     progress = BuildProgress(Console(file=said, width=400), len(work.keys))
-    build.Builder(store, CONFIG, base, 1, progress).build(work)
+    before = torch.get_num_threads()
+    try:
+        build.Builder(store, config, base, threads, progress).build(work)
+    finally:
+        torch.set_num_threads(before)
     return store, work, said.getvalue()
 
 
-def test_damaged_documents_are_made_again_with_a_message(tmp_path: Path, base: TinyBase, measured: list[str]) -> None:
+def test_damaged_documents_are_made_again_with_a_message(
+    tmp_path: Path, base: TinyBase, measured: list[object]
+) -> None:
     store, work, said = built(tmp_path, base)
     first, last = work.keys
-    assert measured == [first, last, "race"]
+    assert measured == [first, last, ("timed", first, last)]
     assert "damaged" not in said
     assert build.shortfall(store, work, 1) is None
 
@@ -82,10 +106,10 @@ def test_damaged_documents_are_made_again_with_a_message(tmp_path: Path, base: T
     assert measured == [first, last], "the base gives the answers to compare with"
 
     measured.clear()
-    next((tmp_path / "races").iterdir()).write_text("{}")
+    next((tmp_path / "benchmarks").glob(f"{last}.*")).write_text("{}")
     _, _, said = built(tmp_path, base)
     assert "damaged measurement is taken again" in said
-    assert measured == ["race"]
+    assert measured == [("timed", last)], "beside the base; the base's own result stands"
 
     measured.clear()
     (store.folder(last) / "manifest.json").write_text("null")
@@ -93,6 +117,23 @@ def test_damaged_documents_are_made_again_with_a_message(tmp_path: Path, base: T
     assert f"damaged artifact is rebuilt: {store.folder(last)}/manifest.json" in said
     assert measured == [first, last], "the base gives the answers to compare with"
     assert build.shortfall(store, work, 1) is None
+
+
+def test_one_more_variant_times_itself_and_nothing_else(tmp_path: Path, base: TinyBase, measured: list[object]) -> None:
+    store, work, _ = built(tmp_path, base, threads=2)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "benchmarks").iterdir()}
+    assert len(before) == 4, "the base and a variant, each with lanes"
+    more = ServiceConfig(
+        base=CONFIG.base, variants=(*CONFIG.variants, VariantConfig(name="more", passes=(ChannelsLast(),)))
+    )
+    measured.clear()
+    _, work, _ = built(tmp_path, base, more, threads=2)
+    new = work.keys[-1]
+    assert measured[-3:] == [new, ("timed", new), ("lanes", new)]
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "benchmarks").iterdir()}.items()
+    assert build.shortfall(store, work, 2) is None
+    next((tmp_path / "benchmarks").glob(f"lanes-{new}.*")).unlink()
+    assert build.shortfall(store, work, 2) == "the gain of several lanes is not measured on this machine"
 
 
 def test_what_is_missing_is_named(tmp_path: Path, base: TinyBase) -> None:
@@ -126,11 +167,11 @@ def test_a_read_only_cache_serves_with_the_numbers_of_another_machine(
     assert build.machines(sealed_cache, work, 1) == []
     assert build.shortfall(sealed_cache, work, 4) is None
     assert build.machines(sealed_cache, work, 4) == [f"{cpu_name()} with 1 thread"]
-    chain = build.reports(sealed_cache, CONFIG, work, 4)[1].chain
-    assert [(manifest.threads, manifest.quality.throughput) for manifest in chain] == [(1, 500.0), (1, 500.0)]
-    race = build.stored_benchmark(sealed_cache, work, 4)
-    assert race is not None
-    assert race.best_lanes(work.served, 4, self_contained=False) == 1, "lanes were not measured there"
+    ancestry = build.reports(sealed_cache, CONFIG, work, 4)[1].ancestry
+    assert [(manifest.threads, manifest.quality.throughput) for manifest in ancestry] == [(1, 500.0), (1, 1000.0)]
+    found = build.stored_benchmark(sealed_cache, work, 4)
+    assert found is not None
+    assert found.best_lanes(work.served, 4, self_contained=False) == 1, "lanes were not measured there"
 
 
 def test_of_other_machines_one_with_as_many_threads_is_taken(
@@ -138,14 +179,15 @@ def test_of_other_machines_one_with_as_many_threads_is_taken(
 ) -> None:
     store, work, _ = built(tmp_path, base)
     for cpu, threads in (("A", 2), ("B", 4), ("C", 2)):
-        rates = {key: {1: 100.0, threads: 130.0} for key in work.served[: 1 if cpu == "A" else 2]}
-        latency = {key: {1: 2.0} for key in work.keys}
-        store.keep_benchmark(work.keys, BenchmarkResult(cpu=cpu, threads=threads, latency_ms=latency, lane_rates=rates))
+        for key in work.keys:
+            store.keep_benchmark(timed(key, work.anchor, cpu, threads))
+        for key in work.served[: 1 if cpu == "A" else 2]:
+            store.keep_lane_rates(lanes(key, cpu, threads))
     assert build.stored_benchmark(store, work, 4) is None, "where it can be written, it is measured here"
     monkeypatch.setattr(artifacts, "may_write", lambda _: False)
     read_only = ArtifactStore(tmp_path)
     found = [build.stored_benchmark(read_only, work, threads) for threads in (1, 2, 4)]
-    assert [(race.cpu, race.threads) for race in found if race] == [(cpu_name(), 1), ("C", 2), ("B", 4)]
+    assert [(item.cpu, item.threads) for item in found if item] == [(cpu_name(), 1), ("C", 2), ("B", 4)]
 
 
 def test_a_read_only_cache_that_is_damaged_says_where(

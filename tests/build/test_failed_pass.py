@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from leanserve.artifacts.manifest import BenchmarkResult, Recipe, VariantReport
+from leanserve.artifacts.benchmarks import BenchmarkResult, RatioInterval
+from leanserve.artifacts.manifest import Recipe, VariantReport
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.build import builder as build
 from leanserve.build.progress import BuildProgress
@@ -37,11 +38,13 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(recipe.key)
         return measurement().model_copy(update={"cpu": cpu_name(), "threads": 1}), GateOutputs((), None)
 
-    def race(_store: object, _base: object, keys: tuple[str, ...], *_: object) -> BenchmarkResult:
-        return BenchmarkResult(cpu=cpu_name(), threads=1, latency_ms={key: {1: 2.0} for key in keys}, lane_rates={})
+    def benchmark(_store: object, _base: object, anchor: str, keys: list[str], threads: int) -> list[BenchmarkResult]:
+        same = {"latency_ms": {1: 2.0}, "anchor_ms": {1: 2.0}, "ratios": {1: RatioInterval(median=1, low=1, high=1)}}
+        machine = {"cpu": cpu_name(), "threads": threads}
+        return [BenchmarkResult.model_validate({"key": key, "anchor": anchor, **machine, **same}) for key in keys]
 
     monkeypatch.setattr(build, "measure", measure)
-    monkeypatch.setattr(build, "race", race)
+    monkeypatch.setattr(build, "benchmark", benchmark)
     return seen
 
 

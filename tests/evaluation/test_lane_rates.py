@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from typer.testing import Result as CommandResult
 
 from leanserve.__main__ import app
-from leanserve.artifacts.manifest import LANE_GAIN, PAIR_GAIN, BenchmarkResult
+from leanserve.artifacts.benchmarks import LANE_GAIN, PAIR_GAIN, BenchmarkResult, BenchmarkSet, LaneRates
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.build.builder import Plan, stored_benchmark
 from leanserve.config.schema import ServiceConfig
@@ -93,10 +93,14 @@ def test_torch_has_as_many_threads_as_its_lane_in_every_turn() -> None:
     assert seen == {(1, 1), (2, 2)}
 
 
-def measured(rates: dict[str, float], threads: int = 2) -> BenchmarkResult:
+def measured(rates: dict[str, float], threads: int = 2) -> BenchmarkSet:
     """Artifacts by name with the gain of narrow lanes."""
-    by_lanes = {key: {1: 100.0, threads: 100.0 * gain} for key, gain in rates.items()}
-    return BenchmarkResult(cpu=cpu_name(), threads=threads, latency_ms={}, lane_rates=by_lanes)
+    lanes = {key: lanes_of(key, gain, threads) for key, gain in rates.items()}
+    return BenchmarkSet(cpu_name(), threads, "base", {}, lanes)
+
+
+def lanes_of(key: str, gain: float, threads: int) -> LaneRates:
+    return LaneRates(key=key, cpu=cpu_name(), threads=threads, rates={1: 100.0, threads: 100.0 * gain})
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,7 @@ def test_only_the_variants_that_serve_have_a_say() -> None:
 
 
 def test_one_thread_is_one_lane_unmeasured() -> None:
-    alone = BenchmarkResult(cpu="x", threads=1, latency_ms={}, lane_rates={})
+    alone = BenchmarkSet("x", 1, "a", {}, {})
     assert (alone.lane_gain(["a"]), alone.best_lanes(["a"], 1, self_contained=True)) == (1.0, 1)
 
 
@@ -134,10 +138,17 @@ def test_a_measurement_without_the_lanes_of_a_served_variant_is_taken_again(
 ) -> None:
     steps = tuple(SimpleNamespace(key=key) for key in ("base", "middle", "last"))
     plan = Plan(cast(Any, ((None, steps[:1]), (None, steps))))
-    assert plan.served == ("base", "last")
+    assert (plan.served, plan.anchor) == (("base", "last"), "base")
     store = ArtifactStore(tmp_path)
     assert stored_benchmark(store, plan, threads) is None
-    store.keep_benchmark(plan.keys, measured(rates, threads))
+    for key in plan.keys:
+        store.keep_benchmark(
+            BenchmarkResult(
+                key=key, anchor="base", cpu=cpu_name(), threads=threads, latency_ms={1: 1.0}, anchor_ms={}, ratios={}
+            )
+        )
+    for key, gain in rates.items():
+        store.keep_lane_rates(lanes_of(key, gain, threads))
     assert (stored_benchmark(store, plan, threads) is not None) == found
 
 

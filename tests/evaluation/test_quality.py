@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -16,10 +18,11 @@ from leanserve.artifacts.store import ArtifactStore, checksums
 from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.opening import Origin, open_base
 from leanserve.config.schema import GateConfig
-from leanserve.contracts import ArrayData, Arrays, ModelSpec, Result
+from leanserve.contracts import Array, ArrayData, Arrays, Base, ModelSpec, Result
 from leanserve.errors import ArtifactCorrupt
 from leanserve.evaluation.measure import outputs_on
 from leanserve.evaluation.quality import GateOutputs, gate_reason, measure, scored
+from leanserve.scoring import accuracy
 from report_samples import artifact, classes, embedding, values
 
 FIRST, SECOND = (np.random.default_rng(seed).standard_normal((4, 3)).astype(np.float32) for seed in (1, 2))
@@ -61,6 +64,45 @@ def test_the_gate_asks_every_output(outputs: tuple[OutputFidelity, ...], reason:
     assert found.count("output '") == sum(output.agreement < 0.98 for output in outputs)
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What `scored` asks of a base."""
+
+    spec: ModelSpec
+    score: Callable[[Arrays, Array], float]
+    unit: int = 1
+
+
+def interval(base: Scored, outputs: Array, labels: Array) -> tuple[float, float]:
+    found = scored(cast(Base, base), GateOutputs((outputs,), labels))
+    low, high = found["score_low"], found["score_high"]
+    assert low is not None
+    assert high is not None
+    return low, high
+
+
+@pytest.mark.parametrize(("right", "low", "high"), [(8, 0.4902, 0.9433), (0, 0.0, 0.2775), (10, 0.7225, 1.0)])
+def test_an_accuracy_has_the_interval_of_wilson(right: int, low: float, high: float) -> None:
+    base = Scored(ModelSpec((), (), ("no", "yes")), accuracy)
+    outputs = np.eye(2)[[1] * right + [0] * (10 - right)]
+    assert interval(base, outputs, np.ones(10, int)) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_any_other_score_has_the_interval_of_a_bootstrap_over_what_is_scored_together() -> None:
+    def mean(outputs: Arrays, labels: Array) -> float:
+        assert (outputs[0][::2] == -outputs[0][1::2]).all(), "a pair was torn"
+        return float(outputs[0][::2].mean())
+
+    drawn = np.random.default_rng(0).standard_normal(400)
+    pairs = np.stack([drawn, -drawn], axis=1).ravel()
+    base = Scored(ModelSpec((), ()), mean, unit=2)
+    low, high = interval(base, pairs, pairs)
+    assert (low + high) / 2 == pytest.approx(drawn.mean(), abs=0.02)
+    assert high - low == pytest.approx(2 * 1.96 * drawn.std() / 20, rel=0.1)
+    assert interval(base, pairs, pairs) == (low, high), "the same draws every time"
+    assert interval(base, pairs[:2], pairs[:2]) == (drawn[0], drawn[0])
+
+
 # Measured on real artifacts
 
 
@@ -92,7 +134,7 @@ def published(store: ArtifactStore, spec: ModelSpec, key: str, first: float, sec
     with store.workspace(key) as folder:
         network(folder, first, second)
         recipe = Recipe(
-            key=key, parent=None, base="two", kind=None, options={}, decisions={}, facts={}, simulated=False,
+            key=key, parents=(), base="two", kind=None, options={}, decisions={}, facts={}, simulated=False,
             format="onnx", spec=spec, files=checksums(folder), parameters=24, macs=24, seconds=0.0, versions={}, isa=[],
         )  # fmt: skip
         store.publish(folder, recipe)

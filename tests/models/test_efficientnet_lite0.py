@@ -16,12 +16,13 @@ from PIL import Image
 from leanserve.bases.opening import Origin, open_base
 from leanserve.bases.sources.timm_model import imported_timm
 from leanserve.config.schema import read_config
-from leanserve.contracts import Base, BuildContext, Model
+from leanserve.contracts import Base, Model
 from leanserve.evaluation.measure import outputs_on
 from leanserve.runtime.formats import open_backend
 from leanserve_models import choose_pieces
 from leanserve_models import efficientnet_lite0 as lite0
 from leanserve_models.efficientnet import EfficientNetLite0
+from tiny_base import context_of
 
 SPLITS: tuple[lite0.Split, ...] = ("train", "calibration", "gate", "test")
 CONFIG = Path(__file__).parents[2] / "models" / "efficientnet_lite0.yaml"
@@ -153,7 +154,7 @@ def test_opening_it_imports_no_heavy_library() -> None:
 def test_the_int8_variant_answers_like_the_base(base: Base, network: EfficientNetLite0, tmp_path: Path) -> None:
     """As its config builds it, calibrated on fewer rows."""
     variant = next(variant for variant in read_config(CONFIG).variants if variant.name == "int8")
-    context = BuildContext(base, seed=0, threads=1, scratch=tmp_path, progress=lambda done, total, note="": None)
+    context = context_of(base, tmp_path)
     model: Model = base.model()
     for pass_ in variant.passes:
         quick = pass_.model_copy(update={"samples": 16} if pass_.kind == "quantize_static" else {})

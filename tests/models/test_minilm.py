@@ -15,13 +15,14 @@ from leanserve.bases.opening import Origin, open_base
 from leanserve.bases.shipped import shipped_module
 from leanserve.bases.sources.torchvision_import import make_torchvision_importable
 from leanserve.config.schema import read_config
-from leanserve.contracts import ArrayData, Arrays, Base, BuildContext, TorchModel
+from leanserve.contracts import ArrayData, Arrays, Base, TorchModel
 from leanserve.errors import ConfigError
 from leanserve.evaluation.measure import outputs_on
 from leanserve.runtime.formats import open_backend
 from leanserve.scoring import pair_correlation
 from leanserve_models import minilm
 from leanserve_models.bert import SentenceBert
+from tiny_base import context_of
 
 SPLITS: tuple[minilm.Split, ...] = ("train", "calibration", "gate", "test")
 CONFIG = Path(__file__).parents[2] / "models" / "minilm.yaml"
@@ -88,7 +89,7 @@ def test_a_row_without_any_token_gives_zeros(encoder: SentenceBert) -> None:
 def test_the_int8_variant_as_configured_keeps_its_promise(encoder: SentenceBert, base: Base, tmp_path: Path) -> None:
     variant = next(item for item in read_config(CONFIG).variants if item.name == "int8")
     quantize = variant.passes[0].model_copy(update={"samples": 32})
-    context = BuildContext(base, 0, 1, tmp_path, lambda done, total, note="": None)
+    context = context_of(base, tmp_path)
     backend = open_backend(quantize.apply(TorchModel(encoder, base.spec), context).model, 1)
     gate = base.data("gate", 40)
     found = outputs_on(backend, gate)[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,21 +11,17 @@ import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
-from rich.console import Console
 
+from builds import constructed, measure_nothing
 from leanserve.artifacts.load import load_model
-from leanserve.artifacts.manifest import BenchmarkResult, Fidelity, Measurement
 from leanserve.artifacts.store import ArtifactStore
-from leanserve.build import builder as build
 from leanserve.build.cache_key import steps_of
-from leanserve.build.progress import BuildProgress
 from leanserve.config.errors import KINDS
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Arrays, Model, TensorSpec
 from leanserve.errors import PassFailed
 from leanserve.evaluation.fidelity import fidelity
-from leanserve.evaluation.quality import GateOutputs
-from leanserve.hardware import cpu_name, isa_flags
+from leanserve.hardware import isa_flags
 from leanserve.passes import AnyPass
 from leanserve.passes.base import Pass
 from leanserve.runtime.formats import open_backend
@@ -42,6 +37,7 @@ CASES: Mapping[str, tuple[Mapping[str, Any], float]] = {
     "lowrank_conv": ({"energy": 0.98}, 0.6),
     "lowrank_linear": ({"energy": 0.98}, 0.6),
     "distill": ({"epochs": 1, "precision": "float32"}, 0.7),
+    "merge": ({}, 0.7),
     "fold_bn": ({}, 0.99999),
     "cast": ({}, 0.999),
     "quantize_static": ({}, 0.99),
@@ -62,13 +58,17 @@ def config_of(*chains: list[Mapping[str, Any]]) -> ServiceConfig:
     return ServiceConfig.model_validate({"base": "tiny", "variants": variants})
 
 
-def constructed(store: ArtifactStore, config: ServiceConfig, base: TinyBase) -> tuple[list[list[str]], str]:
-    """Build a config; the keys of each variant's chain, and what the progress said."""
-    said = io.StringIO()
-    work = build.plan(config, base)
-    progress = BuildProgress(Console(file=said, width=200), len(work.keys))
-    build.Builder(store, config, base, 1, progress).build(work)
-    return [[step.key for step in steps] for _, steps in work.chains], said.getvalue()
+def variant_of(kind: str) -> ServiceConfig:
+    """Its last variant has the pass as its last; what a joining pass joins is the base and a student of it."""
+    step = {"kind": kind, **CASES[kind][0]}
+    if not PASS.validate_python(step).joins:
+        return config_of([step])
+    variants = [
+        {"name": "teacher"},
+        {"name": "student", "passes": [{"kind": "distill", **CASES["distill"][0]}]},
+        {"name": "joined", "parents": ["teacher", "student"], "passes": [step]},
+    ]
+    return ServiceConfig.model_validate({"base": "tiny", "variants": variants})
 
 
 def outputs(model: Callable[[], Model], batch: Arrays, *, alone: bool = False) -> Arrays:
@@ -90,16 +90,7 @@ def outputs(model: Callable[[], Model], batch: Arrays, *, alone: bool = False) -
 
 @pytest.fixture(autouse=True)
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring needs a base that another process can load; end-to-end tests do that."""
-    nothing = dict.fromkeys(("score", "score_low", "score_high"))
-    size = dict.fromkeys(
-        ("samples", "agreement", "batch_dependence", "disk_bytes", "parameters", "macs", "peak_memory_bytes"), 1
-    )
-    found = Fidelity.model_validate(nothing | size | {"outputs": ()})
-    answer = (Measurement(fidelity=found, cpu=cpu_name(), threads=1), GateOutputs((), None))
-    latencies = BenchmarkResult(cpu=cpu_name(), threads=1, latency_ms={}, lane_rates={})
-    monkeypatch.setattr(build, "measure", lambda *_: answer)
-    monkeypatch.setattr(build, "race", lambda *_: latencies)
+    measure_nothing(monkeypatch)
 
 
 def test_every_pass_has_a_case() -> None:
@@ -109,16 +100,14 @@ def test_every_pass_has_a_case() -> None:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", CASES)
 def test_built_stored_and_loaded_it_answers_like_the_base(kind: str, tmp_path: Path) -> None:
-    options, least_cosine = CASES[kind]
-    base = base_for(kind)
-    pass_ = PASS.validate_python({"kind": kind, **options})
-    if reason := pass_.unsupported_reason(isa_flags()):
+    _, least_cosine = CASES[kind]
+    base, config = base_for(kind), variant_of(kind)
+    if reason := config.variants[-1].passes[-1].unsupported_reason(isa_flags()):
         pytest.skip(reason)
-    config = config_of([{"kind": kind, **options}])
     before = {name: tensor.clone() for name, tensor in base.teacher.state_dict().items()}
 
     store = ArtifactStore(tmp_path)
-    ((base_key, key),), _ = constructed(store, config, base)
+    (*_, (base_key, *_, key)), _ = constructed(store, config, base)
 
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.teacher.state_dict().items())
     batch = tuple(array[:8] for array in base.inputs)
@@ -137,14 +126,13 @@ def test_built_stored_and_loaded_it_answers_like_the_base(kind: str, tmp_path: P
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", [kind for kind in CASES if kind != "torch_compile"])
 def test_the_same_input_makes_the_same_artifact(kind: str, tmp_path: Path) -> None:
-    base = base_for(kind)
-    config = config_of([{"kind": kind, **CASES[kind][0]}])
-    if reason := config.variants[0].passes[0].unsupported_reason(isa_flags()):
+    base, config = base_for(kind), variant_of(kind)
+    if reason := config.variants[-1].passes[-1].unsupported_reason(isa_flags()):
         pytest.skip(reason)
     first, second = ArtifactStore(tmp_path / "a"), ArtifactStore(tmp_path / "b")
     keys, _ = constructed(first, config, base)
     assert constructed(second, config, base)[0] == keys
-    recipes = [store.recipe(keys[0][1]) for store in (first, second)]
+    recipes = [store.recipe(keys[-1][-1]) for store in (first, second)]
     assert recipes[0] is not None
     assert recipes[1] is not None
     assert recipes[0].files == recipes[1].files

@@ -106,7 +106,7 @@ def report(name: str, reason: str | None = None, spec: ModelSpec = SPEC) -> Vari
     )
     manifest = Manifest(
         key=name,
-        parent=None,
+        parents=(),
         base="pixels",
         kind=None,
         options={},
@@ -125,7 +125,7 @@ def report(name: str, reason: str | None = None, spec: ModelSpec = SPEC) -> Vari
         cpu="x",
         threads=1,
     )
-    return VariantReport(name=name, state="excluded" if reason else "serving", reason=reason, chain=(manifest,))
+    return VariantReport(name=name, state="excluded" if reason else "serving", reason=reason, ancestry=(manifest,))
 
 
 POOR = "score 0.5 is 0.5 below the base's"

@@ -55,7 +55,7 @@ def artifact(kind: str | None = None, gain: float = 1.0, score: float | None = 0
     }
     manifest: dict[str, Any] = {
         "key": f"{kind}-{gain}-{score}",
-        "parent": None,
+        "parents": (),
         "base": "digits",
         "kind": kind,
         "options": {},
@@ -89,7 +89,7 @@ def variant(
     state: Literal["serving", "excluded"] = "serving",
     reason: str | None = None,
 ) -> VariantReport:
-    return VariantReport(name=name, state=state, reason=reason, chain=(base, *passes))
+    return VariantReport(name=name, state=state, reason=reason, ancestry=(base, *passes))
 
 
 def a_few() -> list[VariantReport]:
@@ -124,9 +124,9 @@ def changed(reports: Iterable[VariantReport], quality: Mapping[str, Any]) -> lis
     return [
         report.model_copy(
             update={
-                "chain": tuple(
+                "ancestry": tuple(
                     manifest.model_copy(update={"quality": manifest.quality.model_copy(update=quality)})
-                    for manifest in report.chain
+                    for manifest in report.ancestry
                 )
             }
         )

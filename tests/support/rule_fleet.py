@@ -26,7 +26,7 @@ from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
 from leanserve.config.schema import ServiceConfig
 from leanserve.context import serving_plans, traffic_plan
-from leanserve.contracts import Backend, BuildContext, OnnxModel
+from leanserve.contracts import Backend, OnnxModel
 from leanserve.runtime.backends.onnx_runtime import OnnxRuntimeBackend
 from leanserve.runtime.device import Device
 from leanserve.serving.opening import MeasuredLimits, WarmFleet
@@ -70,9 +70,10 @@ def write_network(path: Path, hidden: int) -> None:
 def quantize(float_network: Path, path: Path, scale: str) -> None:
     """Write what the pass makes of a network."""
     from leanserve.passes.families.quantize.quantize_dynamic import QuantizeDynamic
+    from tiny_base import context_of
 
     with TemporaryDirectory() as scratch:
-        context = BuildContext(RuleBase(), 0, 1, Path(scratch), lambda *_: None)  # type: ignore[arg-type]
+        context = context_of(RuleBase(), Path(scratch))  # type: ignore[arg-type]
         pass_ = QuantizeDynamic.model_validate({"scale": scale})
         made = pass_.apply(OnnxModel(float_network, SPEC), context).model
         assert isinstance(made, OnnxModel)

@@ -14,6 +14,7 @@ from leanserve.contracts import (
     Array,
     ArrayData,
     Arrays,
+    Base,
     BuildContext,
     Codec,
     ModelSpec,
@@ -22,6 +23,7 @@ from leanserve.contracts import (
     TensorSpec,
     TorchModel,
 )
+from leanserve.evaluation.candidates import CandidateEvaluator
 
 IMAGES = ModelSpec(
     (TensorSpec("image", "float32", (1, 8, 8)),),
@@ -106,6 +108,6 @@ def no_progress(done: float, total: float, note: str = "") -> None:
     """For tests that do not look at the progress."""
 
 
-def context_of(base: TinyBase, scratch: Path, progress: Progress = no_progress, seed: int = 0) -> BuildContext:
+def context_of(base: Base, scratch: Path, progress: Progress = no_progress, seed: int = 0) -> BuildContext:
     """A build context with one thread, so that sums are added up in one order."""
-    return BuildContext(base, seed, 1, scratch, progress)
+    return BuildContext(base, seed, 1, scratch, progress, CandidateEvaluator(base, 1))

@@ -78,6 +78,7 @@ def _variant(fleet: Fleet, name: str) -> Json:
         "name": name,
         "state": state,
         "reason": reason or None,
+        "parents": facts.parents,
         "passes": facts.passes,
         "simulated": facts.simulated,
         "backend": variant.backend.name if variant else None,

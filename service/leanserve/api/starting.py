@@ -10,6 +10,7 @@ from collections.abc import Callable
 from leanserve.api.cors import Grants
 from leanserve.api.openai.embeddings import EMBEDDINGS
 from leanserve.api.openai.models import MODELS, refusal
+from leanserve.config.lineage import lineage
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Json
 from leanserve.errors import NotReady
@@ -33,7 +34,10 @@ class StartingApp:
 
     def __init__(self, startup: Startup, config: ServiceConfig) -> None:
         self._startup = startup
-        self._passes = {variant.name: [step.kind for step in variant.passes] for variant in config.variants}
+        self._passes = {
+            variant.name: [step.kind for part in lineage(config.variants, variant) for step in part.passes]
+            for variant in config.variants
+        }
         self._metrics = StartMetrics(startup)
         self._routes: dict[str, Callable[[Request], Response]] = {
             "/healthz": lambda _: json_response({"live": True}),

@@ -6,8 +6,9 @@ never a pickle; no code is ever loaded from the cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar, overload
 
 from pydantic import TypeAdapter
 
@@ -22,35 +23,66 @@ if TYPE_CHECKING:
     from torch import nn
 
 _PASS: TypeAdapter[Pass] = TypeAdapter(AnyPass)
+_Item = TypeVar("_Item")
+Ancestry = Mapping[str, Recipe]
+"""All recipes that an artifact is made of, by key."""
+
+
+class OneByOne(Sequence[_Item]):
+    """Items that are made whenever they are asked for, and kept by nobody but the one who asks."""
+
+    def __init__(self, makers: Sequence[Callable[[], _Item]]) -> None:
+        self._makers = makers
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    def __iter__(self) -> Iterator[_Item]:
+        return (make() for make in self._makers)
+
+    @overload
+    def __getitem__(self, index: int) -> _Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> OneByOne[_Item]: ...
+    def __getitem__(self, index: int | slice) -> _Item | OneByOne[_Item]:
+        return OneByOne(self._makers[index]) if isinstance(index, slice) else self._makers[index]()
 
 
 def load_model(store: ArtifactStore, base: Base, key: str) -> Model:
     """Load the artifact `key` of `base`, ready for a backend.
 
     Raises:
-        ArtifactCorrupt: an artifact of the chain is missing or damaged.
+        ArtifactCorrupt: an artifact that it is made of is missing or damaged.
     """
-    chain = store.chain(key)
-    model = _stored_model(store, base, chain)
-    for recipe in chain:
+    ancestry = {recipe.key: recipe for recipe in store.ancestry(key)}
+    model = _stored_model(store, base, ancestry)
+    for recipe in _line(ancestry, key):
         if recipe.kind is not None:
             model = _pass_of(recipe).on_load(model, recipe.decisions, store.folder(recipe.key))
     return model
 
 
-def _stored_model(store: ArtifactStore, base: Base, chain: Sequence[Recipe]) -> Model:
-    """The last model of the chain that was saved."""
-    position, name = [(at, recipe.format) for at, recipe in enumerate(chain) if recipe.format is not None][-1]
-    holder = chain[position]
+def _line(ancestry: Ancestry, key: str) -> list[Recipe]:
+    """From the base to an artifact, by the first parent of each."""
+    recipe = ancestry[key]
+    return [*(_line(ancestry, recipe.parents[0]) if recipe.parents else ()), recipe]
 
-    def rebuild() -> nn.Module:
-        module = base.torch_module()
-        for recipe in chain[1 : position + 1]:
-            module = _pass_of(recipe).rebuild_structure(module, recipe.decisions)
-        return module
 
+def _stored_model(store: ArtifactStore, base: Base, ancestry: Ancestry) -> Model:
+    """The last model of the ancestry that was saved."""
+    holder, name = [(recipe, recipe.format) for recipe in ancestry.values() if recipe.format is not None][-1]
+    rebuild = partial(_rebuilt, base, ancestry, holder.key)
     model: Model = format_named(name).load(store.folder(holder.key), holder.spec, rebuild)
     return model
+
+
+def _rebuilt(base: Base, ancestry: Ancestry, key: str) -> nn.Module:
+    """The structure of an artifact, with weights of the base or none."""
+    recipe = ancestry[key]
+    if not recipe.parents:
+        return base.torch_module()
+    modules = OneByOne([partial(_rebuilt, base, ancestry, parent) for parent in recipe.parents])
+    return _pass_of(recipe).rebuild_joined(modules, recipe.decisions)
 
 
 def _pass_of(recipe: Recipe) -> Pass:

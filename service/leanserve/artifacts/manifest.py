@@ -5,12 +5,11 @@ Manifests are JSON files beside the artifact's weights; the report, the gate, th
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from leanserve.artifacts.benchmarks import RatioInterval
 from leanserve.contracts import Json, Meaning, ModelSpec
 
 
@@ -71,18 +70,18 @@ class Quality(Fidelity):
     """Answers, size and speed of one artifact."""
 
     latency_ms: dict[int, float]
-    """Median milliseconds per batch, by rows in the batch (1, 8, 32), measured side by side with other artifacts."""
+    """Median milliseconds per batch, by rows in the batch (1, 8, 32), the ratio to the base times the base's."""
     throughput: float
     """Rows per second at the best of these batch sizes."""
 
 
 class Recipe(BaseModel):
-    """How one artifact was made: the last pass (`kind`) on the artifact `parent`; `kind` is `None` for the base."""
+    """How one artifact was made: the last pass (`kind`) on the artifacts `parents`; `kind` is `None` for the base."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     key: str
-    parent: str | None
+    parents: tuple[str, ...]
     base: str
     kind: str | None
     options: dict[str, Json]
@@ -113,53 +112,14 @@ class Measurement(BaseModel):
     threads: int
 
 
-LANE_GAIN = 1.1
-"""Several lanes must answer this many times the rows per second of one: a request is slower on fewer threads."""
-PAIR_GAIN = 0.97
-"""The same for two lanes where a lone request has both threads nevertheless. What is measured is bare: served, a lane
-of two threads loses more to all else on its cores, for a thread that is interrupted makes the other wait."""
-
-
-class BenchmarkResult(BaseModel):
-    """Speed of several artifacts, interleaved in one run on one machine, so that its ratios can be trusted."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    cpu: str
-    threads: int
-    latency_ms: dict[str, dict[int, float]]
-    """Artifact key -> rows in the batch -> median milliseconds per batch."""
-    lane_rates: dict[str, dict[int, float]]
-    """Key of a variant's last artifact -> lanes (1, and one per thread) -> rows per second; none on a single thread.
-    0 where there is no memory for that many lanes."""
-
-    def throughput(self, key: str) -> float:
-        """Rows per second of an artifact at the best of its batch sizes."""
-        return max(rows / ms * 1000 for rows, ms in self.latency_ms[key].items())
-
-    def lane_gain(self, keys: Sequence[str]) -> float:
-        """Rows per second with a lane per thread over those with one lane: the geometric mean over artifacts."""
-        gains = [self.lane_rates[key][self.threads] / self.lane_rates[key][1] for key in keys if self.threads > 1]
-        if 0.0 in gains:
-            return 0.0
-        return statistics.geometric_mean(gains) if gains else 1.0
-
-    def best_lanes(self, keys: Sequence[str], threads: int, *, self_contained: bool) -> int:
-        """A lane for each of so many threads if that pays for these artifacts, else one lane.
-
-        `self_contained` is what all their backends are. `threads` differs from the measured number only where another
-        machine measured.
-        """
-        enough = PAIR_GAIN if self_contained and threads == 2 else LANE_GAIN
-        return threads if self.lane_gain(keys) >= enough else 1
-
-
 class Manifest(Recipe):
     """One artifact, whole: how it was made and what it is worth here."""
 
     quality: Quality
     cpu: str
     threads: int
+    ratios: dict[int, RatioInterval] = {}
+    """Latency over that of the base, by rows in the batch, with the range of the rounds."""
 
 
 class Failure(BaseModel):
@@ -171,9 +131,9 @@ class Failure(BaseModel):
 
 
 class VariantReport(BaseModel):
-    """A variant as the report shows it: its chain of artifacts from the base to its last pass, and the gate's word.
+    """A variant as the report shows it: all that it is made of, and the gate's word.
 
-    Of a variant that could not be made (`built` is false) the chain is the base alone.
+    Of a variant that could not be made (`built` is false) the ancestry is the base alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -182,15 +142,18 @@ class VariantReport(BaseModel):
     state: Literal["serving", "excluded"]
     reason: str | None
     """Why the gate excluded it, or why it could not be made."""
-    chain: tuple[Manifest, ...]
+    parents: tuple[str, ...] = ()
+    """The variants that it is made of, as configured; none: the base."""
+    ancestry: tuple[Manifest, ...]
+    """Every artifact that it is made of, in building order: the base first, its last pass last."""
     built: bool = True
 
     @property
     def spec(self) -> ModelSpec:
         """What the finished variant takes and gives; passes may have changed what the base does."""
-        return self.chain[-1].spec
+        return self.ancestry[-1].spec
 
     @property
     def quality(self) -> Quality:
         """Quality of the finished variant."""
-        return self.chain[-1].quality
+        return self.ancestry[-1].quality

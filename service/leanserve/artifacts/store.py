@@ -7,7 +7,8 @@ Layout under the cache folder::
     locks/<key>        held (flock) while the artifact is being made; the kernel frees it when a builder dies
     tmp/<key>.*        half-written artifacts and documents of live or dead builders
     scratch/<key>/     training checkpoints, so that an interrupted pass resumes
-    races/<set>.<machine>   latencies of a set of artifacts, measured side by side on one machine
+    benchmarks/<key>.<anchor and machine>   how fast an artifact is beside an anchor (`leanserve.artifacts.benchmarks`)
+    benchmarks/lanes-<key>.<machine>        its rows per second with one lane and with several
 
 An artifact is written in `tmp`, its manifest (with the sha256 of every file) last, flushed to disk and renamed into
 place in one step: it exists whole or not at all. Weights are safetensors or ONNX, never a pickle. Every document is
@@ -31,15 +32,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from leanserve.artifacts.manifest import BenchmarkResult, Failure, Manifest, Measurement, Quality, Recipe
+from leanserve.artifacts.benchmarks import BenchmarkResult, BenchmarkSet, LaneRates
+from leanserve.artifacts.manifest import Failure, Manifest, Measurement, Quality, Recipe
 from leanserve.artifacts.sealed import Document, seal, unseal
 from leanserve.contracts import Format
 from leanserve.disk import may_write, sha256_of
 from leanserve.errors import ArtifactCorrupt, PassFailed, StartupError
-from leanserve.hardware import cpu_name
 from leanserve.runtime.formats import format_named
 
-FOLDERS = ("artifacts", "bases", "failures", "locks", "tmp", "scratch", "races")
+FOLDERS = ("artifacts", "bases", "failures", "locks", "tmp", "scratch", "benchmarks")
 
 
 class ArtifactStore:
@@ -95,42 +96,63 @@ class ArtifactStore:
         """
         return _found(self.folder(key) / "quality.json", key, Measurement)
 
-    def manifest(self, key: str, race: BenchmarkResult) -> Manifest | None:
+    def manifest(self, key: str, benchmark: BenchmarkSet) -> Manifest | None:
         """Recipe, answers and speed together; `None` unless all are there and, if that can be mended, of one machine.
 
         Raises:
             ArtifactCorrupt: something is damaged.
         """
-        recipe, measured, latency = self.recipe(key), self.measurement(key), race.latency_ms.get(key)
-        if recipe is None or measured is None or latency is None:
+        recipe, measured, timed = self.recipe(key), self.measurement(key), benchmark.results.get(key)
+        if recipe is None or measured is None or timed is None:
             return None
-        if self.writable and (measured.cpu, measured.threads) != (race.cpu, race.threads):
+        if self.writable and (measured.cpu, measured.threads) != (benchmark.cpu, benchmark.threads):
             return None
-        speed = {"latency_ms": latency, "throughput": race.throughput(key)}
+        speed = {"latency_ms": benchmark.latency_ms(key), "throughput": benchmark.throughput(key)}
         quality = Quality.model_validate(measured.fidelity.model_dump() | speed)
-        return Manifest(**recipe.model_dump(), quality=quality, cpu=race.cpu, threads=race.threads)
+        machine = {"cpu": benchmark.cpu, "threads": benchmark.threads}
+        return Manifest(**recipe.model_dump(), quality=quality, **machine, ratios=timed.ratios)
 
-    def benchmark(self, keys: Sequence[str], threads: int) -> BenchmarkResult | None:
-        """The latencies of exactly these artifacts, if they were measured together on this machine.
+    def benchmark(self, key: str, anchor: str, cpu: str, threads: int) -> BenchmarkResult | None:
+        """How fast an artifact is beside the anchor on a machine; `None` if it was not timed there.
 
         Raises:
-            ArtifactCorrupt: the document is damaged, or belongs to other artifacts or another machine.
+            ArtifactCorrupt: the document is damaged, or belongs to something else.
         """
-        path = self._race(keys, cpu_name(), threads)
+        path = self._benchmark(key, anchor, cpu, threads)
         return _found(path, path.name, BenchmarkResult)
 
-    def side_by_side_elsewhere(self, keys: Sequence[str]) -> list[BenchmarkResult]:
-        """The same as measured on any machines, as far as it is intact."""
+    def lane_rates(self, key: str, cpu: str, threads: int) -> LaneRates | None:
+        """What lanes bring an artifact on a machine; `None` if that was not measured there.
+
+        Raises:
+            ArtifactCorrupt: as `benchmark`.
+        """
+        path = self._lane_rates(key, cpu, threads)
+        return _found(path, path.name, LaneRates)
+
+    def machines(self, anchor: str) -> list[tuple[str, int]]:
+        """CPU and threads of every machine on which the anchor was timed, as far as that is intact."""
         found = []
-        for path in sorted((self.root / "races").glob(f"{_digest(sorted(keys))}.*")):
+        for path in sorted((self.root / "benchmarks").glob(f"{anchor}.*")):
             with suppress(ArtifactCorrupt):
-                found.append(unseal(path, path.name, BenchmarkResult))
+                result = unseal(path, path.name, BenchmarkResult)
+                if result.anchor == anchor:
+                    found.append((result.cpu, result.threads))
         return found
 
-    def keep_benchmark(self, keys: Sequence[str], race: BenchmarkResult) -> None:
-        """Store latencies that were measured together; call it under the lock `race`."""
-        path = self._race(keys, race.cpu, race.threads)
-        self._keep(path, path.name, race, "race")
+    def keep_benchmark(self, result: BenchmarkResult) -> None:
+        """Store the speed of an artifact; call it under the lock `benchmark`.
+
+        Raises:
+            PassFailed: it holds a number that JSON does not have.
+        """
+        path = self._benchmark(result.key, result.anchor, result.cpu, result.threads)
+        self._keep(path, path.name, result, "benchmark")
+
+    def keep_lane_rates(self, measured: LaneRates) -> None:
+        """Store what lanes bring an artifact. Lock and error as for `keep_benchmark`."""
+        path = self._lane_rates(measured.key, measured.cpu, measured.threads)
+        self._keep(path, path.name, measured, "benchmark")
 
     def failure(self, key: str) -> Failure | None:
         """Why the artifact cannot be made, if that was tried; a damaged note counts as none, and it is tried again."""
@@ -142,27 +164,36 @@ class ArtifactStore:
         """Store why an artifact cannot be made."""
         self._keep(self.root / "failures" / key, key, failure, key)
 
-    def chain(self, key: str) -> tuple[Recipe, ...]:
-        """The verified recipes from the base up to `key`.
+    def ancestry(self, key: str) -> tuple[Recipe, ...]:
+        """The verified recipes of all that `key` is made of, each once, in building order: the base first, `key` last.
 
         Raises:
             ArtifactCorrupt: one of them is missing or damaged.
         """
+        found: dict[str, Recipe] = {}
+        self._visit(key, found)
+        return tuple(found.values())
+
+    def _visit(self, key: str, found: dict[str, Recipe]) -> None:
+        """Add what is not found yet of the ancestry, parents first."""
         recipe = self.recipe(key)
         if recipe is None:
             raise ArtifactCorrupt(f"{self.folder(key)}: the artifact is missing")
-        return (*self.chain(recipe.parent), recipe) if recipe.parent else (recipe,)
+        for parent in recipe.parents:
+            if parent not in found:
+                self._visit(parent, found)
+        found[key] = recipe
 
     def holder(self, key: str) -> Recipe:
         """The recipe of the artifact that has the model of this one: itself, or one before load passes.
 
         Raises:
-            ArtifactCorrupt: as `chain`.
+            ArtifactCorrupt: as `ancestry`.
         """
-        return next(recipe for recipe in reversed(self.chain(key)) if recipe.format is not None)
+        return next(recipe for recipe in reversed(self.ancestry(key)) if recipe.format is not None)
 
     def format_of(self, key: str) -> Format[Any]:
-        """The format of the model of an artifact. Raises `ArtifactCorrupt` as `chain`."""
+        """The format of the model of an artifact. Raises `ArtifactCorrupt` as `ancestry`."""
         return format_named(str(self.holder(key).format))
 
     @contextmanager
@@ -227,8 +258,11 @@ class ArtifactStore:
                 if self.folder(stale.name).exists() and self._is_free(stale.name):
                     _remove(stale)
 
-    def _race(self, keys: Sequence[str], cpu: str, threads: int) -> Path:
-        return self.root / "races" / f"{_digest(sorted(keys))}.{_digest([cpu, str(threads)])}"
+    def _benchmark(self, key: str, anchor: str, cpu: str, threads: int) -> Path:
+        return self.root / "benchmarks" / f"{key}.{_digest([anchor, cpu, str(threads)])}"
+
+    def _lane_rates(self, key: str, cpu: str, threads: int) -> Path:
+        return self.root / "benchmarks" / f"lanes-{key}.{_digest([cpu, str(threads)])}"
 
     def _keep(self, path: Path, key: str, document: BaseModel, lock: str) -> None:
         """Put a document in its place in one step, whatever stands there."""

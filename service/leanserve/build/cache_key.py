@@ -1,9 +1,9 @@
-"""From a variant to its chain of cache keys, without importing anything heavy.
+"""From a variant to the cache keys of all that it is made of, without importing anything heavy.
 
-A key is a sha256 over everything that decides an artifact: parent key, pass and options with defaults filled, of files
-that options name the content instead of the path, source of the pass and of all that it imports of ours, base (code,
-weights, data), seed, library versions and, for results bound to the hardware, the instruction set. Variants that share
-their first passes share those keys.
+A key is a sha256 over everything that decides an artifact: its parents' keys, pass and options with defaults filled, of
+files that options name the content instead of the path, source of the pass and of all that it imports of ours, base
+(code, weights, data), seed, library versions and, for results bound to the hardware, the instruction set. Variants that
+share their first passes share those keys.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,21 +32,40 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class RecipeStep:
-    """One prefix of a variant: the artifact `key` is made by `pass_` (`None` for the base) from `parent`."""
+    """The artifact `key` is made by `pass_` (`None` for the base) from the artifacts `parents`.
+
+    The pass stands at `position`, from 1, in the variant of that name; others may share it.
+    """
 
     key: str
-    parent: str | None
+    parents: tuple[str, ...]
     pass_: Pass | None
     position: int
+    variant: str
 
 
 def steps_of(config: ServiceConfig, base: Base, variant: VariantConfig) -> tuple[RecipeStep, ...]:
-    """The base and every prefix of the variant's passes, in building order."""
-    steps = [RecipeStep(_digest({"format": FORMAT, "base": base.digest}), None, None, 0)]
+    """All that a variant is made of, each artifact once, in building order: the base first, the variant itself last."""
+    return _steps(config, base, variant, {})
+
+
+def _steps(
+    config: ServiceConfig, base: Base, variant: VariantConfig, known: dict[str, tuple[RecipeStep, ...]]
+) -> tuple[RecipeStep, ...]:
+    """`known` has those of variants that were met already, by name."""
+    if variant.name in known:
+        return known[variant.name]
+    root = RecipeStep(_digest({"format": FORMAT, "base": base.digest}), (), None, 0, variant.name)
+    named = {item.name: item for item in config.variants}
+    lines = [_steps(config, base, named[name], known) for name in variant.parent_names] or [(root,)]
+    steps = {step.key: step for line in lines for step in line}
+    parents = tuple(line[-1].key for line in lines)
     for position, pass_ in enumerate(variant.passes, start=1):
-        parent = steps[-1].key
-        steps.append(RecipeStep(_digest(_ingredients(pass_, parent, config.seed)), parent, pass_, position))
-    return tuple(steps)
+        key = _digest(_ingredients(pass_, parents, config.seed))
+        steps[key] = RecipeStep(key, parents, pass_, position, variant.name)
+        parents = (key,)
+    known[variant.name] = tuple(steps.values())
+    return known[variant.name]
 
 
 def versions_of(libraries: tuple[str, ...]) -> dict[str, str]:
@@ -54,10 +73,10 @@ def versions_of(libraries: tuple[str, ...]) -> dict[str, str]:
     return {name: library_version(name) or "absent" for name in libraries}
 
 
-def _ingredients(pass_: Pass, parent: str, seed: int) -> Json:
+def _ingredients(pass_: Pass, parents: Sequence[str], seed: int) -> Json:
     return {
         "format": FORMAT,
-        "parent": parent,
+        "parents": list(parents),
         "options": _by_content(pass_.model_dump()),
         "source": closure_digest(Path(inspect.getfile(type(pass_))), ROOT),
         "seed": seed,

@@ -153,6 +153,8 @@ def _steps_in(message: str) -> tuple[PathStep, ...]:
     """Validators of a whole section cannot give a location; their texts name it in a fixed form or begin with a key."""
     if found := re.match(r"Value error, variants\[(\d+)\]\.passes\[(\d+)\]", message):
         return ("variants", int(found[1]), "passes", int(found[2]))
+    if found := re.match(r"Value error, variants\[(\d+)\]\.(parents?)", message):
+        return ("variants", int(found[1]), found[2])
     if found := re.match(r"Value error, variants\[(\d+)\]", message):
         return ("variants", int(found[1]), "name")
     if found := re.match(r"Value error, traffic\.weights(?: names '([^']+)')?", message):

@@ -14,12 +14,13 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from leanserve.config.base_section import AnyBase, OnnxBase, TorchExportBase
 from leanserve.config.data_section import AnyData
 from leanserve.config.errors import describe, kind_of
+from leanserve.config.lineage import building_order, parents_fault
 from leanserve.config.section import Name, Section
 from leanserve.config.yaml import read_yaml
 from leanserve.errors import ConfigError
 from leanserve.passes import ALL, AnyPass
 from leanserve.passes.base import BASE_TAGS, GRAPH_TAGS, PROGRAM_TAGS, Tag
-from leanserve.passes.composition import find_violation
+from leanserve.passes.composition import ModelState, find_violation, state_after
 
 MAX_BATCH_DEPENDENCE = 0.02
 """Change of an answer by the rows that share its batch, relative to the largest output, that is still taken for
@@ -145,12 +146,19 @@ class DrainConfig(Section):
 
 
 class VariantConfig(Section):
-    """The base and an ordered list of passes."""
+    """The base, or other variants, and an ordered list of passes."""
 
     name: Name
+    parent: Name | None = Field(None, description="the variant that it goes on from; the base by default")
+    parents: tuple[Name, ...] = Field((), description="several variants instead, which the first pass joins")
     passes: tuple[AnyPass, ...] = ()
     gate: GateConfig | None = Field(None, description="overrides the common gate")
     batch: BatchConfig | None = Field(None, description="overrides the common batch settings")
+
+    @property
+    def parent_names(self) -> tuple[str, ...]:
+        """The variants that it is made of; none: the base."""
+        return self.parents if self.parent is None else (self.parent,)
 
 
 class ServiceConfig(Section):
@@ -191,11 +199,16 @@ class ServiceConfig(Section):
 
     @model_validator(mode="after")
     def _passes_compose(self) -> Self:
-        for index, variant in enumerate(self.variants):
-            violation = find_violation(variant.passes, self.base_tags)
+        if fault := parents_fault(self.variants):
+            raise ValueError(fault)
+        states: dict[str, ModelState] = {}
+        for variant in building_order(self.variants):
+            parents = [states[name] for name in variant.parent_names] or [ModelState(self.base_tags)]
+            violation = find_violation(variant.passes, parents)
             if violation is not None:
-                place = f"variants[{index}].passes[{violation.position}]"
+                place = f"variants[{self.variants.index(variant)}].passes[{violation.position}]"
                 raise ValueError(f"{place} of variant '{variant.name}': {violation.message}{self._what_applies()}")
+            states[variant.name] = state_after(variant.passes, parents)
         return self
 
     def _what_applies(self) -> str:

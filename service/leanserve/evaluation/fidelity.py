@@ -106,8 +106,9 @@ def _mean(divergence: Array) -> float:
 
 
 def _log_softmax(logits: Array) -> Array:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return _within(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+    from scipy.special import log_softmax
+
+    return _within(log_softmax(logits, axis=1))
 
 
 def _log(probabilities: Array) -> Array:

@@ -12,9 +12,9 @@ import json
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
-from itertools import product
+from functools import partial
+from itertools import islice, product
 from pathlib import Path
 
 from leanserve.artifacts.load import load_model
@@ -26,6 +26,7 @@ from leanserve.memory import exit_when_out, forget, is_out_of_memory
 from leanserve.runtime.device import Device, Lane
 from leanserve.runtime.formats import open_backend
 from leanserve.runtime.formats.torch import use_threads
+from leanserve.timing import runs_per_second, take_turns
 
 ROUNDS = 5
 TURN_S = 0.05
@@ -43,7 +44,7 @@ def main(cache: str, origin: str, threads: str, *artifacts: str) -> None:
         def load(threads: int, key: str = key) -> Backend:
             return open_backend(load_model(store, base, key), threads)
 
-        rates[key] = lane_rates(load, examples(store.chain(key)[-1].spec, sizes_up_to([rows])), int(threads))
+        rates[key] = lane_rates(load, examples(store.ancestry(key)[-1].spec, sizes_up_to([rows])), int(threads))
     sys.stdout.write(json.dumps(rates) + "\n")
 
 
@@ -58,10 +59,13 @@ def lane_rates(load: Callable[[int], Backend], batches: Sequence[Arrays], thread
     best = dict.fromkeys(numbers, 0.0)
     ways = [way for lanes in numbers if (way := _open(load, threads, lanes)) is not None]
     try:
-        for _ in range(ROUNDS):
-            for batch, way in product(batches, ways):
-                lanes = len(way.device.lanes)
-                best[lanes] = max(best[lanes], way.turn(batch))
+        turns = {
+            (place, len(way.device.lanes)): partial(way.turn, batch)
+            for (place, batch), way in product(enumerate(batches), ways)
+        }
+        for measured in islice(take_turns(turns), ROUNDS):
+            for (_, lanes), rate in measured.items():
+                best[lanes] = max(best[lanes], rate)
     finally:
         for way in ways:
             way.close()
@@ -98,14 +102,14 @@ class _Way:
             raise
         self._most: int | None = None
 
-    def turn(self, batch: Arrays) -> float:
+    def turn(self, batch: Arrays) -> float | None:
         """Rows per second of all lanes together, over `TURN_S` seconds or at least one batch each.
 
-        0 for a batch for which memory runs out, and from then on for all that are as large.
+        `None` for a batch for which memory runs out, and from then on for all that are as large.
         """
         rows = len(batch[0])
         if self._most is not None and rows > self._most:
-            return 0.0
+            return None
         try:
             return sum(self.device.call_on_each(lambda lane: self._rate(lane, batch)))
         except Exception as error:
@@ -113,7 +117,7 @@ class _Way:
                 raise
             forget(error)
             self._most = rows - 1
-            return 0.0
+            return None
 
     def close(self) -> None:
         self.device.call_on_each(lambda lane: self.backends[lane.index].close())
@@ -121,13 +125,7 @@ class _Way:
 
     def _rate(self, lane: Lane, batch: Arrays) -> float:
         use_threads(lane.threads)
-        backend = self.backends[lane.index]
-        backend.run(batch)  # brings caches and threads back after the other way's turn
-        started, runs, elapsed = time.perf_counter(), 0, 0.0
-        while elapsed < TURN_S:
-            backend.run(batch)
-            runs, elapsed = runs + 1, time.perf_counter() - started
-        return runs * len(batch[0]) / elapsed
+        return runs_per_second(partial(self.backends[lane.index].run, batch), TURN_S) * len(batch[0])
 
 
 if __name__ == "__main__":

@@ -10,18 +10,20 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from leanserve import child, memory
-from leanserve.artifacts.manifest import BenchmarkResult, Fidelity, Measurement, OutputFidelity, Quality, Recipe
+from leanserve.artifacts.benchmarks import BenchmarkResult, LaneRates, RatioInterval
+from leanserve.artifacts.manifest import Fidelity, Measurement, OutputFidelity, Quality, Recipe
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.config.schema import GateConfig
 from leanserve.contracts import Array, Arrays, Base, Json
 from leanserve.errors import PassFailed
 from leanserve.evaluation.fidelity import fidelity
+from leanserve.evaluation.interleaved_benchmark import GROUP
 from leanserve.evaluation.measure import ROWS
 from leanserve.hardware import cpu_name
 
@@ -57,32 +59,77 @@ def measure(
     return Measurement(fidelity=found, cpu=cpu_name(), threads=threads), answers
 
 
-def race(store: ArtifactStore, base: Base, keys: Sequence[str], served: Sequence[str], threads: int) -> BenchmarkResult:
-    """Time published and measured artifacts side by side in a fresh process, and those that are `served` also with a
-    lane per thread.
+def benchmark(
+    store: ArtifactStore, base: Base, anchor: str, keys: Sequence[str], threads: int
+) -> list[BenchmarkResult]:
+    """Time published and measured artifacts beside the anchor, which may be one of them, in a fresh process.
+
+    Where there is no memory for a few at a time beside the anchor, they come one by one.
 
     Raises:
-        PassFailed: they cannot be loaded or run together.
+        PassFailed: they cannot be loaded or run beside the anchor.
     """
-    sized = {key: f"{key}:{_largest_batch(store.measurement(key))}" for key in keys}
+    asked = [_sized(store, key) for key in dict.fromkeys((anchor, *keys))]
     arguments = (str(store.root), base.origin, str(threads))
     try:
-        latencies = _in_fresh_process("interleaved_benchmark", *arguments, *sized.values())
+        timed = _in_fresh_process("interleaved_benchmark", *arguments, str(GROUP), *asked)
     except _Ended as error:
         if not error.out_of_memory:
             raise
-        remedy = "give the build more memory, or list fewer variants"
-        raise PassFailed(f"all variants are timed side by side, and memory ran out: {error.last}; {remedy}") from error
-    timed = BenchmarkResult(cpu=cpu_name(), threads=threads, latency_ms=latencies, lane_rates={})
-    if threads == 1:
-        return timed
+        timed = _one_by_one(arguments, asked)
+    return [_result(key, anchor, timed[key], threads) for key in keys]
+
+
+def _one_by_one(arguments: Sequence[str], asked: Sequence[str]) -> Json:
     try:
-        rates = _in_fresh_process("lane_rates", *arguments, *(sized[key] for key in served))
+        return _in_fresh_process("interleaved_benchmark", *arguments, "1", *asked)
     except _Ended as error:
         if not error.out_of_memory:
             raise
-        rates = {key: {1: timed.throughput(key), threads: 0.0} for key in served}
-    return BenchmarkResult(cpu=cpu_name(), threads=threads, latency_ms=latencies, lane_rates=rates)
+        remedy = "give the build more memory, or make the variants smaller"
+        raise PassFailed(f"variants are timed beside the base, and memory ran out: {error.last}; {remedy}") from error
+
+
+def _result(key: str, anchor: str, timed: Mapping[str, Json], threads: int) -> BenchmarkResult:
+    """From what the child printed of an artifact, by rows."""
+    by_rows = {int(rows): measured for rows, measured in timed.items()}
+    beside = {rows: measured for rows, measured in by_rows.items() if "ratio" in measured}
+    return BenchmarkResult(
+        key=key,
+        anchor=anchor,
+        cpu=cpu_name(),
+        threads=threads,
+        latency_ms={rows: measured["ms"] for rows, measured in by_rows.items()},
+        anchor_ms={rows: measured["anchor_ms"] for rows, measured in beside.items()},
+        ratios={rows: _interval(*measured["ratio"]) for rows, measured in beside.items()},
+    )
+
+
+def _interval(median: float, low: float, high: float) -> RatioInterval:
+    return RatioInterval(median=median, low=low, high=high)
+
+
+def benchmark_lanes(
+    store: ArtifactStore, base: Base, timed: Sequence[BenchmarkResult], threads: int
+) -> list[LaneRates]:
+    """What a lane per thread brings artifacts that were timed already.
+
+    Raises:
+        PassFailed: one cannot be loaded or run.
+    """
+    asked = [_sized(store, result.key) for result in timed]
+    try:
+        rates = _in_fresh_process("lane_rates", str(store.root), base.origin, str(threads), *asked)
+    except _Ended as error:
+        if not error.out_of_memory:
+            raise
+        rates = {result.key: {1: result.throughput, threads: 0.0} for result in timed}
+    return [LaneRates(key=item.key, cpu=cpu_name(), threads=threads, rates=rates[item.key]) for item in timed]
+
+
+def _sized(store: ArtifactStore, key: str) -> str:
+    """As the children are told of an artifact."""
+    return f"{key}:{_largest_batch(store.measurement(key))}"
 
 
 def _largest_batch(measured: Measurement | None) -> int:
@@ -140,18 +187,10 @@ def scored(base: Base, answers: GateOutputs) -> dict[str, float | None]:
         return {"score": None, "score_low": None, "score_high": None}
     score = base.score(answers.outputs, answers.labels)
     if base.spec.labels:
-        low, high = wilson(score, len(answers.labels))
+        low, high = _wilson(score, len(answers.labels))
     else:
         low, high = _bootstrap(base, answers)
     return {"score": score, "score_low": low, "score_high": high}
-
-
-def wilson(share: float, samples: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion (Wilson 1927), sound even at shares of 0 and 1."""
-    centre = share + z * z / (2 * samples)
-    spread = z * np.sqrt(share * (1 - share) / samples + z * z / (4 * samples * samples))
-    scale = 1 + z * z / samples
-    return max(0.0, float((centre - spread) / scale)), min(1.0, float((centre + spread) / scale))
 
 
 def gate_reason(gate: GateConfig, quality: Quality, base: Quality) -> str | None:
@@ -188,21 +227,38 @@ def _distance(output: OutputFidelity) -> str:
     return f"{agreement}: it is off by {100 * output.error:.1f} % of the base's spread (channel {output.channel})"
 
 
+def _wilson(share: float, samples: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion (Wilson 1927), sound even at shares of 0 and 1."""
+    from scipy.stats import binomtest
+
+    found = binomtest(round(share * samples), samples).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
+
+
 def _bootstrap(base: Base, answers: GateOutputs) -> tuple[float, float]:
-    """Percentile bootstrap over rows (Efron 1979), seeded."""
-    assert answers.labels is not None
-    random = np.random.default_rng(0)
-    units = len(answers.labels) // base.unit
-    drawn = random.integers(0, units, (RESAMPLES, units))
-    # Rows that are scored together are drawn together.
-    rows = (drawn[:, :, None] * base.unit + np.arange(base.unit)).reshape(RESAMPLES, -1)
-    scores = [base.score(tuple(array[row] for array in answers.outputs), answers.labels[row]) for row in rows]
-    low, high = np.nanpercentile(scores, [2.5, 97.5])
+    """Percentile bootstrap over rows (Efron 1979), seeded; rows that are scored together are drawn together.
+
+    A draw without a score (NaN, as of labels that are all alike) has no say.
+    """
+    from scipy.stats import bootstrap
+
+    labels = answers.labels
+    assert labels is not None
+
+    def score(units: Array) -> float:
+        rows = (units[:, None] * base.unit + np.arange(base.unit)).ravel()
+        return base.score(tuple(array[rows] for array in answers.outputs), labels[rows])
+
+    units = np.arange(len(labels) // base.unit)
+    if len(units) < 2:
+        return score(units), score(units)
+    drawn = bootstrap((units,), score, n_resamples=RESAMPLES, method="percentile", vectorized=False, rng=0)
+    low, high = np.nanpercentile(drawn.bootstrap_distribution, [2.5, 97.5])
     return float(low), float(high)
 
 
 def _disk_bytes(store: ArtifactStore, recipe: Recipe) -> int:
     """Of the model's files, and of those that load passes brought."""
-    chain = store.chain(recipe.key)
-    used = chain[chain.index(store.holder(recipe.key)) :]
+    ancestry = store.ancestry(recipe.key)
+    used = ancestry[ancestry.index(store.holder(recipe.key)) :]
     return sum((store.folder(item.key) / name).stat().st_size for item in used for name in item.files)

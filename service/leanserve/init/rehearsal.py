@@ -10,7 +10,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 
 from leanserve.bases.loaded import LoadedBase, Rows
 from leanserve.contracts import BuildContext, Data, Json, Model, Split
+from leanserve.evaluation.candidates import CandidateEvaluator
 from leanserve.hardware import thread_budget
 from leanserve.init.suggestions import Suggestion
 from leanserve.passes import AnyPass
@@ -142,8 +143,9 @@ class _Stage:
         if "train" in step.needs:
             return model
         scratch = Path(mkdtemp(dir=self._folder))
-        context = BuildContext(self._base, 0, thread_budget(), scratch, _unheard)
-        return step.apply(model, context).model
+        with closing(CandidateEvaluator(self._base, thread_budget())) as evaluate:
+            context = BuildContext(self._base, 0, thread_budget(), scratch, _unheard, evaluate)
+            return step.apply(model, context).model
 
 
 def _unheard(done: float, total: float, note: str = "") -> None:

@@ -10,6 +10,7 @@ from leanserve.passes.base import Pass
 from leanserve.passes.families.distill.distill import Distill
 from leanserve.passes.families.lowrank.lowrank_conv import LowrankConv
 from leanserve.passes.families.lowrank.lowrank_linear import LowrankLinear
+from leanserve.passes.families.merge.merge import Merge
 from leanserve.passes.families.precision.cast import Cast
 from leanserve.passes.families.prune.prune_channels import PruneChannels
 from leanserve.passes.families.quantize.quantize_dynamic import QuantizeDynamic
@@ -24,6 +25,7 @@ AnyPass = Annotated[
     | LowrankConv
     | LowrankLinear
     | Distill
+    | Merge
     | FoldBn
     | Cast
     | QuantizeDynamic

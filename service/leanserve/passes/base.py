@@ -6,7 +6,7 @@ may stand in a variant; `compose` in `leanserve.config.schema` checks them befor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -107,6 +107,10 @@ class Pass(BaseModel):
     simulated: ClassVar[bool] = False
     """Whether the gain is only simulated (zeros without a sparse kernel, fake quantization)."""
 
+    joins: ClassVar[bool] = False
+    """Whether it makes one model of several, as the first pass of a variant with `parents`; it then has `join`, and
+    `rebuild_joined` where it changes the structure."""
+
     @property
     def needs(self) -> frozenset[Need]:
         """What this pass cannot do without, given its options; checked before any work (`leanserve.build.needs`)."""
@@ -123,6 +127,19 @@ class Pass(BaseModel):
             PassFailed: the options do not fit this model; the text names the option.
         """
         raise NotImplementedError
+
+    def join(self, models: Sequence[Model], context: BuildContext) -> Applied:
+        """Make one model of those of all parents, in the order in which the config names them.
+
+        A model is loaded whenever it is asked for, so that there is memory for many; the given ones are left as they
+        were. Raises as `apply`.
+        """
+        [model] = models
+        return self.apply(model, context)
+
+    def rebuild_joined(self, modules: Sequence[nn.Module], decisions: Mapping[str, Json]) -> nn.Module:
+        """Repeat the structural change on the parents' untrained modules, each rebuilt when it is asked for."""
+        return self.rebuild_structure(modules[0], decisions)
 
     def rebuild_structure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
         """Repeat the structural change on an untrained module, without data; weights are loaded afterwards."""

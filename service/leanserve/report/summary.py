@@ -56,7 +56,7 @@ class MeasuredArtifact:
 
 @dataclass(frozen=True, slots=True)
 class StepSummary:
-    """One pass of a variant, and what the variant was worth after it."""
+    """What a variant was worth after one of its passes; or what one of the variants was worth that it joins."""
 
     measured: MeasuredArtifact
     manifest: Manifest
@@ -72,11 +72,20 @@ class VariantSummary:
     reason: str | None
     measured: MeasuredArtifact
     steps: tuple[StepSummary, ...]
+    """The base first; then the variants that it joins, if it joins some; then its passes."""
+    joined: int = 0
+    """How many variants it joins."""
 
     @property
     def passes(self) -> tuple[str, ...]:
-        """The labels of its passes, simulated ones marked."""
+        """The labels of its steps after the base, simulated ones marked."""
         return tuple(step.measured.label for step in self.steps[1:])
+
+    @property
+    def flow(self) -> str:
+        """Its passes in order, after the names of the variants that they join: `a + b → merge → fold_bn`."""
+        first = [" + ".join(self.passes[: self.joined])] if self.joined else []
+        return " → ".join([*first, *self.passes[self.joined :]]) or "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,28 +194,39 @@ def summarise(reports: Sequence[VariantReport], caveats: Sequence[str] = (), els
     """
     if not reports:
         raise ValueError("nothing to report: the list of variants is empty; build at least one variant first")
+    ends = {report.ancestry[-1].key: report for report in reversed(reports)}
     numbered = tuple(enumerate(reports, start=1))
     unmade = tuple(UnmadeVariant(number, item.name, item.reason or "") for number, item in numbered if not item.built)
-    variants = [_variant(number, report) for number, report in numbered if report.built]
+    variants = [_variant(number, report, ends) for number, report in numbered if report.built]
     if all(variant.passes for variant in variants):
-        reference = _variant(0, reports[0]).steps[0]
+        reference = _variant(0, reports[0], ends).steps[0]
         name = f"base ({reference.manifest.base})"
         variants.insert(0, VariantSummary(0, name, "reference", None, reference.measured, (reference,)))
-    base = reports[0].chain[0].base
+    base = reports[0].ancestry[0].base
     return Summary(base, tuple(variants), _yardstick(reports), tuple(caveats), elsewhere, unmade)
 
 
-def _variant(number: int, report: VariantReport) -> VariantSummary:
-    base = report.chain[0].quality
-    steps = tuple(StepSummary(_measured(manifest, base), manifest) for manifest in report.chain)
-    whole = MeasuredArtifact(
+def _variant(number: int, report: VariantReport, ends: Mapping[str, VariantReport]) -> VariantSummary:
+    """`ends` has the variants by the key of their last artifact."""
+    base = report.ancestry[0].quality
+    joining = max((place for place, item in enumerate(report.ancestry) if len(item.parents) > 1), default=None)
+    joined = [] if joining is None else [ends[key] for key in report.ancestry[joining].parents]
+    line = report.ancestry if joining is None else (report.ancestry[0], *report.ancestry[joining:])
+    steps = [StepSummary(_measured(manifest, base), manifest) for manifest in line]
+    steps[1:1] = [StepSummary(_whole(parent), parent.ancestry[-1]) for parent in joined]
+    return VariantSummary(
+        number, report.name, report.state, report.reason, _whole(report), tuple(steps), joined=len(joined)
+    )
+
+
+def _whole(report: VariantReport) -> MeasuredArtifact:
+    return MeasuredArtifact(
         label=report.name,
         quality=report.quality,
-        base=base,
-        seconds=sum(manifest.seconds for manifest in report.chain),
-        simulated=any(manifest.simulated for manifest in report.chain),
+        base=report.ancestry[0].quality,
+        seconds=sum(manifest.seconds for manifest in report.ancestry),
+        simulated=any(manifest.simulated for manifest in report.ancestry),
     )
-    return VariantSummary(number, report.name, report.state, report.reason, whole, steps)
 
 
 def _measured(manifest: Manifest, base: Quality) -> MeasuredArtifact:
@@ -222,7 +242,7 @@ def _measured(manifest: Manifest, base: Quality) -> MeasuredArtifact:
 
 def _yardstick(reports: Sequence[VariantReport]) -> Yardstick:
     """Labels decide where there are any, the same answers as the base's otherwise."""
-    qualities = [manifest.quality for report in reports for manifest in report.chain]
+    qualities = [manifest.quality for report in reports for manifest in report.ancestry]
     if all(quality.score is not None for quality in qualities):
         return Yardstick("score" if all(len(quality.outputs) == 1 for quality in qualities) else "score of one")
     meanings = {output.meaning for quality in qualities for output in quality.outputs}

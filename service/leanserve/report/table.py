@@ -87,7 +87,7 @@ def _variants_table(summary: Summary) -> Table:
         state = Text(variant.state, style=STYLES[variant.state])
         if variant.reason:
             state.append(f": {variant.reason}")
-        table.add_row(_name(variant, summary), Text(" → ".join(variant.passes) or "none"), state)
+        table.add_row(_name(variant, summary), Text(variant.flow), state)
     for unmade in summary.unmade:
         table.add_row(
             Text(unmade.name), Text("–"), Text("excluded", style=STYLES["excluded"]).append(f": {unmade.reason}")

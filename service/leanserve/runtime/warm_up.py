@@ -23,6 +23,7 @@ from leanserve.runtime.lanes import LanePlacement, LoadedVariant
 from leanserve.runtime.linux.denormals import flush_denormals
 from leanserve.runtime.linux.huge_pages import anonymous_bytes, gather_since
 from leanserve.runtime.unused_memory import give_back
+from leanserve.timing import take_turns, timed
 
 _Outcome = TypeVar("_Outcome")
 
@@ -196,12 +197,12 @@ def compare_again(once: Callable[[int], float | None], known: dict[int, float], 
         near = _near_the_knee(known)
         if len(near) == 1 or (count >= LEAST_ROUNDS and time.perf_counter() > end):
             return
+        again = next(take_turns({rows: partial(once, rows) for rows in near}))
         for rows in near:
-            again = once(rows)
-            if again is None:
+            if rows not in again:
                 del known[rows]
                 continue
-            taken[rows].append(again)
+            taken[rows].append(again[rows])
             known[rows] = _typical(taken[rows])
 
 
@@ -230,9 +231,7 @@ def _seconds(backend: Backend, batch: Arrays) -> float:
 
 
 def _timed(backend: Backend, batch: Arrays) -> float:
-    started = time.perf_counter()
-    backend.run(batch)
-    return time.perf_counter() - started
+    return timed(partial(backend.run, batch))
 
 
 def _typical(times: Sequence[float]) -> float:

@@ -74,6 +74,8 @@ class VariantFacts:
     """
 
     passes: Sequence[str] = ()
+    parents: Sequence[str] = ()
+    """The variants that it is made of; none: the base."""
     simulated: Sequence[str] = ()
     """Those of the passes whose gain is computed, not had."""
     backend: str = ""

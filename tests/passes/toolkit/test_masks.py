@@ -45,7 +45,7 @@ def sparse() -> TorchModel:
 def recipe(key: str, parent: str | None, pass_: Pass | None, decisions: Any, folder: Path | None) -> Recipe:
     return Recipe(
         key=key,
-        parent=parent,
+        parents=() if parent is None else (parent,),
         base="tiny",
         kind=pass_.kind if pass_ else None,
         options=pass_.model_dump(mode="json") if pass_ else {},

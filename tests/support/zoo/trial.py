@@ -83,7 +83,7 @@ def _reported(folder: Path) -> dict[str, Any]:
 
     with _inside(folder):
         reports = AppContext(Path("leanserve.yaml"), None).reports()
-    base = reports[0].chain[0].quality.throughput
+    base = reports[0].ancestry[0].quality.throughput
     serving = [item for item in reports if item.state == "serving"]
     fastest = max(item.quality.throughput for item in serving)
     return {

@@ -1,8 +1,4 @@
-"""Which of some ways to run a model is faster here? For passes that measure to decide, or record what they gain.
-
-The ways take turns, call by call, so that whatever else the machine does slows them all alike and their ratio stays
-true.
-"""
+"""Which of some ways to run a model is faster here? For passes that measure to decide, or record what they gain."""
 
 from __future__ import annotations
 
@@ -10,24 +6,25 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+
+from leanserve.timing import take_turns, timed
 
 LEAST_ROUNDS = 5
 
 
 def seconds_per_call(ways: Mapping[str, Callable[[], object]], seconds: float = 0.5) -> dict[str, float]:
-    """Median seconds of one call of each way, interleaved for about `seconds` in all after two calls of warm-up."""
+    """Median seconds of one call of each way, in turns for about `seconds` in all after two calls of warm-up."""
     for _ in range(2):
         for run in ways.values():
             run()
     samples: dict[str, list[float]] = {name: [] for name in ways}
     end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < LEAST_ROUNDS or time.perf_counter() < end:
-        for name, run in ways.items():
-            start = time.perf_counter()
-            run()
-            samples[name].append(time.perf_counter() - start)
-        rounds += 1
+    for count, measured in enumerate(take_turns({name: partial(timed, run) for name, run in ways.items()}), start=1):
+        for name, taken in measured.items():
+            samples[name].append(taken)
+        if count >= LEAST_ROUNDS and time.perf_counter() >= end:
+            break
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
