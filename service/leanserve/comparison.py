@@ -81,7 +81,8 @@ def row_cosines(one: Array, other: Array) -> NDArray[np.float64]:
 
 
 class ClassRows(NamedTuple):
-    """Rows of class outputs in double precision: those without NaN on either side, and which of all agree.
+    """Rows of class outputs in double precision: those without NaN on either side and with a possible class (a row of
+    -inf alone has no probabilities), and which of all agree.
 
     A row with a NaN on one side only does not agree. +inf is no more of a number than NaN.
     """
@@ -98,8 +99,10 @@ class ClassRows(NamedTuple):
         """Those of two outputs [rows, classes] of the same rows."""
         ours, theirs = (np.where(array == np.inf, np.nan, np.asarray(array, np.float64)) for array in (ours, theirs))
         missing = np.isnan(ours), np.isnan(theirs)
-        same = (missing[0] == missing[1]).all(axis=1) & (ours.argmax(axis=1) == theirs.argmax(axis=1))
-        known = np.asarray(~(missing[0] | missing[1]).any(axis=1))
+        answered = np.isfinite(ours.max(axis=1)), np.isfinite(theirs.max(axis=1))
+        alike = (missing[0] == missing[1]).all(axis=1) & (answered[0] == answered[1])
+        same = alike & (ours.argmax(axis=1) == theirs.argmax(axis=1))
+        known = np.asarray(answered[0] & answered[1])
         return cls(ours[known], theirs[known], known, same)
 
 

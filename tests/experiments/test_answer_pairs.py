@@ -59,6 +59,13 @@ def test_an_equally_masked_class_is_no_difference() -> None:
     assert (found.agreed[0], found.broken[0], found.max_abs[0], found.kl[0]) == (True, False, 0.0, 0.0)
 
 
+def test_a_row_of_which_all_is_masked_has_no_divergence() -> None:
+    found = row_differences(array([-INF] * 4, [-INF] * 4), array([-INF] * 4, [3, 2, 1, 0]), LOGITS, RULE)
+    assert np.isnan(found.kl).all()
+    assert found.agreed.tolist() == [True, False]
+    assert found.broken.tolist() == [False, True]
+
+
 def test_an_answer_that_the_base_cannot_give_either_is_not_broken() -> None:
     found = row_differences(array([NAN, 1, 2, 3], [0, 1, 2, 3]), array([NAN, 1, 2, 3], [NAN, 1, 2, 3]), LOGITS, RULE)
     assert found.broken.tolist() == [False, False]
