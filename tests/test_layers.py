@@ -31,6 +31,7 @@ LAYERS = {
     "config": 3,
     "artifacts": 3,
     "bases": 4,
+    "experiments": 4,
     "report": 4,
     "api": 5,
     "evaluation": 5,

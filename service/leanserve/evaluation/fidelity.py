@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Final, NamedTuple, Self
+from typing import Final
 
 import numpy as np
 
 from leanserve.artifacts.manifest import OutputFidelity
-from leanserve.comparison import both_finite, compared, differ_in_kind, row_cosines
-from leanserve.contracts import Array, Arrays, Meaning, TensorSpec
+from leanserve.comparison import (
+    ClassRows,
+    both_finite,
+    class_divergence,
+    compared,
+    differ_in_kind,
+    row_cosines,
+    same_classes,
+)
+from leanserve.contracts import CLASSES, Array, Arrays, Meaning, TensorSpec
 from leanserve.passes.toolkit.spread import by_channel, channel_axis, channel_scales
 from leanserve.scoring import spearman
 
@@ -24,19 +31,11 @@ RANKED_ROWS = 256
 """Rows of which all pairs are compared: 32,640 of them."""
 PIECE = 2**22
 """Numbers of values that are compared at a time, in double precision: an output may be as large as an image."""
-LEAST = float(np.finfo(np.float64).tiny)
-"""Probability in place of 0, so that a class which one side rules out makes a divergence large and not infinite."""
-MOST = 100.0
-"""Logarithm in place of greater ones, which no probability has, for the same reason."""
-TRUE = 0.5
-"""Independent probability from which on a class is there."""
 WHOLE = "biu"
 """Kinds of numpy dtypes that are compared by equality."""
 
 Measures = dict[str, float | int | None]
 MeasureOf = Callable[[Array, Array, TensorSpec], Measures]
-Logarithms = Callable[[Array], Array]
-"""Outputs [rows, classes] -> logarithms of probabilities."""
 
 
 def fidelity(outputs: Arrays, reference: Arrays, fields: Sequence[TensorSpec]) -> tuple[OutputFidelity, ...]:
@@ -57,66 +56,11 @@ def _pieces(array: Array) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(array), rows)]
 
 
-def _classes(ours: Array, theirs: Array, _: TensorSpec, logarithms: Logarithms) -> Measures:
-    """Share of rows [rows, classes] with the same best class, and mean divergence from the base's probabilities."""
-    both = _Rows.of(ours, theirs)
-    divergence = _divergence(logarithms(both.ours), logarithms(both.theirs))
-    return {"agreement": float(both.same_best.mean()), "kl": _mean(divergence)}
-
-
-def _independent(ours: Array, theirs: Array, _: TensorSpec) -> Measures:
-    """Share of rows with the same best class and the same classes at `TRUE` or above; divergences of classes add up."""
-    both = _Rows.of(ours, theirs)
-    same = both.same_best & ((np.asarray(ours) >= TRUE) == (np.asarray(theirs) >= TRUE)).all(axis=1)
-    shares = [np.clip(array, 0.0, 1.0) for array in (both.ours, both.theirs)]
-    present, absent = (_divergence(*map(_log, sides)) for sides in (shares, [1 - share for share in shares]))
-    return {"agreement": float(same.mean()), "kl": _mean(present + absent)}
-
-
-class _Rows(NamedTuple):
-    """Rows of class outputs in double precision: those without NaN on either side, and which of all agree.
-
-    A row with a NaN on one side only does not agree. +inf is no more of a number than NaN.
-    """
-
-    ours: Array
-    theirs: Array
-    same_best: Array
-
-    @classmethod
-    def of(cls, ours: Array, theirs: Array) -> Self:
-        ours, theirs = (np.where(array == np.inf, np.nan, np.asarray(array, np.float64)) for array in (ours, theirs))
-        missing = np.isnan(ours), np.isnan(theirs)
-        same = (missing[0] == missing[1]).all(axis=1) & (ours.argmax(axis=1) == theirs.argmax(axis=1))
-        known = ~(missing[0] | missing[1]).any(axis=1)
-        return cls(ours[known], theirs[known], same)
-
-
-def _divergence(ours: Array, theirs: Array) -> Array:
-    """KL divergence (nats) of ours from theirs, [rows], both as logarithms of probabilities [rows, classes].
-
-    The sums are part of it, so that it is at least 0 also where ours are not 1, as those of a softmax in 8 bits.
-    """
-    shares = np.exp(theirs)
-    return np.asarray(np.sum(shares * (theirs - ours) - shares + np.exp(ours), axis=1))
-
-
-def _mean(divergence: Array) -> float:
-    return max(0.0, float(divergence.mean())) if len(divergence) else 0.0
-
-
-def _log_softmax(logits: Array) -> Array:
-    from scipy.special import log_softmax
-
-    return _within(log_softmax(logits, axis=1))
-
-
-def _log(probabilities: Array) -> Array:
-    return _within(np.log(np.maximum(probabilities, LEAST)))
-
-
-def _within(logarithms: Array) -> Array:
-    return np.clip(logarithms, math.log(LEAST), MOST)
+def _classes(ours: Array, theirs: Array, field: TensorSpec) -> Measures:
+    """Share of rows [rows, classes] with the same answer, and mean divergence from the base's probabilities."""
+    divergence = class_divergence(ClassRows.of(ours, theirs), field.meaning)
+    agreement = float(same_classes(ours, theirs, field.meaning).mean())
+    return {"agreement": agreement, "kl": max(0.0, float(divergence.mean())) if len(divergence) else 0.0}
 
 
 def _embedding(ours: Array, theirs: Array, _: TensorSpec) -> Measures:
@@ -178,10 +122,7 @@ def _share(value: float) -> float:
 
 
 MEASURES: Final[Mapping[Meaning, MeasureOf]] = {
-    "logits": partial(_classes, logarithms=_log_softmax),
-    "probabilities": partial(_classes, logarithms=_log),
-    "log_probabilities": partial(_classes, logarithms=_within),
-    "independent_probabilities": _independent,
+    **dict.fromkeys(CLASSES, _classes),
     "embedding": _embedding,
     "values": _values,
 }
