@@ -96,7 +96,7 @@ def main(folder: Path, port: int, config: ServiceConfig) -> None:
         quantize(folder / "onnx.onnx", folder / f"{kind}.onnx", SCALES[kind])
     plans = [
         replace(plan, measured=MeasuredLimits(trusts_rows=not plan.name.startswith("tensor")))
-        for plan in serving_plans(config, [report(item.name) for item in config.variants])
+        for plan in serving_plans(config, [report(item.name, spec=SPEC) for item in config.variants])
     ]
     warm = WarmFleet(RuleBase(), plans, Device("cpu", 2), traffic_plan(config))  # type: ignore[arg-type]
     for plan in plans:
