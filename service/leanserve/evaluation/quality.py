@@ -41,7 +41,7 @@ class GateOutputs:
 def measure(
     store: ArtifactStore, base: Base, recipe: Recipe, reference: GateOutputs | None, threads: int
 ) -> tuple[Measurement, GateOutputs]:
-    """MeasureOf a published artifact in a fresh process; compare its answers with `reference` (`None`: it is the base).
+    """Measures of a published artifact in a fresh process; compare its answers with `reference` (`None`: it is the base).
 
     Raises:
         PassFailed: the artifact cannot be loaded or run, not even on a single row.

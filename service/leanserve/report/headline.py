@@ -84,7 +84,7 @@ def hardware(summary: Summary) -> tuple[str, ...]:
     }
     lines = [f"{cpu}, {threads} thread{'s' if threads != 1 else ''}, {isa}" for cpu, threads, isa in sorted(machines)]
     if len(lines) > 1:
-        lines.insert(0, "MeasuredArtifact on different machines or thread counts: compare gains with care.")
+        lines.insert(0, "Measured on different machines or thread counts: compare gains with care.")
     versions = sorted({item for manifest in summary.manifests for item in manifest.versions.items()})
     return (*lines, ", ".join(f"{name} {version}" for name, version in versions))
 
