@@ -41,7 +41,7 @@ class GateOutputs:
 def measure(
     store: ArtifactStore, base: Base, recipe: Recipe, reference: GateOutputs | None, threads: int
 ) -> tuple[Measurement, GateOutputs]:
-    """Measures of a published artifact in a fresh process; compare its answers with `reference` (`None`: it is the base).
+    """Measure a published artifact in a fresh process; compare its answers with `reference` (`None`: it is the base).
 
     Raises:
         PassFailed: the artifact cannot be loaded or run, not even on a single row.
@@ -151,7 +151,7 @@ class _Ended(PassFailed):
 
 
 def _measured(*arguments: str, answers: str) -> Json:
-    """MeasureOf in a child; where that is killed, in another one with half of the rows."""
+    """Measure in a child; where that is killed, in another one with half of the rows."""
     rows = ROWS
     while True:
         try:
