@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from leanserve.build.progress import BuildProgress
     from leanserve.config.schema import BatchConfig, ServiceConfig
     from leanserve.contracts import Backend, Base
+    from leanserve.hardware import Hardware
     from leanserve.serving.opening import BatchLimits, TrafficPlan, VariantPlan, WarmFleet
     from leanserve.telemetry.observations import VariantFacts
     from leanserve.telemetry.startup import Startup
@@ -36,7 +37,8 @@ class AppContext:
         from leanserve.build.needs import require_data, require_machine
         from leanserve.config.schema import read_config
         from leanserve.config.yaml import read_yaml
-        from leanserve.hardware import thread_budget
+        from leanserve.hardware import this_hardware, thread_budget
+        from leanserve.telemetry.hardware_metrics import visible_gpus
 
         self.config: ServiceConfig = config or read_config(path)
         root = cache or self.config.cache
@@ -51,10 +53,11 @@ class AppContext:
             cache=root.resolve() if make_cache else None,
         )
         self.base: Base = open_base(origin)
-        self.plan: Plan = plan(self.config, self.base)
-        require_machine(self.config, os.environ.get("CXX", "g++"))
         budget = thread_budget()
-        self.threads: int = budget if self.config.threads == "auto" else self.config.threads
+        threads = budget if self.config.threads == "auto" else self.config.threads
+        self.hardware: Hardware = this_hardware(threads, visible_gpus())
+        self.plan: Plan = plan(self.config, self.base, self.hardware)
+        require_machine(self.config, os.environ.get("CXX", "g++"))
         self.spare = self.threads < budget
         """Whether the lanes leave a core of those that may be used."""
         if self.config.lanes != "auto" and self.config.lanes > self.threads:
@@ -63,7 +66,7 @@ class AppContext:
                 f"{where}: lanes is {self.config.lanes}, but there are only {self.threads} threads to share"
             )
         if make_cache:
-            self.missing = shortfall(self.store, self.plan, self.threads)
+            self.missing = shortfall(self.store, self.plan, self.hardware)
             """What has to be built or measured first, in words; `None`: nothing."""
             if self.missing is not None and not self.store.writable:
                 raise StartupError(
@@ -74,14 +77,17 @@ class AppContext:
             require_data(self.config, self.base)
 
     @property
+    def threads(self) -> int:
+        """CPU threads in the budget."""
+        return self.hardware.threads
+
+    @property
     def elsewhere(self) -> str:
         """A warning where the measurements of a read-only cache are of another machine; else empty."""
         from leanserve.build.builder import machines
-        from leanserve.hardware import cpu_name
 
-        found = machines(self.store, self.plan, self.threads)
-        here = f"{cpu_name()} with {self.threads} thread{'s' if self.threads > 1 else ''}"
-        where = f"measured on {' and on '.join(found)}, not on this machine ({here})"
+        found = machines(self.store, self.plan, self.hardware)
+        where = f"measured on {' and on '.join(found)}, not on this machine ({self.hardware.words})"
         return f"{where}: the cache is read-only" if found else ""
 
     def reports(self) -> list[VariantReport]:
@@ -89,7 +95,7 @@ class AppContext:
         from leanserve.build.builder import reports
         from leanserve.errors import GateFailed
 
-        found = reports(self.store, self.config, self.plan, self.threads)
+        found = reports(self.store, self.config, self.plan, self.hardware)
         if all(report.state == "excluded" for report in found):
             raise GateFailed("; ".join(f"variant '{item.name}' is excluded: {item.reason}" for item in found))
         return found
@@ -100,7 +106,7 @@ class AppContext:
 
         if self.config.lanes != "auto":
             return self.config.lanes
-        timed = stored_benchmark(self.store, self.plan, self.threads)
+        timed = stored_benchmark(self.store, self.plan, self.hardware)
         assert timed is not None  # what is reported was timed
         keys = [report.ancestry[-1].key for report in reports if report.state == "serving"]
         self_contained = all(self.store.format_of(key).self_contained for key in keys)
@@ -110,7 +116,7 @@ class AppContext:
         """Build, measure and time every artifact of the plan that is missing."""
         from leanserve.build.builder import Builder
 
-        Builder(self.store, self.config, self.base, self.threads, progress).build(self.plan)
+        Builder(self.store, self.config, self.base, self.hardware, progress).build(self.plan)
 
     def open_variants(self, startup: Startup | None = None) -> WarmFleet:
         """Load and warm every variant that passed its gate, on every lane of the device; `startup` is told of each."""

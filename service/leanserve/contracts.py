@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, 
 import numpy as np
 from numpy.typing import NDArray
 
+from leanserve.hardware import Hardware
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -371,7 +373,7 @@ class CandidateQuality:
 
 @dataclass(frozen=True, slots=True)
 class BuildContext:
-    """What a pass may use besides the model: data and teacher (`base`), a seed, threads, scratch space, progress.
+    """What a pass may use besides the model: data and teacher (`base`), a seed, the hardware, scratch space, progress.
 
     `evaluate` tells how good a candidate is, for passes that choose among several: it runs the model on the calibration
     split, never on the rows that the gate judges by.
@@ -382,7 +384,12 @@ class BuildContext:
 
     base: Base
     seed: int
-    threads: int
+    hardware: Hardware
     scratch: Path
     progress: Progress
     evaluate: Callable[[Model], CandidateQuality]
+
+    @property
+    def threads(self) -> int:
+        """CPU threads that the pass may use."""
+        return self.hardware.threads

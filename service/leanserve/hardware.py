@@ -1,4 +1,7 @@
-"""What this machine can do: CPU instruction sets, the number of threads that may really be used, installed libraries.
+"""What this machine can do: instruction sets, the number of threads that may really be used, GPUs, installed libraries.
+
+`Hardware` is the one value that is handed down: the composition root makes it once, and keys, manifests and passes ask
+it instead of the machine.
 
 Containers limit CPUs by cgroup quota and by affinity; `os.cpu_count` knows neither, and a pool of too many threads is
 slower than one of the right size.
@@ -9,6 +12,8 @@ from __future__ import annotations
 import math
 import os
 import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +22,38 @@ INTERESTING_FLAGS = frozenset(
     {"avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"}
     | {"asimd", "asimddp", "asimdhp", "bf16", "i8mm"}
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU that this process may use: its name, and its memory in bytes."""
+
+    name: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What variants are built for and run on."""
+
+    cpu: str
+    """The processor's model name."""
+    threads: int
+    """CPU threads in the budget of the service."""
+    isa: tuple[str, ...] = ()
+    """Instruction sets that decide which compressions pay, sorted."""
+    gpus: tuple[Gpu, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """Processor and threads, as reports and warnings name a machine."""
+        return f"{self.cpu} with {self.threads} thread{'s' if self.threads > 1 else ''}"
+
+
+def this_hardware(threads: int | None = None, gpus: Sequence[Gpu] = ()) -> Hardware:
+    """This machine, with so many threads of it; all that may be used by default."""
+    budget = thread_budget() if threads is None else threads
+    return Hardware(cpu_name(), budget, tuple(sorted(isa_flags())), tuple(gpus))
 
 
 @cache

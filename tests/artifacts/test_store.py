@@ -22,6 +22,7 @@ from leanserve.artifacts.manifest import Measurement, Recipe
 from leanserve.artifacts.store import ArtifactStore, checksums
 from leanserve.contracts import ModelSpec
 from leanserve.errors import ArtifactCorrupt, PassFailed, StartupError
+from leanserve.hardware import this_hardware
 from measurements import measurement
 
 KEY = "a" * 64
@@ -44,7 +45,7 @@ def recipe_of(key: str, files: dict[str, str], parents: tuple[str, ...] = ()) ->
         macs=1,
         seconds=0.5,
         versions={},
-        isa=[],
+        hardware=this_hardware(),
     )
 
 

@@ -21,6 +21,7 @@ from leanserve.artifacts.store import ArtifactStore
 from leanserve.contracts import ArrayData, Arrays, BuildContext, ModelSpec, Result
 from leanserve.errors import PassFailed
 from leanserve.evaluation import interleaved_benchmark, lane_rates, measure, quality
+from leanserve.hardware import this_hardware
 from leanserve.passes.families.lowrank.lowrank_linear import LowrankLinear
 from leanserve.passes.families.prune.prune_channels import PruneChannels
 from leanserve.passes.toolkit import calibration
@@ -167,7 +168,7 @@ def test_another_failure_of_a_measurement_keeps_its_words(monkeypatch: pytest.Mo
 def test_what_cannot_be_timed_beside_the_base_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = children(monkeypatch, {"interleaved_benchmark": KILLED})
     with pytest.raises(PassFailed, match=r"beside the base, and memory ran out: .* killed .*; give .* smaller"):
-        quality.benchmark(ArtifactStore(tmp_path), tiny_base(), "a", ["b"], 2)
+        quality.benchmark(ArtifactStore(tmp_path), tiny_base(), "a", ["b"], this_hardware(2))
     assert [arguments[4:] for arguments in asked] == [("3", "a:32", "b:32"), ("1", "a:32", "b:32")]
 
 
@@ -175,7 +176,7 @@ def test_of_what_was_timed_the_ratios_are_kept_where_the_base_has_memory_too(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     children(monkeypatch, {})
-    [found] = quality.benchmark(ArtifactStore(tmp_path), tiny_base(), "a", ["b"], 2)
+    [found] = quality.benchmark(ArtifactStore(tmp_path), tiny_base(), "a", ["b"], this_hardware(2))
     assert (found.key, found.anchor, found.threads) == ("b", "a", 2)
     assert (found.latency_ms, found.anchor_ms) == ({1: 2.0, 8: 10.0}, {1: 4.0})
     assert found.ratios == {1: RatioInterval(median=0.5, low=0.4, high=0.6)}
@@ -186,11 +187,11 @@ def test_where_lanes_have_no_memory_beside_each_other_one_is_enough(
 ) -> None:
     store = ArtifactStore(tmp_path)
     children(monkeypatch, {})
-    timed = quality.benchmark(store, tiny_base(), "a", ["a"], 2)
-    [known] = quality.benchmark_lanes(store, tiny_base(), timed, 2)
+    timed = quality.benchmark(store, tiny_base(), "a", ["a"], this_hardware(2))
+    [known] = quality.benchmark_lanes(store, tiny_base(), timed, this_hardware(2))
     assert (known.rates, known.gain) == ({1: 800.0, 2: 900.0}, 1.125)
     children(monkeypatch, {"lane_rates": KILLED})
-    [found] = quality.benchmark_lanes(store, tiny_base(), timed, 2)
+    [found] = quality.benchmark_lanes(store, tiny_base(), timed, this_hardware(2))
     assert found.rates == {1: 800.0, 2: 0.0}
     benchmark = BenchmarkSet("x", 2, "a", {}, {"a": found})
     assert benchmark.best_lanes(["a"], 2, self_contained=True) == 1

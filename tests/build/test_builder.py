@@ -22,7 +22,7 @@ from leanserve.build.progress import BuildProgress
 from leanserve.config.schema import ServiceConfig, VariantConfig
 from leanserve.contracts import TorchModel
 from leanserve.evaluation.quality import GateOutputs
-from leanserve.hardware import cpu_name
+from leanserve.hardware import Hardware, cpu_name, this_hardware
 from leanserve.passes.families.runtime.channels_last import ChannelsLast
 from leanserve.runtime.formats.torch import WEIGHTS
 from measurements import measurement
@@ -57,17 +57,23 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What was measured, by key; measuring itself is done in other tests."""
     seen: list[object] = []
 
-    def measure(_store: object, _base: object, recipe: Recipe, _reference: object, threads: int) -> object:
+    def measure(_store: object, _base: object, recipe: Recipe, _reference: object, hardware: Hardware) -> object:
         seen.append(recipe.key)
-        return measurement().model_copy(update={"cpu": cpu_name(), "threads": threads}), GateOutputs((), None)
+        return measurement().model_copy(update={"cpu": hardware.cpu, "threads": hardware.threads}), GateOutputs(
+            (), None
+        )
 
-    def benchmark(_store: object, _base: object, anchor: str, keys: list[str], threads: int) -> list[BenchmarkResult]:
+    def benchmark(
+        _store: object, _base: object, anchor: str, keys: list[str], hardware: Hardware
+    ) -> list[BenchmarkResult]:
         seen.append(("timed", *keys))
-        return [timed(key, anchor, cpu_name(), threads) for key in keys]
+        return [timed(key, anchor, hardware.cpu, hardware.threads) for key in keys]
 
-    def benchmark_lanes(_store: object, _base: object, results: list[BenchmarkResult], threads: int) -> list[LaneRates]:
+    def benchmark_lanes(
+        _store: object, _base: object, results: list[BenchmarkResult], hardware: Hardware
+    ) -> list[LaneRates]:
         seen.append(("lanes", *(result.key for result in results)))
-        return [lanes(result.key, cpu_name(), threads) for result in results]
+        return [lanes(result.key, hardware.cpu, hardware.threads) for result in results]
 
     monkeypatch.setattr(build, "measure", measure)
     monkeypatch.setattr(build, "benchmark", benchmark)
@@ -79,11 +85,11 @@ def built(
     root: Path, base: TinyBase, config: ServiceConfig = CONFIG, threads: int = 1
 ) -> tuple[ArtifactStore, build.Plan, str]:
     """The store, the plan, and what the progress said."""
-    store, work, said = ArtifactStore(root), build.plan(config, base), io.StringIO()
+    store, work, said = ArtifactStore(root), build.plan(config, base, this_hardware()), io.StringIO()
     progress = BuildProgress(Console(file=said, width=400), len(work.keys))
     before = torch.get_num_threads()
     try:
-        build.Builder(store, config, base, threads, progress).build(work)
+        build.Builder(store, config, base, this_hardware(threads), progress).build(work)
     finally:
         torch.set_num_threads(before)
     return store, work, said.getvalue()
@@ -96,11 +102,11 @@ def test_damaged_documents_are_made_again_with_a_message(
     first, last = work.keys
     assert measured == [first, last, ("timed", first, last)]
     assert "damaged" not in said
-    assert build.shortfall(store, work, 1) is None
+    assert build.shortfall(store, work, this_hardware(1)) is None
 
     measured.clear()
     (store.folder(last) / "quality.json").write_bytes((store.folder(first) / "quality.json").read_bytes())
-    assert "belongs to" in (build.shortfall(store, work, 1) or "")
+    assert "belongs to" in (build.shortfall(store, work, this_hardware(1)) or "")
     _, _, said = built(tmp_path, base)
     assert f"damaged measurement is taken again: {store.folder(last)}/quality.json: belongs to" in said
     assert measured == [first, last], "the base gives the answers to compare with"
@@ -116,7 +122,7 @@ def test_damaged_documents_are_made_again_with_a_message(
     _, _, said = built(tmp_path, base)
     assert f"damaged artifact is rebuilt: {store.folder(last)}/manifest.json" in said
     assert measured == [first, last], "the base gives the answers to compare with"
-    assert build.shortfall(store, work, 1) is None
+    assert build.shortfall(store, work, this_hardware(1)) is None
 
 
 def test_one_more_variant_times_itself_and_nothing_else(tmp_path: Path, base: TinyBase, measured: list[object]) -> None:
@@ -131,19 +137,19 @@ def test_one_more_variant_times_itself_and_nothing_else(tmp_path: Path, base: Ti
     new = work.keys[-1]
     assert measured[-3:] == [new, ("timed", new), ("lanes", new)]
     assert before.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "benchmarks").iterdir()}.items()
-    assert build.shortfall(store, work, 2) is None
+    assert build.shortfall(store, work, this_hardware(2)) is None
     next((tmp_path / "benchmarks").glob(f"lanes-{new}.*")).unlink()
-    assert build.shortfall(store, work, 2) == "the gain of several lanes is not measured on this machine"
+    assert build.shortfall(store, work, this_hardware(2)) == "the gain of several lanes is not measured on this machine"
 
 
 def test_what_is_missing_is_named(tmp_path: Path, base: TinyBase) -> None:
     store, work, _ = built(tmp_path / "cache", base)
     empty = ArtifactStore(tmp_path / "empty")
-    assert build.shortfall(empty, work, 1) == "float: base is not built"
+    assert build.shortfall(empty, work, this_hardware(1)) == "float: base is not built"
     store.discard(work.keys[1])
-    assert build.shortfall(store, work, 1) == "folded: fold_bn is not built"
+    assert build.shortfall(store, work, this_hardware(1)) == "folded: fold_bn is not built"
     store, work, _ = built(tmp_path / "cache", base)
-    assert build.shortfall(store, work, 2) == "float: base is not measured on this machine"
+    assert build.shortfall(store, work, this_hardware(2)) == "float: base is not measured on this machine"
 
 
 @pytest.fixture
@@ -163,13 +169,13 @@ def sealed_cache(tmp_path: Path, base: TinyBase, monkeypatch: pytest.MonkeyPatch
 def test_a_read_only_cache_serves_with_the_numbers_of_another_machine(
     sealed_cache: ArtifactStore, base: TinyBase
 ) -> None:
-    work = build.plan(CONFIG, base)
-    assert build.machines(sealed_cache, work, 1) == []
-    assert build.shortfall(sealed_cache, work, 4) is None
-    assert build.machines(sealed_cache, work, 4) == [f"{cpu_name()} with 1 thread"]
-    ancestry = build.reports(sealed_cache, CONFIG, work, 4)[1].ancestry
+    work = build.plan(CONFIG, base, this_hardware())
+    assert build.machines(sealed_cache, work, this_hardware(1)) == []
+    assert build.shortfall(sealed_cache, work, this_hardware(4)) is None
+    assert build.machines(sealed_cache, work, this_hardware(4)) == [f"{cpu_name()} with 1 thread"]
+    ancestry = build.reports(sealed_cache, CONFIG, work, this_hardware(4))[1].ancestry
     assert [(manifest.threads, manifest.quality.throughput) for manifest in ancestry] == [(1, 500.0), (1, 1000.0)]
-    found = build.stored_benchmark(sealed_cache, work, 4)
+    found = build.stored_benchmark(sealed_cache, work, this_hardware(4))
     assert found is not None
     assert found.best_lanes(work.served, 4, self_contained=False) == 1, "lanes were not measured there"
 
@@ -183,10 +189,10 @@ def test_of_other_machines_one_with_as_many_threads_is_taken(
             store.keep_benchmark(timed(key, work.anchor, cpu, threads))
         for key in work.served[: 1 if cpu == "A" else 2]:
             store.keep_lane_rates(lanes(key, cpu, threads))
-    assert build.stored_benchmark(store, work, 4) is None, "where it can be written, it is measured here"
+    assert build.stored_benchmark(store, work, this_hardware(4)) is None, "where it can be written, it is measured here"
     monkeypatch.setattr(artifacts, "may_write", lambda _: False)
     read_only = ArtifactStore(tmp_path)
-    found = [build.stored_benchmark(read_only, work, threads) for threads in (1, 2, 4)]
+    found = [build.stored_benchmark(read_only, work, this_hardware(threads)) for threads in (1, 2, 4)]
     assert [(item.cpu, item.threads) for item in found if item] == [(cpu_name(), 1), ("C", 2), ("B", 4)]
 
 
@@ -197,7 +203,7 @@ def test_a_read_only_cache_that_is_damaged_says_where(
     victim = store.folder(work.keys[1]) / WEIGHTS
     victim.write_bytes(b"half")
     monkeypatch.setattr(artifacts, "may_write", lambda _: False)
-    assert f"{victim}: sha256 is" in (build.shortfall(ArtifactStore(tmp_path), work, 1) or "")
+    assert f"{victim}: sha256 is" in (build.shortfall(ArtifactStore(tmp_path), work, this_hardware(1)) or "")
 
 
 FACTORIES = """
@@ -230,8 +236,8 @@ def test_each_factory_and_each_training_is_answered_by_its_own_artifact(
         declared = {"python": f"built_factories:{factory}", "inputs": {"x": {"shape": [3]}}}
         origin = {"base": declared, "data": {"synthetic": 8}, "folder": tmp_path, "cache": tmp_path / "cache"}
         base = open_base(Origin.model_validate(origin))
-        store, work = ArtifactStore(tmp_path / "cache"), build.plan(config, base)
-        build.Builder(store, config, base, 1, BuildProgress(Console(file=io.StringIO()), 1)).build(work)
+        store, work = ArtifactStore(tmp_path / "cache"), build.plan(config, base, this_hardware())
+        build.Builder(store, config, base, this_hardware(1), BuildProgress(Console(file=io.StringIO()), 1)).build(work)
         model = load_model(store, base, work.served[0])
         assert isinstance(model, TorchModel)
         found: list[float] = model.module(torch.ones(1, 3))[0].tolist()

@@ -20,6 +20,7 @@ from leanserve.build.cache_key import steps_of
 from leanserve.build.source_closure import closure_digest, source_closure
 from leanserve.config.schema import ServiceConfig, VariantConfig
 from leanserve.errors import ConfigError
+from leanserve.hardware import Hardware, this_hardware
 from leanserve.passes import ALL
 from leanserve.passes.base import Pass
 from leanserve.passes.families.runtime.fold_bn import FoldBn
@@ -49,7 +50,7 @@ def key_of(pass_: Pass) -> str:
     passes: Any = (pass_,)
     variant = VariantConfig.model_construct(name="v", passes=passes)
     config = ServiceConfig.model_validate({"base": "tiny", "variants": [{"name": "v"}]})
-    return steps_of(config, row_base(), variant)[-1].key
+    return steps_of(config, row_base(), variant, this_hardware())[-1].key
 
 
 @pytest.mark.parametrize("option", ["table", "tables", "maybe", "inner", "named"])
@@ -175,3 +176,13 @@ def test_the_digest_of_the_closure_decides_the_key(monkeypatch: pytest.MonkeyPat
     assert key_of(FoldBn()) == before
     monkeypatch.setattr(cache_key, "closure_digest", lambda *_: "another")
     assert key_of(FoldBn()) != before
+
+
+def test_a_key_depends_on_the_hardware_where_the_result_does() -> None:
+    def key_on(passes: list[Json], *isa: str) -> str:
+        config = ServiceConfig.model_validate({"base": "x", "variants": [{"name": "v", "passes": passes}]})
+        return steps_of(config, row_base(), config.variants[0], Hardware("a processor", 2, isa))[-1].key
+
+    bound: list[Json] = [{"kind": "quantize_dynamic"}]
+    assert key_on(bound, "avx2") != key_on(bound, "avx2", "avx512_vnni"), "7 or 8 bits"
+    assert key_on([{"kind": "fold_bn"}], "avx2") == key_on([{"kind": "fold_bn"}], "avx2", "avx512_vnni")

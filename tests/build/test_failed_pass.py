@@ -17,7 +17,7 @@ from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Json
 from leanserve.errors import GateFailed, PassFailed
 from leanserve.evaluation.quality import GateOutputs
-from leanserve.hardware import cpu_name
+from leanserve.hardware import Hardware, cpu_name, this_hardware
 from leanserve.report.page import render
 from leanserve.report.summary import summarise
 from leanserve.report.table import print_table
@@ -38,9 +38,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(recipe.key)
         return measurement().model_copy(update={"cpu": cpu_name(), "threads": 1}), GateOutputs((), None)
 
-    def benchmark(_store: object, _base: object, anchor: str, keys: list[str], threads: int) -> list[BenchmarkResult]:
+    def benchmark(
+        _store: object, _base: object, anchor: str, keys: list[str], hardware: Hardware
+    ) -> list[BenchmarkResult]:
         same = {"latency_ms": {1: 2.0}, "anchor_ms": {1: 2.0}, "ratios": {1: RatioInterval(median=1, low=1, high=1)}}
-        machine = {"cpu": cpu_name(), "threads": threads}
+        machine = {"cpu": hardware.cpu, "threads": hardware.threads}
         return [BenchmarkResult.model_validate({"key": key, "anchor": anchor, **machine, **same}) for key in keys]
 
     monkeypatch.setattr(build, "measure", measure)
@@ -56,10 +58,12 @@ def config(gate: Json, *last: Json) -> ServiceConfig:
 def built(root: Path, settings: ServiceConfig) -> tuple[str, list[VariantReport]]:
     """What the progress said, and the reports."""
     base: TinyBase = tiny_base()
-    store, work, said = ArtifactStore(root), build.plan(settings, base), io.StringIO()
-    build.Builder(store, settings, base, 1, BuildProgress(Console(file=said, width=400), len(work.keys))).build(work)
-    assert build.shortfall(store, work, 1) is None
-    return said.getvalue(), build.reports(store, settings, work, 1)
+    store, work, said = ArtifactStore(root), build.plan(settings, base, this_hardware()), io.StringIO()
+    build.Builder(
+        store, settings, base, this_hardware(1), BuildProgress(Console(file=said, width=400), len(work.keys))
+    ).build(work)
+    assert build.shortfall(store, work, this_hardware(1)) is None
+    return said.getvalue(), build.reports(store, settings, work, this_hardware(1))
 
 
 def test_it_excludes_its_variant_and_the_others_are_built(tmp_path: Path) -> None:

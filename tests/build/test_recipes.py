@@ -17,6 +17,7 @@ from leanserve.build.cache_key import steps_of
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import TorchModel
 from leanserve.errors import PassFailed
+from leanserve.hardware import this_hardware
 from structural_nets import Residual, image_base
 from tiny_base import TinyBase
 
@@ -52,14 +53,14 @@ def base() -> TinyBase:
 
 
 def keys(config: ServiceConfig, base: TinyBase, place: int) -> list[str]:
-    return [step.key for step in steps_of(config, base, config.variants[place])]
+    return [step.key for step in steps_of(config, base, config.variants[place], this_hardware())]
 
 
 def test_going_on_from_a_parent_is_the_same_as_writing_all_passes_out(base: TinyBase) -> None:
     whole = config_of({"name": "a", "passes": [PRUNE, distill(1e-3), FOLD]})
     short = config_of({"name": "b", "parent": "a", "passes": [FOLD]}, {"name": "a", "passes": [PRUNE, distill(1e-3)]})
     assert keys(whole, base, 0) == keys(short, base, 0)
-    steps = steps_of(short, base, short.variants[0])
+    steps = steps_of(short, base, short.variants[0], this_hardware())
     assert [(step.variant, step.position) for step in steps[1:]] == [("a", 1), ("a", 2), ("b", 1)]
 
 

@@ -24,7 +24,7 @@ from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Arrays, Result
 from leanserve.errors import ConfigError
 from leanserve.evaluation import lane_rates
-from leanserve.hardware import cpu_name
+from leanserve.hardware import cpu_name, this_hardware
 from leanserve.runtime.formats.torch import use_threads
 
 BATCHES = [(np.zeros((rows, 1), np.float32),) for rows in (1, 4)]
@@ -140,7 +140,7 @@ def test_a_measurement_without_the_lanes_of_a_served_variant_is_taken_again(
     plan = Plan(cast(Any, ((None, steps[:1]), (None, steps))))
     assert (plan.served, plan.anchor) == (("base", "last"), "base")
     store = ArtifactStore(tmp_path)
-    assert stored_benchmark(store, plan, threads) is None
+    assert stored_benchmark(store, plan, this_hardware(threads)) is None
     for key in plan.keys:
         store.keep_benchmark(
             BenchmarkResult(
@@ -149,7 +149,7 @@ def test_a_measurement_without_the_lanes_of_a_served_variant_is_taken_again(
         )
     for key, gain in rates.items():
         store.keep_lane_rates(lanes_of(key, gain, threads))
-    assert (stored_benchmark(store, plan, threads) is not None) == found
+    assert (stored_benchmark(store, plan, this_hardware(threads)) is not None) == found
 
 
 def config(**changes: object) -> dict[str, object]:

@@ -22,6 +22,7 @@ from leanserve.contracts import Array, ArrayData, Arrays, Base, ModelSpec, Resul
 from leanserve.errors import ArtifactCorrupt
 from leanserve.evaluation.measure import outputs_on
 from leanserve.evaluation.quality import GateOutputs, gate_reason, measure, scored
+from leanserve.hardware import this_hardware
 from leanserve.scoring import accuracy
 from report_samples import artifact, classes, embedding, values
 
@@ -135,7 +136,8 @@ def published(store: ArtifactStore, spec: ModelSpec, key: str, first: float, sec
         network(folder, first, second)
         recipe = Recipe(
             key=key, parents=(), base="two", kind=None, options={}, decisions={}, facts={}, simulated=False,
-            format="onnx", spec=spec, files=checksums(folder), parameters=24, macs=24, seconds=0.0, versions={}, isa=[],
+            format="onnx", spec=spec, files=checksums(folder), parameters=24, macs=24, seconds=0.0, versions={},
+            hardware=this_hardware(),
         )  # fmt: skip
         store.publish(folder, recipe)
     return recipe
@@ -143,9 +145,9 @@ def published(store: ArtifactStore, spec: ModelSpec, key: str, first: float, sec
 
 def test_a_variant_is_judged_by_its_worst_output_and_by_its_labels(tmp_path: Path, base: LoadedBase) -> None:
     store = ArtifactStore(tmp_path / "store")
-    whole, answers = measure(store, base, published(store, base.spec, "a" * 64, 1, 1), None, 1)
+    whole, answers = measure(store, base, published(store, base.spec, "a" * 64, 1, 1), None, this_hardware(1))
     assert whole.fidelity.agreement == 1.0
-    poor, _ = measure(store, base, published(store, base.spec, "b" * 64, 1.7, -1), answers, 1)
+    poor, _ = measure(store, base, published(store, base.spec, "b" * 64, 1.7, -1), answers, this_hardware(1))
     price, boxes = poor.fidelity.outputs
     assert price.error == pytest.approx(0.7, abs=0.05)
     assert boxes.cosine == pytest.approx(-1)

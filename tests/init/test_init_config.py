@@ -17,6 +17,7 @@ from PIL import Image
 
 from leanserve.config.schema import ServiceConfig, read_config
 from leanserve.errors import ConfigError
+from leanserve.hardware import Hardware
 from leanserve.init.data_argument import data_seen
 from leanserve.init.model_argument import Hints, base_section
 from leanserve.init.suggestions import suggest
@@ -113,8 +114,9 @@ def test_rows_that_change_each_other_are_kept_apart_and_the_file_says_so(folder:
 def test_a_machine_without_instructions_is_not_offered_what_would_be_emulated(folder: Path) -> None:
     seen = write_config("init_model:images", folder / "a.yaml", IMAGES, None)
     profile, offered = seen.profile, seen.suggestions
-    assert "bf16" in {suggestion.name for suggestion in suggest(profile, EVERYTHING, trainable=False)}
-    poor = suggest(profile, frozenset({"avx2"}), trainable=False)
+    everything = Hardware("x", 1, tuple(EVERYTHING))
+    assert "bf16" in {suggestion.name for suggestion in suggest(profile, everything, trainable=False)}
+    poor = suggest(profile, Hardware("x", 1, ("avx2",)), trainable=False)
     assert "bf16" not in {suggestion.name for suggestion in poor}
     assert "no fast int8" in next(suggestion.expect for suggestion in poor if suggestion.name == "int8")
     assert offered[0].name == "float"

@@ -10,6 +10,7 @@ from torch import nn
 
 from leanserve.contracts import ModelSpec, OnnxModel, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
+from leanserve.hardware import Hardware
 from leanserve.passes.families.precision.cast import Cast
 from tiny_base import IMAGES, TinyBase, TinyNet, context_of, lively, tiny_base
 
@@ -151,8 +152,8 @@ def test_the_speed_is_measured_against_the_given_model(tmp_path: Path) -> None:
 )
 def test_emulation_is_refused(dtype: str, flags: set[str]) -> None:
     pass_ = Cast.model_validate({"dtype": dtype})
-    assert pass_.unsupported_reason(frozenset(flags)) is None
-    reason = pass_.unsupported_reason(frozenset({"avx2", "avx512f", "avx512_vnni", "asimd"}))
+    assert pass_.unsupported_reason(Hardware("x", 1, tuple(flags))) is None
+    reason = pass_.unsupported_reason(Hardware("x", 1, ("asimd", "avx2", "avx512_vnni", "avx512f")))
     assert reason is not None
     assert f"cast to {dtype} would be emulated" in reason
     assert next(iter(flags)) in reason

@@ -17,11 +17,11 @@ from leanserve.artifacts.load import load_model
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.build.cache_key import steps_of
 from leanserve.config.errors import KINDS
-from leanserve.config.schema import ServiceConfig
+from leanserve.config.schema import GateConfig, ServiceConfig
 from leanserve.contracts import Arrays, Model, TensorSpec
 from leanserve.errors import PassFailed
 from leanserve.evaluation.fidelity import fidelity
-from leanserve.hardware import isa_flags
+from leanserve.hardware import this_hardware
 from leanserve.passes import AnyPass
 from leanserve.passes.base import Pass
 from leanserve.runtime.formats import open_backend
@@ -102,7 +102,7 @@ def test_every_pass_has_a_case() -> None:
 def test_built_stored_and_loaded_it_answers_like_the_base(kind: str, tmp_path: Path) -> None:
     _, least_cosine = CASES[kind]
     base, config = base_for(kind), variant_of(kind)
-    if reason := config.variants[-1].passes[-1].unsupported_reason(isa_flags()):
+    if reason := config.variants[-1].passes[-1].unsupported_reason(this_hardware()):
         pytest.skip(reason)
     before = {name: tensor.clone() for name, tensor in base.teacher.state_dict().items()}
 
@@ -127,7 +127,7 @@ def test_built_stored_and_loaded_it_answers_like_the_base(kind: str, tmp_path: P
 @pytest.mark.parametrize("kind", [kind for kind in CASES if kind != "torch_compile"])
 def test_the_same_input_makes_the_same_artifact(kind: str, tmp_path: Path) -> None:
     base, config = base_for(kind), variant_of(kind)
-    if reason := config.variants[-1].passes[-1].unsupported_reason(isa_flags()):
+    if reason := config.variants[-1].passes[-1].unsupported_reason(this_hardware()):
         pytest.skip(reason)
     first, second = ArtifactStore(tmp_path / "a"), ArtifactStore(tmp_path / "b")
     keys, _ = constructed(first, config, base)
@@ -155,7 +155,7 @@ def test_shared_prefixes_are_built_once_and_a_second_build_makes_nothing(tmp_pat
 def test_what_decides_an_artifact_decides_its_key(change: str) -> None:
     def key(base: TinyBase, seed: int, rank: float, *before: Mapping[str, Any]) -> str:
         config = config_of([*before, {"kind": "lowrank_conv", "energy": rank}]).model_copy(update={"seed": seed})
-        chain = steps_of(config, base, config.variants[0])
+        chain = steps_of(config, base, config.variants[0], this_hardware())
         return chain[-1].key
 
     base = row_base()
@@ -172,5 +172,6 @@ def test_what_decides_an_artifact_decides_its_key(change: str) -> None:
 
 def test_a_failing_pass_names_variant_position_and_option(tmp_path: Path) -> None:
     config = config_of([{"kind": "quantize_static", "keep_float": ["nothing-like-it"]}])
+    config = config.model_copy(update={"gate": GateConfig(on_fail="abort")})
     with pytest.raises(PassFailed, match=r"variant 'v0', pass 1 \(quantize_static\): .*keep_float"):
         constructed(ArtifactStore(tmp_path), config, image_base(Residual()))

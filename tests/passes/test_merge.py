@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from leanserve.contracts import CandidateQuality, Model, TorchModel
 from leanserve.errors import PassFailed
+from leanserve.hardware import this_hardware
 from leanserve.passes.families.merge.merge import Merge
 from tiny_base import TinyBase, TinyNet, context_of, lively, tiny_base
 
@@ -97,7 +98,7 @@ def test_a_greedy_soup_takes_the_better_first_and_as_long_as_it_does_not_get_wor
         return CandidateQuality(10, answers[len(asked) - 1], 0.0)
 
     context = context_of(base, tmp_path)
-    context = type(context)(base, 0, 1, tmp_path, context.progress, evaluate)
+    context = type(context)(base, 0, this_hardware(1), tmp_path, context.progress, evaluate)
     parents = moved(base, 1, 2, 3)
     applied = Merge(method="greedy").join(parents, context)
     assert applied.decisions == {"parents": [2, 3]}
@@ -110,7 +111,9 @@ def test_a_greedy_soup_takes_the_better_first_and_as_long_as_it_does_not_get_wor
 def test_a_greedy_soup_of_one_is_that_parent(base: TinyBase, tmp_path: Path) -> None:
     answers = iter([0.9, 0.2, 0.1])
     context = context_of(base, tmp_path)
-    context = type(context)(base, 0, 1, tmp_path, context.progress, lambda _: CandidateQuality(10, next(answers), 0.0))
+    context = type(context)(
+        base, 0, this_hardware(1), tmp_path, context.progress, lambda _: CandidateQuality(10, next(answers), 0.0)
+    )
     parents = moved(base, 1, 2)
     applied = Merge(method="greedy").join(parents, context)
     assert applied.decisions == {"parents": [1]}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from leanserve.comparison import row_cosines
 from leanserve.contracts import Arrays, Model, TorchModel
 from leanserve.errors import PassFailed
-from leanserve.hardware import isa_flags
+from leanserve.hardware import this_hardware
 from leanserve.passes import AnyPass
 from leanserve.passes.base import Applied, Pass
 from leanserve.passes.toolkit.checkpoint import (
@@ -40,7 +40,7 @@ TIES = [["tokens.weight", "head.weight"], ["mix.weight", "again.weight"], ["mix.
 
 def applied(base: TinyBase, scratch: Path, **options: Any) -> Applied:
     pass_ = PASS.validate_python(options)
-    if reason := pass_.unsupported_reason(isa_flags()):
+    if reason := pass_.unsupported_reason(this_hardware()):
         pytest.skip(reason)
     return pass_.apply(base.model(), context_of(base, scratch))
 

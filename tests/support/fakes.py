@@ -21,6 +21,7 @@ from leanserve.codecs.images import ImageCodec
 from leanserve.config.schema import ServiceConfig
 from leanserve.context import serving_plans, traffic_plan
 from leanserve.contracts import Array, Arrays, Codec, Data, Model, ModelSpec, Result, Split, TensorSpec
+from leanserve.hardware import this_hardware
 from leanserve.runtime.device import Device
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.opening import WarmFleet
@@ -120,7 +121,7 @@ def report(name: str, reason: str | None = None, spec: ModelSpec = SPEC) -> Vari
         macs=1,
         seconds=0.0,
         versions={},
-        isa=[],
+        hardware=this_hardware(),
         quality=quality,
         cpu="x",
         threads=1,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from leanserve.artifacts.manifest import Manifest, OutputFidelity, Quality, VariantReport
 from leanserve.contracts import ModelSpec
+from leanserve.hardware import Hardware
 
 HOSTILE = "<script>alert(1)</script>[red]&\"'$x^2$"
 UNLABELLED = {"score": None, "score_low": None, "score_high": None}
@@ -69,7 +70,7 @@ def artifact(kind: str | None = None, gain: float = 1.0, score: float | None = 0
         "macs": 148_000_000,
         "seconds": 2.5,
         "versions": {"torch": "2.13.0"},
-        "isa": ["avx2", "avx512_vnni"],
+        "hardware": Hardware("x", 2, ("avx2", "avx512_vnni")),
         "cpu": "Test CPU 3000",
         "threads": 2,
     }

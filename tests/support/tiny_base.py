@@ -24,6 +24,7 @@ from leanserve.contracts import (
     TorchModel,
 )
 from leanserve.evaluation.candidates import CandidateEvaluator
+from leanserve.hardware import this_hardware
 
 IMAGES = ModelSpec(
     (TensorSpec("image", "float32", (1, 8, 8)),),
@@ -110,4 +111,4 @@ def no_progress(done: float, total: float, note: str = "") -> None:
 
 def context_of(base: Base, scratch: Path, progress: Progress = no_progress, seed: int = 0) -> BuildContext:
     """A build context with one thread, so that sums are added up in one order."""
-    return BuildContext(base, seed, 1, scratch, progress, CandidateEvaluator(base, 1))
+    return BuildContext(base, seed, this_hardware(1), scratch, progress, CandidateEvaluator(base, 1))

@@ -10,7 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from prometheus_client.samples import Sample
 
 from fake_hardware import FakeNvml, busy_gpu, processor
-from leanserve.telemetry.hardware_metrics import Sources, initialised_nvml
+from leanserve.hardware import Gpu
+from leanserve.telemetry.hardware_metrics import Sources, initialised_nvml, visible_gpus
 from leanserve.telemetry.metrics import Metrics
 from leanserve.telemetry.observations import VariantFacts
 
@@ -143,3 +144,7 @@ def test_the_thread_budget_is_told_where_it_is_known() -> None:
 def test_a_machine_without_gpu_or_package_has_no_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert initialised_nvml() is None
+
+
+def test_gpus_are_part_of_the_hardware() -> None:
+    assert visible_gpus(FakeNvml(busy_gpu())) == [Gpu("NVIDIA H200", 140 * 2**30)]

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from leanserve.artifacts.benchmarks import RatioInterval
 from leanserve.contracts import Json, Meaning, ModelSpec
+from leanserve.hardware import Hardware
 
 
 class OutputFidelity(BaseModel):
@@ -99,7 +100,8 @@ class Recipe(BaseModel):
     seconds: float
     """Wall-clock seconds of `apply`, measuring excluded."""
     versions: dict[str, str]
-    isa: list[str]
+    hardware: Hardware
+    """On which it was made."""
 
 
 class Measurement(BaseModel):

@@ -26,7 +26,7 @@ from leanserve.contracts import Base, BuildContext, Format, Model, ModelSize
 from leanserve.errors import ArtifactCorrupt, GateFailed, PassFailed, StartupError
 from leanserve.evaluation.candidates import CandidateEvaluator
 from leanserve.evaluation.quality import GateOutputs, benchmark, benchmark_lanes, gate_reason, measure
-from leanserve.hardware import cpu_name, isa_flags
+from leanserve.hardware import Hardware
 from leanserve.memory import is_out_of_memory
 from leanserve.passes.base import Applied, Pass, Stage
 from leanserve.runtime.formats import format_named
@@ -65,7 +65,7 @@ class Plan:
         return tuple(dict.fromkeys(steps[-1].key for _, steps in self.recipes))
 
 
-def plan(config: ServiceConfig, base: Base) -> Plan:
+def plan(config: ServiceConfig, base: Base, hardware: Hardware) -> Plan:
     """The recipes of all variants.
 
     Raises:
@@ -73,9 +73,9 @@ def plan(config: ServiceConfig, base: Base) -> Plan:
     """
     for variant in config.variants:
         for position, pass_ in enumerate(variant.passes, start=1):
-            if reason := pass_.unsupported_reason(isa_flags()):
+            if reason := pass_.unsupported_reason(hardware):
                 raise PassFailed(f"{_where(variant.name, pass_, position)}: {reason}")
-    return Plan(tuple((variant, steps_of(config, base, variant)) for variant in config.variants))
+    return Plan(tuple((variant, steps_of(config, base, variant, hardware)) for variant in config.variants))
 
 
 def living(store: ArtifactStore, work: Plan) -> Plan:
@@ -90,7 +90,7 @@ def failed_step(store: ArtifactStore, steps: Sequence[RecipeStep]) -> tuple[Reci
     return next(((step, failure.reason) for step, failure in found if failure is not None), None)
 
 
-def stored_benchmark(store: ArtifactStore, work: Plan, threads: int) -> BenchmarkSet | None:
+def stored_benchmark(store: ArtifactStore, work: Plan, hardware: Hardware) -> BenchmarkSet | None:
     """How fast all artifacts are on this machine, with lanes too if there are threads for several; `None`: not known.
 
     Where that is missing from a cache that cannot be written: how fast they are on another machine, if possible with as
@@ -100,37 +100,43 @@ def stored_benchmark(store: ArtifactStore, work: Plan, threads: int) -> Benchmar
         ArtifactCorrupt: what was timed on this machine is damaged.
     """
     work = living(store, work)
-    here = _benchmark_on(store, work, cpu_name(), threads)
+    here = _benchmark_on(store, work, _machine(hardware))
     if here.covers(work.keys, work.served):
         return here
     machines = [] if store.writable else store.machines(work.anchor)
-    found = [_intact_benchmark(store, work, *machine) for machine in machines]
+    found = [_intact_benchmark(store, work, machine) for machine in machines]
     complete = [other for other in found if other is not None and other.covers(work.keys, work.served)]
-    return min(complete, key=lambda other: (other.threads != threads, other.cpu), default=None)
+    return min(complete, key=lambda other: (other.threads != hardware.threads, other.cpu), default=None)
 
 
-def _benchmark_on(store: ArtifactStore, work: Plan, cpu: str, threads: int) -> BenchmarkSet:
-    """What is known of a machine."""
+def _benchmark_on(store: ArtifactStore, work: Plan, machine: tuple[str, int]) -> BenchmarkSet:
+    """What is known of a machine: its processor, and threads."""
+    cpu, threads = machine
     results = {key: store.benchmark(key, work.anchor, cpu, threads) for key in work.keys}
     lanes = {key: store.lane_rates(key, cpu, threads) for key in (work.served if threads > 1 else ())}
     return BenchmarkSet(cpu, threads, work.anchor, _present(results), _present(lanes))
 
 
-def _intact_benchmark(store: ArtifactStore, work: Plan, cpu: str, threads: int) -> BenchmarkSet | None:
+def _intact_benchmark(store: ArtifactStore, work: Plan, machine: tuple[str, int]) -> BenchmarkSet | None:
     with suppress(ArtifactCorrupt):
-        return _benchmark_on(store, work, cpu, threads)
+        return _benchmark_on(store, work, machine)
     return None
+
+
+def _machine(hardware: Hardware) -> tuple[str, int]:
+    """What tells machines apart whose measurements are not compared."""
+    return hardware.cpu, hardware.threads
 
 
 def _present(found: Mapping[str, _Measured | None]) -> dict[str, _Measured]:
     return {key: item for key, item in found.items() if item is not None}
 
 
-def shortfall(store: ArtifactStore, work: Plan, threads: int) -> str | None:
+def shortfall(store: ArtifactStore, work: Plan, hardware: Hardware) -> str | None:
     """What has to be built or measured before anything can be served, in words; `None`: nothing."""
     try:
         alive = living(store, work)
-        timed = stored_benchmark(store, work, threads) or _benchmark_on(store, alive, cpu_name(), threads)
+        timed = stored_benchmark(store, work, hardware) or _benchmark_on(store, alive, _machine(hardware))
         for step in alive.steps:
             if store.manifest(step.key, timed) is None:
                 missing = "not built" if store.recipe(step.key) is None else "not measured on this machine"
@@ -142,22 +148,22 @@ def shortfall(store: ArtifactStore, work: Plan, threads: int) -> str | None:
     return None
 
 
-def machines(store: ArtifactStore, work: Plan, threads: int) -> list[str]:
+def machines(store: ArtifactStore, work: Plan, hardware: Hardware) -> list[str]:
     """Where the reported numbers were measured, if not here: a processor and its threads each."""
-    timed = stored_benchmark(store, work, threads)
+    timed = stored_benchmark(store, work, hardware)
     measured = [timed, *(store.measurement(key) for key in living(store, work).keys)]
-    found = {(item.cpu, item.threads) for item in measured if item is not None} - {(cpu_name(), threads)}
+    found = {(item.cpu, item.threads) for item in measured if item is not None} - {_machine(hardware)}
     return [f"{cpu} with {count} thread{'s' if count > 1 else ''}" for cpu, count in sorted(found)]
 
 
-def reports(store: ArtifactStore, config: ServiceConfig, work: Plan, threads: int) -> list[VariantReport]:
+def reports(store: ArtifactStore, config: ServiceConfig, work: Plan, hardware: Hardware) -> list[VariantReport]:
     """Every variant with its manifests and the gate's word.
 
     Raises:
         GateFailed: a variant fails a gate that says `on_fail: abort`, or cannot be made and has such a gate.
         ArtifactCorrupt: an artifact is missing or damaged.
     """
-    timed = stored_benchmark(store, work, threads)
+    timed = stored_benchmark(store, work, hardware)
     alive = living(store, work)
     manifests = {key: store.manifest(key, timed) for key in alive.keys} if timed else {}
     found = []
@@ -210,14 +216,14 @@ class Builder:
     """Makes the missing artifacts of a plan, one by one."""
 
     def __init__(
-        self, store: ArtifactStore, config: ServiceConfig, base: Base, threads: int, progress: BuildProgress
+        self, store: ArtifactStore, config: ServiceConfig, base: Base, hardware: Hardware, progress: BuildProgress
     ) -> None:
         self._store = store
         self._config = config
         self._base = base
-        self._threads = threads
+        self._hardware = hardware
         self._progress = progress
-        self._evaluator = CandidateEvaluator(base, threads)
+        self._evaluator = CandidateEvaluator(base, hardware.threads)
         self._reference: GateOutputs | None = None
         self._made: tuple[str, Model] | None = None
         """Key and model of the artifact that was made last."""
@@ -231,7 +237,7 @@ class Builder:
             PassFailed: with the variant, the pass and its position: of the base, for lack of memory, or where the gate
                 says `on_fail: abort`.
         """
-        _set_threads(self._threads)
+        _set_threads(self._hardware.threads)
         self._store.sweep()
         unmade: set[str] = set()
         try:
@@ -246,26 +252,26 @@ class Builder:
 
     def _compare(self, work: Plan) -> None:
         """Time what was not timed yet on this machine; two builders never time at once."""
-        store, threads = self._store, self._threads
+        store, hardware = self._store, self._hardware
         with store.lock("benchmark"), self._progress.artifact(None, "all, side by side"):
             known = {key: self._intact(self._benchmark_of(key, work.anchor)) for key in work.keys}
             untimed = [key for key, result in known.items() if result is None]
-            fresh = benchmark(store, self._base, work.anchor, untimed, threads) if untimed else []
+            fresh = benchmark(store, self._base, work.anchor, untimed, hardware) if untimed else []
             for result in fresh:
                 store.keep_benchmark(result)
             timed = _present(known) | {result.key: result for result in fresh}
             self._compare_lanes([timed[key] for key in work.served if key in timed])
 
     def _benchmark_of(self, key: str, anchor: str) -> Callable[[], BenchmarkResult | None]:
-        return partial(self._store.benchmark, key, anchor, cpu_name(), self._threads)
+        return partial(self._store.benchmark, key, anchor, *_machine(self._hardware))
 
     def _compare_lanes(self, timed: Sequence[BenchmarkResult]) -> None:
         """Measure what a lane per thread brings where that is not known."""
-        store, threads = self._store, self._threads
-        known = (self._intact(partial(store.lane_rates, item.key, cpu_name(), threads)) for item in timed)
+        store, hardware = self._store, self._hardware
+        known = (self._intact(partial(store.lane_rates, item.key, *_machine(hardware))) for item in timed)
         unknown = [item for item, rates in zip(timed, known, strict=True) if rates is None]
-        if threads > 1 and unknown:
-            for rates in benchmark_lanes(store, self._base, unknown, threads):
+        if hardware.threads > 1 and unknown:
+            for rates in benchmark_lanes(store, self._base, unknown, hardware):
                 store.keep_lane_rates(rates)
 
     def _advance(self, step: RecipeStep) -> bool:
@@ -297,7 +303,7 @@ class Builder:
                 recipe = self._recipe_of(step.key)
                 assert recipe is not None
             measured = self._intact(lambda: self._store.measurement(step.key))
-            if measured is None or (measured.cpu, measured.threads) != (cpu_name(), self._threads):
+            if measured is None or (measured.cpu, measured.threads) != _machine(self._hardware):
                 rows = self._measure(recipe).fidelity.memory_rows
                 if rows is not None:
                     self._progress.say(f"{step.variant}: {kind}: there is memory for batches of at most {rows} rows")
@@ -352,7 +358,7 @@ class Builder:
         load = [partial(self._parent, key) for key in step.parents]
         models = OneByOne(load) if len(load) > 1 else [load[0]()]
         scratch = self._store.scratch(step.key)
-        context = BuildContext(self._base, self._config.seed, self._threads, scratch, self._progress, self._evaluator)
+        context = BuildContext(self._base, self._config.seed, self._hardware, scratch, self._progress, self._evaluator)
         started = time.perf_counter()
         try:
             return step.pass_.join(models, context), time.perf_counter() - started
@@ -386,12 +392,12 @@ class Builder:
             macs=size.macs,
             seconds=seconds,
             versions=versions_of(("leanserve", *libraries)),
-            isa=sorted(isa_flags()),
+            hardware=self._hardware,
         )
 
     def _measure(self, recipe: Recipe) -> Measurement:
         reference = self._base_answers(recipe) if recipe.parents else None
-        measurement, answers = measure(self._store, self._base, recipe, reference, self._threads)
+        measurement, answers = measure(self._store, self._base, recipe, reference, self._hardware)
         if not recipe.parents:
             self._reference = answers
         self._store.attach(recipe.key, measurement)
@@ -401,7 +407,7 @@ class Builder:
         """The base's outputs on the gate split; run again if the base itself came from the cache."""
         if self._reference is None:
             root = self._store.ancestry(recipe.key)[0]
-            _, self._reference = measure(self._store, self._base, root, None, self._threads)
+            _, self._reference = measure(self._store, self._base, root, None, self._hardware)
         return self._reference
 
 

@@ -21,7 +21,7 @@ from leanserve.bases.checkpoints import file_digest
 from leanserve.build.source_closure import closure_digest
 from leanserve.config.schema import ServiceConfig, VariantConfig
 from leanserve.contracts import Base, Json
-from leanserve.hardware import isa_flags, library_version
+from leanserve.hardware import Hardware, library_version
 from leanserve.passes.base import Pass
 
 FORMAT = 3
@@ -44,28 +44,37 @@ class RecipeStep:
     variant: str
 
 
-def steps_of(config: ServiceConfig, base: Base, variant: VariantConfig) -> tuple[RecipeStep, ...]:
+def steps_of(config: ServiceConfig, base: Base, variant: VariantConfig, hardware: Hardware) -> tuple[RecipeStep, ...]:
     """All that a variant is made of, each artifact once, in building order: the base first, the variant itself last."""
-    return _steps(config, base, variant, {})
+    return _Recipes(config, base, hardware).steps(variant)
 
 
-def _steps(
-    config: ServiceConfig, base: Base, variant: VariantConfig, known: dict[str, tuple[RecipeStep, ...]]
-) -> tuple[RecipeStep, ...]:
-    """`known` has those of variants that were met already, by name."""
-    if variant.name in known:
-        return known[variant.name]
-    root = RecipeStep(_digest({"format": FORMAT, "base": base.digest}), (), None, 0, variant.name)
-    named = {item.name: item for item in config.variants}
-    lines = [_steps(config, base, named[name], known) for name in variant.parent_names] or [(root,)]
-    steps = {step.key: step for line in lines for step in line}
-    parents = tuple(line[-1].key for line in lines)
-    for position, pass_ in enumerate(variant.passes, start=1):
-        key = _digest(_ingredients(pass_, parents, config.seed))
-        steps[key] = RecipeStep(key, parents, pass_, position, variant.name)
-        parents = (key,)
-    known[variant.name] = tuple(steps.values())
-    return known[variant.name]
+class _Recipes:
+    """The steps of variants that may be made of each other."""
+
+    def __init__(self, config: ServiceConfig, base: Base, hardware: Hardware) -> None:
+        self._named = {item.name: item for item in config.variants}
+        self._seed = config.seed
+        self._base = base
+        self._hardware = hardware
+        self._known: dict[str, tuple[RecipeStep, ...]] = {}
+        """Those of variants that were met already, by name."""
+
+    def steps(self, variant: VariantConfig) -> tuple[RecipeStep, ...]:
+        if variant.name not in self._known:
+            self._known[variant.name] = self._fresh(variant)
+        return self._known[variant.name]
+
+    def _fresh(self, variant: VariantConfig) -> tuple[RecipeStep, ...]:
+        root = RecipeStep(_digest({"format": FORMAT, "base": self._base.digest}), (), None, 0, variant.name)
+        lines = [self.steps(self._named[name]) for name in variant.parent_names] or [(root,)]
+        steps = {step.key: step for line in lines for step in line}
+        parents = tuple(line[-1].key for line in lines)
+        for position, pass_ in enumerate(variant.passes, start=1):
+            key = _digest(_ingredients(pass_, parents, self._seed, self._hardware))
+            steps[key] = RecipeStep(key, parents, pass_, position, variant.name)
+            parents = (key,)
+        return tuple(steps.values())
 
 
 def versions_of(libraries: tuple[str, ...]) -> dict[str, str]:
@@ -73,7 +82,7 @@ def versions_of(libraries: tuple[str, ...]) -> dict[str, str]:
     return {name: library_version(name) or "absent" for name in libraries}
 
 
-def _ingredients(pass_: Pass, parents: Sequence[str], seed: int) -> Json:
+def _ingredients(pass_: Pass, parents: Sequence[str], seed: int, hardware: Hardware) -> Json:
     return {
         "format": FORMAT,
         "parents": list(parents),
@@ -81,7 +90,7 @@ def _ingredients(pass_: Pass, parents: Sequence[str], seed: int) -> Json:
         "source": closure_digest(Path(inspect.getfile(type(pass_))), ROOT),
         "seed": seed,
         "versions": versions_of(pass_.libraries),
-        "isa": sorted(isa_flags()) if pass_.isa_bound else None,
+        "isa": list(hardware.isa) if pass_.isa_bound else None,
     }
 
 

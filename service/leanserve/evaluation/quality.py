@@ -25,7 +25,7 @@ from leanserve.errors import PassFailed
 from leanserve.evaluation.fidelity import fidelity
 from leanserve.evaluation.interleaved_benchmark import GROUP
 from leanserve.evaluation.measure import ROWS
-from leanserve.hardware import cpu_name
+from leanserve.hardware import Hardware
 
 RESAMPLES = 1000
 
@@ -39,7 +39,7 @@ class GateOutputs:
 
 
 def measure(
-    store: ArtifactStore, base: Base, recipe: Recipe, reference: GateOutputs | None, threads: int
+    store: ArtifactStore, base: Base, recipe: Recipe, reference: GateOutputs | None, hardware: Hardware
 ) -> tuple[Measurement, GateOutputs]:
     """Measure a published artifact in a fresh process; compare its answers with `reference` (`None`: it is the base).
 
@@ -47,7 +47,7 @@ def measure(
         PassFailed: the artifact cannot be loaded or run, not even on a single row.
     """
     path = store.root / "tmp" / f"{recipe.key}.{os.getpid()}.npz"
-    known = _measured(str(store.root), recipe.key, base.origin, str(threads), answers=str(path))
+    known = _measured(str(store.root), recipe.key, base.origin, str(hardware.threads), answers=str(path))
     with np.load(path, allow_pickle=False) as stored:
         answers = GateOutputs(tuple(stored[name] for name in stored.files), labels_of(base))
     path.unlink()
@@ -56,11 +56,11 @@ def measure(
     near = fidelity(answers.outputs, (reference or answers).outputs, base.spec.outputs)
     worst = min(output.agreement for output in near)
     found = Fidelity.model_validate(known | size | right | {"outputs": near, "agreement": worst})
-    return Measurement(fidelity=found, cpu=cpu_name(), threads=threads), answers
+    return Measurement(fidelity=found, cpu=hardware.cpu, threads=hardware.threads), answers
 
 
 def benchmark(
-    store: ArtifactStore, base: Base, anchor: str, keys: Sequence[str], threads: int
+    store: ArtifactStore, base: Base, anchor: str, keys: Sequence[str], hardware: Hardware
 ) -> list[BenchmarkResult]:
     """Time published and measured artifacts beside the anchor, which may be one of them, in a fresh process.
 
@@ -70,14 +70,14 @@ def benchmark(
         PassFailed: they cannot be loaded or run beside the anchor.
     """
     asked = [_sized(store, key) for key in dict.fromkeys((anchor, *keys))]
-    arguments = (str(store.root), base.origin, str(threads))
+    arguments = (str(store.root), base.origin, str(hardware.threads))
     try:
         timed = _in_fresh_process("interleaved_benchmark", *arguments, str(GROUP), *asked)
     except _Ended as error:
         if not error.out_of_memory:
             raise
         timed = _one_by_one(arguments, asked)
-    return [_result(key, anchor, timed[key], threads) for key in keys]
+    return [_result(key, anchor, timed[key], hardware) for key in keys]
 
 
 def _one_by_one(arguments: Sequence[str], asked: Sequence[str]) -> Json:
@@ -90,15 +90,15 @@ def _one_by_one(arguments: Sequence[str], asked: Sequence[str]) -> Json:
         raise PassFailed(f"variants are timed beside the base, and memory ran out: {error.last}; {remedy}") from error
 
 
-def _result(key: str, anchor: str, timed: Mapping[str, Json], threads: int) -> BenchmarkResult:
+def _result(key: str, anchor: str, timed: Mapping[str, Json], hardware: Hardware) -> BenchmarkResult:
     """From what the child printed of an artifact, by rows."""
     by_rows = {int(rows): measured for rows, measured in timed.items()}
     beside = {rows: measured for rows, measured in by_rows.items() if "ratio" in measured}
     return BenchmarkResult(
         key=key,
         anchor=anchor,
-        cpu=cpu_name(),
-        threads=threads,
+        cpu=hardware.cpu,
+        threads=hardware.threads,
         latency_ms={rows: measured["ms"] for rows, measured in by_rows.items()},
         anchor_ms={rows: measured["anchor_ms"] for rows, measured in beside.items()},
         ratios={rows: _interval(*measured["ratio"]) for rows, measured in beside.items()},
@@ -110,7 +110,7 @@ def _interval(median: float, low: float, high: float) -> RatioInterval:
 
 
 def benchmark_lanes(
-    store: ArtifactStore, base: Base, timed: Sequence[BenchmarkResult], threads: int
+    store: ArtifactStore, base: Base, timed: Sequence[BenchmarkResult], hardware: Hardware
 ) -> list[LaneRates]:
     """What a lane per thread brings artifacts that were timed already.
 
@@ -119,12 +119,13 @@ def benchmark_lanes(
     """
     asked = [_sized(store, result.key) for result in timed]
     try:
-        rates = _in_fresh_process("lane_rates", str(store.root), base.origin, str(threads), *asked)
+        rates = _in_fresh_process("lane_rates", str(store.root), base.origin, str(hardware.threads), *asked)
     except _Ended as error:
         if not error.out_of_memory:
             raise
-        rates = {result.key: {1: result.throughput, threads: 0.0} for result in timed}
-    return [LaneRates(key=item.key, cpu=cpu_name(), threads=threads, rates=rates[item.key]) for item in timed]
+        rates = {result.key: {1: result.throughput, hardware.threads: 0.0} for result in timed}
+    machine = {"cpu": hardware.cpu, "threads": hardware.threads}
+    return [LaneRates.model_validate({"key": item.key, **machine, "rates": rates[item.key]}) for item in timed]
 
 
 def _sized(store: ArtifactStore, key: str) -> str:

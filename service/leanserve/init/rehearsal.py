@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from leanserve.bases.loaded import LoadedBase, Rows
 from leanserve.contracts import BuildContext, Data, Json, Model, Split
 from leanserve.evaluation.candidates import CandidateEvaluator
-from leanserve.hardware import thread_budget
+from leanserve.hardware import this_hardware, thread_budget
 from leanserve.init.suggestions import Suggestion
 from leanserve.passes import AnyPass
 from leanserve.passes.base import Pass
@@ -144,7 +144,7 @@ class _Stage:
             return model
         scratch = Path(mkdtemp(dir=self._folder))
         with closing(CandidateEvaluator(self._base, thread_budget())) as evaluate:
-            context = BuildContext(self._base, 0, thread_budget(), scratch, _unheard, evaluate)
+            context = BuildContext(self._base, 0, this_hardware(), scratch, _unheard, evaluate)
             return step.apply(model, context).model
 
 

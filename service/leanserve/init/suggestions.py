@@ -11,6 +11,7 @@ from typing import NamedTuple
 from pydantic import TypeAdapter
 
 from leanserve.contracts import Json
+from leanserve.hardware import Hardware
 from leanserve.init.profile import ModelProfile
 from leanserve.passes import AnyPass
 from leanserve.passes.base import Pass
@@ -38,12 +39,16 @@ class Suggestion(NamedTuple):
     expect: str
 
 
-def suggest(profile: ModelProfile, isa: frozenset[str], *, trainable: bool) -> tuple[Suggestion, ...]:
-    """The variants for a model on a CPU with these flags; what cannot pay there is left out.
+def suggest(profile: ModelProfile, hardware: Hardware, *, trainable: bool) -> tuple[Suggestion, ...]:
+    """The variants for a model on this hardware; what cannot pay there is left out.
 
     `trainable`: there is data of the user's own, so that compression that needs training is worth suggesting.
     """
-    fast = "fast int8 instructions found: " if INT8 & isa else "no fast int8 instructions found, expect less than: "
+    fast = (
+        "fast int8 instructions found: "
+        if INT8.intersection(hardware.isa)
+        else "no fast int8 instructions found, expect less than: "
+    )
     suggestions = {
         "convolutional": _convolutional,
         "depthwise": _depthwise,
@@ -57,7 +62,7 @@ def suggest(profile: ModelProfile, isa: frozenset[str], *, trainable: bool) -> t
     return tuple(
         suggestion
         for suggestion in suggestions
-        if not any(_PASS.validate_python(step).unsupported_reason(isa) for step in suggestion.passes)
+        if not any(_PASS.validate_python(step).unsupported_reason(hardware) for step in suggestion.passes)
     )
 
 

@@ -18,7 +18,7 @@ from leanserve.bases.shipped import SHIPPED
 from leanserve.config.schema import read_config
 from leanserve.contracts import CLASSES, Json, Meaning, ModelSpec
 from leanserve.errors import ConfigError
-from leanserve.hardware import isa_flags
+from leanserve.hardware import this_hardware
 from leanserve.init.data_argument import SYNTHETIC, data_section
 from leanserve.init.model_argument import Hints, base_section
 from leanserve.init.profile import ModelProfile, inspect
@@ -97,7 +97,7 @@ def _written(opened: LoadedBase, sections: Sections, path: Path) -> Written:
     profile = inspect(opened, next(iter(base)))
     labelled = next(opened.data("gate", 2 * opened.unit).batches(8)).labels is not None
     trainable = sections["data"] != SYNTHETIC and profile.spec.rows == "any"
-    suggestions, left = rehearsed(opened, suggest(profile, isa_flags(), trainable=trainable))
+    suggestions, left = rehearsed(opened, suggest(profile, this_hardware(), trainable=trainable))
     remarks = _remarks(sections, profile)
     text = _rendered(path, profile, Chosen(suggestions, left, remarks, labelled), sections)
     path.write_text(text, encoding="utf-8")

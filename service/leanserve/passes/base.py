@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from leanserve.contracts import BuildContext, Json, Model
+from leanserve.hardware import Hardware
 
 if TYPE_CHECKING:
     from torch import nn
@@ -116,7 +117,7 @@ class Pass(BaseModel):
         """What this pass cannot do without, given its options; checked before any work (`leanserve.build.needs`)."""
         return frozenset()
 
-    def unsupported_reason(self, isa: frozenset[str]) -> str | None:
+    def unsupported_reason(self, hardware: Hardware) -> str | None:
         """Why this pass cannot pay on a machine with these instruction-set flags; `None` if it can."""
         return None
 

@@ -79,7 +79,7 @@ def share_text(value: float | None) -> str:
 def hardware(summary: Summary) -> tuple[str, ...]:
     """Where it was measured: a line for every machine and a last one for the library versions."""
     machines = {
-        (manifest.cpu, manifest.threads, " ".join(sorted(manifest.isa)) or "no special instruction sets")
+        (manifest.cpu, manifest.threads, " ".join(manifest.hardware.isa) or "no special instruction sets")
         for manifest in summary.manifests
     }
     lines = [f"{cpu}, {threads} thread{'s' if threads != 1 else ''}, {isa}" for cpu, threads, isa in sorted(machines)]

@@ -18,6 +18,7 @@ from typing import Any
 
 from prometheus_client import Metric
 
+from leanserve.hardware import Gpu
 from leanserve.telemetry.observations import VariantMetrics
 
 PACKAGE = re.compile(r"intel-rapl:\d+$")
@@ -57,6 +58,13 @@ def initialised_nvml() -> Any:
     except pynvml.NVMLError:
         return None
     return pynvml
+
+
+def visible_gpus(nvml: Any = None) -> list[Gpu]:
+    """The GPUs that NVML shows, with their memory; `nvml` is the initialised module."""
+    nvml = nvml or initialised_nvml()
+    gpus = [_Gpu(nvml, index) for index in _indices(nvml)]
+    return [Gpu(gpu.labels["name"], getattr(gpu.read("MemoryInfo"), "total", 0)) for gpu in gpus]
 
 
 class HardwareMetrics:

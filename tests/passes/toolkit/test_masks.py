@@ -15,6 +15,7 @@ from leanserve.artifacts.load import load_model
 from leanserve.artifacts.manifest import Recipe
 from leanserve.artifacts.store import ArtifactStore, checksums
 from leanserve.contracts import TorchModel
+from leanserve.hardware import this_hardware
 from leanserve.passes.base import Pass
 from leanserve.passes.families.distill.distill import Distill
 from leanserve.passes.families.precision.cast import Cast
@@ -59,7 +60,7 @@ def recipe(key: str, parent: str | None, pass_: Pass | None, decisions: Any, fol
         macs=1,
         seconds=0.0,
         versions={},
-        isa=[],
+        hardware=this_hardware(),
     )
 
 

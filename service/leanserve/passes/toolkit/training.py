@@ -10,7 +10,7 @@ epoch: masks, averages, sharpness, schedules of sparsity, early stopping), never
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from leanserve.contracts import BuildContext, Data
 from leanserve.errors import PassFailed
-from leanserve.hardware import isa_flags
 from leanserve.memory import is_out_of_memory
 from leanserve.passes.base import Need
 from leanserve.passes.toolkit.augmentation import AUGMENTATIONS, Augment
@@ -75,10 +74,10 @@ class TrainingOptions(BaseModel):
         judged: frozenset[Need] = frozenset({"calibration"}) if self.patience is not None else frozenset()
         return judged | {"train", "batches"}
 
-    def resolved_precision(self, isa: frozenset[str]) -> Literal["float32", "bf16"]:
+    def resolved_precision(self, isa: Collection[str]) -> Literal["float32", "bf16"]:
         """What `auto` means on a machine with these instruction sets."""
         if self.precision == "auto":
-            return "bf16" if FAST_BF16 & isa else "float32"
+            return "bf16" if FAST_BF16.intersection(isa) else "float32"
         return self.precision
 
     def rate(self, step: int, steps: int) -> float:
@@ -290,7 +289,7 @@ class TrainingRun:
     def _gradients(self, inputs: tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> torch.Tensor:
         import torch
 
-        bf16 = self.schedule.resolved_precision(isa_flags()) == "bf16"
+        bf16 = self.schedule.resolved_precision(self.context.hardware.isa) == "bf16"
         self.optimiser.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = self.objective.loss(inputs, labels)

@@ -14,7 +14,6 @@ from pydantic import Field, PositiveFloat
 
 from leanserve.contracts import BuildContext, Model, ModelSpec
 from leanserve.errors import PassFailed
-from leanserve.hardware import isa_flags
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.training import TrainingOptions, train
 
@@ -58,7 +57,7 @@ class Distill(TrainingOptions, Pass):
         callbacks = usual_callbacks(student, self, context)
         outcome = train(student.module, objective, context.base.data("train"), self, callbacks, context)
         named = {student.spec.outputs[index].name: measure for index, measure in measures.items()}
-        decisions = {"loss": named, "precision": self.resolved_precision(isa_flags())}
+        decisions = {"loss": named, "precision": self.resolved_precision(context.hardware.isa)}
         facts = {"first_loss": outcome.first_loss, "last_loss": outcome.last_loss, "epochs": outcome.epochs}
         return Applied(student, decisions, facts)
 

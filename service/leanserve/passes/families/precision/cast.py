@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 from leanserve.comparison import compared
 from leanserve.contracts import BuildContext, Json, Model
 from leanserve.errors import PassFailed
+from leanserve.hardware import Hardware
 from leanserve.passes.base import Applied, Pass, Stage, Tag
 from leanserve.passes.toolkit.targets import Targets
 from leanserve.passes.toolkit.timing import inference, seconds_per_call
@@ -48,8 +49,8 @@ class Cast(Pass):
     removes: ClassVar[frozenset[Tag]] = frozenset({"float_weights", "exportable"})
     stage: ClassVar[Stage] = Stage.PRECISION
 
-    def unsupported_reason(self, isa: frozenset[str]) -> str | None:
-        if INSTRUCTIONS[self.dtype] & isa:
+    def unsupported_reason(self, hardware: Hardware) -> str | None:
+        if INSTRUCTIONS[self.dtype].intersection(hardware.isa):
             return None
         wanted = ", ".join(sorted(INSTRUCTIONS[self.dtype]))
         return f"cast to {self.dtype} would be emulated: this CPU has none of {wanted}; drop the pass"

@@ -18,7 +18,6 @@ from pydantic import Field, field_validator
 
 from leanserve.contracts import BuildContext, Model, OnnxModel
 from leanserve.errors import PassFailed
-from leanserve.hardware import isa_flags
 from leanserve.passes.base import EXPORTED, Applied, Pass, Stage, Tag
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ class QuantizeDynamic(Pass):
                 f"quantize_dynamic would quantize nothing: ops {', '.join(self.ops)} and keep_float leave every layer "
                 f"float ({', '.join(left) or 'there is none with constant weights'}); change them or drop the pass"
             )
-        bits = weight_bits(self.reduce_range, isa_flags())
+        bits = weight_bits(self.reduce_range, context.hardware.isa)
         path = context.scratch / "int8.onnx"
         write = quantized_by_row if self.scale == "row" else dynamically_quantized
         onnx.save(write(graph, chosen, self.weights, bits), path)

@@ -16,7 +16,6 @@ from pydantic import Field, PositiveInt, model_validator
 
 from leanserve.contracts import BuildContext, Model, OnnxModel
 from leanserve.errors import PassFailed
-from leanserve.hardware import isa_flags
 from leanserve.passes.base import EXPORTED, Applied, Need, Pass, Stage, Tag
 
 PERCENTILE = 99.99
@@ -79,7 +78,7 @@ class QuantizeStatic(Pass):
         tensors = int8_tensors(graph, chosen)
         recording = Recording(graph.model, model.spec, tensors, data, self.batch, context.threads)
         ranges = ranges_of(recording, range_finder(self.observer, self.percentile or PERCENTILE), context.progress)
-        bits = weight_bits(self.reduce_range, isa_flags())
+        bits = weight_bits(self.reduce_range, context.hardware.isa)
         path = context.scratch / "int8.onnx"
         onnx.save(quantized(graph, chosen, ranges, self.weights, bits), path)
         return Applied(
