@@ -119,10 +119,10 @@ def class_divergence(rows: ClassRows, meaning: Meaning) -> NDArray[np.float64]:
     return np.asarray(present + absent)
 
 
-def same_classes(ours: Array, theirs: Array, meaning: Meaning) -> NDArray[np.bool_]:
-    """Of each row [rows, classes] whether both sides answer the same: the best class, and of independent ones all that
-    are `PRESENT`."""
-    same = ClassRows.of(ours, theirs).same_best
+def same_classes(rows: ClassRows, ours: Array, theirs: Array, meaning: Meaning) -> NDArray[np.bool_]:
+    """Of each row of two outputs [rows, classes], and of `rows` made of them, whether both sides answer the same: the
+    best class, and of independent ones all that are `PRESENT`."""
+    same = rows.same_best
     if meaning != "independent_probabilities":
         return same
     return np.asarray(same & ((np.asarray(ours) >= PRESENT) == (np.asarray(theirs) >= PRESENT)).all(axis=1))

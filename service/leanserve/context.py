@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from leanserve.artifacts.manifest import VariantReport
     from leanserve.artifacts.store import ArtifactStore
-    from leanserve.build.builder import Plan
+    from leanserve.build.plan import Plan
     from leanserve.build.progress import BuildProgress
     from leanserve.config.schema import BatchConfig, ServiceConfig
     from leanserve.contracts import Backend, Base
@@ -33,12 +33,12 @@ class AppContext:
     ) -> None:
         """`config` is what stands in the file at `path`, if it was read already."""
         from leanserve.bases.opening import Origin, open_base
-        from leanserve.build.builder import plan, shortfall
         from leanserve.build.needs import require_data, require_machine
+        from leanserve.build.plan import plan, shortfall
         from leanserve.config.schema import read_config
         from leanserve.config.yaml import read_yaml
         from leanserve.hardware import this_hardware, thread_budget
-        from leanserve.telemetry.hardware_metrics import visible_gpus
+        from leanserve.telemetry.nvml import visible_gpus
 
         self.config: ServiceConfig = config or read_config(path)
         root = cache or self.config.cache
@@ -84,7 +84,7 @@ class AppContext:
     @property
     def elsewhere(self) -> str:
         """A warning where the measurements of a read-only cache are of another machine; else empty."""
-        from leanserve.build.builder import machines
+        from leanserve.build.plan import machines
 
         found = machines(self.store, self.plan, self.hardware)
         where = f"measured on {' and on '.join(found)}, not on this machine ({self.hardware.words})"
@@ -92,7 +92,7 @@ class AppContext:
 
     def reports(self) -> list[VariantReport]:
         """Every variant's report; raises where a gate says abort, or where none is left to serve."""
-        from leanserve.build.builder import reports
+        from leanserve.build.plan import reports
         from leanserve.errors import GateFailed
 
         found = reports(self.store, self.config, self.plan, self.hardware)
@@ -102,7 +102,7 @@ class AppContext:
 
     def lanes(self, reports: list[VariantReport]) -> int:
         """Batches that run at a time: as configured, or as pays for the variants that serve."""
-        from leanserve.build.builder import stored_benchmark
+        from leanserve.build.plan import stored_benchmark
 
         if self.config.lanes != "auto":
             return self.config.lanes
@@ -134,8 +134,6 @@ class AppContext:
                 startup.exclude(report.name, report.reason)
         device = Device("cpu", self.threads, self.lanes(reports), spare=self.spare)
         warm = WarmFleet(self.base, serving_plans(self.config, reports), device, traffic_plan(self.config))
-        if isinstance(self.base.codec, TextCodec):
-            self.base.codec.open()  # else the first text would wait for its tokenizer
         alone = sum(report.state == "serving" for report in reports) == 1
 
         def read(key: str) -> Callable[[int], Backend]:
@@ -152,6 +150,9 @@ class AppContext:
                 startup.enter(name, "loading")
                 warm.open(name, partial(load, name, key), partial(read, key))
                 startup.enter(name, "warm")
+        for variant in warm.variants.values():
+            if isinstance(variant.codec, TextCodec):
+                variant.codec.open()  # else the first text would wait for its tokenizer
         return warm
 
 

@@ -18,6 +18,7 @@ from leanserve.artifacts.manifest import Recipe
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.bases.opening import Origin, open_base
 from leanserve.build import builder as build
+from leanserve.build import plan as planning
 from leanserve.build.progress import BuildProgress
 from leanserve.config.schema import ServiceConfig, VariantConfig
 from leanserve.contracts import TorchModel
@@ -83,9 +84,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 def built(
     root: Path, base: TinyBase, config: ServiceConfig = CONFIG, threads: int = 1
-) -> tuple[ArtifactStore, build.Plan, str]:
+) -> tuple[ArtifactStore, planning.Plan, str]:
     """The store, the plan, and what the progress said."""
-    store, work, said = ArtifactStore(root), build.plan(config, base, this_hardware()), io.StringIO()
+    store, work, said = ArtifactStore(root), planning.plan(config, base, this_hardware()), io.StringIO()
     progress = BuildProgress(Console(file=said, width=400), len(work.keys))
     before = torch.get_num_threads()
     try:
@@ -102,11 +103,11 @@ def test_damaged_documents_are_made_again_with_a_message(
     first, last = work.keys
     assert measured == [first, last, ("timed", first, last)]
     assert "damaged" not in said
-    assert build.shortfall(store, work, this_hardware(1)) is None
+    assert planning.shortfall(store, work, this_hardware(1)) is None
 
     measured.clear()
     (store.folder(last) / "quality.json").write_bytes((store.folder(first) / "quality.json").read_bytes())
-    assert "belongs to" in (build.shortfall(store, work, this_hardware(1)) or "")
+    assert "belongs to" in (planning.shortfall(store, work, this_hardware(1)) or "")
     _, _, said = built(tmp_path, base)
     assert f"damaged measurement is taken again: {store.folder(last)}/quality.json: belongs to" in said
     assert measured == [first, last], "the base gives the answers to compare with"
@@ -122,7 +123,7 @@ def test_damaged_documents_are_made_again_with_a_message(
     _, _, said = built(tmp_path, base)
     assert f"damaged artifact is rebuilt: {store.folder(last)}/manifest.json" in said
     assert measured == [first, last], "the base gives the answers to compare with"
-    assert build.shortfall(store, work, this_hardware(1)) is None
+    assert planning.shortfall(store, work, this_hardware(1)) is None
 
 
 def test_one_more_variant_times_itself_and_nothing_else(tmp_path: Path, base: TinyBase, measured: list[object]) -> None:
@@ -137,19 +138,21 @@ def test_one_more_variant_times_itself_and_nothing_else(tmp_path: Path, base: Ti
     new = work.keys[-1]
     assert measured[-3:] == [new, ("timed", new), ("lanes", new)]
     assert before.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "benchmarks").iterdir()}.items()
-    assert build.shortfall(store, work, this_hardware(2)) is None
+    assert planning.shortfall(store, work, this_hardware(2)) is None
     next((tmp_path / "benchmarks").glob(f"lanes-{new}.*")).unlink()
-    assert build.shortfall(store, work, this_hardware(2)) == "the gain of several lanes is not measured on this machine"
+    assert (
+        planning.shortfall(store, work, this_hardware(2)) == "the gain of several lanes is not measured on this machine"
+    )
 
 
 def test_what_is_missing_is_named(tmp_path: Path, base: TinyBase) -> None:
     store, work, _ = built(tmp_path / "cache", base)
     empty = ArtifactStore(tmp_path / "empty")
-    assert build.shortfall(empty, work, this_hardware(1)) == "float: base is not built"
+    assert planning.shortfall(empty, work, this_hardware(1)) == "float: base is not built"
     store.discard(work.keys[1])
-    assert build.shortfall(store, work, this_hardware(1)) == "folded: fold_bn is not built"
+    assert planning.shortfall(store, work, this_hardware(1)) == "folded: fold_bn is not built"
     store, work, _ = built(tmp_path / "cache", base)
-    assert build.shortfall(store, work, this_hardware(2)) == "float: base is not measured on this machine"
+    assert planning.shortfall(store, work, this_hardware(2)) == "float: base is not measured on this machine"
 
 
 @pytest.fixture
@@ -169,13 +172,13 @@ def sealed_cache(tmp_path: Path, base: TinyBase, monkeypatch: pytest.MonkeyPatch
 def test_a_read_only_cache_serves_with_the_numbers_of_another_machine(
     sealed_cache: ArtifactStore, base: TinyBase
 ) -> None:
-    work = build.plan(CONFIG, base, this_hardware())
-    assert build.machines(sealed_cache, work, this_hardware(1)) == []
-    assert build.shortfall(sealed_cache, work, this_hardware(4)) is None
-    assert build.machines(sealed_cache, work, this_hardware(4)) == [f"{cpu_name()} with 1 thread"]
-    ancestry = build.reports(sealed_cache, CONFIG, work, this_hardware(4))[1].ancestry
+    work = planning.plan(CONFIG, base, this_hardware())
+    assert planning.machines(sealed_cache, work, this_hardware(1)) == []
+    assert planning.shortfall(sealed_cache, work, this_hardware(4)) is None
+    assert planning.machines(sealed_cache, work, this_hardware(4)) == [f"{cpu_name()} with 1 thread"]
+    ancestry = planning.reports(sealed_cache, CONFIG, work, this_hardware(4))[1].ancestry
     assert [(manifest.threads, manifest.quality.throughput) for manifest in ancestry] == [(1, 500.0), (1, 1000.0)]
-    found = build.stored_benchmark(sealed_cache, work, this_hardware(4))
+    found = planning.stored_benchmark(sealed_cache, work, this_hardware(4))
     assert found is not None
     assert found.best_lanes(work.served, 4, self_contained=False) == 1, "lanes were not measured there"
 
@@ -189,10 +192,12 @@ def test_of_other_machines_one_with_as_many_threads_is_taken(
             store.keep_benchmark(timed(key, work.anchor, cpu, threads))
         for key in work.served[: 1 if cpu == "A" else 2]:
             store.keep_lane_rates(lanes(key, cpu, threads))
-    assert build.stored_benchmark(store, work, this_hardware(4)) is None, "where it can be written, it is measured here"
+    assert planning.stored_benchmark(store, work, this_hardware(4)) is None, (
+        "where it can be written, it is measured here"
+    )
     monkeypatch.setattr(artifacts, "may_write", lambda _: False)
     read_only = ArtifactStore(tmp_path)
-    found = [build.stored_benchmark(read_only, work, this_hardware(threads)) for threads in (1, 2, 4)]
+    found = [planning.stored_benchmark(read_only, work, this_hardware(threads)) for threads in (1, 2, 4)]
     assert [(item.cpu, item.threads) for item in found if item] == [(cpu_name(), 1), ("C", 2), ("B", 4)]
 
 
@@ -203,7 +208,7 @@ def test_a_read_only_cache_that_is_damaged_says_where(
     victim = store.folder(work.keys[1]) / WEIGHTS
     victim.write_bytes(b"half")
     monkeypatch.setattr(artifacts, "may_write", lambda _: False)
-    assert f"{victim}: sha256 is" in (build.shortfall(ArtifactStore(tmp_path), work, this_hardware(1)) or "")
+    assert f"{victim}: sha256 is" in (planning.shortfall(ArtifactStore(tmp_path), work, this_hardware(1)) or "")
 
 
 FACTORIES = """
@@ -236,7 +241,7 @@ def test_each_factory_and_each_training_is_answered_by_its_own_artifact(
         declared = {"python": f"built_factories:{factory}", "inputs": {"x": {"shape": [3]}}}
         origin = {"base": declared, "data": {"synthetic": 8}, "folder": tmp_path, "cache": tmp_path / "cache"}
         base = open_base(Origin.model_validate(origin))
-        store, work = ArtifactStore(tmp_path / "cache"), build.plan(config, base, this_hardware())
+        store, work = ArtifactStore(tmp_path / "cache"), planning.plan(config, base, this_hardware())
         build.Builder(store, config, base, this_hardware(1), BuildProgress(Console(file=io.StringIO()), 1)).build(work)
         model = load_model(store, base, work.served[0])
         assert isinstance(model, TorchModel)

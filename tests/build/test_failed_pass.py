@@ -12,6 +12,7 @@ from leanserve.artifacts.benchmarks import BenchmarkResult, RatioInterval
 from leanserve.artifacts.manifest import Recipe, VariantReport
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.build import builder as build
+from leanserve.build import plan as planning
 from leanserve.build.progress import BuildProgress
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Json
@@ -58,12 +59,12 @@ def config(gate: Json, *last: Json) -> ServiceConfig:
 def built(root: Path, settings: ServiceConfig) -> tuple[str, list[VariantReport]]:
     """What the progress said, and the reports."""
     base: TinyBase = tiny_base()
-    store, work, said = ArtifactStore(root), build.plan(settings, base, this_hardware()), io.StringIO()
+    store, work, said = ArtifactStore(root), planning.plan(settings, base, this_hardware()), io.StringIO()
     build.Builder(
         store, settings, base, this_hardware(1), BuildProgress(Console(file=said, width=400), len(work.keys))
     ).build(work)
-    assert build.shortfall(store, work, this_hardware(1)) is None
-    return said.getvalue(), build.reports(store, settings, work, this_hardware(1))
+    assert planning.shortfall(store, work, this_hardware(1)) is None
+    return said.getvalue(), planning.reports(store, settings, work, this_hardware(1))
 
 
 def test_it_excludes_its_variant_and_the_others_are_built(tmp_path: Path) -> None:

@@ -177,13 +177,13 @@ def test_a_start_from_the_cache_looks_for_the_compiler_and_leaves_the_data_alone
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = written(folder, "{kind: onnxruntime}", "{gate: gate.npz}")
-    monkeypatch.setattr("leanserve.build.builder.shortfall", lambda *_: None)
+    monkeypatch.setattr("leanserve.build.plan.shortfall", lambda *_: None)
     looked: list[str] = []
     monkeypatch.setattr("leanserve.build.needs.require_data", lambda *_: looked.append("data"))
     monkeypatch.setattr("leanserve.build.needs.require_machine", lambda _, compiler: looked.append(compiler))
     monkeypatch.setenv("CXX", "mine")
     context.AppContext(path, folder / "cache")
     assert looked == ["mine"]
-    monkeypatch.setattr("leanserve.build.builder.shortfall", lambda *_: "something")
+    monkeypatch.setattr("leanserve.build.plan.shortfall", lambda *_: "something")
     context.AppContext(path, folder / "cache")
     assert looked == ["mine", "mine", "data"]

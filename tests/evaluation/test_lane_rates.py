@@ -19,7 +19,7 @@ from typer.testing import Result as CommandResult
 from leanserve.__main__ import app
 from leanserve.artifacts.benchmarks import LANE_GAIN, PAIR_GAIN, BenchmarkResult, BenchmarkSet, LaneRates
 from leanserve.artifacts.store import ArtifactStore
-from leanserve.build.builder import Plan, stored_benchmark
+from leanserve.build.plan import Plan, stored_benchmark
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Arrays, Result
 from leanserve.errors import ConfigError

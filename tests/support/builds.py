@@ -10,6 +10,7 @@ from rich.console import Console
 from leanserve.artifacts.manifest import Fidelity, Measurement
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.build import builder as build
+from leanserve.build import plan as planning
 from leanserve.build.progress import BuildProgress
 from leanserve.config.schema import ServiceConfig
 from leanserve.evaluation.quality import GateOutputs
@@ -32,7 +33,7 @@ def measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def constructed(store: ArtifactStore, config: ServiceConfig, base: TinyBase) -> tuple[list[list[str]], str]:
     """Build a config; the keys of all that each variant is made of, and what the progress said."""
     said = io.StringIO()
-    work = build.plan(config, base, this_hardware())
+    work = planning.plan(config, base, this_hardware())
     progress = BuildProgress(Console(file=said, width=200), len(work.keys))
     build.Builder(store, config, base, this_hardware(1), progress).build(work)
     return [[step.key for step in steps] for _, steps in work.recipes], said.getvalue()

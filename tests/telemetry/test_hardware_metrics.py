@@ -11,8 +11,9 @@ from prometheus_client.samples import Sample
 
 from fake_hardware import FakeNvml, busy_gpu, processor
 from leanserve.hardware import Gpu
-from leanserve.telemetry.hardware_metrics import Sources, initialised_nvml, visible_gpus
+from leanserve.telemetry.hardware_metrics import Sources
 from leanserve.telemetry.metrics import Metrics
+from leanserve.telemetry.nvml import initialised_nvml, visible_gpus
 from leanserve.telemetry.observations import VariantFacts
 
 NOWHERE = Path("/nonexistent")

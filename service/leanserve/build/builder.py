@@ -1,215 +1,35 @@
 """Building variants: a plain `for` over passes with a look into the prefix cache before each.
 
-The whole config is planned first (`plan`), so that a second start knows without importing torch that nothing is to be
-done. Building itself runs in a child process of the server (`leanserve build`).
+What is to be made stands in a `Plan` (`build.plan`). Building runs in a child process of the server: `leanserve build`.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from leanserve.artifacts.benchmarks import BenchmarkResult, BenchmarkSet, LaneRates
+from leanserve.artifacts.benchmarks import BenchmarkResult, LaneRates
 from leanserve.artifacts.load import OneByOne, load_model
-from leanserve.artifacts.manifest import Failure, Manifest, Measurement, Recipe, VariantReport
+from leanserve.artifacts.manifest import Failure, Measurement, Recipe
 from leanserve.artifacts.store import ArtifactStore, checksums
-from leanserve.build.cache_key import RecipeStep, steps_of, versions_of
+from leanserve.build.cache_key import RecipeStep, versions_of
+from leanserve.build.plan import Plan, known_only, living, machine_of, place_of, step_kind
 from leanserve.build.progress import BuildProgress
-from leanserve.config.schema import ServiceConfig, VariantConfig
+from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Base, BuildContext, Format, Model, ModelSize
-from leanserve.errors import ArtifactCorrupt, GateFailed, PassFailed, StartupError
+from leanserve.errors import ArtifactCorrupt, PassFailed, StartupError
 from leanserve.evaluation.candidates import CandidateEvaluator
-from leanserve.evaluation.quality import GateOutputs, benchmark, benchmark_lanes, gate_reason, measure
+from leanserve.evaluation.quality import GateOutputs, benchmark, benchmark_lanes, measure
 from leanserve.hardware import Hardware
 from leanserve.memory import is_out_of_memory
-from leanserve.passes.base import Applied, Pass, Stage
+from leanserve.passes.base import Applied, Stage
 from leanserve.runtime.formats import format_named
 
 _Measured = TypeVar("_Measured", Measurement, BenchmarkResult, LaneRates)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Every variant with the steps that make it, in building order."""
-
-    recipes: tuple[tuple[VariantConfig, tuple[RecipeStep, ...]], ...]
-
-    @property
-    def steps(self) -> tuple[RecipeStep, ...]:
-        """Every artifact of the plan once, in building order."""
-        found: dict[str, RecipeStep] = {}
-        for _, steps in self.recipes:
-            for step in steps:
-                found.setdefault(step.key, step)
-        return tuple(found.values())
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Those of `steps`."""
-        return tuple(step.key for step in self.steps)
-
-    @property
-    def anchor(self) -> str:
-        """The base, beside which all others are timed."""
-        return self.steps[0].key
-
-    @property
-    def served(self) -> tuple[str, ...]:
-        """The last artifact of every variant, once."""
-        return tuple(dict.fromkeys(steps[-1].key for _, steps in self.recipes))
-
-
-def plan(config: ServiceConfig, base: Base, hardware: Hardware) -> Plan:
-    """The recipes of all variants.
-
-    Raises:
-        PassFailed: a pass cannot pay on this machine.
-    """
-    for variant in config.variants:
-        for position, pass_ in enumerate(variant.passes, start=1):
-            if reason := pass_.unsupported_reason(hardware):
-                raise PassFailed(f"{_where(variant.name, pass_, position)}: {reason}")
-    return Plan(tuple((variant, steps_of(config, base, variant, hardware)) for variant in config.variants))
-
-
-def living(store: ArtifactStore, work: Plan) -> Plan:
-    """The plan with the base alone in the place of every variant that cannot be made."""
-    recipes = ((variant, steps[:1] if failed_step(store, steps) else steps) for variant, steps in work.recipes)
-    return Plan(tuple(recipes))
-
-
-def failed_step(store: ArtifactStore, steps: Sequence[RecipeStep]) -> tuple[RecipeStep, str] | None:
-    """The first step that was tried and could not be made, and why."""
-    found = ((step, store.failure(step.key)) for step in steps)
-    return next(((step, failure.reason) for step, failure in found if failure is not None), None)
-
-
-def stored_benchmark(store: ArtifactStore, work: Plan, hardware: Hardware) -> BenchmarkSet | None:
-    """How fast all artifacts are on this machine, with lanes too if there are threads for several; `None`: not known.
-
-    Where that is missing from a cache that cannot be written: how fast they are on another machine, if possible with as
-    many threads.
-
-    Raises:
-        ArtifactCorrupt: what was timed on this machine is damaged.
-    """
-    work = living(store, work)
-    here = _benchmark_on(store, work, _machine(hardware))
-    if here.covers(work.keys, work.served):
-        return here
-    machines = [] if store.writable else store.machines(work.anchor)
-    found = [_intact_benchmark(store, work, machine) for machine in machines]
-    complete = [other for other in found if other is not None and other.covers(work.keys, work.served)]
-    return min(complete, key=lambda other: (other.threads != hardware.threads, other.cpu), default=None)
-
-
-def _benchmark_on(store: ArtifactStore, work: Plan, machine: tuple[str, int]) -> BenchmarkSet:
-    """What is known of a machine: its processor, and threads."""
-    cpu, threads = machine
-    results = {key: store.benchmark(key, work.anchor, cpu, threads) for key in work.keys}
-    lanes = {key: store.lane_rates(key, cpu, threads) for key in (work.served if threads > 1 else ())}
-    return BenchmarkSet(cpu, threads, work.anchor, _present(results), _present(lanes))
-
-
-def _intact_benchmark(store: ArtifactStore, work: Plan, machine: tuple[str, int]) -> BenchmarkSet | None:
-    with suppress(ArtifactCorrupt):
-        return _benchmark_on(store, work, machine)
-    return None
-
-
-def _machine(hardware: Hardware) -> tuple[str, int]:
-    """What tells machines apart whose measurements are not compared."""
-    return hardware.cpu, hardware.threads
-
-
-def _present(found: Mapping[str, _Measured | None]) -> dict[str, _Measured]:
-    return {key: item for key, item in found.items() if item is not None}
-
-
-def shortfall(store: ArtifactStore, work: Plan, hardware: Hardware) -> str | None:
-    """What has to be built or measured before anything can be served, in words; `None`: nothing."""
-    try:
-        alive = living(store, work)
-        timed = stored_benchmark(store, work, hardware) or _benchmark_on(store, alive, _machine(hardware))
-        for step in alive.steps:
-            if store.manifest(step.key, timed) is None:
-                missing = "not built" if store.recipe(step.key) is None else "not measured on this machine"
-                return f"{step.variant}: {_kind(step)} is {missing}"
-        if not timed.covers(alive.keys, alive.served):
-            return "the gain of several lanes is not measured on this machine"
-    except ArtifactCorrupt as error:
-        return str(error)
-    return None
-
-
-def machines(store: ArtifactStore, work: Plan, hardware: Hardware) -> list[str]:
-    """Where the reported numbers were measured, if not here: a processor and its threads each."""
-    timed = stored_benchmark(store, work, hardware)
-    measured = [timed, *(store.measurement(key) for key in living(store, work).keys)]
-    found = {(item.cpu, item.threads) for item in measured if item is not None} - {_machine(hardware)}
-    return [f"{cpu} with {count} thread{'s' if count > 1 else ''}" for cpu, count in sorted(found)]
-
-
-def reports(store: ArtifactStore, config: ServiceConfig, work: Plan, hardware: Hardware) -> list[VariantReport]:
-    """Every variant with its manifests and the gate's word.
-
-    Raises:
-        GateFailed: a variant fails a gate that says `on_fail: abort`, or cannot be made and has such a gate.
-        ArtifactCorrupt: an artifact is missing or damaged.
-    """
-    timed = stored_benchmark(store, work, hardware)
-    alive = living(store, work)
-    manifests = {key: store.manifest(key, timed) for key in alive.keys} if timed else {}
-    found = []
-    for (variant, steps), (_, every) in zip(alive.recipes, work.recipes, strict=True):
-        ancestry = tuple(manifest for step in steps if (manifest := manifests.get(step.key)))
-        if len(ancestry) != len(steps):
-            raise ArtifactCorrupt(f"variant '{variant.name}' is not built; run `leanserve build`")
-        failed = failed_step(store, every)
-        found.append(
-            _report(config, variant, ancestry) if failed is None else _unmade(config, variant, ancestry, failed)
-        )
-    return found
-
-
-def _report(config: ServiceConfig, variant: VariantConfig, ancestry: tuple[Manifest, ...]) -> VariantReport:
-    gate = config.gate_of(variant)
-    reason = gate_reason(gate, ancestry[-1].quality, ancestry[0].quality)
-    if reason and gate.on_fail == "abort":
-        remedy = "Soften its passes, allow more, or set on_fail: exclude."
-        raise GateFailed(f"variant '{variant.name}' fails its gate: {reason}. {remedy}")
-    return VariantReport(
-        name=variant.name,
-        state="excluded" if reason else "serving",
-        reason=reason,
-        parents=variant.parent_names,
-        ancestry=ancestry,
-    )
-
-
-def _unmade(
-    config: ServiceConfig, variant: VariantConfig, ancestry: tuple[Manifest, ...], failed: tuple[RecipeStep, str]
-) -> VariantReport:
-    """The report of a variant of which a pass could not be applied."""
-    step, reason = failed
-    whose = "" if step.variant == variant.name else f" of its parent '{step.variant}'"
-    reason = f"pass {step.position} ({_kind(step)}){whose} cannot be applied: {reason}"
-    if config.gate_of(variant).wants_abort:
-        raise GateFailed(f"variant '{variant.name}': {reason}. Drop the pass, or set gate.on_fail: exclude.")
-    return VariantReport(
-        name=variant.name,
-        state="excluded",
-        reason=reason,
-        parents=variant.parent_names,
-        ancestry=ancestry,
-        built=False,
-    )
 
 
 class Builder:
@@ -259,16 +79,16 @@ class Builder:
             fresh = benchmark(store, self._base, work.anchor, untimed, hardware) if untimed else []
             for result in fresh:
                 store.keep_benchmark(result)
-            timed = _present(known) | {result.key: result for result in fresh}
+            timed = known_only(known) | {result.key: result for result in fresh}
             self._compare_lanes([timed[key] for key in work.served if key in timed])
 
     def _benchmark_of(self, key: str, anchor: str) -> Callable[[], BenchmarkResult | None]:
-        return partial(self._store.benchmark, key, anchor, *_machine(self._hardware))
+        return partial(self._store.benchmark, key, anchor, *machine_of(self._hardware))
 
     def _compare_lanes(self, timed: Sequence[BenchmarkResult]) -> None:
         """Measure what a lane per thread brings where that is not known."""
         store, hardware = self._store, self._hardware
-        known = (self._intact(partial(store.lane_rates, item.key, *_machine(hardware))) for item in timed)
+        known = (self._intact(partial(store.lane_rates, item.key, *machine_of(hardware))) for item in timed)
         unknown = [item for item, rates in zip(timed, known, strict=True) if rates is None]
         if hardware.threads > 1 and unknown:
             for rates in benchmark_lanes(store, self._base, unknown, hardware):
@@ -279,7 +99,7 @@ class Builder:
         try:
             self._make_and_measure(step)
         except PassFailed as error:
-            where = _where(step.variant, step.pass_, step.position) if step.pass_ else f"base '{self._base.name}'"
+            where = place_of(step.variant, step.pass_, step.position) if step.pass_ else f"base '{self._base.name}'"
             if step.pass_ is None or not error.lasting or self._wants_abort(step.variant):
                 raise PassFailed(f"{where}: {error}") from error
             self._store.keep_failure(step.key, Failure(reason=str(error)))
@@ -292,7 +112,7 @@ class Builder:
         return self._config.gate_of(variant).wants_abort
 
     def _make_and_measure(self, step: RecipeStep) -> None:
-        kind = _kind(step)
+        kind = step_kind(step)
         with self._store.lock(step.key), self._progress.artifact(step.variant, kind):
             recipe = self._recipe_of(step.key)
             if recipe is not None:
@@ -303,7 +123,7 @@ class Builder:
                 recipe = self._recipe_of(step.key)
                 assert recipe is not None
             measured = self._intact(lambda: self._store.measurement(step.key))
-            if measured is None or (measured.cpu, measured.threads) != _machine(self._hardware):
+            if measured is None or (measured.cpu, measured.threads) != machine_of(self._hardware):
                 rows = self._measure(recipe).fidelity.memory_rows
                 if rows is not None:
                     self._progress.say(f"{step.variant}: {kind}: there is memory for batches of at most {rows} rows")
@@ -429,11 +249,3 @@ def _set_threads(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-
-
-def _kind(step: RecipeStep) -> str:
-    return step.pass_.kind if step.pass_ else "base"
-
-
-def _where(variant: str, pass_: Pass, position: int) -> str:
-    return f"variant '{variant}', pass {position} ({pass_.kind})"

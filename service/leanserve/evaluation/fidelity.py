@@ -58,8 +58,9 @@ def _pieces(array: Array) -> list[slice]:
 
 def _classes(ours: Array, theirs: Array, field: TensorSpec) -> Measures:
     """Share of rows [rows, classes] with the same answer, and mean divergence from the base's probabilities."""
-    divergence = class_divergence(ClassRows.of(ours, theirs), field.meaning)
-    agreement = float(same_classes(ours, theirs, field.meaning).mean())
+    rows = ClassRows.of(ours, theirs)
+    divergence = class_divergence(rows, field.meaning)
+    agreement = float(same_classes(rows, ours, theirs, field.meaning).mean())
     return {"agreement": agreement, "kl": max(0.0, float(divergence.mean())) if len(divergence) else 0.0}
 
 

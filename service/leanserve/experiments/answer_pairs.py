@@ -94,7 +94,7 @@ def _classes(ours: Array, theirs: Array, field: TensorSpec, _: AgreementRule) ->
     kl = np.full(len(ours), np.nan)
     kl[rows.known] = np.maximum(0.0, class_divergence(rows, field.meaning))
     best = (str(index) if index < MOST_CLASSES else "other" for index in theirs.argmax(axis=1))
-    agreed = same_classes(ours, theirs, field.meaning)
+    agreed = same_classes(rows, ours, theirs, field.meaning)
     return {"agreed": agreed, "kl": kl, "overlap": _overlap(ours, theirs), "classes": tuple(best)}
 
 

@@ -7,7 +7,6 @@ under which Triton reports the same stand beside ours.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,23 +17,11 @@ from typing import Any
 
 from prometheus_client import Metric
 
-from leanserve.hardware import Gpu
+from leanserve.telemetry.nvml import NvmlGpu, gpus_of
 from leanserve.telemetry.observations import VariantMetrics
 
 PACKAGE = re.compile(r"intel-rapl:\d+$")
 """A whole processor; `intel-rapl:0:0` would be a part of it, and counted twice."""
-THROTTLE_REASONS = {
-    "idle": 0x1,
-    "application_clocks": 0x2,
-    "power_cap": 0x4,
-    "hardware_slowdown": 0x8,
-    "sync_boost": 0x10,
-    "software_thermal": 0x20,
-    "hardware_thermal": 0x40,
-    "power_brake": 0x80,
-    "display_clocks": 0x100,
-}
-"""Why a GPU's clocks are lower than they might be: NVML's `nvmlClocksEventReasons` bits."""
 
 
 @dataclass(frozen=True)
@@ -47,26 +34,6 @@ class Sources:
     clock: Callable[[], float] = time.monotonic
 
 
-def initialised_nvml() -> Any:
-    """The module `pynvml` after its start; `None` without the package, a driver, or a GPU."""
-    if importlib.util.find_spec("pynvml") is None:
-        return None
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    return pynvml
-
-
-def visible_gpus(nvml: Any = None) -> list[Gpu]:
-    """The GPUs that NVML shows, with their memory; `nvml` is the initialised module."""
-    nvml = nvml or initialised_nvml()
-    gpus = [_Gpu(nvml, index) for index in _indices(nvml)]
-    return [Gpu(gpu.labels["name"], getattr(gpu.read("MemoryInfo"), "total", 0)) for gpu in gpus]
-
-
 class HardwareMetrics:
     """The families of the machine, and the energy of its devices shared out among the variants that used them."""
 
@@ -75,13 +42,13 @@ class HardwareMetrics:
         self._threads = threads
         self._host = _Host(sources.proc)
         self._processors = _Processors(sources.powercap)
-        self._gpus = [_Gpu(sources.nvml, index) for index in _indices(sources.nvml)]
+        self._gpus = gpus_of(sources.nvml)
         self._shares = _EnergyShares(sources.clock)
 
     def collect(self, model: str, variants: Iterable[VariantMetrics]) -> Iterator[Metric]:
         """All families, from readings taken now."""
         if self._threads is not None:
-            yield _one("leanserve_cpu_threads", "CPU threads that the service may use.", self._threads)
+            yield single_gauge("leanserve_cpu_threads", "CPU threads that the service may use.", self._threads)
         yield from self._host.collect()
         joules = self._processors.joules()
         if joules is not None:
@@ -116,12 +83,12 @@ class _Host:
         busy, total = ticks[0] - self.ticks[0], ticks[1] - self.ticks[1]
         if total > 0:
             self.share, self.ticks = busy / total, ticks
-        yield _one("nv_cpu_utilization", "Busy share (0-1) of all CPUs since the last scrape.", self.share)
+        yield single_gauge("nv_cpu_utilization", "Busy share (0-1) of all CPUs since the last scrape.", self.share)
         fields = (line.split() for line in (self.proc / "meminfo").read_text().splitlines())
         kibibytes = {name: int(value) for name, value, *_ in fields}
         used = kibibytes["MemTotal:"] - kibibytes["MemAvailable:"]
-        yield _one("nv_cpu_memory_used_bytes", "Memory in use.", used * 1024)
-        yield _one("nv_cpu_memory_total_bytes", "Memory there is.", kibibytes["MemTotal:"] * 1024)
+        yield single_gauge("nv_cpu_memory_used_bytes", "Memory in use.", used * 1024)
+        yield single_gauge("nv_cpu_memory_total_bytes", "Memory there is.", kibibytes["MemTotal:"] * 1024)
 
     def _cpu_ticks(self) -> tuple[int, int] | None:
         try:
@@ -157,60 +124,6 @@ class _Processors:
         return self._joules if self._last else None
 
 
-class _Gpu:
-    """One GPU's readings; those that it does not support are `None`."""
-
-    def __init__(self, nvml: Any, index: int) -> None:
-        self.nvml = nvml
-        self.index = index
-        self.handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        self.names = ("cuda", "cuda:0") if index == 0 else (f"cuda:{index}",)
-        """What a backend calls it."""
-        self.uuid = _text(self.read("UUID"))
-        self.labels = {"gpu": str(index), "name": _text(self.read("Name")), "uuid": self.uuid}
-        self._first = self.read("TotalEnergyConsumption")
-
-    def read(self, what: str, *arguments: object) -> Any:
-        """What `nvmlDeviceGet<what>` says."""
-        function = getattr(self.nvml, f"nvmlDeviceGet{what}", None)
-        try:
-            return None if function is None else function(self.handle, *arguments)
-        except self.nvml.NVMLError:
-            return None
-
-    def joules(self) -> float | None:
-        """Energy since the start of the service."""
-        now = self.read("TotalEnergyConsumption")
-        return None if now is None or self._first is None else (now - self._first) / 1e3
-
-    def readings(self) -> Iterator[tuple[str, dict[str, str], float]]:
-        """Name of a family below, labels of their own, and the value."""
-        nvml = self.nvml
-        use, memory = self.read("UtilizationRates"), self.read("MemoryInfo")
-        watts, limit = self.read("PowerUsage"), self.read("EnforcedPowerLimit")
-        values = {
-            "utilization_ratio": None if use is None else use.gpu / 100,
-            "memory_used_bytes": None if memory is None else memory.used,
-            "memory_bytes": None if memory is None else memory.total,
-            "power_watts": None if watts is None else watts / 1e3,
-            "power_limit_watts": None if limit is None else limit / 1e3,
-            "energy_joules": self.joules(),
-            "temperature_celsius": self.read("Temperature", nvml.NVML_TEMPERATURE_GPU),
-        }
-        yield from ((name, {}, value) for name, value in values.items() if value is not None)
-        for clock, kind in (("sm", nvml.NVML_CLOCK_SM), ("memory", nvml.NVML_CLOCK_MEM)):
-            megahertz = self.read("ClockInfo", kind)
-            if megahertz is not None:
-                yield "clock_hertz", {"clock": clock}, megahertz * 1e6
-        bits = self.read("CurrentClocksEventReasons")
-        if bits is None:
-            bits = self.read("CurrentClocksThrottleReasons")  # its name in older drivers
-        if bits is not None:
-            yield from (
-                ("throttled", {"reason": name}, float(bool(bits & bit))) for name, bit in THROTTLE_REASONS.items()
-            )
-
-
 _GPU_TEXTS = {
     "utilization_ratio": "Share (0-1) of the time in which the GPU computed.",
     "memory_used_bytes": "Memory of the GPU in use.",
@@ -233,7 +146,7 @@ _TRITON_NAMES = {
 """Triton's names of the same readings, in the same units."""
 
 
-def _gpu_families(gpus: list[_Gpu]) -> Iterator[Metric]:
+def _gpu_families(gpus: list[NvmlGpu]) -> Iterator[Metric]:
     found: dict[str, Metric] = {}
     for gpu in gpus:
         for name, labels, value in gpu.readings():
@@ -275,15 +188,8 @@ class _EnergyShares:
         return self._spent
 
 
-def _indices(nvml: Any) -> range:
-    return range(0 if nvml is None else nvml.nvmlDeviceGetCount())
-
-
-def _text(value: str | bytes | None) -> str:
-    return value.decode() if isinstance(value, bytes) else value or ""
-
-
-def _one(name: str, text: str, value: float) -> Metric:
+def single_gauge(name: str, text: str, value: float) -> Metric:
+    """A gauge of one sample without labels."""
     metric = Metric(name, text, "gauge")
     metric.add_sample(name, {}, value)
     return metric

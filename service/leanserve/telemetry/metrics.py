@@ -19,7 +19,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from leanserve.contracts import Json
-from leanserve.telemetry.hardware_metrics import HardwareMetrics, Sources, initialised_nvml
+from leanserve.telemetry.hardware_metrics import HardwareMetrics, Sources, single_gauge
+from leanserve.telemetry.nvml import initialised_nvml
 from leanserve.telemetry.observations import BucketCounts, VariantFacts, VariantMetrics
 from leanserve.telemetry.startup import Startup
 
@@ -159,12 +160,6 @@ TRAFFIC = (
 """For the variants that passed their gate, unloaded ones included. Triton's durations are summed over requests."""
 
 
-def _gauge(name: str, text: str, value: float) -> Metric:
-    metric = Metric(name, text, "gauge")
-    metric.add_sample(name, {}, value)
-    return metric
-
-
 class Metrics(Collector):
     """The metrics of all variants of one model; made once, by the composition root."""
 
@@ -238,8 +233,8 @@ class StartMetrics(Collector):
 
 
 def _state(*, built: float, ready: bool) -> Iterator[Metric]:
-    yield _gauge("leanserve_ready", "1 while requests are answered; 0 while starting and draining.", float(ready))
-    yield _gauge("leanserve_build_progress", "Share (0-1) of the build that is done.", built)
+    yield single_gauge("leanserve_ready", "1 while requests are answered; 0 while starting and draining.", float(ready))
+    yield single_gauge("leanserve_build_progress", "Share (0-1) of the build that is done.", built)
 
 
 def _registry(collector: Collector, proc: Path) -> CollectorRegistry:
