@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from leanserve.config.base_section import AnyBase, OnnxBase, TorchExportBase
 from leanserve.config.data_section import AnyData
 from leanserve.config.errors import describe, kind_of
+from leanserve.config.limits_section import LimitsConfig
 from leanserve.config.lineage import building_order, parents_fault
 from leanserve.config.section import Name, Section
 from leanserve.config.yaml import read_yaml
@@ -92,12 +93,6 @@ class EmbeddingsConfig(Section):
         "refuse",
         description="instead of texts; own: clients send ids of the model's own tokenizer, special ones included",
     )
-
-
-class LimitsConfig(Section):
-    """Bounds on what a client may send."""
-
-    body_bytes: int = Field(16 * 2**20, ge=1, description="largest request body")
 
 
 def _origin(value: str) -> str:
