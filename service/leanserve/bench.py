@@ -22,7 +22,7 @@ def run_bench(warm: WarmFleet, sizes: Sequence[int], seconds: float) -> Latencie
     Sizes for which a variant has no memory are left out.
     """
     rounds = max(3, round(seconds / ROUND_S))
-    batches = examples(warm.base.spec, sizes)
+    batches = {name: examples(variant.spec, sizes) for name, variant in warm.variants.items()}
     limits = {name: variant.running.memory_rows or max(sizes) for name, variant in warm.variants.items()}
     timings = []
     for lane in warm.device.lanes:
@@ -36,7 +36,7 @@ def run_bench(warm: WarmFleet, sizes: Sequence[int], seconds: float) -> Latencie
                 1 / sum(1 / s for s in of_lanes)
                 for of_lanes in zip(*(lane[name][rows] for lane in by_lane), strict=True)
             ]
-            for rows in (len(batch[0]) for batch in batches)
+            for rows in (len(batch[0]) for batch in batches[name])
             if all(rows in lane[name] for lane in by_lane)
         }
         for name in warm.variants

@@ -181,8 +181,10 @@ class Base(Protocol):
     def torch_module(self) -> nn.Module:
         """The torch module of `model`, in eval mode, float32, on the CPU. A base that is an ONNX file has none."""
 
-    def data(self, split: Split, n: int | None = None) -> Data:
-        """The first `n` rows of a split (all by default). Splits never share samples."""
+    def data(self, split: Split, n: int | None = None, spec: ModelSpec | None = None) -> Data:
+        """The first `n` rows of a split (all by default), prepared for a model of `spec` (the base's by default), as
+        `codec_for` prepares requests. Splits never share samples, and have the same ones for every spec.
+        """
 
     def score(self, outputs: Arrays, labels: Array) -> float:
         """Quality of the outputs against the labels, higher is better (accuracy, Spearman ...)."""
@@ -331,6 +333,12 @@ class Codec(Protocol):
     def media_types(self) -> tuple[str, ...]:
         """The content types that `decode` takes."""
 
+    def prepare(self, media_type: str, body: bytes) -> Prepared[Decoded]:
+        """Check what headers and counts tell of a body, before what takes time or memory.
+
+        Takes at most some milliseconds. Raises as `decode`.
+        """
+
     def decode(self, media_type: str, body: bytes) -> Decoded:
         """Check and decode a body. Raises `BadInput`, `BodyTooLarge` or `UnsupportedMediaType`."""
 
@@ -347,6 +355,13 @@ class Decoded(NamedTuple):
     inputs: Arrays
     many: bool
     lengths: tuple[int, ...] = ()
+
+
+class Prepared(NamedTuple, Generic[Made]):
+    """Work that was looked at and not begun: about how long it takes one core, and the work."""
+
+    seconds: float
+    finish: Callable[[], Made]
 
 
 class Progress(Protocol):
@@ -388,6 +403,8 @@ class BuildContext:
     scratch: Path
     progress: Progress
     evaluate: Callable[[Model], CandidateQuality]
+    device: str = "cpu"
+    """Where torch trains: `cpu`, or a GPU of this machine (`cuda:0`). Models are on the CPU before and after."""
 
     @property
     def threads(self) -> int:

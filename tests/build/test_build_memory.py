@@ -69,7 +69,9 @@ def test_sizes_that_are_timed_end_with_what_fits() -> None:
 def test_only_what_fits_is_timed_and_what_does_not_beside_others_is_left_out() -> None:
     backends = {"measured": Small(8), "crowded": Small(8), "large": Small(32)}
     limits = {"measured": 8, "crowded": 32, "large": 32}
-    *_, last = islice(interleaved_benchmark.interleaved(backends, batches(1, 8, 32), 0.0, limits), 3)
+    *_, last = islice(
+        interleaved_benchmark.interleaved(backends, dict.fromkeys(backends, batches(1, 8, 32)), 0.0, limits), 3
+    )
     assert {name: list(by_rows) for name, by_rows in last.items()} == {
         "measured": [1, 8],
         "crowded": [1, 8],
@@ -79,7 +81,7 @@ def test_only_what_fits_is_timed_and_what_does_not_beside_others_is_left_out() -
     assert 32 not in backends["measured"].ran
     assert backends["crowded"].ran.count(32) == 1
     with pytest.raises(RuntimeError, match="can't allocate"):
-        next(interleaved_benchmark.interleaved({"none": Small(0)}, batches(1), 0.0, {"none": 32}))
+        next(interleaved_benchmark.interleaved({"none": Small(0)}, {"none": batches(1)}, 0.0, {"none": 32}))
 
 
 @pytest.mark.parametrize(("limits", "rates"), [((8, 1), "narrow is slower"), ((8, None), "there is no narrow one")])

@@ -17,7 +17,7 @@ from leanserve import context
 from leanserve.__main__ import app
 from leanserve.build.needs import require_data, require_machine
 from leanserve.config.schema import ServiceConfig
-from leanserve.contracts import ArrayData, RowsTogether, Split
+from leanserve.contracts import ArrayData, ModelSpec, RowsTogether, Split
 from leanserve.errors import ConfigError, PassFailed, StartupError
 from tiny_base import TinyBase, tiny_base
 
@@ -34,10 +34,10 @@ class Lacking(TinyBase):
     split: Split = "train"
     files: bool = True
 
-    def data(self, split: Split, n: int | None = None) -> ArrayData:
+    def data(self, split: Split, n: int | None = None, spec: ModelSpec | None = None) -> ArrayData:
         if split == self.split and not self.files:
             raise ConfigError(f"data.arrays: there are no files for the split '{split}'")
-        return super().data(split, 0 if split == self.split else n)
+        return super().data(split, 0 if split == self.split else n, spec)
 
 
 def lacking(split: Split, *, files: bool = True) -> Lacking:

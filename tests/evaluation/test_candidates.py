@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from leanserve.contracts import ArrayData, Split, TorchModel
+from leanserve.contracts import ArrayData, ModelSpec, Split, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.evaluation import candidates
 from leanserve.evaluation.candidates import CandidateEvaluator
@@ -20,9 +20,9 @@ from tiny_base import TinyBase, tiny_base
 class Watched(TinyBase):
     """Notes which splits are read, and how often its model is made."""
 
-    def data(self, split: Split, n: int | None = None) -> ArrayData:
+    def data(self, split: Split, n: int | None = None, spec: ModelSpec | None = None) -> ArrayData:
         self.__dict__.setdefault("splits", set()).add(split)
-        return super().data(split, n)
+        return super().data(split, n, spec)
 
     def model(self) -> TorchModel:
         self.__dict__["made"] = self.__dict__.get("made", 0) + 1

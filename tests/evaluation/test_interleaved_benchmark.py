@@ -49,7 +49,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_few_at_a_time_join_the_anchor() -> None:
     limits = dict.fromkeys(["base", "a", "b", "c"], 8)
-    found = beside_anchor(lambda key: Timed(key, 0.004 if key == "base" else 0.002), SPEC, limits, 2)
+    found = beside_anchor(lambda key: Timed(key, 0.004 if key == "base" else 0.002), lambda _: SPEC, limits, 2)
     assert Timed.together == [{"base", "a", "b"}, {"base", "c"}]
     assert Timed.open == set()
     assert list(found) == ["base", "a", "b", "c"]
@@ -62,13 +62,13 @@ def test_a_few_at_a_time_join_the_anchor() -> None:
 
 def test_what_the_anchor_has_no_memory_for_has_no_ratio() -> None:
     limits = {"base": 32, "a": 32}
-    found = beside_anchor(lambda key: Timed(key, 0.0, 4 if key == "base" else 32), SPEC, limits, 3)
+    found = beside_anchor(lambda key: Timed(key, 0.0, 4 if key == "base" else 32), lambda _: SPEC, limits, 3)
     assert (sorted(found["base"]), sorted(found["a"])) == ([1], [1, 8, 32])
     assert [rows for rows, measured in found["a"].items() if "ratio" in measured] == [1]
     assert ROUNDS >= 6, "fewer rounds do not hold the median with 95 % between the least and the largest"
 
 
 def test_a_base_alone_is_its_own_anchor() -> None:
-    found = beside_anchor(lambda key: Timed(key, 0.0), SPEC, {"base": 1}, 3)
+    found = beside_anchor(lambda key: Timed(key, 0.0), lambda _: SPEC, {"base": 1}, 3)
     assert list(found) == ["base"]
     assert list(found["base"]) == [1]

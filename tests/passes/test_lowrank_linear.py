@@ -175,8 +175,8 @@ def test_refuses_an_onnx_model(tmp_path: Path) -> None:
 
 
 class OneRow(TinyBase):
-    def data(self, split: Split, n: int | None = None) -> ArrayData:
-        return super().data(split, 1)
+    def data(self, split: Split, n: int | None = None, spec: ModelSpec | None = None) -> ArrayData:
+        return super().data(split, 1, spec)
 
 
 def test_one_row_is_too_few_for_batch_norm(tmp_path: Path) -> None:

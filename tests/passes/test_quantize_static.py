@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from leanserve.contracts import Array, ArrayData, Batch, OnnxModel, Split, TorchModel
+from leanserve.contracts import Array, ArrayData, Batch, ModelSpec, OnnxModel, Split, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.families.quantize.quantize_static import QuantizeStatic
 from leanserve.passes.toolkit.lowering import export_onnx, feeds, open_session
@@ -175,9 +175,9 @@ class Watched(ArrayData):
 class WatchedBase(TinyBase):
     watched: list[Watched] = field(default_factory=list)
 
-    def data(self, split: Split, n: int | None = None) -> ArrayData:
+    def data(self, split: Split, n: int | None = None, spec: ModelSpec | None = None) -> ArrayData:
         assert split == "calibration"
-        self.watched.append(Watched(super().data(split, n).inputs))
+        self.watched.append(Watched(super().data(split, n, spec).inputs))
         return self.watched[-1]
 
 

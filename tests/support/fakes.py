@@ -54,7 +54,7 @@ class PixelBase:
     def build(self) -> object:
         raise NotImplementedError
 
-    def data(self, split: Split, n: int | None = None) -> Data:
+    def data(self, split: Split, n: int | None = None, spec: ModelSpec | None = None) -> Data:
         raise NotImplementedError
 
     def score(self, outputs: Arrays, labels: Array) -> float:

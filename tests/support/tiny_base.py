@@ -78,7 +78,7 @@ class TinyBase:
     def torch_module(self) -> nn.Module:
         return copy.deepcopy(self.teacher).eval()
 
-    def data(self, split: Split, n: int | None = None) -> ArrayData:
+    def data(self, split: Split, n: int | None = None, spec: ModelSpec | None = None) -> ArrayData:
         return ArrayData(tuple(array[:n] for array in self.inputs), None if self.labels is None else self.labels[:n])
 
     def score(self, outputs: Arrays, labels: Array) -> float:

@@ -60,6 +60,8 @@ class LoadedBase:
     scored_by: Score
     make_codec: Callable[[ModelSpec], Codec]
     """Of a spec, however passes have changed it."""
+    make_rows: Callable[[ModelSpec], Rows]
+    """The same rows for a model of such a spec."""
     outputs: tuple[Tensor, ...]
     """As in the spec, with the evidence for what they mean."""
 
@@ -79,11 +81,17 @@ class LoadedBase:
             raise StartupError(f"the base '{self.name}' is in the format {model.format}: no torch module")
         return cast("TorchModel", model).module
 
-    def data(self, split: Split, n: int | None = None) -> Data:
-        found = self.rows.split(split, n)
+    def data(self, split: Split, n: int | None = None, spec: ModelSpec | None = None) -> Data:
+        spec = spec or self.spec
+        rows = self.rows if _prepared_alike(spec, self.spec) else self.make_rows(spec)
         # Texts are padded to the longest of their batch; arrays are as long as they are.
-        alone = self.spec.rows == "one" or (self.spec.rows == "one_length" and isinstance(self.codec, TextCodec))
+        alone = spec.rows == "one" or (spec.rows == "one_length" and isinstance(self.codec, TextCodec))
+        found = rows.split(split, n)
         return RowByRow(found) if alone else found
 
     def score(self, outputs: Arrays, labels: Array) -> float:
         return self.scored_by(outputs, labels)
+
+
+def _prepared_alike(one: ModelSpec, other: ModelSpec) -> bool:
+    return (one.inputs, one.max_length) == (other.inputs, other.max_length)

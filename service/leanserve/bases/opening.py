@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol, Self
 
 from leanserve.bases.checkpoints import file_digest
 from leanserve.bases.datasets.opening import open_rows
+from leanserve.bases.datasets.refitted import RefittedRows
 from leanserve.bases.description import Description, remembered
 from leanserve.bases.loaded import LoadedBase, Rows, Score
 from leanserve.bases.shipped import ModuleRows, ModuleSource, borrowed, shipped_module
@@ -141,6 +142,7 @@ def open_base(origin: Origin) -> LoadedBase:
         rows=rows,
         scored_by=score,
         make_codec=partial(codec_of, description),
+        make_rows=partial(_rows_for, origin, rows, description),
         outputs=description.outputs,
     )
 
@@ -193,6 +195,13 @@ def _size_of(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     """(width, height) of the images that a model takes, where the spec fixes them."""
     height, width = spec.inputs[0].shape[-2:]
     return {} if height is None or width is None else {"size": (width, height)}
+
+
+def _rows_for(origin: Origin, rows: Rows, description: Description, spec: ModelSpec) -> Rows:
+    """The rows of a base for a model whose passes have changed what it takes."""
+    if origin.data is None:
+        return RefittedRows(rows, spec)
+    return open_rows(origin.data, description, codec_of(description, spec), origin.folder, spec)
 
 
 def _rows_and_score(origin: Origin, source: Source, description: Description, codec: Codec) -> tuple[Rows, Score]:

@@ -28,6 +28,7 @@ from leanserve.hardware import Hardware
 from leanserve.memory import is_out_of_memory
 from leanserve.passes.base import Applied, Stage
 from leanserve.runtime.formats import format_named
+from leanserve.runtime.formats.torch import training_device
 
 _Measured = TypeVar("_Measured", Measurement, BenchmarkResult, LaneRates)
 
@@ -178,7 +179,15 @@ class Builder:
         load = [partial(self._parent, key) for key in step.parents]
         models = OneByOne(load) if len(load) > 1 else [load[0]()]
         scratch = self._store.scratch(step.key)
-        context = BuildContext(self._base, self._config.seed, self._hardware, scratch, self._progress, self._evaluator)
+        context = BuildContext(
+            self._base,
+            self._config.seed,
+            self._hardware,
+            scratch,
+            self._progress,
+            self._evaluator,
+            training_device(self._hardware),
+        )
         started = time.perf_counter()
         try:
             return step.pass_.join(models, context), time.perf_counter() - started

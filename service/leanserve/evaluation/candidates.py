@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from leanserve.contracts import Array, Arrays, Base, CandidateQuality, Data, Model
+from leanserve.contracts import Array, Arrays, Base, CandidateQuality, Data, Model, ModelSpec
 from leanserve.errors import PassFailed
 from leanserve.evaluation.fidelity import fidelity
 from leanserve.evaluation.measure import outputs_on
@@ -52,10 +52,15 @@ class CandidateEvaluator:
     @cached_property
     def _rows(self) -> Data:
         rows = self._base.data("calibration", ROWS)
-        whole = len(rows) - len(rows) % self._base.unit
-        if whole == 0:
+        if len(rows) < self._base.unit:
             raise PassFailed(f"base '{self._base.name}' has no rows in its calibration split to compare candidates on")
-        return self._base.data("calibration", whole)
+        return self._rows_for(self._base.spec)
+
+    def _rows_for(self, spec: ModelSpec) -> Data:
+        """The same rows, prepared for a model of this spec; in whole units."""
+        rows = self._base.data("calibration", ROWS, spec)
+        whole = len(rows) - len(rows) % self._base.unit
+        return self._base.data("calibration", whole, spec)
 
     @cached_property
     def _labels(self) -> Array | None:
@@ -71,7 +76,7 @@ class CandidateEvaluator:
         def run() -> Arrays:
             backend = open_backend(model, self._threads)
             try:
-                return outputs_on(backend, self._rows)
+                return outputs_on(backend, self._rows_for(model.spec))
             finally:
                 backend.close()
 

@@ -14,7 +14,8 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice, product
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 from leanserve.artifacts.load import load_model
@@ -52,20 +53,18 @@ def examples(spec: ModelSpec, sizes: Iterable[int]) -> list[Arrays]:
 
 def interleaved(
     backends: Mapping[str, Backend],
-    batches: Sequence[Arrays],
+    batches: Mapping[str, Sequence[Arrays]],
     round_s: float,
     limits: Mapping[str, int],
 ) -> Iterator[Latencies]:
-    """Time every backend on every batch, round by round; yields the latencies so far. Call it on the device thread.
+    """Time every backend on its batches, round by round; yields the latencies so far. Call it on the device thread.
 
     A batch with more rows than the `limits` of a backend is left out there, and one for which memory runs out: what
     else is loaded takes some, too.
     """
     most = dict(limits)
-    turns = {
-        (name, len(batch[0])): partial(_turn, backends[name], batch, round_s, name, most)
-        for batch, name in product(batches, backends)
-    }
+    by_size = sorted(((len(batch[0]), name, batch) for name in backends for batch in batches[name]), key=itemgetter(0))
+    turns = {(name, rows): partial(_turn, backends[name], batch, round_s, name, most) for rows, name, batch in by_size}
     latencies: Latencies = {name: {} for name in backends}
     for measured in take_turns(turns):
         for (name, rows), seconds in measured.items():
@@ -101,19 +100,22 @@ def main(cache: str, origin: str, threads: str, group: str, *artifacts: str) -> 
     def load(key: str) -> Backend:
         return open_backend(load_model(store, base, key), int(threads))
 
+    def spec_of(key: str) -> ModelSpec:
+        return store.ancestry(key)[-1].spec
+
     try:
-        [timed] = device.call_on_each(lambda _: beside_anchor(load, base.spec, limits_in(artifacts), int(group)))
+        [timed] = device.call_on_each(lambda _: beside_anchor(load, spec_of, limits_in(artifacts), int(group)))
     finally:
         device.close()
     sys.stdout.write(json.dumps(timed) + "\n")
 
 
 def beside_anchor(
-    load: Callable[[str], Backend], spec: ModelSpec, limits: Mapping[str, int], group: int
+    load: Callable[[str], Backend], spec_of: Callable[[str], ModelSpec], limits: Mapping[str, int], group: int
 ) -> dict[str, Medians]:
     """Time artifacts by name, the first as the anchor of the others; `limits`: the most rows that each has memory for.
 
-    `load` opens one; no more than `group` are open at a time besides the anchor.
+    `load` opens one; no more than `group` are open at a time besides the anchor. `spec_of` tells what one takes.
     """
     anchor, *others = limits
     backends = {anchor: load(anchor)}
@@ -122,7 +124,8 @@ def beside_anchor(
         members = others[start : start + group]
         backends |= {key: load(key) for key in members}
         sizes = sizes_up_to(limits[key] for key in backends)
-        *_, timed = islice(interleaved(backends, examples(spec, sizes), ROUND_S, limits), ROUNDS)
+        batches = {key: examples(spec_of(key), sizes) for key in backends}
+        *_, timed = islice(interleaved(backends, batches, ROUND_S, limits), ROUNDS)
         found |= {key: _medians(timed[key], timed[anchor]) for key in timed if key not in found}
         for key in members:
             backends.pop(key).close()

@@ -75,7 +75,8 @@ def _joined(parts: Sequence[Array]) -> Array:
 
 
 def _measure(task: MeasuringTask, answers: Path) -> dict[str, object]:
-    gate, spec = task.base.data("gate"), task.base.spec
+    spec = task.store.ancestry(task.key)[-1].spec
+    gate = task.base.data("gate", spec=spec)
     first = _first_rows(gate)  # reading and decoding files is not the artifact's memory
     wanted = spec.most_rows(task.rows)
     batch = _repeated(first, wanted)

@@ -16,10 +16,12 @@ from torch import nn
 
 from leanserve.contracts import ArrayData, BuildContext, RowsTogether, TorchModel
 from leanserve.errors import PassFailed
+from leanserve.hardware import Gpu, Hardware
 from leanserve.passes.toolkit.augmentation import AUGMENTATIONS
 from leanserve.passes.toolkit.callbacks import EarlyStop, MovingAverage, usual_callbacks
 from leanserve.passes.toolkit.checkpoint import as_part
 from leanserve.passes.toolkit.masks import KeepMasks, masks_of
+from leanserve.passes.toolkit.teacher import MatchTeacher, TeacherTerms
 from leanserve.passes.toolkit.training import (
     FAST_BF16,
     Objective,
@@ -29,6 +31,7 @@ from leanserve.passes.toolkit.training import (
     TrainingRun,
     train,
 )
+from leanserve.runtime.formats.torch import training_device
 from tiny_base import IMAGES, TinyBase, TinyNet, context_of, lively, no_progress, tiny_base
 
 FAST = TrainingOptions(epochs=4, batch=16, precision="float32")
@@ -210,9 +213,15 @@ def test_fewer_rows_than_a_batch_make_one_step(tmp_path: Path) -> None:
 
 def test_bf16_is_chosen_only_where_the_cpu_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     automatic = TrainingOptions()
-    assert automatic.resolved_precision(frozenset({"avx2"})) == "float32"
-    assert {automatic.resolved_precision(frozenset({flag})) for flag in FAST_BF16} == {"bf16"}
-    assert TrainingOptions(precision="bf16").resolved_precision(frozenset()) == "bf16"
+    context = context_of(tiny_base(), tmp_path)
+
+    def on(*isa: str, device: str = "cpu") -> BuildContext:
+        return replace(context, hardware=Hardware("a processor", 1, isa), device=device)
+
+    assert automatic.resolved_precision(on("avx2")) == "float32"
+    assert {automatic.resolved_precision(on(flag)) for flag in FAST_BF16} == {"bf16"}
+    assert automatic.resolved_precision(on("avx2", device="cuda:0")) == "bf16"
+    assert TrainingOptions(precision="bf16").resolved_precision(on()) == "bf16"
     seen: set[torch.dtype] = set()
     for precision in ("float32", "bf16"):
         module = lively(TinyNet(), seed=7)
@@ -221,6 +230,30 @@ def test_bf16_is_chosen_only_where_the_cpu_has_it(tmp_path: Path, monkeypatch: p
         run(module, cross_entropy(module), options, context_of(tiny_base(), tmp_path / precision))
         assert {weight.dtype for weight in module.parameters()} == {torch.float32}
     assert seen == {torch.float32, torch.bfloat16}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
+def test_a_gpu_trains_and_leaves_the_model_on_the_cpu(tmp_path: Path) -> None:
+    base = tiny_base()
+    context = replace(context_of(base, tmp_path), device="cuda:0")
+    student = TorchModel(lively(TinyNet(), seed=7), base.spec)
+    options = TrainingOptions(epochs=4, batch=16, ema=0.5, patience=4, precision="float32")
+    objective = MatchTeacher(student, base, TeacherTerms())
+    where: set[str] = set()
+    student.module.get_submodule("conv").register_forward_hook(lambda _, __, output: where.add(output.device.type))
+    callbacks = usual_callbacks(student, options, context)
+    found = train(student.module, objective, base.data("train"), options, callbacks, context)
+    assert where == {"cuda"}
+    assert found.last_loss < found.first_loss
+    assert {tensor.device.type for tensor in student.module.state_dict().values()} == {"cpu"}
+
+
+def test_a_gpu_is_taken_where_torch_can_use_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpu = Hardware("a processor", 1, gpus=(Gpu("a card", 2**34),))
+    for usable, device in ((True, "cuda:0"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda usable=usable: usable)
+        assert training_device(with_gpu) == device
+        assert training_device(Hardware("a processor", 1)) == "cpu"
 
 
 def test_training_restores_threads_and_the_random_state(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ RowSource = NDArray[np.int64]
 def cut_splits(digests: Sequence[bytes], sizes: SplitSizes | None, seed: int) -> dict[Split, RowSource]:
     """Row numbers of each split of one source; rows with equal digests share a split.
 
-    Calibration, gate and test get their sizes and `train` the rest. A source that is too small is cut_splits in
+    Calibration, gate and test get their sizes and `train` the rest. A source that is too small is cut in
     proportion, so that neither calibration, gate nor train is empty. Sizes that the user did not choose leave a fifth
     for `train`.
 
@@ -39,7 +39,7 @@ def cut_splits(digests: Sequence[bytes], sizes: SplitSizes | None, seed: int) ->
     waiting = _groups(digests, seed)
     if len(waiting) < LEAST:
         raise ConfigError(
-            f"data: {len(waiting)} different rows are too few to cut_splits into splits; at least {LEAST} are needed"
+            f"data: {len(waiting)} different rows are too few to cut into splits; at least {LEAST} are needed"
         )
     splits: dict[Split, RowSource] = {}
     for split, size in _sizes(len(digests), sizes).items():

@@ -64,7 +64,7 @@ class PreparedData:
 
 @dataclass(frozen=True)
 class TableRows:
-    """A `bases.loaded.RowSource` over one table that is cut_splits, or over one per split."""
+    """A `bases.loaded.Rows` over one table that is cut into splits, or over one per split."""
 
     key: str
     tables: Table | Mapping[Split, Table]

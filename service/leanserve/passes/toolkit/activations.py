@@ -1,6 +1,6 @@
 """What data says about a model: features seen by its layers, and batch-norm statistics after its weights changed.
 
-Low-rank passes normalize_weights their errors by what a layer really sees, and any structural change moves the mean and
+Low-rank passes weigh their errors by what a layer really sees, and any structural change moves the mean and
 variance that batch norm stored in training. Both need calibration rows only: no labels, no gradients.
 """
 

@@ -54,7 +54,8 @@ class MovingAverage(TrainingCallback):
 
     def restore(self, state: TrainingState) -> None:
         self._count = state["count"]
-        self._average = {name.removeprefix("average."): value for name, value in state.items() if name != "count"}
+        for name, average in self._average.items():  # those of `begin`, where the module is
+            average.copy_(state[f"average.{name}"])
 
     @contextmanager
     def in_place(self, module: nn.Module) -> Iterator[None]:
@@ -109,8 +110,7 @@ class EarlyStop(TrainingCallback):
         run.module.eval()
         total = 0.0
         for batch in self._data.batches(LOSS_ROWS):
-            inputs = tuple(torch.from_numpy(array) for array in batch.inputs)
-            labels = None if batch.labels is None else torch.from_numpy(batch.labels)
+            inputs, labels = run.tensors(batch)
             total += run.objective.loss(inputs, labels).item() * len(inputs[0])
         return total / len(self._data)
 
@@ -124,7 +124,7 @@ def usual_callbacks(model: TorchModel, schedule: TrainingOptions, context: Build
     average = MovingAverage(schedule.ema) if schedule.ema else None
     callbacks: list[TrainingCallback] = [KeepMasks(masks_of(model))]
     if schedule.patience is not None:
-        data = context.base.data("calibration")
+        data = context.base.data("calibration", spec=model.spec)
         if not len(data):
             raise PassFailed("patience: the calibration split, whose loss decides, is empty; give it rows or drop it")
         callbacks.append(EarlyStop(data, schedule.patience, average))

@@ -94,5 +94,5 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        total.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        total.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return total.hexdigest()

@@ -50,7 +50,8 @@ class KeepMasks(TrainingCallback):
     @torch.no_grad()
     def _apply(self, module: nn.Module) -> None:
         for name, mask in self.masks.items():
-            module.get_parameter(name).masked_fill_(~mask, 0)
+            weight = module.get_parameter(name)
+            weight.masked_fill_(~mask.to(weight.device), 0)
 
 
 def _patterns(module: nn.Module) -> dict[str, Tensor]:

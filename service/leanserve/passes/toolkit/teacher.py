@@ -36,6 +36,16 @@ class TeacherTerms:
         return {index: BY_MEANING[item.meaning] if self.loss == "auto" else self.loss for index, item in floats}
 
 
+def require_inputs_of(base: Base, student: TorchModel, kind: str) -> None:
+    """Check that teacher and student can be shown the same rows.
+
+    Raises:
+        PassFailed: passes before have changed what the student takes.
+    """
+    if student.spec.inputs != base.spec.inputs:
+        raise PassFailed(f"{kind} shows the base the rows of its student, whose inputs were changed; train before that")
+
+
 class MatchTeacher(Objective):
     """The student's distance from the base's answers to the same (augmented) inputs, and from the labels."""
 
@@ -50,6 +60,10 @@ class MatchTeacher(Objective):
             Output(item.meaning, scales.get(index, torch.ones(1)), terms.temperature)
             for index, item in enumerate(student.spec.outputs)
         ]
+
+    def to(self, device: str) -> None:
+        self._teacher.to(device)
+        self._outputs = [item._replace(scales=item.scales.to(device)) for item in self._outputs]
 
     def loss(self, inputs: tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
         with torch.no_grad():

@@ -10,7 +10,7 @@ epoch: masks, averages, sharpness, schedules of sparsity, early stopping), never
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
-from leanserve.contracts import BuildContext, Data
+from leanserve.contracts import Batch, BuildContext, Data
 from leanserve.errors import PassFailed
 from leanserve.memory import is_out_of_memory
 from leanserve.passes.base import Need
@@ -74,10 +74,11 @@ class TrainingOptions(BaseModel):
         judged: frozenset[Need] = frozenset({"calibration"}) if self.patience is not None else frozenset()
         return judged | {"train", "batches"}
 
-    def resolved_precision(self, isa: Collection[str]) -> Literal["float32", "bf16"]:
-        """What `auto` means on a machine with these instruction sets."""
+    def resolved_precision(self, context: BuildContext) -> Literal["float32", "bf16"]:
+        """What `auto` means where this context trains."""
         if self.precision == "auto":
-            return "bf16" if FAST_BF16.intersection(isa) else "float32"
+            fast = context.device != "cpu" or FAST_BF16.intersection(context.hardware.isa)
+            return "bf16" if fast else "float32"
         return self.precision
 
     def rate(self, step: int, steps: int) -> float:
@@ -99,6 +100,9 @@ class Objective:
         """Parameters of its own, always the same module: trained and resumed beside the module's, in the optimiser's
         third and fourth group. They are no part of the model and are gone with the objective."""
         return None
+
+    def to(self, device: str) -> None:
+        """Move what it holds besides the module that is trained, such as a teacher, to where that is trained."""
 
 
 class TrainingCallback:
@@ -174,7 +178,11 @@ def train(
     threads = torch.get_num_threads()
     torch.set_num_threads(context.threads)
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        module.to(context.device)
+        objective.to(context.device)
+        if (extra := objective.extra()) is not None:
+            extra.to(context.device)
+        with torch.random.fork_rng([0] if context.device != "cpu" else []), torch.enable_grad():
             return TrainingRun(module, objective, schedule, callbacks, context).to_the_end(data)
     except Exception as error:
         if isinstance(error, PassFailed) or not is_out_of_memory(error):
@@ -183,7 +191,7 @@ def train(
         raise PassFailed(text) from error
     finally:
         torch.set_num_threads(threads)
-        module.eval()
+        module.cpu().eval()
 
 
 class TrainingRun:
@@ -261,14 +269,21 @@ class TrainingRun:
             extra.train()
 
     def _batches(self, data: Data, seed: int) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor | None]]:
-        import torch
 
         augment = AUGMENTATIONS[self.schedule.augment]
         # The ragged last batch is left out (another one every epoch): batch norm cannot train on a single row.
         batches = islice(data.batches(self.schedule.batch, shuffle_seed=seed), max(1, len(data) // self.schedule.batch))
         for batch in batches:
-            inputs = augment(tuple(torch.from_numpy(array) for array in batch.inputs))
-            yield inputs, None if batch.labels is None else torch.from_numpy(batch.labels)
+            inputs, labels = self.tensors(batch)
+            yield augment(inputs), labels
+
+    def tensors(self, batch: Batch) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """Inputs and labels of a batch, where the module is."""
+        import torch
+
+        device = self.context.device
+        inputs = tuple(torch.from_numpy(array).to(device) for array in batch.inputs)
+        return inputs, None if batch.labels is None else torch.from_numpy(batch.labels).to(device)
 
     def _step(self, inputs: tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> float:
         import torch
@@ -289,9 +304,10 @@ class TrainingRun:
     def _gradients(self, inputs: tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> torch.Tensor:
         import torch
 
-        bf16 = self.schedule.resolved_precision(self.context.hardware.isa) == "bf16"
+        device = torch.device(self.context.device).type
+        bf16 = self.schedule.resolved_precision(self.context) == "bf16"
         self.optimiser.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             loss = self.objective.loss(inputs, labels)
         torch.autograd.backward(loss)
         return loss.detach()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from leanserve.contracts import Backend, ModelSize, ModelSpec, TorchModel
+from leanserve.hardware import Hardware
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,6 +53,15 @@ class TorchFormat:
 
 
 FORMAT = TorchFormat()
+
+
+def training_device(hardware: Hardware) -> str:
+    """Where torch trains on a machine: its first GPU, if torch was built for it, else the CPU."""
+    if not hardware.gpus:
+        return "cpu"
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 def use_threads(threads: int) -> None:

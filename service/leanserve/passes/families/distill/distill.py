@@ -46,18 +46,19 @@ class Distill(TrainingOptions, Pass):
         from leanserve.passes.toolkit.callbacks import usual_callbacks
         from leanserve.passes.toolkit.masks import masks_of
         from leanserve.passes.toolkit.structure import copy_of
-        from leanserve.passes.toolkit.teacher import MatchTeacher, TeacherTerms
+        from leanserve.passes.toolkit.teacher import MatchTeacher, TeacherTerms, require_inputs_of
 
         student = copy_of(model, self.kind)
         student = replace(student, masks=masks_of(student))
         terms = TeacherTerms(self.loss, self.temperature, self.alpha)
         measures = terms.measures(student.spec)
         self._check(student.spec, measures)
+        require_inputs_of(context.base, student, self.kind)
         objective = MatchTeacher(student, context.base, terms)
         callbacks = usual_callbacks(student, self, context)
         outcome = train(student.module, objective, context.base.data("train"), self, callbacks, context)
         named = {student.spec.outputs[index].name: measure for index, measure in measures.items()}
-        decisions = {"loss": named, "precision": self.resolved_precision(context.hardware.isa)}
+        decisions = {"loss": named, "precision": self.resolved_precision(context)}
         facts = {"first_loss": outcome.first_loss, "last_loss": outcome.last_loss, "epochs": outcome.epochs}
         return Applied(student, decisions, facts)
 

@@ -61,7 +61,7 @@ class LowrankConv(RankRule, Pass):
         candidates = {name: Candidate(spectra[name], split.dense, split.cost) for name, split in splits.items()}
         choice = self.choose(candidates, macs, left)
         self._replace(made, {name: splits[name] for name in choice.ranks}, bases, choice, context)
-        refit_batch_norm(made, choice.ranks, context.base.data("calibration", self.samples))
+        refit_batch_norm(made, choice.ranks, context.base.data("calibration", self.samples, made.spec))
         return Applied(
             made,
             {"ranks": {name: list(ranks) for name, ranks in choice.ranks.items()}, "left": choice.left},
@@ -136,7 +136,7 @@ class LowrankConv(RankRule, Pass):
         from leanserve.passes.toolkit.activations import observe
 
         layers = {name: split.conv for name, split in splits.items()}
-        data = context.base.data("calibration", self.samples)
+        data = context.base.data("calibration", self.samples, model.spec)
         observe(model, layers, data, lambda name, x, y: getattr(splits[name], step)(x, y), context.progress)
 
     def _has_bias(self, conv: nn.Conv2d) -> bool:

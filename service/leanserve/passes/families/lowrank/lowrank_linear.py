@@ -57,7 +57,7 @@ class LowrankLinear(RankRule, Pass):
         choice = self.choose(_candidates(made, layers, bases), macs, left)
         for name, (rank,) in choice.ranks.items():
             replace(made.module, layers[name], _factorised(layers[name], bases[name], rank))
-        refit_batch_norm(made, choice.ranks, context.base.data("calibration", self.samples))
+        refit_batch_norm(made, choice.ranks, context.base.data("calibration", self.samples, made.spec))
         return Applied(
             made,
             {"ranks": {name: rank for name, (rank,) in choice.ranks.items()}, "left": choice.left},
@@ -107,7 +107,7 @@ class LowrankLinear(RankRule, Pass):
             flat = x.flatten(0, -2)
             moments[name].add(flat.abs() if self.method == "asvd" else flat)
 
-        observe(model, layers, context.base.data("calibration", self.samples), see, context.progress)
+        observe(model, layers, context.base.data("calibration", self.samples, model.spec), see, context.progress)
         if self.method == "asvd":
             scales = {name: seen.mean.clamp_min(1e-6).sqrt().diag() for name, seen in moments.items()}
         else:

@@ -101,7 +101,7 @@ class Merge(Pass):
                 own[name].copy_(total / len(chosen))
         layers = {name.rpartition(".")[0] for name in own}
         made = replace(made, masks=masks)
-        refit_batch_norm(made, layers, context.base.data("calibration", self.samples))
+        refit_batch_norm(made, layers, context.base.data("calibration", self.samples, made.spec))
         return made
 
 

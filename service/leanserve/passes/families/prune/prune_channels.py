@@ -114,7 +114,7 @@ class PruneChannels(Pass):
             goal = 1 - (1 - self._target) * step / self.steps
             made = nearest(made, self._blocks(groups, first), kept, goal)
             changed = differences(base.module, made.module)
-            refit_batch_norm(made, changed, context.base.data("calibration", self.samples))
+            refit_batch_norm(made, changed, context.base.data("calibration", self.samples, made.spec))
             if self.recovery is not None and step < self.steps:
                 self._recover(made, self.recovery, replace(context, scratch=context.scratch / f"step-{step}"))
         self._check(kept(made))
@@ -140,7 +140,8 @@ class PruneChannels(Pass):
 
         objective = MatchTeacher(model, context.base, TeacherTerms())
         callbacks = usual_callbacks(model, options, context)
-        train(model.module, objective, context.base.data("train"), options, callbacks, context)
+        data = context.base.data("train", spec=model.spec)
+        train(model.module, objective, data, options, callbacks, context)
 
     def _groups(self, model: TorchModel, context: BuildContext) -> list[ChannelGroup]:
         """The prunable groups with their importance in `model`."""
@@ -152,7 +153,7 @@ class PruneChannels(Pass):
         chosen = self.targets.select(model.module, nn.Conv2d, nn.Linear).values()
         frozen = [child for child in model.module.modules() if isinstance(child, nn.Conv2d | nn.Linear)]
         frozen = [child for child in frozen if child not in set(chosen)]
-        data = context.base.data("train", self.samples) if self.importance == "taylor" else None
+        data = context.base.data("train", self.samples, model.spec) if self.importance == "taylor" else None
         return channel_groups(model, importance_of(self.importance, model, data), frozen)
 
     def _blocks(self, groups: Sequence[ChannelGroup], first: Sequence[ChannelGroup]) -> list[Block]:

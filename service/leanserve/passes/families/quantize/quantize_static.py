@@ -72,7 +72,7 @@ class QuantizeStatic(Pass):
         left = [node.name for node in graph.layers if node.name not in names]
         if len(left) == len(graph.layers):
             raise PassFailed(_nothing_quantized(left))
-        data = context.base.data("calibration", self.samples)
+        data = context.base.data("calibration", self.samples, model.spec)
         if not len(data):
             raise PassFailed("quantize_static calibrates with data, but the base's calibration split is empty")
         tensors = int8_tensors(graph, chosen)
