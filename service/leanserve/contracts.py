@@ -333,12 +333,6 @@ class Codec(Protocol):
     def media_types(self) -> tuple[str, ...]:
         """The content types that `decode` takes."""
 
-    def prepare(self, media_type: str, body: bytes) -> Prepared[Decoded]:
-        """Check what headers and counts tell of a body, before what takes time or memory.
-
-        Takes at most some milliseconds. Raises as `decode`.
-        """
-
     def decode(self, media_type: str, body: bytes) -> Decoded:
         """Check and decode a body. Raises `BadInput`, `BodyTooLarge` or `UnsupportedMediaType`."""
 
@@ -355,13 +349,6 @@ class Decoded(NamedTuple):
     inputs: Arrays
     many: bool
     lengths: tuple[int, ...] = ()
-
-
-class Prepared(NamedTuple, Generic[Made]):
-    """Work that was looked at and not begun: about how long it takes one core, and the work."""
-
-    seconds: float
-    finish: Callable[[], Made]
 
 
 class Progress(Protocol):
