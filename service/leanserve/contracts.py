@@ -340,15 +340,50 @@ class Codec(Protocol):
         """One JSON-able answer per row."""
 
 
+class Placement(NamedTuple):
+    """Where an image lies on the model's input: its point (x, y) is at (x, y) * `scale` + `offset` there.
+
+    `size` is (width, height) of the image as it is seen, `input` that of the model's input, both in pixels; `offset` is
+    negative where edges of the image were cut off.
+    """
+
+    size: tuple[int, int]
+    input: tuple[int, int]
+    scale: tuple[float, float]
+    offset: tuple[int, int]
+
+    def told(self) -> dict[str, Json]:
+        """As it stands in an answer."""
+        return {"image": self._asdict()}
+
+
+class Span(NamedTuple):
+    """Which part of a recording a row is, in seconds from its beginning."""
+
+    start_s: float
+    end_s: float
+
+    def told(self) -> dict[str, Json]:
+        """As it stands in an answer."""
+        return self._asdict()
+
+
+Place: TypeAlias = Placement | Span
+"""From where in what was sent a row is taken."""
+
+
 class Decoded(NamedTuple):
     """A decoded request: the batch, and whether the client sent a list of samples or a single one.
 
-    `lengths` are those that the rows had before shorter ones were padded; empty where they cannot differ.
+    `lengths` are those that the rows had before shorter ones were padded; empty where they cannot differ. `places` are
+    told with the answers where `tells_places`; empty where there is nothing to tell.
     """
 
     inputs: Arrays
     many: bool
     lengths: tuple[int, ...] = ()
+    places: tuple[Place, ...] = ()
+    tells_places: bool = False
 
 
 class Progress(Protocol):

@@ -7,9 +7,12 @@ from pathlib import Path
 
 from leanserve.bases.description import Description, Tensor
 from leanserve.bases.meanings import settled
+from leanserve.codecs.images import CHANNELS
 from leanserve.config.base_section import BroughtBase, ImageFiles, ImageInput, TextInput
 from leanserve.errors import ConfigError
 
+LONGEST = 512
+"""Largest size of a dynamic axis where nothing tells another."""
 MASKED_TEXT = (
     Tensor(name="input_ids", dtype="int64", shape=(None,)),
     Tensor(name="attention_mask", dtype="int64", shape=(None,)),
@@ -20,7 +23,14 @@ MASKED_TEXT = (
 def image_tensor(image: ImageInput) -> Tensor:
     """The input of a model of images, float32 [C, H, W]."""
     width, height = image.size
-    return Tensor(name="image", dtype="float32", shape=(3 if image.mode == "RGB" else 1, height, width))
+    return Tensor(name="image", dtype="float32", shape=(CHANNELS[image.mode], height, width))
+
+
+def longest_input(declared: BroughtBase) -> int:
+    """The largest size that a dynamic axis of the inputs may have."""
+    if declared.text is not None:
+        return declared.text.max_length
+    return declared.image.max_side if isinstance(declared.image, ImageInput) else LONGEST
 
 
 def image_input(declared: ImageFiles | None, own: Callable[[], ImageInput]) -> ImageInput:
@@ -59,7 +69,7 @@ def described(
         labelled=given.labelled,
         image=declared.image if isinstance(declared.image, ImageInput) else None,
         text=None if declared.text is None else resolved_text(declared.text, folder),
-        max_length=512 if declared.text is None else declared.text.max_length,
+        max_length=longest_input(declared),
         rows=declared.rows,
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 from leanserve.bases.description import Tensor
+from leanserve.codecs.images import ImageCodec
 from leanserve.codecs.text import TextCodec
 from leanserve.contracts import Array, Arrays, Batch, Codec, Data, Model, ModelSpec, Split, TorchModel
 from leanserve.errors import StartupError
@@ -84,10 +85,15 @@ class LoadedBase:
     def data(self, split: Split, n: int | None = None, spec: ModelSpec | None = None) -> Data:
         spec = spec or self.spec
         rows = self.rows if _prepared_alike(spec, self.spec) else self.make_rows(spec)
-        # Texts are padded to the longest of their batch; arrays are as long as they are.
-        alone = spec.rows == "one" or (spec.rows == "one_length" and isinstance(self.codec, TextCodec))
+        alone = spec.rows == "one" or (spec.rows == "one_length" and self._rows_are_padded)
         found = rows.split(split, n)
         return RowByRow(found) if alone else found
+
+    @property
+    def _rows_are_padded(self) -> bool:
+        """Texts to the longest of their batch, images to the largest; arrays are as long as they are."""
+        codec = self.codec
+        return isinstance(codec, TextCodec) or (isinstance(codec, ImageCodec) and codec.geometry.is_dynamic)
 
     def score(self, outputs: Arrays, labels: Array) -> float:
         return self.scored_by(outputs, labels)

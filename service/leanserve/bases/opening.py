@@ -185,16 +185,16 @@ def codec_of(description: Description, spec: ModelSpec) -> Codec:
     """What turns requests into the inputs of a model of this spec, and its outputs into answers."""
     answers = AnswerEncoder(spec)
     if description.image is not None:
-        return ImageCodec(answers=answers, **(description.image.model_dump() | _size_of(spec)))
+        return ImageCodec(answers=answers, **(description.image.model_dump() | _sizes_of(spec)))
     if description.text is not None:
         return TextCodec(description.text.tokenizer, min(description.text.max_length, spec.max_length), answers)
     return ArrayCodec(answers)
 
 
-def _size_of(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    """(width, height) of the images that a model takes, where the spec fixes them."""
+def _sizes_of(spec: ModelSpec) -> dict[str, Any]:
+    """(width, height) of the images that a model takes, and the bounds of those sides that the spec leaves open."""
     height, width = spec.inputs[0].shape[-2:]
-    return {} if height is None or width is None else {"size": (width, height)}
+    return {"size": (width, height), "max_side": spec.max_length, "step": spec.step, "least": spec.least}
 
 
 def _rows_for(origin: Origin, rows: Rows, description: Description, spec: ModelSpec) -> Rows:

@@ -10,7 +10,8 @@ that says where, before anything reaches a queue. Bodies:
 
 All take the same path (orientation -> mode -> resize -> scale -> normalise), so that an image gets the same answer as
 PNG, as upload and as JSON pixels; docs/images.md says it to the bit. Transparency is composited on black, 16-bit grey
-keeps its upper 8 bits, colour profiles are not applied, and orientation tags are if the config says so.
+keeps its upper 8 bits, colour profiles are not applied, and orientation tags are if the config says so. How an image of
+any size is laid on the input is in `leanserve.codecs.geometry`.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import floor
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from leanserve.codecs.answers import AnswerEncoder
+from leanserve.codecs.geometry import Anchor, Geometry, ImageFit, Layout
 from leanserve.codecs.image_files import UNTOLD, EncodedImage, OpenedImage, Orientation, decoded, opened
 from leanserve.codecs.image_formats import BY_MEDIA_TYPE, FORMAT_NAMES, FormatName, media_types
 from leanserve.codecs.pixels import Placed, parse_images, to_array
 from leanserve.codecs.uploads import FORM, file_of_json, files_of_form, holds_file
 from leanserve.contracts import Array, Arrays, Decoded, Json
-from leanserve.errors import BodyTooLarge, ConfigError, UnsupportedMediaType
+from leanserve.errors import BadInput, BodyTooLarge, ConfigError, UnsupportedMediaType
 
 JSON = "application/json"
 FILTERS = {
@@ -41,31 +42,56 @@ FILTERS = {
 }
 
 
+Mode = Literal["L", "RGB", "BGR"]
+CHANNELS = {"L": 1, "RGB": 3, "BGR": 3}
+LEAST_SIDE = 64
+"""A side of the input that follows the image counts at least as that many pixels in what one request may have."""
+
+
+class _Prepared(NamedTuple):
+    """An image as the model takes it, float32 [C, H, W], and how it lies there."""
+
+    row: Array
+    layout: Layout
+
+
 @dataclass(frozen=True, slots=True)
 class ImageCodec:
     """Codec of a base that takes one float32 image field [C, H, W].
 
-    `size` is (width, height). `mean` and `std` are per channel, of pixels scaled to 0..1. `orientation` says whether
-    tags turn an image before everything else, `formats` which files are read. `max_pixels` bounds the images of a
-    request together, as sent and while they are resized; each counts at least as much as the model sees.
+    `size` is (width, height), `None` where a side follows the image; `fit`, `crop`, `anchor`, `max_side`, `step` and
+    `least` are those of `Geometry`. `mean` and `std` are per channel, of pixels scaled to 0..1, in the order of `mode`.
+    `fill` is the pixel value, per channel, of what an image does not cover. `orientation` says whether tags turn an
+    image before everything else, `formats` which files are read. `max_pixels` bounds the images of a request together,
+    as sent and while they are resized; each counts at least as much as the model sees.
     """
 
-    mode: Literal["L", "RGB"]
-    size: tuple[int, int]
+    mode: Mode
+    size: tuple[int | None, int | None]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     answers: AnswerEncoder
     resize: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
-    fit: Literal["stretch", "crop"] = "stretch"
+    fit: ImageFit = "stretch"
     crop: float = 1.0
+    anchor: Anchor = "center"
+    fill: tuple[float, ...] = (0.0,)
+    max_side: int = 512
+    step: int = 1
+    least: int = 1
     orientation: Orientation = "stored"
     formats: tuple[FormatName, ...] = FORMAT_NAMES
     max_pixels: int = 50_000_000
 
     def __post_init__(self) -> None:
-        channels = {"L": 1, "RGB": 3}[self.mode]
+        channels = CHANNELS[self.mode]
         if not len(self.mean) == len(self.std) == channels:
             raise ConfigError(f"an image of mode {self.mode} needs {channels} values in mean and in std")
+
+    @property
+    def geometry(self) -> Geometry:
+        """How an image of any size is laid on the input."""
+        return Geometry(self.size, self.fit, self.crop, self.anchor, self.max_side, self.step, self.least)
 
     @property
     def media_types(self) -> tuple[str, ...]:
@@ -83,12 +109,12 @@ class ImageCodec:
         if kind == JSON:
             placed, many = parse_images(body)
             self._require_room(len(placed))
-            return Decoded((self._rows(map(self._from_json, placed)),), many)
+            return self._decoded(map(self._from_json, placed), many=many)
         if kind == FORM:
             files = files_of_form(media_type, body, self._most_rows)
-            return Decoded((self._rows(map(self._opened, files)),), many=len(files) > 1)
+            return self._decoded(map(self._opened, files), many=len(files) > 1)
         self._require_taken(kind, media_type)
-        return Decoded((self._rows([self._opened(EncodedImage(kind, body, "the body"))]),), many=False)
+        return self._decoded([self._opened(EncodedImage(kind, body, "the body"))], many=False)
 
     def encode(self, outputs: Arrays) -> list[dict[str, Json]]:
         """One answer per row, see `leanserve.codecs.answers`."""
@@ -96,22 +122,51 @@ class ImageCodec:
 
     def row(self, image: Image.Image) -> Array:
         """Image -> float32 [C, H, W], scaled and normalised."""
-        rows = self._rows([OpenedImage(image, "the image")])
-        return np.asarray(rows[0])
+        return self._prepared(OpenedImage(image, "the image"), self.geometry).row
 
-    def _rows(self, images: Iterable[OpenedImage]) -> Array:
-        """Images -> float32 [rows, C, H, W]."""
-        waiting = self._bounded(images)
-        mean, std = (np.array(values, dtype=np.float32)[:, None, None] for values in (self.mean, self.std))
-        rows = np.empty((len(waiting), len(mean), self.size[1], self.size[0]), np.float32)
-        for row in rows:
+    def _decoded(self, images: Iterable[OpenedImage], *, many: bool) -> Decoded:
+        """Images -> float32 [rows, C, H, W]; where rows differ in size, smaller ones are filled up to the largest."""
+        geometry = self.geometry
+        waiting = self._bounded(images, geometry)
+        prepared = []
+        while waiting:
             # Each image goes as soon as it is done: decoded, it is larger than its row.
-            pixels = np.asarray(self._fitted(decoded(waiting.popleft(), self.mode, self.orientation)))
-            planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-            np.divide(planes, np.float32(255), out=row, dtype=np.float32)
-            np.subtract(row, mean, out=row)
-            np.divide(row, std, out=row)
-        return rows
+            prepared.append(self._prepared(waiting.popleft(), geometry))
+        rows = [item.row for item in prepared]
+        places = tuple([item.layout.placement() for item in prepared])
+        if not geometry.is_dynamic:
+            return Decoded((stacked(rows),), many, places=places, tells_places=self.fit == "letterbox")
+        lengths = self._lengths(rows)
+        return Decoded((stacked(rows),), many, lengths, places, tells_places=True)
+
+    def _lengths(self, rows: list[Array]) -> tuple[int, ...]:
+        """Of the side that follows the image, where it is one."""
+        if self.size.count(None) == 1:
+            return tuple([row.shape[2 if self.size[0] is None else 1] for row in rows])
+        sizes = [f"{row.shape[2]} x {row.shape[1]}" for row in rows]
+        if self.answers.spec.rows != "any" and len(set(sizes)) > 1:
+            raise BadInput(
+                f"the images come to inputs of {' and '.join(dict.fromkeys(sizes))} pixels, which must not share a "
+                "batch of this model; send them in requests of their own"
+            )
+        return ()
+
+    def _prepared(self, received: OpenedImage, geometry: Geometry) -> _Prepared:
+        image = decoded(received, "L" if self.mode == "L" else "RGB", self.orientation)
+        layout = geometry.layout(image.size)
+        mean, std = (np.array(values, dtype=np.float32)[:, None, None] for values in (self.mean, self.std))
+        row = np.empty((len(mean), layout.canvas[1], layout.canvas[0]), np.float32)
+        place = row
+        if self.fit == "letterbox":
+            row[...] = (np.array(self.fill, np.float32)[:, None, None] / np.float32(255) - mean) / std
+            (left, top), (wide, high) = layout.corner, layout.scaled
+            place = row[:, top : top + high, left : left + wide]
+        pixels = np.asarray(self._fitted(image, layout))
+        planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        np.divide(planes[::-1] if self.mode == "BGR" else planes, np.float32(255), out=place, dtype=np.float32)
+        np.subtract(place, mean, out=place)
+        np.divide(place, std, out=place)
+        return _Prepared(row, layout)
 
     def _opened(self, file: EncodedImage) -> OpenedImage:
         return opened(file, self.formats)
@@ -136,38 +191,42 @@ class ImageCodec:
 
     @property
     def _most_rows(self) -> int:
-        return self.max_pixels // (self.size[0] * self.size[1])
+        width, height = (LEAST_SIDE if side is None else side for side in self.size)
+        return self.max_pixels // (width * height)
 
-    def _bounded(self, images: Iterable[OpenedImage]) -> deque[OpenedImage]:
+    def _bounded(self, images: Iterable[OpenedImage], geometry: Geometry) -> deque[OpenedImage]:
         """The images, none of them decoded; refuses what would take too much memory or time while they are opened."""
         waiting: deque[OpenedImage] = deque()
-        total = 0
+        total, widest, highest = 0, 1, 1
         for image in images:
-            work = max(self._work(image))
+            layouts = self._layouts(image, geometry)
+            work = max(self._work(image, layouts))
             if work > self.max_pixels:
-                raise BodyTooLarge(f"{image.where}: {self._reason(image)}, above the limit of {self.max_pixels} pixels")
+                reason = self._reason(image, layouts)
+                raise BodyTooLarge(f"{image.where}: {reason}, above the limit of {self.max_pixels} pixels")
             waiting.append(image)
-            total += max(work, self.size[0] * self.size[1])
-            if total > self.max_pixels:
+            total += max(work, *(layout.pixels for layout in layouts))
+            # Together the rows take as much room as if each were as large as the largest.
+            widest = max(widest, *(layout.canvas[0] for layout in layouts))
+            highest = max(highest, *(layout.canvas[1] for layout in layouts))
+            if max(total, len(waiting) * widest * highest) > self.max_pixels:
                 raise BodyTooLarge(f"{len(waiting)} images are above the limit of {self.max_pixels} pixels together")
         return waiting
 
-    def _work(self, image: OpenedImage) -> tuple[int, int, int]:
+    def _layouts(self, image: OpenedImage, geometry: Geometry) -> list[Layout]:
+        """How it will be laid out: as it is stored, or turned. The tag may stand behind the pixels."""
+        width, height = image.image.size
+        turned = [(height, width)] if self.orientation == "exif" else []
+        return [geometry.layout(size) for size in ((width, height), *turned)]
+
+    def _work(self, image: OpenedImage, layouts: list[Layout]) -> tuple[int, int, int]:
         """What an image costs, in pixels: to hold, to decode, to resize."""
         width, height = image.image.size
-        resizing = self._resizing(width, height)
-        if self.orientation == "exif":  # the tag may stand behind the pixels, so that both ways count
-            resizing = max(resizing, self._resizing(height, width))
-        return width * height, image.work, resizing
+        return width * height, image.work, max(layout.resizing for layout in layouts)
 
-    def _resizing(self, width: int, height: int) -> int:
-        """Pixels that resizing goes through: Pillow does it in two passes, first all rows to their new width."""
-        wide, high = self._scaled(width, height)
-        return wide * max(high, height)
-
-    def _reason(self, image: OpenedImage) -> str:
+    def _reason(self, image: OpenedImage, layouts: list[Layout]) -> str:
         """What costs most in an image."""
-        work = self._work(image)
+        work = self._work(image, layouts)
         size = "{} x {} pixels".format(*image.image.size)
         reasons = (
             f"the image has {size}",
@@ -176,21 +235,22 @@ class ImageCodec:
         )
         return reasons[work.index(max(work))]
 
-    def _scaled(self, width: int, height: int) -> tuple[int, int]:
-        """To which size an image of this one is resized; with `fit: crop` the centre of that is cut out.
+    def _fitted(self, image: Image.Image, layout: Layout) -> Image.Image:
+        """The image as large as it lies on the input, without the edges that are cut off."""
+        large = image.resize(layout.scaled, FILTERS[self.resize])
+        left, top = (-side for side in layout.corner)
+        width, height = layout.canvas
+        return large.crop((left, top, left + width, top + height)) if self.fit == "crop" else large
 
-        Rounds as torchvision's Resize does, so that a checkpoint sees the pixels it was evaluated on.
-        """
-        if self.fit == "stretch":
-            return self.size
-        wide, high = (floor(side / self.crop) for side in self.size)
-        if wide * height >= high * width:
-            return wide, int(wide * height / width)
-        return int(high * width / height), high
 
-    def _fitted(self, image: Image.Image) -> Image.Image:
-        """An image of `size`. The centre is rounded as in torchvision's CenterCrop."""
-        width, height = self.size
-        large = image.resize(self._scaled(*image.size), FILTERS[self.resize])
-        left, top = round((large.width - width) / 2), round((large.height - height) / 2)
-        return large if large.size == self.size else large.crop((left, top, left + width, top + height))
+def stacked(rows: list[Array]) -> Array:
+    """Rows [C, H, W] as one batch; smaller ones are filled up with zeros, as they are when requests share a batch."""
+    if len(rows) == 1:
+        return rows[0][None]
+    if len({row.shape for row in rows}) == 1:
+        return np.stack(rows)
+    shape = [max(sides) for sides in zip(*(row.shape for row in rows), strict=True)]
+    batch = np.zeros((len(rows), *shape), np.float32)
+    for place, row in zip(batch, rows, strict=True):
+        place[:, : row.shape[1], : row.shape[2]] = row
+    return batch

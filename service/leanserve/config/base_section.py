@@ -10,10 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
+from leanserve.codecs.geometry import Anchor, ImageFit
 from leanserve.codecs.image_files import Orientation
 from leanserve.codecs.image_formats import FORMAT_NAMES, FormatName
+from leanserve.codecs.images import CHANNELS, Mode
 from leanserve.config.section import Name, Section
 from leanserve.contracts import Json, Meaning, RowsTogether
 
@@ -32,23 +34,55 @@ class ImageFiles(Section):
 class ImageInput(ImageFiles):
     """How an image becomes the model's input [C, H, W]."""
 
-    mode: Literal["RGB", "L"] = Field("RGB", description="colour or grey")
-    size: tuple[int, int] = Field(description="[width, height] of the model's input")
-    fit: Literal["stretch", "crop"] = Field("stretch", description="to that size: distort, or cut from the centre")
+    mode: Mode = Field("RGB", description="colour, colour with blue first, or grey")
+    size: tuple[Annotated[int, Field(ge=1)] | None, Annotated[int, Field(ge=1)] | None] = Field(
+        description="[width, height] of the model's input; null: the image's own, by its proportions if one is given"
+    )
+    fit: ImageFit = Field(
+        "stretch", description="to that size: distort, cut from the centre, or fill up what the image does not cover"
+    )
     crop: float = Field(1.0, gt=0, le=1, description="with fit crop: share of the short side that is kept (crop_pct)")
+    anchor: Anchor = Field("center", description="with fit letterbox: where the image lies; start: left and top")
+    fill: tuple[Annotated[float, Field(ge=0, le=255)], ...] = Field(
+        (0.0,), description="with fit letterbox: pixel value, or one per channel, of what the image does not cover"
+    )
+    max_side: int = Field(
+        512, ge=16, le=8192, description="with a null in size: longest side; larger images are made smaller"
+    )
     resize: Resize = Field("bilinear", description="filter")
     mean: tuple[float, ...] = Field(description="per channel, of pixels scaled to 0..1")
     std: tuple[float, ...] = Field(description="per channel, of pixels scaled to 0..1")
 
+    @field_validator("fill", mode="before")
+    @classmethod
+    def _one_for_all(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int | float) else value
+
     @model_validator(mode="after")
     def _one_value_per_channel(self) -> Self:
-        channels = 3 if self.mode == "RGB" else 1
+        channels = CHANNELS[self.mode]
         if not len(self.mean) == len(self.std) == channels:
             raise ValueError(f"an image of mode {self.mode} needs {channels} values in mean and in std")
-        if min(self.size) < 1:
-            raise ValueError("size is [width, height] in pixels, both at least 1")
+        if len(self.fill) not in {1, channels}:
+            raise ValueError(f"fill is one pixel value, or {channels} for an image of mode {self.mode}")
         if min(self.std) <= 0:
             raise ValueError("std must be above 0 in every channel")
+        return self
+
+    @model_validator(mode="after")
+    def _every_key_has_an_effect(self) -> Self:
+        if self.fit == "crop" and None in self.size:
+            raise ValueError("fit crop cuts to one size; give size as two numbers, or use letterbox or stretch")
+        boxed, open_side = self.fit == "letterbox", None in self.size
+        needs = (
+            ("crop", self.fit == "crop", "fit crop"),
+            ("anchor", boxed, "fit letterbox"),
+            ("fill", boxed, "fit letterbox"),
+            ("max_side", open_side, "a null in size"),
+        )
+        for key, has_effect, wanted in needs:
+            if not has_effect and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no effect without {wanted}")
         return self
 
 

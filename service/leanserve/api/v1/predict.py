@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from leanserve.api.bodies import HttpSession
 from leanserve.api.endpoint import Declaration, Endpoint, endpoint, which_variant
 from leanserve.api.service import Service
 from leanserve.codecs.image_formats import FORMAT_NAMES, media_types
-from leanserve.contracts import Json
+from leanserve.contracts import Json, Place
 from leanserve.http.messages import Request, Response, Route, json_response
 from leanserve.serving.length_groups import in_order
 from leanserve.serving.session import Answered, ModelRequest, VariantChoice, grouped_rows
@@ -34,6 +34,15 @@ _BODIES: Mapping[str, Json] = {
 """What a prediction takes by these media types; others have no schema."""
 
 
+class PlacedImage(BaseModel):
+    """How an image lies on the model's input: its point (x, y) is at (x, y) * scale + offset there, in pixels."""
+
+    size: tuple[int, int]
+    input: tuple[int, int]
+    scale: tuple[float, float]
+    offset: tuple[int, int]
+
+
 class RowAnswer(BaseModel):
     """What is told of one row: label and scores, an embedding, or outputs by name."""
 
@@ -41,6 +50,7 @@ class RowAnswer(BaseModel):
     scores: dict[str, float] | None = None
     embedding: list[float] | None = None
     outputs: dict[str, Any] | None = None
+    image: PlacedImage | None = None
 
 
 class HowItRan(BaseModel):
@@ -83,6 +93,8 @@ class CodecSession(HttpSession):
 
     many = False
     """Whether a list of rows was sent."""
+    told: Sequence[Place] = ()
+    """What an answer tells of where its row came from, by row; empty where that is nothing."""
 
     def asked(self) -> VariantChoice:
         return self.http.header(b"x-variant"), self.http.header(self.fleet.sticky_header)
@@ -94,12 +106,15 @@ class CodecSession(HttpSession):
         content_type = self.http.header(b"content-type") or ""  # with its parameters: a form names its boundary there
         decoded = variant.codec.decode(content_type, bytes(self.body or b""))
         self.many = decoded.many
+        self.told = decoded.places if decoded.tells_places else ()
         return grouped_rows(decoded, variant.spec)
 
     def encode(self, answered: Answered) -> Response:
         variant = answered.variant
         parts = [variant.codec.encode(part.outputs) for part in answered.parts]
         answers = in_order(parts, answered.groups) if answered.groups else parts[0]
+        if self.told:
+            answers = [{**answer, **place.told()} for answer, place in zip(answers, self.told, strict=True)]
         how: dict[str, Json] = {"variant": variant.name, **answered.how_it_ran()}
         body = {"predictions": answers, **how} if self.many else {**answers[0], **how}
         return json_response(body, [(b"x-variant", variant.name.encode())])

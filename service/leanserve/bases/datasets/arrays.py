@@ -23,7 +23,7 @@ from leanserve.bases.datasets.class_labels import LabelColumn
 from leanserve.bases.datasets.labels import LabelFiles, require_target, understanding
 from leanserve.bases.datasets.splits import RowSource
 from leanserve.bases.datasets.tables import PreparedData, TableRows
-from leanserve.codecs.images import ImageCodec
+from leanserve.codecs.images import ImageCodec, stacked
 from leanserve.config.data_section import ArrayFileData
 from leanserve.contracts import Array, Arrays, Codec, ModelSpec, TensorSpec
 from leanserve.errors import ConfigError
@@ -188,7 +188,7 @@ class ArrayTable:
     def _prepare(self, rows: RowSource) -> Arrays:
         if self.pixels is not None:
             images = self._arrays[0][rows]
-            return (np.stack([self.pixels.row(Image.fromarray(_plain(image))) for image in images]),)
+            return (stacked([self.pixels.row(Image.fromarray(_plain(image))) for image in images]),)
         parts = zip(self._arrays, self.spec.inputs, strict=True)
         return tuple(array[rows].astype(field.dtype, copy=False) for array, field in parts)
 

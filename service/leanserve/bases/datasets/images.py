@@ -24,6 +24,7 @@ from leanserve.bases.datasets.image_folder import ImageFolder, by_ending, counte
 from leanserve.bases.datasets.splits import RowSource
 from leanserve.bases.datasets.tables import PreparedData, TableRows
 from leanserve.codecs.image_formats import endings
+from leanserve.codecs.images import stacked
 from leanserve.config.base_section import ImageFiles
 from leanserve.config.data_section import ImageData
 from leanserve.contracts import Array, Arrays, Codec
@@ -161,13 +162,13 @@ class ImageTable:
 
     def _prepare(self, rows: RowSource) -> Arrays:
         try:
-            return (np.concatenate([self._decoded(self.files[row]) for row in rows]),)
+            return (stacked([self._decoded(self.files[row]) for row in rows]),)
         except REFUSALS as error:
             raise _unusable(self._damaged(rows.tolist()), "data.images") from error
 
     def _decoded(self, path: Path) -> Array:
-        """A file as the input of the model, float32 [1, C, H, W]: exactly what a request with its bytes becomes."""
-        return self.codec.decode("application/octet-stream", path.read_bytes()).inputs[0]
+        """A file as the input of the model, float32 [C, H, W]: exactly what a request with its bytes becomes."""
+        return np.asarray(self.codec.decode("application/octet-stream", path.read_bytes()).inputs[0][0])
 
     def _damaged(self, first: Sequence[int]) -> dict[Path, str]:
         """What is wrong with each file that cannot be decoded, of `LOOKED_AT` files, those with these numbers first."""

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,8 @@ class Trial(BaseModel):
     """Which rows may share a batch."""
     whole: bool
     """Whether a row of the candidate is all that the original takes at once."""
+    longest: int
+    """The largest size that a dynamic axis may have."""
 
 
 class Verdict(BaseModel):
@@ -99,7 +102,8 @@ def _verdict(trial: Trial) -> Verdict:
     tolerance = LOOSE_TOLERANCE if trial.scaled_by_batch else TOLERANCE
     original, candidate = (_runner(_session(path), trial) for path in (trial.original, trial.candidate))
     try:
-        spec, sizes = with_sizes(candidate, spec_of_inputs(trial.inputs, trial.rows), trial.outputs)
+        wished = replace(spec_of_inputs(trial.inputs, trial.rows), max_length=trial.longest)
+        spec, sizes = with_sizes(candidate, wished, trial.outputs)
         outputs, caveats = probe(candidate, spec, trial.outputs, tolerance)
         _compare(original, candidate, trial, spec, tolerance)
     except ConfigError as error:

@@ -112,7 +112,7 @@ class TransformersSource:
             outputs=given.tensors,
             labels=labels,
             labelled=given.labelled,
-            max_length=how["text"].max_length if "text" in how else 512,
+            max_length=how["text"].max_length if "text" in how else how["image"].max_side,
             rows=self.declared.rows,
             **how,
         )
