@@ -23,7 +23,11 @@ from leanserve.errors import StartupError
 from leanserve.request_identity import RequestInLog
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from leanserve.api.access import Key
     from leanserve.api.service import Service
+    from leanserve.config.schema import ServiceConfig
     from leanserve.contracts import Base
 
 SHIPPED = Path("models/digits.yaml")
@@ -46,28 +50,34 @@ def serve(
     grpc_port: Annotated[int | None, typer.Option(help="Also serve gRPC, on this port.", min=1, max=65535)] = None,
 ) -> None:
     """Listen, build what is missing, gate, load and warm every variant, then answer requests."""
+    from leanserve.api.keys import keys_of
     from leanserve.api.server import Address, Interrupted, run_server
+    from leanserve.api.tls import tls_files
     from leanserve.config.schema import read_config
     from leanserve.start import BuildFailed, ServiceStart
 
     started = time.monotonic()
     settings = read_config(config)
+    keys, tls = keys_of(settings.auth, config, os.environ), tls_files(settings.tls, config)
+    _require_admin_key(settings, keys, host)
     claimed = _claim(host, port, "--port")
     if grpc_port is not None:
         if importlib.util.find_spec("grpc") is None:
             raise StartupError("--grpc-port needs the extra 'grpc': pip install 'leanserve[grpc]'")
         _claim(host, grpc_port, "--grpc-port").close()  # grpc binds by itself; this only finds out early
+    address = Address(claimed, None if grpc_port is None else (host, grpc_port), tls)
     start = ServiceStart(config, cache, settings, _warn)
 
     def announce(service: Service) -> None:
         fleet, base = service.fleet, service.base
         names = ", ".join(fleet.variants)
         lanes = f"{len(fleet.device.lanes)} x {fleet.device.lane_threads} threads"
-        serves = f"http://{host}:{port} serves {base.name} as {names} on {lanes}{_caveats(base)}"
+        scheme = "http" if tls is None else "https"
+        serves = f"{scheme}://{host}:{port} serves {base.name} as {names} on {lanes}{_caveats(base)}"
         err.print(f"ready in {time.monotonic() - started:.1f} s: {serves}", highlight=False, soft_wrap=True)
 
     try:
-        run_server(settings, Address(claimed, None if grpc_port is None else (host, grpc_port)), start, announce)
+        run_server(settings, address, start, announce, keys)
     except BuildFailed as error:
         raise typer.Exit(error.status) from None
     except Interrupted as error:
@@ -193,6 +203,27 @@ def bench(
 
 
 @app.command()
+def key(
+    name: Annotated[str, typer.Argument(help="Of whoever is to have it.")],
+    role: Annotated[list[str] | None, typer.Option(help="predict, read or admin (repeat the option).")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A new file for the key.")] = None,
+) -> None:
+    """Make a key, and print the line for the config that admits it: its sha256, not the key."""
+    from leanserve.api.keys import line_of_config, new_key, write_key
+
+    made = new_key()
+    line = line_of_config(made, name, role or ["predict", "read"])
+    if output is None:
+        err.print("the key, which is shown this once:", highlight=False)
+        typer.echo(made, err=True)
+    else:
+        write_key(made, output)
+        err.print(f"the key is in {escape(str(output))}", highlight=False, soft_wrap=True)
+    err.print("the line below auth.keys of the config:", highlight=False)
+    typer.echo(line)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
@@ -209,6 +240,16 @@ def _warn(text: str) -> None:
 
 def _caveats(base: Base) -> str:
     return f" ({', '.join(base.caveats)})" if base.caveats else ""
+
+
+def _require_admin_key(settings: ServiceConfig, keys: Sequence[Key], host: str) -> None:
+    from leanserve.api.access import is_loopback
+
+    if settings.model_control == "explicit" and not keys and not is_loopback(host):
+        raise StartupError(
+            "model_control: explicit lets clients unload models, and other machines reach this address: name a key of "
+            "the role admin under auth.keys (`leanserve key ops --role admin` makes one), or listen on 127.0.0.1"
+        )
 
 
 def _claim(host: str, port: int, option: str) -> socket.socket:

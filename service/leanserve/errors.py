@@ -29,6 +29,20 @@ class BadInput(ServiceError):
     code = "bad_input"
 
 
+class Unauthorized(ServiceError):
+    """The request has no key, or one that nobody knows."""
+
+    status = 401
+    code = "unauthorized"
+
+
+class Forbidden(ServiceError):
+    """Who asks is known, and may not do this; or a web page asks that may not."""
+
+    status = 403
+    code = "forbidden"
+
+
 class NotFound(ServiceError):
     """The model, the variant or the path does not exist."""
 
@@ -59,6 +73,13 @@ class UnsupportedMediaType(ServiceError):
 
     status = 415
     code = "unsupported_media_type"
+
+
+class RateLimited(ServiceError):
+    """The key was used more often than its rate allows; `Retry-After` says when it may be again."""
+
+    status = 429
+    code = "rate_limited"
 
 
 class QueueFull(ServiceError):

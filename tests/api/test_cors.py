@@ -15,6 +15,7 @@ from raw_client import Client
 PAGE, OTHER = "https://app.example.com", "https://other.example.com"
 EXPOSED = {
     "traceparent",
+    "www-authenticate",
     "x-request-id",
     "inference-header-content-length",
     "retry-after",

@@ -22,9 +22,10 @@ from tritonclient.grpc import aio as triton_aio
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from fakes import POOR, Live, PixelBackend, live_server, open_variants
+from leanserve.api.access import Access
 from leanserve.api.v2.grpc_infer import GrpcInferDecoder, encode
 from leanserve.api.v2.grpc_messages import PROTOCOL, SERVICE, message
-from leanserve.api.v2.grpc_server import METHODS, model_answers, start_grpc
+from leanserve.api.v2.grpc_server import METHODS, GrpcPort, model_answers, start_grpc
 from leanserve.api.v2.open_inference import OpenInference
 from leanserve.contracts import ModelSpec, TensorSpec
 from leanserve.errors import BadInput, StartupError
@@ -227,7 +228,7 @@ def test_a_service_that_starts_is_alive_and_not_ready_and_the_same_channel_is_an
 
     async def scenario() -> None:
         service = opened.service()
-        server = await start_grpc("127.0.0.1", 0, 2**20, startup)
+        server = await start_grpc(GrpcPort("127.0.0.1", 0, 2**20), startup, Access())
         async with triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
             assert await client.is_server_live()
             assert not await client.is_server_ready()
@@ -262,10 +263,10 @@ def test_a_taken_port_is_refused_and_a_stop_lets_open_calls_finish() -> None:
     async def scenario() -> None:
         service = opened.service()
         startup = Startup(["held"])
-        server = await start_grpc("127.0.0.1", 0, 2**20, startup)
+        server = await start_grpc(GrpcPort("127.0.0.1", 0, 2**20), startup, Access())
         server.serve(service)
         with pytest.raises(StartupError, match=f"127.0.0.1:{server.port}; choose another port"):
-            await start_grpc("127.0.0.1", server.port, 2**20, startup)
+            await start_grpc(GrpcPort("127.0.0.1", server.port, 2**20), startup, Access())
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             call = channel.unary_unary(f"/{SERVICE}/ModelInfer", Request.SerializeToString)
             gate.clear()

@@ -14,8 +14,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fakes import Live, live_server, open_variants
+from leanserve.api.access import Access
 from leanserve.api.v2.grpc_messages import SERVICE, message
-from leanserve.api.v2.grpc_server import GrpcServer, start_grpc
+from leanserve.api.v2.grpc_server import GrpcPort, GrpcServer, start_grpc
 from leanserve.serving.fleet import Fleet
 from leanserve.telemetry.startup import Startup
 
@@ -85,7 +86,7 @@ async def serving() -> AsyncIterator[tuple[Fleet, GrpcServer, Any]]:
     gate.set()
     service = open_variants(gate).service()
     fleet = service.fleet
-    server = await start_grpc("127.0.0.1", 0, 2**20, Startup(()))
+    server = await start_grpc(GrpcPort("127.0.0.1", 0, 2**20), Startup(()), Access())
     server.serve(service)
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:

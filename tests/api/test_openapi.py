@@ -49,7 +49,11 @@ def test_a_prediction_is_told_whole(document: Any) -> None:
     }
     assert [item["required"] for item in parameters.values()] == [item["in"] == "path" for item in parameters.values()]
     assert parameters["version"]["schema"]["enum"] == NAMES
-    assert set(told["responses"]) == {"200", "default", *map(str, (400, 404, 405, 413, 415, 429, 500, 503, 504))}
+    assert set(told["responses"]) == {
+        "200",
+        "default",
+        *map(str, (400, 401, 403, 404, 405, 413, 415, 429, 500, 503, 504)),
+    }
     reply = followed(document, told["responses"]["200"]["content"]["application/json"]["schema"])
     assert {"model_name", "model_version", "outputs", "parameters"} <= set(reply["properties"])
     refusal = followed(document, told["responses"]["429"]["content"]["application/json"]["schema"])

@@ -17,6 +17,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from fakes import Live, live_server
+from leanserve.api.access import Access
 from leanserve.api.front import Front
 from leanserve.api.starting import StartingApp
 from leanserve.api.v2.grpc_messages import SERVICE, message
@@ -116,7 +117,7 @@ def test_what_is_no_http_is_refused_with_an_id(live: Live) -> None:
 
 def test_a_starting_server_tells_it_too() -> None:
     config = ServiceConfig.model_validate({"base": "fake", "variants": [{"name": "a"}]})
-    front = Front(StartingApp(Startup(["a"]), config))
+    front = Front(StartingApp(Startup(["a"]), config, Access()))
 
     async def ask() -> None:
         transport = httpx.ASGITransport(front)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fakes import open_variants
+from leanserve.api.access import Access
 from leanserve.api.front import Front
 from leanserve.api.server import Address, Server
 from leanserve.api.service import Service
@@ -40,7 +41,7 @@ def startup() -> Startup:
 
 def ask(startup: Startup, method: str, path: str, config: ServiceConfig = CONFIG, **headers: str) -> httpx.Response:
     async def scenario() -> httpx.Response:
-        app = Front(StartingApp(startup, config))
+        app = Front(StartingApp(startup, config, Access()))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:  # type: ignore[arg-type]
             return await http.request(method, path, headers=headers)
 

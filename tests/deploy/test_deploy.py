@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 from prometheus_client.parser import text_string_to_metric_families
 
 from fake_hardware import FakeNvml, busy_gpu, processor
+from leanserve.config.schema import read_config
 from leanserve.telemetry.hardware_metrics import Sources
 from leanserve.telemetry.metrics import Metrics
 from leanserve.telemetry.observations import VariantFacts
@@ -132,6 +133,25 @@ def test_rules_ask_only_for_exported_metrics(exported: dict[str, set[str]]) -> N
         assert set(OWN_NAME.findall(rule["expr"])) <= set(exported), rule
         assert set(re.findall(r"leanserve:[\w:]+", rule["expr"])) <= recorded
         assert "alert" not in rule or rule["annotations"]["action"], "an alert says what to do"
+
+
+def test_compose_with_keys_is_wired() -> None:
+    """Every secret is a key of the config, and Prometheus has the one that may read."""
+    folder = ROOT / "deploy/auth"
+    added = yaml.safe_load((folder / "compose.yml").read_text())
+    keys = {key.name: key for key in read_config(folder / "leanserve.yaml").auth.keys}
+    assert {str(key.file) for key in keys.values()} == {f"/run/secrets/{name}" for name in added["secrets"]}
+    for name, service in added["services"].items():
+        assert name in COMPOSE["services"]
+        assert set(service["secrets"]) <= set(added["secrets"])
+        for volume in service["volumes"]:
+            assert (ROOT / volume.partition(":")[0]).is_file()
+    assert set(added["services"]["leanserve"]["secrets"]) == set(added["secrets"])
+    mine, plain = (yaml.safe_load((at / "prometheus.yml").read_text()) for at in (folder, ROOT / "deploy/prometheus"))
+    read_by = mine["scrape_configs"][0].pop("authorization")["credentials_file"]
+    assert mine == plain
+    assert Path(read_by).name in added["services"]["prometheus"]["secrets"]
+    assert [(key.name, key.roles) for key in keys.values() if str(key.file) == read_by] == [("prometheus", ("read",))]
 
 
 def test_compose_is_wired() -> None:

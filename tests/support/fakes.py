@@ -6,15 +6,17 @@ import gc
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
 
+from leanserve.api.access import Access, Key
 from leanserve.api.server import Address, Server
 from leanserve.api.service import Service
+from leanserve.api.tls import TlsFiles
 from leanserve.artifacts.manifest import Manifest, OutputFidelity, Quality, VariantReport
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
@@ -153,7 +155,7 @@ class Opened:
 
     def service(self) -> Service:
         """On the running loop."""
-        return Service(Fleet(self.warm), self.warm.base, self.config)
+        return Service(Fleet(self.warm), self.warm.base, self.config, Access(local=True))
 
 
 def planned(config: ServiceConfig, base: object, device: Device, excluded: Mapping[str, str] = {}) -> Opened:
@@ -198,20 +200,24 @@ class Live:
 
 
 @contextmanager
-def live_server(spec: ModelSpec = SPEC, **changes: Any) -> Iterator[Live]:
+def live_server(
+    spec: ModelSpec = SPEC, keys: Sequence[Key] = (), tls: TlsFiles | None = None, **changes: Any
+) -> Iterator[Live]:
     """HTTP and gRPC on free ports, served from a thread."""
     gate = threading.Event()
     gate.set()
-    with serving(open_variants(gate, spec, **changes), gate) as live:
+    with serving(open_variants(gate, spec, **changes), gate, keys, tls) as live:
         yield live
 
 
 @contextmanager
-def serving(opened: Opened, gate: threading.Event) -> Iterator[Live]:
+def serving(
+    opened: Opened, gate: threading.Event, keys: Sequence[Key] = (), tls: TlsFiles | None = None
+) -> Iterator[Live]:
     """A live server over any variants; the gate is opened and the fleet closed at the end."""
     listening = socket.create_server(("127.0.0.1", 0))
     grpc_port = _free_port()
-    server = Server(opened.config, Address(listening, ("127.0.0.1", grpc_port)), opened)
+    server = Server(opened.config, Address(listening, ("127.0.0.1", grpc_port), tls), opened, keys=keys)
     thread = threading.Thread(target=server.run, args=([listening],))
     collector = gc.get_threshold()
     thread.start()

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from leanserve import __version__
 from leanserve.api.endpoint import Endpoint, declared_routes
+from leanserve.api.pages import GuardedApp
 from leanserve.api.routes import CrossOriginHotPath, HotPath, endpoints_of
 from leanserve.api.service import Service
 from leanserve.contracts import Json
@@ -29,7 +30,7 @@ from leanserve.serving.incidents import details_in_log
 def create_app(service: Service) -> HotPath:
     """The whole HTTP service."""
     fleet = service.fleet
-    app = FastAPI(title="leanserve", version=__version__)
+    app = FastAPI(title="leanserve", version=__version__, redoc_url=None, swagger_ui_oauth2_redirect_url=None)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -68,7 +69,7 @@ def create_app(service: Service) -> HotPath:
     endpoints = endpoints_of(service)
     app.openapi = cache(partial(_openapi, app, endpoints))  # type: ignore[method-assign]
     hot_path = CrossOriginHotPath if service.config.cors.origins else HotPath
-    return hot_path(service, endpoints, app)
+    return hot_path(service, endpoints, GuardedApp(app, service.access))
 
 
 def _variant(fleet: Fleet, name: str) -> Json:

@@ -13,12 +13,13 @@ from leanserve.http.messages import Headers, Response
 
 METHODS = b"GET, HEAD, POST"
 SENT = (
-    b"content-encoding, content-type, inference-header-content-length, traceparent, tracestate, x-request-id, x-variant"
+    b"authorization, content-encoding, content-type, inference-header-content-length, traceparent, tracestate, "
+    b"x-api-key, x-request-id, x-variant"
 )
 """Headers of requests that the service itself reads, besides the sticky one."""
 EXPOSED = (
-    b"inference-header-content-length, retry-after, traceparent, x-batch-rows, x-caveats, x-inference-ms, x-queue-ms, "
-    b"x-request-id, x-variant"
+    b"inference-header-content-length, retry-after, traceparent, www-authenticate, x-batch-rows, x-caveats, "
+    b"x-inference-ms, x-queue-ms, x-request-id, x-variant"
 )
 """Headers of replies that a page may read, besides those that any page may."""
 

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 _NONE: Final[Mapping[str, Any]] = MappingProxyType({})
 _FAILURES = {
     400: "something in the request is wrong",
+    401: "no key, or one that nobody knows",
+    403: "the key may not do this, or a web page of others asks for it",
     404: "no such model, version or path",
     405: "wrong verb",
     413: "the body is too large",
     415: "content type or encoding is not taken",
-    429: "refused at the door; `Retry-After` tells when to come again",
+    429: "refused at the door, or the key was used too often; `Retry-After` tells when to come again",
     500: "the model failed on this request",
     503: "starting, draining, memory ran out, or the variant was excluded by its gate or is not loaded",
     504: "waited too long in the queue",
@@ -46,7 +48,9 @@ class OpenAiErrorDetail(BaseModel):
     """What OpenAI's API says of a failure."""
 
     message: str
-    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    type: Literal[
+        "invalid_request_error", "authentication_error", "permission_error", "rate_limit_error", "server_error"
+    ]
     param: str | None
     code: str
 

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
+from leanserve.api.audit import remember_caller
 from leanserve.api.caveats import caveat_headers
 from leanserve.api.cors import Grants
 from leanserve.api.endpoint import Endpoint
@@ -43,12 +44,13 @@ class HotPath:
         self._fleet = service.fleet
         self._app = app
         self._caveats = caveat_headers(service.base.caveats)
+        self._access = service.access
         self._models = ModelList(service)
         self._routes = {path: route for item in endpoints for path, route in item.routes.items()}
         self.predictions: dict[bytes, Answer] = {
             path.encode(): partial(self.answer, route)
             for path, route in self._routes.items()
-            if route.counts == "prediction"
+            if route.role == "predict"
         }
         """By the raw path, what is POSTed there and answered on the short way of a connection."""
 
@@ -62,7 +64,10 @@ class HotPath:
         if method != route.method and not (method == "HEAD" and route.method == "GET"):
             route = self._refusing(route, _wrong_method(path, method, route.method))
         # ASGI gives the names in lower case. A dict costs less than a second look through the list.
-        reply = await self.answer(route, Request(path, dict(scope["headers"]), receive))
+        request = Request(path, dict(scope["headers"]), receive)
+        if route.role == "admin":
+            remember_caller(None, (scope.get("client") or ("unknown",))[0])
+        reply = await self.answer(route, request)
         if reply is not None:
             await send_response(send, reply)
         return None
@@ -70,13 +75,15 @@ class HotPath:
     def _route_below(self, method: str, path: str) -> Route | None:
         """The route of a path that is in no table, but below one that is answered here."""
         if path.startswith("/v2/"):
-            unknown = Route(method, "prediction" if path.endswith("/infer") else "description", _nothing)
+            unknown = Route(method, "predict" if path.endswith("/infer") else "read", _nothing)
             return self._refusing(unknown, no_such_path(self._fleet, path))
         return self._models.one if path.startswith(f"{MODELS}/") else None
 
     async def answer(self, route: Route, request: Request) -> Response | None:
         """The reply to a request, also where it is refused or fails; `None` where nobody is left to get it."""
         try:
+            if self._access.keyed or route.role == "admin":
+                self._admit(route, request)
             reply = await route.answer(request)
         except ClientGone:
             return None
@@ -84,15 +91,26 @@ class HotPath:
             return route.refuse(error)
         except Exception as error:
             return route.refuse(unexpected_failure(error, f"a request to {request.path}"))
-        if self._caveats and route.counts == "prediction":
+        if self._caveats and route.role == "predict":
             return Response(reply.body, (*reply.headers, *self._caveats), reply.status)
         return reply
+
+    def _admit(self, route: Route, request: Request) -> None:
+        """Let who may have it pass; a prediction that is refused is counted."""
+        try:
+            name = self._access.admit_over_http(route.role, request.headers)
+        except ServiceError as error:
+            if route.role == "predict":
+                refuse_unrouted(self._fleet, error)
+            raise
+        if name is not None and route.role == "admin":
+            remember_caller(name)
 
     def _refusing(self, route: Route, error: ServiceError) -> Route:
         """A route that only tells why; of a prediction that is counted, too."""
 
         async def answer(_: Request) -> Response:
-            if route.counts == "prediction":
+            if route.role == "predict":
                 refuse_unrouted(self._fleet, error)
             raise error
 

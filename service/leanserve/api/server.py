@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -25,10 +25,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import uvicorn
 
+from leanserve.api.access import Access, Key, is_loopback
 from leanserve.api.front import Front
 from leanserve.api.routes import HotPath
 from leanserve.api.service import Service
 from leanserve.api.starting import StartingApp
+from leanserve.api.tls import TlsFiles
 from leanserve.config.schema import ServiceConfig
 from leanserve.http.connection import connections_to
 from leanserve.serving.fleet import Fleet
@@ -69,10 +71,17 @@ class Start(Protocol):
 
 
 class Address(NamedTuple):
-    """Where to listen: a socket for HTTP, and host and port for gRPC."""
+    """Where to listen: a socket for HTTP, host and port for gRPC, and the certificate of both."""
 
     http: socket.socket
     grpc: tuple[str, int] | None = None
+    tls: TlsFiles | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches both."""
+        hosts = [self.http.getsockname()[0], *(() if self.grpc is None else self.grpc[:1])]
+        return all(map(is_loopback, hosts))
 
 
 class Interrupted(Exception):
@@ -107,17 +116,22 @@ def _nobody(_: Service) -> None:
 
 
 def run_server(
-    config: ServiceConfig, address: Address, start: Start, announce: Callable[[Service], None] = _nobody
+    config: ServiceConfig,
+    address: Address,
+    start: Start,
+    announce: Callable[[Service], None] = _nobody,
+    keys: Sequence[Key] = (),
 ) -> None:
     """Listen, start, and serve until a signal ends it; then drain. Blocks.
 
-    `announce` is called once the service answers: who is told by it and asks at once finds somebody.
+    `announce` is called once the service answers: who is told by it and asks at once finds somebody. `keys` are those
+    of the config, as `api.keys` has read them.
 
     Raises:
         Interrupted: a signal came before.
         StartupError: the port for gRPC cannot be had. Whatever `start` raises.
     """
-    server = Server(config, address, start, announce)
+    server = Server(config, address, start, announce, keys)
     server.run(sockets=[address.http])
     if server.failure is not None:
         raise server.failure
@@ -127,9 +141,15 @@ class Server(uvicorn.Server):
     """A server that listens before it has a fleet; `failure` is why it never had one."""
 
     def __init__(
-        self, config: ServiceConfig, address: Address, start: Start, announce: Callable[[Service], None] = _nobody
+        self,
+        config: ServiceConfig,
+        address: Address,
+        start: Start,
+        announce: Callable[[Service], None] = _nobody,
+        keys: Sequence[Key] = (),
     ) -> None:
-        self._front = Front(StartingApp(start.startup, config))
+        self._access = Access(keys, config.cors.origins, local=address.is_local)
+        self._front = Front(StartingApp(start.startup, config, self._access))
         super().__init__(
             uvicorn.Config(
                 self._front,
@@ -143,6 +163,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 timeout_graceful_shutdown=max(1, round(config.drain.timeout_s)),
+                **({} if address.tls is None else address.tls.uvicorn_options()),  # type: ignore[arg-type]
             )
         )
         self.failure: BaseException | None = None
@@ -157,9 +178,11 @@ class Server(uvicorn.Server):
         """Listen, and begin to start what is served."""
         await super().startup(sockets)
         if self._address.grpc is not None:
-            from leanserve.api.v2.grpc_server import start_grpc
+            from leanserve.api.v2.grpc_server import GrpcPort, start_grpc
 
-            self._grpc = await start_grpc(*self._address.grpc, self._settings.limits.body_bytes, self._start.startup)
+            credentials = None if self._address.tls is None else self._address.tls.grpc_credentials()
+            port = GrpcPort(*self._address.grpc, self._settings.limits.body_bytes, credentials)
+            self._grpc = await start_grpc(port, self._start.startup, self._access)
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._run_start, args=(loop,), name="start", daemon=True).start()
 
@@ -196,7 +219,7 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(DECODER_THREADS, thread_name_prefix="decode"))
         try:
-            service = Service(Fleet(warm), warm.base, self._settings)
+            service = Service(Fleet(warm), warm.base, self._settings, self._access)
             self._front.serve(create_app(service))
             if self._grpc is not None:
                 self._grpc.serve(service)

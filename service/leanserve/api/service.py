@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from leanserve.api.access import Access
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Base
 from leanserve.serving.fleet import Fleet
 
 
 class Service(NamedTuple):
-    """The variants that answer, the base that they were made of, and what the config says about clients."""
+    """The variants that answer, the base that they were made of, what the config says about clients, and who
+    may do what."""
 
     fleet: Fleet
     base: Base
     config: ServiceConfig
+    access: Access

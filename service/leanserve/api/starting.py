@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from leanserve.api.access import Access
 from leanserve.api.cors import Grants
 from leanserve.api.openai.embeddings import EMBEDDINGS
 from leanserve.api.openai.models import MODELS, refusal
 from leanserve.config.lineage import lineage
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Json
-from leanserve.errors import NotReady
+from leanserve.errors import NotReady, ServiceError
 from leanserve.http.messages import (
     AsgiScope,
     Receive,
@@ -28,12 +29,16 @@ from leanserve.http.messages import (
 from leanserve.telemetry.metrics import StartMetrics
 from leanserve.telemetry.startup import Startup
 
+_READ = ("/v1/variants", "/metrics")
+"""Not for probes, but for those who may read."""
+
 
 class StartingApp:
     """A raw ASGI app over the progress of a start."""
 
-    def __init__(self, startup: Startup, config: ServiceConfig) -> None:
+    def __init__(self, startup: Startup, config: ServiceConfig, access: Access) -> None:
         self._startup = startup
+        self._access = access
         self._passes = {
             variant.name: [step.kind for part in lineage(config.variants, variant) for step in part.passes]
             for variant in config.variants
@@ -62,6 +67,10 @@ class StartingApp:
     def _reply(self, method: str, caller: Request) -> Response:
         route = self._routes.get(caller.path) if method in {"GET", "HEAD"} else None
         if route is not None:
+            try:
+                self._access.admit("read" if caller.path in _READ else "open", caller.headers)
+            except ServiceError as error:
+                return error_response(error)
             return route(caller)
         for_openai = caller.path in {EMBEDDINGS, MODELS} or caller.path.startswith(f"{MODELS}/")
         return (refusal if for_openai else error_response)(refused(self._startup))

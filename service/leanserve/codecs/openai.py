@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from types import MappingProxyType
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import orjson
@@ -105,9 +106,13 @@ def encode_reply(embeddings: Array, form: EncodingFormat, model: str, tokens: in
     return orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
+_TYPES: Final = MappingProxyType({401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"})
+"""What OpenAI's API calls errors of these statuses."""
+
+
 def openai_error_body(error: ServiceError) -> Mapping[str, Json]:
     """An error as clients of OpenAI's API read it; `code` is ours, but for a model that does not exist."""
-    kind = "rate_limit_error" if error.status == 429 else "invalid_request_error"
+    kind = _TYPES.get(error.status, "invalid_request_error")
     missing = isinstance(error, NotFound)
     return {
         "error": {

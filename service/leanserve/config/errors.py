@@ -30,6 +30,9 @@ TYPES: Final = {
 }
 """What pydantic's types are called in a config file."""
 
+SECRET: Final = frozenset({"sha256", "env"})
+"""Keys of the file where somebody may have written a secret, which no error repeats."""
+
 
 class _Problem(NamedTuple):
     """One of pydantic's errors, and the steps from the top of the file to what it is about."""
@@ -136,7 +139,8 @@ def _wanted(item: ErrorDetails) -> str:
 
 
 def _got(item: ErrorDetails) -> str:
-    return "" if isinstance(item["input"], (dict, list)) else f" (got {item['input']!r})"
+    told = not isinstance(item["input"], (dict, list)) and not SECRET & set(item["loc"])
+    return "" if not told else f" (got {item['input']!r})"
 
 
 def _is_form(step: PathStep) -> bool:

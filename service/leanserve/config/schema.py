@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from leanserve.config.auth_section import AuthConfig, TlsConfig
 from leanserve.config.base_section import AnyBase, OnnxBase, TorchExportBase
 from leanserve.config.data_section import AnyData
 from leanserve.config.errors import describe, kind_of
@@ -174,6 +175,8 @@ class ServiceConfig(Section):
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
     limits: LimitsConfig = LimitsConfig()
     cors: CorsConfig = CorsConfig()
+    auth: AuthConfig = AuthConfig()
+    tls: TlsConfig | None = Field(None, description="certificate of both ports; none: plain text")
     drain: DrainConfig = DrainConfig()
     model_control: Literal["none", "explicit"] = Field("none", description="explicit: clients may load and unload")
 

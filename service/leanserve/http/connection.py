@@ -11,7 +11,7 @@ and all. httptools ends a message at the head of an upgrade, so that head is giv
 Trailers are dropped. What is no request that can be read in one way only is refused, and ends the connection.
 
 What is used of uvicorn beyond its public interface is the class `HttpToolsProtocol` with its attributes `parser`,
-`url`, `headers`, `cycle`, `pipeline`, `flow`, `tasks`, `server_state`, `expect_100_continue` and
+`url`, `headers`, `cycle`, `pipeline`, `flow`, `tasks`, `scheme`, `server_state`, `expect_100_continue` and
 `timeout_keep_alive_task`; `tests/http/test_connection.py` fails if a new uvicorn lacks one of them.
 """
 
@@ -166,7 +166,7 @@ class Connection(HttpToolsProtocol):
     def _begin(self, exchange: Exchange) -> None:
         """Answer a request as far as can be without the rest of its body."""
         exchange.start()
-        if exchange.missing >= LARGE:
+        if exchange.missing >= LARGE and self.scheme == "http":  # of TLS the socket has no bytes of the body
             self.transport.pause_reading()
             self.loop.call_soon(self._read_in_place, exchange)  # by then it may have been refused
         if exchange.missing == exchange.length:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import orjson
 
 from leanserve.contracts import Json
-from leanserve.errors import BadInput, BodyTooLarge, ClientGone, MethodNotAllowed, ServiceError
+from leanserve.errors import BadInput, BodyTooLarge, ClientGone, MethodNotAllowed, ServiceError, Unauthorized
 from leanserve.request_identity import RequestIdentity
 
 AsgiScope = dict[str, Any]
@@ -57,14 +57,18 @@ def error_response(error: ServiceError) -> Response:
     return json_response(error_body(str(error), error.code), headers, error.status)
 
 
+Role = Literal["open", "predict", "read", "admin"]
+"""What a key must have been given to be answered; `open` is for everybody."""
+
+
 class Route(NamedTuple):
-    """What answers a path, by which method (GET includes HEAD), and whether the metrics count it as a prediction.
+    """What answers a path, by which method (GET includes HEAD), and for whom. Metrics count what is of role `predict`.
 
     `refuse` writes what is not answered; only a foreign protocol has a shape of its own for that.
     """
 
     method: str
-    counts: Literal["prediction", "description"]
+    role: Role
     answer: Callable[[Request], Awaitable[Response]]
     refuse: Callable[[ServiceError], Response] = error_response
 
@@ -156,11 +160,13 @@ def error_body(text: str, code: str) -> Json:
 
 
 def error_headers(error: ServiceError) -> dict[str, str]:
-    """`Retry-After` in whole seconds, at least 1, where the error knows it; `Allow` where the method is wrong; the
-    variant that was to answer."""
+    """`Retry-After` in whole seconds, at least 1, where the error knows it; `Allow` where the method is wrong;
+    `WWW-Authenticate` where a key is; the variant that was to answer."""
     headers = {} if error.variant is None else {"x-variant": error.variant}
     if isinstance(error, MethodNotAllowed):
         headers["allow"] = error.allow
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = 'Bearer realm="leanserve"'
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     return headers

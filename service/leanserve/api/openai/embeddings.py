@@ -71,14 +71,14 @@ def embeddings_endpoint(service: Service) -> Endpoint:
     if gives_embeddings(service.base):
         asked = {"body": in_body(_embedding_query(service)), **which_variant(service)}
         told = Declaration("Embeddings, as of OpenAI's API", asked, {}, EmbeddingList, OpenAiErrorReply)
-        return endpoint(EMBEDDINGS, Route("POST", "prediction", partial(embed, service), refusal), told)
+        return endpoint(EMBEDDINGS, Route("POST", "predict", partial(embed, service), refusal), told)
     if service.config.embeddings.token_ids != "refuse":
         raise ConfigError(f"embeddings.token_ids: the base '{service.base.name}' gives no embeddings of texts")
 
     async def refuse(_: Request) -> Response:
         refuse_unrouted(service.fleet, no_embeddings(service.base))
 
-    return endpoint(EMBEDDINGS, Route("POST", "prediction", refuse, refusal))
+    return endpoint(EMBEDDINGS, Route("POST", "predict", refuse, refusal))
 
 
 def _embedding_query(service: Service) -> type[BaseModel]:

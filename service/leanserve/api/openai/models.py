@@ -28,8 +28,8 @@ class ModelList:
         self._fleet, self._base = service.fleet, service.base
         self._embeds = gives_embeddings(service.base)
         self._started = int(time.time())
-        self.all = Route("GET", "description", self._all, refusal)
-        self.one = Route("GET", "description", self._one, refusal)
+        self.all = Route("GET", "read", self._all, refusal)
+        self.one = Route("GET", "read", self._one, refusal)
 
     def endpoints(self) -> list[Endpoint]:
         """The list, and each model where there are any; other names below it are answered as unknown ones."""

@@ -76,7 +76,7 @@ def predict_endpoint(service: Service) -> Endpoint:
     """Predictions in the base's own formats."""
     media = {media_type: _BODIES.get(media_type, {}) for media_type in service.base.codec.media_types}
     told = Declaration("Predict", which_variant(service), media, OneAnswer | ManyAnswers)
-    return endpoint(PREDICT, Route("POST", "prediction", partial(predict, service)), told)
+    return endpoint(PREDICT, Route("POST", "predict", partial(predict, service)), told)
 
 
 def predict(service: Service, request: Request) -> Awaitable[Response]:

@@ -17,7 +17,8 @@ SERVICE = "inference.GRPCInferenceService"
 
 
 @cache
-def _pool() -> descriptor_pool.DescriptorPool:
+def message_pool() -> descriptor_pool.DescriptorPool:
+    """The pool that holds all of them."""
     pool = descriptor_pool.DescriptorPool()
     for name in ("open_inference.binpb", "health.binpb"):
         for file in descriptor_pb2.FileDescriptorSet.FromString((PROTOCOL / name).read_bytes()).file:
@@ -29,4 +30,4 @@ def _pool() -> descriptor_pool.DescriptorPool:
 def message(name: str) -> Any:
     """The class of the message of that full name, or of `inference.<name>`."""
     full_name = name if "." in name else f"inference.{name}"
-    return message_factory.GetMessageClass(_pool().FindMessageTypeByName(full_name))
+    return message_factory.GetMessageClass(message_pool().FindMessageTypeByName(full_name))

@@ -6,25 +6,28 @@ that the client cancels, or whose deadline passes, cancels the coroutine here, b
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import grpc
 from google.protobuf.json_format import ParseDict
 from grpc import aio
 
+from leanserve.api.access import Access
+from leanserve.api.audit import remember_caller
 from leanserve.api.service import Service
 from leanserve.api.starting import refused
 from leanserve.api.v2.grpc_health import HEALTH, REQUEST, RESPONSE, Health
 from leanserve.api.v2.grpc_infer import GrpcInferDecoder, encode, form_of
-from leanserve.api.v2.grpc_messages import SERVICE, message
+from leanserve.api.v2.grpc_messages import SERVICE, message, message_pool
 from leanserve.api.v2.open_inference import OpenInference, terms_of
 from leanserve.codecs.infer_plan import InferOptions
 from leanserve.contracts import Json, ModelSpec
 from leanserve.errors import NotReady, ServiceError, StartupError
-from leanserve.http.messages import error_headers
+from leanserve.http.messages import Role, error_headers
 from leanserve.request_identity import CURRENT_REQUEST, RequestIdentities
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.incidents import unexpected_failure
@@ -37,21 +40,28 @@ GrpcAnswer: TypeAlias = Callable[[Any, Context], Awaitable[Any]]
 
 SMALL_RAW = 2**20
 """Bytes of raw tensors that are decoded on the event loop, as in REST."""
-METHODS = (
-    "ServerLive",
-    "ServerReady",
-    "ModelReady",
-    "ServerMetadata",
-    "ModelMetadata",
-    "ModelConfig",
-    "ModelStatistics",
-    "RepositoryIndex",
-    "RepositoryModelLoad",
-    "RepositoryModelUnload",
-    "ModelInfer",
+METHODS: Final[Mapping[str, Role]] = MappingProxyType(
+    {
+        "ServerLive": "open",
+        "ServerReady": "open",
+        "ModelReady": "read",
+        "ServerMetadata": "read",
+        "ModelMetadata": "read",
+        "ModelConfig": "read",
+        "ModelStatistics": "read",
+        "RepositoryIndex": "read",
+        "RepositoryModelLoad": "admin",
+        "RepositoryModelUnload": "admin",
+        "ModelInfer": "predict",
+    }
 )
+"""The calls of the protocol, each with the role that it asks for."""
+REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
+"""The same messages under two names: of the first clients ask now, of the second they used to."""
 _STATUS = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     415: grpc.StatusCode.INVALID_ARGUMENT,
@@ -60,6 +70,22 @@ _STATUS = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
+
+
+class _Call(NamedTuple):
+    """The name of a call, and the role that it asks for."""
+
+    name: str
+    role: Role
+
+
+class GrpcPort(NamedTuple):
+    """Where to listen, for messages of at most so many bytes; without credentials in plain text."""
+
+    host: str
+    port: int
+    body_bytes: int
+    credentials: grpc.ServerCredentials | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,46 +109,70 @@ class GrpcServer:
         await self.server.stop(grace_s)
 
 
-async def start_grpc(host: str, port: int, body_bytes: int, startup: Startup) -> GrpcServer:
-    """Listen for messages of at most so many bytes, on the running loop; alive, but not ready until it has a fleet.
+async def start_grpc(at: GrpcPort, startup: Startup, access: Access) -> GrpcServer:
+    """Listen on the running loop; alive, but not ready until it has a fleet.
 
     Raises:
         StartupError: the address cannot be had.
     """
     options = (
-        ("grpc.max_receive_message_length", body_bytes),
+        ("grpc.max_receive_message_length", at.body_bytes),
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),  # else a second server would share the port without a word
     )
     server = aio.server(options=options)
-    calls, identities = _Calls(startup), RequestIdentities()
+    calls, door = _Calls(startup), _Door(access)
     health = Health(calls.ready)
     methods = {
         name: _handler(
-            partial(_answered, identities, name, partial(calls.answer, name)),
+            partial(_answered, door, _Call(name, role), partial(calls.answer, name)),
             message(f"{name}Request"),
             message(f"{name}Response"),
         )
-        for name in METHODS
+        for name, role in METHODS.items()
     }
+    services = {SERVICE: methods, HEALTH: _health_methods(health, door)}
+    services |= dict.fromkeys(REFLECTION, _reflection_methods(tuple(services), door))
     server.add_generic_rpc_handlers(
-        (
-            grpc.method_handlers_generic_handler(SERVICE, methods),
-            grpc.method_handlers_generic_handler(HEALTH, _health_methods(health, identities)),
-        )
+        tuple(grpc.method_handlers_generic_handler(name, handlers) for name, handlers in services.items())
     )
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    address = f"[{at.host}]:{at.port}" if ":" in at.host else f"{at.host}:{at.port}"
     try:
-        claimed = server.add_insecure_port(address)
+        if at.credentials is None:
+            claimed = server.add_insecure_port(address)
+        else:
+            claimed = server.add_secure_port(address, at.credentials)
     except RuntimeError as error:
         raise StartupError(f"cannot listen for gRPC on {address}; choose another port") from error
     await server.start()
     return GrpcServer(server, claimed, calls, health)
 
 
-def _health_methods(health: Health, identities: RequestIdentities) -> dict[str, grpc.RpcMethodHandler]:
+def _reflection_methods(services: Sequence[str], door: _Door) -> dict[str, grpc.RpcMethodHandler]:
+    """What tells `grpcurl` and the like which calls there are: of the package, behind the same door."""
+    from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+    told = reflection.aio.ReflectionServicer(services, pool=message_pool())
+
+    async def answer(requests: Any, context: Context) -> AsyncIterator[Any]:
+        try:
+            door.admit(_Call("ServerReflectionInfo", "read"), context)
+        except ServiceError as error:
+            await _refuse(error, context)
+        async for reply in told.ServerReflectionInfo(requests, context):
+            yield reply
+
+    handler = grpc.stream_stream_rpc_method_handler(
+        answer,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    return {"ServerReflectionInfo": handler}
+
+
+def _health_methods(health: Health, door: _Door) -> dict[str, grpc.RpcMethodHandler]:
     async def watch(request: Any, context: Context) -> AsyncIterator[Any]:
-        _identify(identities, context)
+        door.admit(_Call("Watch", "open"), context)
         async for reply in health.watch(request, context):
             yield reply
 
@@ -131,7 +181,7 @@ def _health_methods(health: Health, identities: RequestIdentities) -> dict[str, 
         request_deserializer=message(REQUEST).FromString,
         response_serializer=message(RESPONSE).SerializeToString,
     )
-    check = partial(_answered, identities, "Check", health.check)
+    check = partial(_answered, door, _Call("Check", "open"), health.check)
     return {"Check": _handler(check, message(REQUEST), message(RESPONSE)), "Watch": watching}
 
 
@@ -141,33 +191,45 @@ def _handler(answer: GrpcAnswer, asked: Any, told: Any) -> grpc.RpcMethodHandler
     )
 
 
-async def _answered(
-    identities: RequestIdentities, name: str, answer: GrpcAnswer, request: Any, context: Context
-) -> Any:
-    """The reply to a call of that name, or the status that refuses it; both tell the identity of the call."""
-    told = _identify(identities, context)
+async def _answered(door: _Door, call: _Call, answer: GrpcAnswer, request: Any, context: Context) -> Any:
+    """The reply to a call, or the status that refuses it; both tell the identity of the call."""
     try:
+        door.admit(call, context)
         return await answer(request, context)
     except ServiceError as error:
         failure = error
     except Exception as error:
-        failure = unexpected_failure(error, f"a gRPC call of {name}")
+        failure = unexpected_failure(error, f"a gRPC call of {call.name}")
+    return await _refuse(failure, context)
+
+
+async def _refuse(failure: ServiceError, context: Context) -> Any:
+    identity = CURRENT_REQUEST.get() or ()
+    told = [(name.decode(), value.decode()) for name, value in identity]
     context.set_trailing_metadata((*told, *error_headers(failure).items()))
     return await context.abort(_STATUS.get(failure.status, grpc.StatusCode.INTERNAL), str(failure))
 
 
-def _identify(identities: RequestIdentities, context: Context) -> tuple[tuple[str, str], ...]:
-    """Give a call its identity, and that to its trailing metadata."""
-    headers = {
-        name.encode(): value.encode(errors="replace")
-        for name, value in context.invocation_metadata()
-        if isinstance(value, str)
-    }
-    identity = identities.of(headers)
-    CURRENT_REQUEST.set(identity)
-    told = tuple((name.decode(), value.decode()) for name, value in identity)
-    context.set_trailing_metadata(told)
-    return told
+class _Door:
+    """What every call passes before it is answered: it gets its identity, and is admitted."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self._identities = RequestIdentities()
+
+    def admit(self, call: _Call, context: Context) -> None:
+        """Give a call its identity, and that to its trailing metadata. Raises as `Access.admit`."""
+        headers = {
+            name.encode(): value.encode(errors="replace")
+            for name, value in context.invocation_metadata()
+            if isinstance(value, str)
+        }
+        identity = self._identities.of(headers)
+        CURRENT_REQUEST.set(identity)
+        context.set_trailing_metadata(tuple((name.decode(), value.decode()) for name, value in identity))
+        name = self._access.admit(call.role, headers)
+        if call.role == "admin":
+            remember_caller(name, context.peer())
 
 
 class _Calls:

@@ -7,8 +7,11 @@ refuse and describe alike. The bodies are those of REST; the messages of gRPC ha
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
+from typing import TypeAlias
 
 from leanserve import __version__
+from leanserve.api.audit import AuditLog
 from leanserve.api.caveats import caveat_parameters
 from leanserve.api.service import Service
 from leanserve.codecs.description import Compute, Counters, Duration, model_config, model_metadata, statistics
@@ -30,6 +33,8 @@ REPOSITORY = "model_repository"
 INDEX_STATES = {"serving": "READY", "loading": "LOADING", "unloading": "UNLOADING"}
 """The protocol's word for a variant's state; any other is `UNAVAILABLE`."""
 
+_Swap: TypeAlias = tuple[str, Callable[[str | None], Awaitable[None]]]
+
 
 class OpenInference:
     """The protocol's view of a fleet.
@@ -44,6 +49,7 @@ class OpenInference:
         self.fleet = service.fleet
         self.name = service.fleet.name
         self._base = service.base
+        self._audit = AuditLog()
         self._swaps_allowed = service.config.model_control == "explicit"
         decoders = {spec: InferDecoder(spec) for spec in {variant.spec for variant in self.fleet.opened.values()}}
         self.decoders = {name: decoders[variant.spec] for name, variant in self.fleet.opened.items()}
@@ -58,7 +64,7 @@ class OpenInference:
             BadInput: not allowed by the config, or a parameter that asks for something else than what was built.
             ServiceError: see `Fleet.load`.
         """
-        await self._swap(self.fleet.load, model, version, set(parameters))
+        await self._swap(("load", self.fleet.load), model, version, set(parameters))
 
     async def unload(self, model: str, version: str | None, parameters: Iterable[str]) -> None:
         """Unload the model, or only this version; returns when its memory is given back.
@@ -68,18 +74,23 @@ class OpenInference:
             ServiceError: see `Fleet.unload`.
         """
         # Nothing here depends on another model: with its dependents is the same as without.
-        await self._swap(self.fleet.unload, model, version, set(parameters) - {"unload_dependents"})
+        await self._swap(("unload", self.fleet.unload), model, version, set(parameters) - {"unload_dependents"})
 
-    async def _swap(
-        self, swap: Callable[[str | None], Awaitable[None]], model: str, version: str | None, unknown: set[str]
-    ) -> None:
+    async def _swap(self, wanted: _Swap, model: str, version: str | None, unknown: set[str]) -> None:
         self.check_model(model)
         if not self._swaps_allowed:
             raise BadInput("loading and unloading is not allowed; set model_control: explicit in the config")
         if unknown:
             named = ", ".join(clip(name) for name in sorted(unknown))
             raise BadInput(f"the parameters {named} are not taken: a version is loaded as it was built")
-        await swap(version or None)
+        action, swap = wanted
+        name = version or None
+        target = f"{model}/versions/{name}" if name else model
+        await self._audit.do(action, target, partial(self._states, name), partial(swap, name))
+
+    def _states(self, name: str | None) -> Json:
+        """The state of a variant, or of all."""
+        return {each: state for each, (state, _) in self.fleet.status_of.items() if name in {None, each}}
 
     def health(self) -> dict[str, Json]:
         """Both keys in one body, because clients differ in which one they read, whatever they asked."""

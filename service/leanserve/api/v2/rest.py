@@ -23,7 +23,7 @@ from leanserve.codecs.open_inference import JSON_LENGTH_HEADER, InferReply, enco
 from leanserve.contracts import Json
 from leanserve.errors import BadInput, NotFound
 from leanserve.http.content_encoding import compress, encoding_of_reply
-from leanserve.http.messages import Request, Response, Route, json_response
+from leanserve.http.messages import Request, Response, Role, Route, json_response
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.session import UNKNOWN_TERMS, Answered, ModelRequest, Terms, VariantChoice
 from leanserve.serving.variant import Variant
@@ -40,14 +40,14 @@ def open_inference_endpoints(service: Service) -> list[Endpoint]:
     """Every endpoint of the protocol on this server."""
     protocol = OpenInference(service)
     metadata = _described(protocol.server_metadata)
-    index = Route("POST", "description", partial(_index, protocol))
+    index = Route("POST", "read", partial(_index, protocol))
     return [
         endpoint("/v2", metadata, Declaration("Server metadata")),
         endpoint("/v2/", metadata),
-        endpoint("/v2/health/live", _described(protocol.health), Declaration("Is the process alive")),
+        endpoint("/v2/health/live", _described(protocol.health, "open"), Declaration("Is the process alive")),
         endpoint(
             "/v2/health/ready",
-            _described(partial(_ready, protocol)),
+            _described(partial(_ready, protocol), "open"),
             Declaration("Are all variants warm, and is the service not draining"),
         ),
         endpoint("/v2/models/stats", _described(protocol.statistics), Declaration("Statistics of all variants")),
@@ -79,7 +79,7 @@ def _model_endpoints(service: Service, protocol: OpenInference) -> list[Endpoint
         "/config": describe("Configuration of the model", protocol.config),
         "/stats": describe("Statistics of the model", protocol.statistics),
         "/ready": describe("Is the model ready", partial(_model_ready, protocol)),
-        "/infer": (lambda version: Route("POST", "prediction", partial(infer, protocol, version)), infers),
+        "/infer": (lambda version: Route("POST", "predict", partial(infer, protocol, version)), infers),
     }
     return [
         found
@@ -131,11 +131,11 @@ def no_such_path(fleet: Fleet, path: str) -> NotFound:
     return NotFound(f"no such path: {path[:200]}")
 
 
-def _described(describe: Callable[[], Json]) -> Route:
+def _described(describe: Callable[[], Json], role: Role = "read") -> Route:
     async def answer(_: Request) -> Response:
         return json_response(describe())
 
-    return Route("GET", "description", answer)
+    return Route("GET", role, answer)
 
 
 def _ready(protocol: OpenInference) -> Json:
@@ -163,7 +163,7 @@ def _swapped(swap: Callable[[Iterable[str]], Awaitable[None]]) -> Route:
         await swap(parameters)
         return json_response({})
 
-    return Route("POST", "description", answer)
+    return Route("POST", "admin", answer)
 
 
 async def _told(request: Request) -> dict[str, Json]:
