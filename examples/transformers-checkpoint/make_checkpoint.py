@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-
 from leanserve.bases.sources.torchvision_import import make_torchvision_importable
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 THINGS = (
     "the room",

@@ -18,8 +18,9 @@ from leanserve.bases.description import Tensor
 from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.meanings import guessed, proven, settled
 from leanserve.bases.opening import Origin, open_base
-from leanserve.bases.sources.onnx_endings import last_nodes
-from leanserve.bases.tracing import traced_outputs
+from leanserve.bases.probing import spec_of_inputs
+from leanserve.bases.sources.onnx_reading import last_nodes
+from leanserve.bases.tracing import traced
 from leanserve.config.schema import read_config
 from leanserve.contracts import Array, Meaning
 from leanserve.errors import ConfigError
@@ -111,7 +112,7 @@ class InPlace(nn.Module):
     ],
 )
 def test_autograd_tells_how_a_module_ends(module: nn.Module, meaning: Meaning, evidence: str) -> None:
-    [found] = traced_outputs(module.eval().requires_grad_(requires_grad=False), (ROW,))
+    [found] = traced(module.eval().requires_grad_(requires_grad=False), spec_of_inputs((ROW,), "any")).outputs
     assert (found.meaning, found.evidence) == (meaning, evidence)
     assert not any(weight.requires_grad for weight in module.parameters())
 

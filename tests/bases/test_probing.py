@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from leanserve.bases.description import Tensor
 from leanserve.bases.inputs import MASKED_TEXT
 from leanserve.bases.probing import check_rows, probe, spec_of_inputs
-from leanserve.bases.tracing import runner, traced_outputs
+from leanserve.bases.tracing import runner
+from leanserve.bases.tracing import traced as traced_module
 from leanserve.contracts import Array, Arrays, RowsTogether
 from leanserve.errors import ConfigError
 
@@ -143,7 +144,7 @@ APART: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
 
 def traced(module: nn.Module, inputs: tuple[Tensor, ...], rows: RowsTogether = "any") -> tuple[Tensor, ...]:
     torch.manual_seed(0)
-    return traced_outputs(module.eval(), inputs, rows)
+    return traced_module(module.eval(), spec_of_inputs(inputs, rows)).outputs
 
 
 @pytest.mark.parametrize(("module", "inputs"), APART.values(), ids=APART.keys())
@@ -209,7 +210,7 @@ def test_row_by_row_no_second_row_is_ever_run() -> None:
 
 
 def test_a_model_of_which_one_row_is_too_many_says_why() -> None:
-    with pytest.raises(ConfigError, match=r"does not run on x \[2, 6\]: RuntimeError") as refused:
+    with pytest.raises(ConfigError, match=r"does not run on x \[3, 6\]: RuntimeError") as refused:
         traced(nn.Linear(5, 2), ROW)
     assert "base.rows" not in str(refused.value)
 

@@ -159,7 +159,7 @@ def test_an_image_model_takes_images(folder: Path) -> None:
 
 def test_the_second_opening_does_not_run_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_base(origin(folder, "linear", **VECTOR))
-    monkeypatch.setattr(python_module, "traced_outputs", None)
+    monkeypatch.setattr(python_module, "traced", None)
     assert open_base(origin(folder, "linear", **VECTOR)).digest == first.digest
 
 
@@ -222,9 +222,9 @@ def test_a_module_may_import_torchvision(folder: Path) -> None:
         (
             "linear",
             {"inputs": {"x": {"shape": [7]}}},
-            r"does not run on x \[2, 7\].*base\.image, base\.text or base\.inputs",
+            r"does not run on x \[3, 7\].*base\.image, base\.text or base\.inputs",
         ),
-        ("total", VECTOR, "its first axis must count the rows"),
+        ("total", VECTOR, "the first axis must count the rows"),
         ("broken", VECTOR, "bring_model:broken failed: RuntimeError: no such luck"),
         ("number", VECTOR, "returned a int, no torch module"),
         ("absent", VECTOR, "has no function absent"),
@@ -240,12 +240,12 @@ def test_what_is_wrong_is_said_with_its_key(folder: Path, factory: str, keys: di
 def test_a_model_that_has_memory_for_a_single_row_is_served_row_by_row_and_for_none_is_refused(folder: Path) -> None:
     single = {**VECTOR, "arguments": {"rows": 1}}
     with pytest.raises(
-        ConfigError, match=r"no memory to run the model on x \[2, 3\]: .* does run on a single row\. .*rows: one"
+        ConfigError, match=r"no memory to run the model on x \[3, 3\]: .* does run on a single row\. .*rows: one"
     ):
         open_base(origin(folder, "small", **single))
     base = open_base(origin(folder, "small", **single, rows="one"))
     assert base.spec.outputs[0].shape == (3,)
-    with pytest.raises(ConfigError, match=r"there is no memory to run the model on x \[2, 3\]: .* can't allocate"):
+    with pytest.raises(ConfigError, match=r"there is no memory to run the model on x \[3, 3\]: .* can't allocate"):
         open_base(origin(folder, "small", **VECTOR, arguments={"rows": 0}))
 
 

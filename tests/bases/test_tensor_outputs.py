@@ -176,8 +176,8 @@ def test_a_student_learns_from_all_tensors(folder: Path) -> None:
         ),
         ("nothing", "returns nothing; it must return tensors"),
         ("empty", "returns a list without tensors"),
-        ("a list of rows", r"output 0 of the model has shape \[2, 3\] for 3 rows: its first axis must count the rows"),
-        ("loss", r"output 0 of the model has shape \[\] for 2 rows: its first axis must count the rows"),
+        ("a list of rows", r"its output 'scores' has shape \[2, 3\] for 3 rows: the first axis must count the rows"),
+        ("loss", r"its output 'loss' has shape \[\] for 3 rows: the first axis must count the rows"),
     ],
 )
 def test_what_cannot_be_served_is_told_with_the_remedy(folder: Path, form: str, reason: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from leanserve.bases.opening import Origin, open_base
-from leanserve.bases.sources.torchvision_import import make_torchvision_importable
+from leanserve.bases.sources.python_imports import make_torchvision_importable
 from leanserve.bases.sources.transformers_images import preprocessor_input
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.opening import Origin, open_base, reopen_base
-from leanserve.bases.sources.torchvision_import import make_torchvision_importable
+from leanserve.bases.sources.python_imports import make_torchvision_importable
 from leanserve.bases.sources.transformers_model import TransformersSource
 from leanserve.codecs.text import TextCodec
 from leanserve.config.base_section import TransformersBase

@@ -13,7 +13,7 @@ import torch
 
 from leanserve.bases.opening import Origin, open_base
 from leanserve.bases.shipped import shipped_module
-from leanserve.bases.sources.torchvision_import import make_torchvision_importable
+from leanserve.bases.sources.python_imports import make_torchvision_importable
 from leanserve.config.schema import read_config
 from leanserve.contracts import ArrayData, Arrays, Base, TorchModel
 from leanserve.errors import ConfigError

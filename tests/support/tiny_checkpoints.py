@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from leanserve.bases.sources.torchvision_import import make_torchvision_importable
+from leanserve.bases.sources.python_imports import make_torchvision_importable
 
 WORDS = (
     *("the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "green", "red", "big", "small"),

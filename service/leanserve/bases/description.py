@@ -48,6 +48,19 @@ class Tensor(BaseModel):
         return TensorSpec(self.name, self.dtype, self.shape, self.pad, meaning=self.meaning)
 
 
+class Probed(BaseModel):
+    """What was found out about a model by running it: sizes as in `Description`, outputs that may have no name yet."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+    step: int = 1
+    least: int = 1
+    max_length: int = 512
+    caveats: tuple[str, ...] = ()
+
+
 class Description(BaseModel):
     """What a brought model takes and gives, and how requests and data are prepared for it."""
 

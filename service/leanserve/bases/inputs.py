@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 from pathlib import Path
 
-from leanserve.bases.description import Description, Tensor
+from leanserve.bases.description import Description, Probed, Tensor
 from leanserve.bases.meanings import settled
 from leanserve.codecs.images import CHANNELS
 from leanserve.config.base_section import BroughtBase, ImageFiles, ImageInput, TextInput
@@ -13,6 +14,7 @@ from leanserve.errors import ConfigError
 
 LONGEST = 512
 """Largest size of a dynamic axis where nothing tells another."""
+LONGEST_NAME = 63
 MASKED_TEXT = (
     Tensor(name="input_ids", dtype="int64", shape=(None,)),
     Tensor(name="attention_mask", dtype="int64", shape=(None,)),
@@ -51,27 +53,33 @@ def declared_inputs(declared: BroughtBase) -> tuple[Tensor, ...] | None:
     return None
 
 
-def described(
-    declared: BroughtBase, folder: Path, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
-) -> Description:
-    """The description of a model whose preprocessing the config declares; `outputs` as they were found.
+def described(declared: BroughtBase, folder: Path, name: str, found: Probed) -> Description:
+    """The description of a model whose preprocessing the config declares.
 
     Raises:
         ConfigError: the labels cannot be read, or do not fit the outputs, or what is declared of these does not.
     """
     labels = read_labels(declared, folder)
-    given = settled(outputs, labels, declared.outputs, "values" if declared.text is None else "embedding")
+    given = settled(found.outputs, labels, declared.outputs, "values" if declared.text is None else "embedding")
     return Description(
         name=declared.name or name,
-        inputs=tuple(inputs),
+        inputs=found.inputs,
         outputs=given.tensors,
         labels=labels,
         labelled=given.labelled,
         image=declared.image if isinstance(declared.image, ImageInput) else None,
         text=None if declared.text is None else resolved_text(declared.text, folder),
-        max_length=longest_input(declared),
+        max_length=found.max_length,
         rows=declared.rows,
+        step=found.step,
+        least=found.least,
+        caveats=found.caveats,
     )
+
+
+def served_name(path: Path) -> str:
+    """The name of a model that has none but its file's: that, as far as it can stand in URLs and metric labels."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:LONGEST_NAME] or "model"
 
 
 def resolved_text(text: TextInput, folder: Path) -> TextInput:

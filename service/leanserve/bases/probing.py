@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from leanserve.bases.description import Tensor
+from leanserve.bases.description import Probed, Tensor
 from leanserve.bases.meanings import guessed
 from leanserve.comparison import largest_difference, largest_finite
 from leanserve.contracts import Array, Arrays, ModelSpec, RowsTogether
@@ -55,16 +55,9 @@ class OutputPair(NamedTuple):
     other: Array
 
 
-class Probed(NamedTuple):
-    """What was found out about a model by running it."""
-
-    outputs: tuple[Tensor, ...]
-    caveats: tuple[str, ...]
-
-
-def spec_of_inputs(inputs: Sequence[Tensor], rows: RowsTogether) -> ModelSpec:
+def spec_of_inputs(inputs: Sequence[Tensor], rows: RowsTogether, longest: int = 512) -> ModelSpec:
     """What takes these inputs, as far as it is known."""
-    return ModelSpec(tuple(item.field() for item in inputs), (), rows=rows)
+    return ModelSpec(tuple(item.field() for item in inputs), (), max_length=longest, rows=rows)
 
 
 def probe(run: Run, spec: ModelSpec, names: Sequence[str], tolerance: float = TOLERANCE) -> Probed:
@@ -79,7 +72,14 @@ def probe(run: Run, spec: ModelSpec, names: Sequence[str], tolerance: float = TO
     dynamic = bool(dynamic_axes(spec.inputs))
     longer = attempt(run, spec.example(most, long, seed=1), names) if dynamic else together
     outputs = tuple(_output(*item, most) for item in zip(names, together, longer, strict=True))
-    return Probed(outputs, check_rows(run, spec, names, tolerance))
+    return Probed(
+        inputs=tuple(Tensor(name=item.name, dtype=item.dtype, shape=item.shape, pad=item.pad) for item in spec.inputs),
+        outputs=outputs,
+        step=spec.step,
+        least=spec.least,
+        max_length=spec.max_length,
+        caveats=check_rows(run, spec, names, tolerance),
+    )
 
 
 def two_lengths(spec: ModelSpec) -> tuple[int, int]:

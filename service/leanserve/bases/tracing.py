@@ -1,8 +1,6 @@
-"""What a torch module gives back, found out by running it: dtypes, shapes and meanings of its outputs.
+"""What a torch module gives back, found out by running it (`probing`), with the names that it gives its outputs itself.
 
-Two runs with different numbers of rows and different lengths tell which axes are fixed. A module whose first axis does
-not follow the rows cannot be batched, and one that mixes rows up must not be; both are refused here, before anybody
-waits for a build. What autograd remembers of a third run tells the last operator of every output, whatever the module
+What autograd remembers of a third run tells the last operator of every output, whatever the module
 is written in.
 """
 
@@ -12,18 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from leanserve.bases.description import Tensor
-from leanserve.bases.meanings import LastOperator, guessed, proven
-from leanserve.bases.probing import Run, check_rows, or_row_by_row, spec_of_inputs
-from leanserve.contracts import Array, Arrays, ModelSpec, RowsTogether
+from leanserve.bases.axis_sizes import AxisSizes, with_sizes
+from leanserve.bases.description import Probed, Tensor
+from leanserve.bases.meanings import LastOperator, proven
+from leanserve.bases.probing import ROWS, Run, or_row_by_row, probe, two_lengths
+from leanserve.contracts import Array, Arrays, ModelSpec
 from leanserve.errors import ConfigError
 from leanserve.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import nn
 
-RUNS = ((2, 16), (3, 24))
-"""Rows and length of dynamic axes."""
 DECLARE = "Its inputs are declared by base.image, base.text or base.inputs"
 OPERATORS: Final[Mapping[str, LastOperator]] = {
     "SoftmaxBackward": "softmax",
@@ -41,43 +38,44 @@ UNCHANGING = frozenset(
 """Nodes that hand the numbers on, in another shape or precision."""
 
 
-def traced_outputs(
-    module: nn.Module, inputs: Sequence[Tensor], rows: RowsTogether = "any", remedy: str = DECLARE
-) -> tuple[Tensor, ...]:
-    """The outputs of a module that takes `inputs`, by the names that it gives them itself, else without.
+def traced(module: nn.Module, spec: ModelSpec, remedy: str = DECLARE) -> Probed:
+    """What a module gives for the inputs of the spec, by the names that it gives its outputs itself, else without.
 
-    `rows` says which may share a batch; `remedy` is told where the module does not run.
+    `remedy` is told where the module does not run.
 
     Raises:
         ConfigError: it does not run on these inputs, gives no tensors, or mixes up the rows.
     """
-    spec = spec_of_inputs(inputs, rows)
-    attempts = (partial(_run, module, spec, length, remedy) for _, length in RUNS)
-    small, large = (
-        or_row_by_row(attempt, spec.most_rows(most)) for attempt, (most, _) in zip(attempts, RUNS, strict=True)
-    )
-    if len(small) != len(large):
-        raise ConfigError(
-            f"base: the model returns {len(small)} tensors for {RUNS[0][0]} rows and {len(large)} for {RUNS[1][0]}: it "
-            "must return as many for any number of rows, each with a first axis that counts them"
-        )
-    operators = last_operators(module, spec, len(small))
-    found: list[Tensor] = []
-    for index, ((own, one), (_, two)) in enumerate(zip(small, large, strict=True)):
-        name = _unlike(own, [item.name for item in (*inputs, *found)]) if own else ""
-        shape = tuple(a if a == b else None for a, b in zip(one.shape[1:], two.shape[1:], strict=True))
-        tensor = Tensor(name=name, dtype=str(one.dtype).removeprefix("torch."), shape=shape)
-        found.append(proven(guessed(tensor, (_as_array(one), _as_array(two))), operators[index]))
+    own = or_row_by_row(partial(_named_outputs, module, spec, remedy), spec.most_rows(ROWS))
     try:
-        check_rows(runner(partial(_tensors_of, module)), spec, _told(found))
+        found = probe(runner(partial(_tensors_of, module)), spec, _told(own))
     except ConfigError as error:
         raise ConfigError(f"base: the model cannot be served: {error}") from error
-    return tuple(found)
+    operators = last_operators(module, spec, len(own))
+    taken = [item.name for item in spec.inputs]
+    outputs: list[Tensor] = []
+    for name, output, operator in zip(own, found.outputs, operators, strict=True):
+        free = _unlike(name, [*taken, *(item.name for item in outputs)]) if name else ""
+        outputs.append(proven(output.model_copy(update={"name": free}), operator))
+    return found.model_copy(update={"outputs": tuple(outputs)})
 
 
-def _told(outputs: Sequence[Tensor]) -> list[str]:
+def sized(module: nn.Module, spec: ModelSpec) -> AxisSizes:
+    """The spec with sizes of its dynamic axes on which the module runs; as it is where it runs on none."""
+
+    def only_run(*batch: Any) -> tuple[()]:
+        module(*batch)
+        return ()
+
+    try:
+        return with_sizes(runner(only_run), spec, ())
+    except ConfigError:
+        return AxisSizes(spec)  # what is wrong with it is told by `traced`
+
+
+def _told(names: Sequence[str]) -> list[str]:
     """How errors call outputs, of which some have no name."""
-    return [item.name or (f"output_{index}" if index else "output") for index, item in enumerate(outputs)]
+    return [name or (f"output_{index}" if index else "output") for index, name in enumerate(names)]
 
 
 def _tensors_of(module: nn.Module, *batch: Any) -> list[Any]:
@@ -103,8 +101,7 @@ def last_operators(module: nn.Module, spec: ModelSpec, outputs: int) -> list[Las
     from leanserve.bases.modules.tensor_outputs import named_tensors
 
     weights = {item: item.requires_grad for item in module.parameters() if item.is_floating_point()}
-    rows, length = RUNS[0]
-    batch = [torch.from_numpy(array) for array in spec.example(spec.most_rows(rows), length)]
+    batch = [torch.from_numpy(array) for array in spec.example(spec.most_rows(2), two_lengths(spec)[0])]
     asked: list[torch.Tensor] = [*weights] or [item for item in batch if item.is_floating_point()]
     try:
         for item in asked:
@@ -149,12 +146,13 @@ def _as_array(item: Any) -> Any:
     return (item.float() if item.dtype == torch.bfloat16 else item).numpy()  # numpy has no bfloat16
 
 
-def _run(module: nn.Module, spec: ModelSpec, length: int, remedy: str, rows: int) -> list[tuple[str, Any]]:
+def _named_outputs(module: nn.Module, spec: ModelSpec, remedy: str, rows: int) -> list[str]:
+    """The name of every tensor that a module returns for so many rows, empty where it gives none."""
     import torch
 
     from leanserve.bases.modules.tensor_outputs import named_tensors
 
-    batch = spec.example(rows, length)
+    batch = spec.example(rows, two_lengths(spec)[0])
     shapes = ", ".join(f"{item.name} {list(array.shape)}" for item, array in zip(spec.inputs, batch, strict=True))
     try:
         with torch.inference_mode():
@@ -166,16 +164,9 @@ def _run(module: nn.Module, spec: ModelSpec, length: int, remedy: str, rows: int
             raise ConfigError(f"base: there is no memory to run the model on {shapes}: {reason}. {remedy}") from error
         raise ConfigError(f"base: the model does not run on {shapes}: {reason}. {remedy}") from error
     try:
-        found = named_tensors(outputs)
+        return [name for name, _ in named_tensors(outputs)]
     except TypeError as error:
         raise ConfigError(
             f"base: the model returns {error}; it must return tensors whose first axis counts the rows, alone or in a "
             "tuple, list, dict or dataclass. Put it into a module whose forward picks them: return self.model(x)[...]"
         ) from error
-    for index, (_, tensor) in enumerate(found):
-        if tensor.shape[:1] != (rows,):
-            raise ConfigError(
-                f"base: output {index} of the model has shape {list(tensor.shape)} for {rows} rows: its first axis "
-                "must count the rows, or requests cannot share a batch"
-            )
-    return found

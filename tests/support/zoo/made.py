@@ -198,7 +198,7 @@ def boosting(folder: Path) -> Made:
 
 def _importable() -> None:
     """torchvision for CUDA beside a torch for CPUs keeps both libraries from being imported."""
-    from leanserve.bases.sources.torchvision_import import make_torchvision_importable
+    from leanserve.bases.sources.python_imports import make_torchvision_importable
 
     make_torchvision_importable()
 

@@ -13,11 +13,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leanserve.bases.axis_sizes import with_sizes
 from leanserve.bases.checkpoints import file_digest
 from leanserve.bases.description import Description, Tensor
-from leanserve.bases.inputs import declared_inputs, described
+from leanserve.bases.inputs import declared_inputs, described, longest_input, served_name
 from leanserve.bases.meanings import proven
-from leanserve.bases.naming import served_name
 from leanserve.bases.probing import probe, spec_of_inputs
 from leanserve.bases.sources.exported_archive import safe_copy
 from leanserve.bases.tracing import last_operators, runner
@@ -49,18 +49,19 @@ class ExportedSource:
         program = self._program()
         inputs = self._settled(_inputs(program, self._path, self.declared.rows))
         module, names = _module(program), _output_names(program)
-        spec = spec_of_inputs(inputs, self.declared.rows)
+        spec = spec_of_inputs(inputs, self.declared.rows, longest_input(self.declared))
         try:
-            outputs, caveats = probe(runner(module), spec, names)
+            spec, sizes = with_sizes(runner(module), spec, names)
+            found = probe(runner(module), spec, names)
         except ConfigError as error:
             raise ConfigError(f"base.torch_export: {self._path} cannot be served: {error}") from error
-        operators = last_operators(module, spec, len(outputs))
+        operators = last_operators(module, spec, len(names))
         outputs = tuple(
             proven(output.model_copy(update={"name": ""}), operator)
-            for output, operator in zip(outputs, operators, strict=True)
+            for output, operator in zip(found.outputs, operators, strict=True)
         )
-        description = described(self.declared, self.folder, served_name(self._path), inputs, outputs)
-        return description.model_copy(update={"caveats": description.caveats + caveats})
+        found = found.model_copy(update={"outputs": outputs, "caveats": sizes + found.caveats})
+        return described(self.declared, self.folder, served_name(self._path), found)
 
     def model(self, spec: ModelSpec) -> TorchModel:
         return TorchModel(_module(self._program()), spec)

@@ -18,9 +18,8 @@ from typing import NamedTuple
 
 from leanserve.bases.checkpoints import file_digest
 from leanserve.bases.description import Description
-from leanserve.bases.inputs import described, longest_input
+from leanserve.bases.inputs import described, longest_input, served_name
 from leanserve.bases.meanings import proven
-from leanserve.bases.naming import served_name
 from leanserve.bases.sources.onnx_preparation import Prepared, candidates, fix_sizes
 from leanserve.bases.sources.onnx_reading import files_of, nodes_of, read_onnx
 from leanserve.bases.sources.onnx_trial import Trial, Verdict, tried
@@ -59,10 +58,7 @@ class OnnxSource:
 
     def describe(self) -> Description:
         found = self._chosen.verdict
-        description = described(self.declared, self.folder, served_name(self._path), found.inputs, found.outputs)
-        longest = min(description.max_length, found.max_length)
-        told = {"step": found.step, "least": found.least, "max_length": longest}
-        return description.model_copy(update=told | {"caveats": description.caveats + found.caveats})
+        return described(self.declared, self.folder, served_name(self._path), found)
 
     def model(self, spec: ModelSpec) -> OnnxModel:
         """The prepared graph as one file, which lives as long as this source does."""

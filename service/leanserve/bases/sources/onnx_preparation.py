@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 from leanserve.bases.description import Tensor
 from leanserve.bases.inputs import image_tensor
 from leanserve.bases.meanings import LastOperator
-from leanserve.bases.sources.onnx_endings import last_nodes
-from leanserve.bases.sources.onnx_reading import LEAST_OPSET, modern, opset_of
+from leanserve.bases.sources.onnx_reading import LEAST_OPSET, last_nodes, modern, opset_of
 from leanserve.bases.sources.onnx_whole import LoneAxes, add_axis_of_rows, sizes_of_whole
 from leanserve.config.base_section import BroughtBase, ImageInput
 from leanserve.errors import ConfigError

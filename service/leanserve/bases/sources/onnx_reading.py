@@ -2,14 +2,19 @@
 
 ONNX holds a graph and tensors, no code; what could reach beyond the file is looked at here: tensors stored outside it
 must lie beside it, and operators must be those that the runtime itself knows.
+
+By which operators outputs end is read here, too: a softmax at the end says that they are probabilities. Exporters put
+casts and reshapes behind it, and converters of classic models end in operators of their own that hold the softmax as an
+attribute. Whether rows really sum up to 1 is checked by a run (`bases.meanings.proven`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from leanserve.bases.meanings import LastOperator
 from leanserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +29,16 @@ NEWEST_FORMAT = 10
 LARGEST_BYTES = 2**31 - 1
 """A protobuf message cannot be larger, and artifacts are single files."""
 SHOWN = 4
+OPERATORS: Final[Mapping[str, LastOperator]] = {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Sigmoid": "sigmoid"}
+UNCHANGING = frozenset(
+    {
+        *("Cast", "CastLike", "DequantizeLinear", "Dropout", "Flatten", "Identity", "Normalizer", "QuantizeLinear"),
+        *("Reshape", "Squeeze", "Transpose", "Unsqueeze"),
+    }
+)
+"""Operators that hand the numbers of their first input on: to `Normalizer`, probabilities sum up to 1 already."""
+POST_TRANSFORM: Final[Mapping[bytes, LastOperator]] = {b"SOFTMAX": "softmax"}
+"""What classifiers of `ai.onnx.ml` do to their scores at the end."""
 
 
 def read_onnx(path: Path) -> ModelProto:
@@ -167,3 +182,21 @@ def modern(model: ModelProto, path: Path) -> ModelProto:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def last_nodes(graph: GraphProto) -> list[LastOperator | None]:
+    """Per output, the operator by which it ends, where that is one that tells what the output means."""
+    made_by = {name: node for node in graph.node for name in node.output}
+    return [_operator(item.name, made_by) for item in graph.output]
+
+
+def _operator(name: str, made_by: Mapping[str, NodeProto]) -> LastOperator | None:
+    node = made_by.get(name)
+    while node is not None and node.op_type in UNCHANGING:
+        node = made_by.get(node.input[0])
+    if node is None:
+        return None
+    if node.domain == "ai.onnx.ml":
+        transforms = (item.s for item in node.attribute if item.name == "post_transform")
+        return next((POST_TRANSFORM.get(transform) for transform in transforms), None)
+    return OPERATORS.get(node.op_type)

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from leanserve import child
 from leanserve.bases.axis_sizes import with_sizes
-from leanserve.bases.description import Tensor
+from leanserve.bases.description import Probed, Tensor
 from leanserve.bases.probing import TOLERANCE, OutputPair, Run, differs, probe, spec_of_inputs
 from leanserve.contracts import Array, Arrays, ModelSpec, RowsTogether
 from leanserve.errors import ConfigError
@@ -54,18 +53,12 @@ class Trial(BaseModel):
     """The largest size that a dynamic axis may have."""
 
 
-class Verdict(BaseModel):
-    """What was found out about the candidate, or why it cannot be served."""
+class Verdict(Probed):
+    """What was found out about the candidate, or why it cannot be served.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Its inputs are as they were, or with one size for what is dynamic in the graph and runs on no other.
+    """
 
-    inputs: tuple[Tensor, ...] = ()
-    """As they were, or with one size for what is dynamic in the graph and runs on no other."""
-    outputs: tuple[Tensor, ...] = ()
-    step: int = 1
-    least: int = 1
-    max_length: int = 512
-    caveats: tuple[str, ...] = ()
     error: str = ""
 
 
@@ -102,16 +95,12 @@ def _verdict(trial: Trial) -> Verdict:
     tolerance = LOOSE_TOLERANCE if trial.scaled_by_batch else TOLERANCE
     original, candidate = (_runner(_session(path), trial) for path in (trial.original, trial.candidate))
     try:
-        wished = replace(spec_of_inputs(trial.inputs, trial.rows), max_length=trial.longest)
-        spec, sizes = with_sizes(candidate, wished, trial.outputs)
-        outputs, caveats = probe(candidate, spec, trial.outputs, tolerance)
+        spec, sizes = with_sizes(candidate, spec_of_inputs(trial.inputs, trial.rows, trial.longest), trial.outputs)
+        found = probe(candidate, spec, trial.outputs, tolerance)
         _compare(original, candidate, trial, spec, tolerance)
     except ConfigError as error:
         raise ConfigError(f"{error}{_remedy(trial)}") from error
-    shapes = zip(trial.inputs, spec.inputs, strict=True)
-    inputs = tuple(item.model_copy(update={"shape": found.shape}) for item, found in shapes)
-    found = {"step": spec.step, "least": spec.least, "max_length": spec.max_length}
-    return Verdict(inputs=inputs, outputs=outputs, caveats=sizes + caveats, **found)
+    return Verdict(**dict(found) | {"caveats": sizes + found.caveats})
 
 
 def _compare(original: Run, candidate: Run, trial: Trial, spec: ModelSpec, tolerance: float) -> None:

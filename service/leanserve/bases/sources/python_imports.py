@@ -3,6 +3,11 @@
 Read from the syntax and resolved as Python resolves names, so that nothing runs. A file is the user's own unless it is
 of the standard library or installed among the libraries; of an installed package that brings the factory itself, all
 files are. Of other libraries the names are told, because their versions decide answers too.
+
+One library needs help before anybody imports it: torchvision next to a torch of another build. Its wheel on the package
+index is built for CUDA; beside a torch for CPUs, its compiled part cannot be loaded, and importing the rest fails with
+`operator torchvision::nms does not exist`, because it registers shapes for operators that nobody has declared.
+Declaring them is enough: the operators belong to object detection, and no model that is served here calls them.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
-from importlib.machinery import ModuleSpec
+from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
 
@@ -22,6 +27,9 @@ from leanserve.errors import ConfigError
 from leanserve.hardware import library_version
 
 LIBRARY_FOLDERS = frozenset({"site-packages", "dist-packages"})
+DETECTION = ("nms", "qnms")
+"""Operators that torchvision's compiled part brings."""
+SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 STANDARD = tuple(Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib"))
 
 
@@ -158,3 +166,21 @@ def _version(name: str) -> str:
         return version
     brought_by = metadata.packages_distributions().get(name, [])
     return " ".join(f"{one}=={metadata.version(one)}" for one in sorted(set(brought_by))) or "absent"
+
+
+def make_torchvision_importable() -> None:
+    """Declare the operators that torchvision's compiled part should bring, if it is installed and cannot.
+
+    It is not imported: call this before libraries and modules of users, which may import it or not.
+    """
+    import torch
+
+    found = find_spec("torchvision")
+    if found is None or found.origin is None or hasattr(torch.ops.torchvision, DETECTION[0]):
+        return
+    compiled = (Path(found.origin).with_name(f"_C{suffix}") for suffix in EXTENSION_SUFFIXES)
+    try:
+        torch.ops.load_library(next(path for path in compiled if path.is_file()))  # type: ignore[no-untyped-call]
+    except (OSError, StopIteration):
+        for operator in DETECTION:
+            torch.library.define(f"torchvision::{operator}", SCHEMA)

@@ -31,10 +31,10 @@ from leanserve import child
 from leanserve.bases.checkpoints import file_digest, load_weights
 from leanserve.bases.description import Description, Tensor
 from leanserve.bases.fitting import shortened
-from leanserve.bases.inputs import declared_inputs, described
-from leanserve.bases.sources.python_imports import Imports, spec_of
-from leanserve.bases.sources.torchvision_import import make_torchvision_importable
-from leanserve.bases.tracing import traced_outputs
+from leanserve.bases.inputs import declared_inputs, described, longest_input
+from leanserve.bases.probing import spec_of_inputs
+from leanserve.bases.sources.python_imports import Imports, make_torchvision_importable, spec_of
+from leanserve.bases.tracing import sized, traced
 from leanserve.config.base_section import PythonBase
 from leanserve.contracts import Json, ModelSpec, TorchModel
 from leanserve.errors import ConfigError
@@ -71,12 +71,13 @@ class PythonSource:
 
         inputs = declared_inputs(self.declared) or self._declared_beside_factory()
         module, caveats = self._module()
-        outputs = traced_outputs(self._checked(module), inputs, self.declared.rows)
+        spec, sizes = sized(module, spec_of_inputs(inputs, self.declared.rows, longest_input(self.declared)))
+        found = traced(self._checked(module), spec)
         drawn = unlike(self._first[0].inside, self._held(self._module(SEED + 1)[0]).inside)
-        description = described(self.declared, self.folder, self._names()[0].rpartition(".")[2], inputs, outputs)
         if drawn:
             caveats += (f"weights drawn at random ({shortened(drawn)})",)
-        return description.model_copy(update={"caveats": caveats})
+        found = found.model_copy(update={"caveats": caveats + sizes + found.caveats})
+        return described(self.declared, self.folder, self._names()[0].rpartition(".")[2], found)
 
     def model(self, spec: ModelSpec) -> TorchModel:
         """The model; whatever its module returns, it gives tensors.

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from leanserve.bases.checkpoints import file_digest, load_weights, read_state
 from leanserve.bases.description import Description
 from leanserve.bases.inputs import described, image_input, image_tensor
+from leanserve.bases.probing import spec_of_inputs
 from leanserve.bases.sources.hub import hub_file, is_repository
-from leanserve.bases.sources.torchvision_import import make_torchvision_importable
-from leanserve.bases.tracing import traced_outputs
+from leanserve.bases.sources.python_imports import make_torchvision_importable
+from leanserve.bases.tracing import traced
 from leanserve.config.base_section import ImageInput, TimmBase
 from leanserve.contracts import CLASSES, ModelSpec, TensorSpec, TorchModel
 from leanserve.errors import ConfigError
@@ -60,13 +61,14 @@ class TimmSource:
         inputs = (image_tensor(image),)
         classes = self._classes(config)
         module, caveats = self._module(classes, inputs[0].field())
-        outputs = traced_outputs(module, inputs, self.declared.rows)
+        found = traced(module, spec_of_inputs(inputs, self.declared.rows))
+        outputs = found.outputs
         if not classes:
             outputs = (outputs[0].model_copy(update={"meaning": "embedding", "evidence": "form"}), *outputs[1:])
         labels = self.declared.labels or self._class_names(classes)
         declared = self.declared.model_copy(update={"image": image, "labels": labels})
-        description = described(declared, self.folder, self.declared.timm.partition(".")[0], inputs, outputs)
-        return description.model_copy(update={"caveats": caveats})
+        found = found.model_copy(update={"outputs": outputs, "caveats": caveats + found.caveats})
+        return described(declared, self.folder, self.declared.timm.partition(".")[0], found)
 
     def model(self, spec: ModelSpec) -> TorchModel:
         module, _ = self._module(self._classes(_pretrained_config(self.declared.timm)), spec.inputs[0])

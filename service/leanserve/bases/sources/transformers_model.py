@@ -20,11 +20,12 @@ from leanserve.bases.checkpoints import file_digest
 from leanserve.bases.description import Description, Tensor
 from leanserve.bases.inputs import MASKED_TEXT, image_input, image_tensor, read_labels, resolved_text
 from leanserve.bases.meanings import settled
+from leanserve.bases.probing import spec_of_inputs
 from leanserve.bases.sources.hub import hub_folder, is_repository
 from leanserve.bases.sources.transformers_folder import Task, TransformersFolder
 from leanserve.bases.sources.transformers_images import preprocessor_input
 from leanserve.bases.sources.transformers_loading import padding_of, plain_module
-from leanserve.bases.tracing import traced_outputs
+from leanserve.bases.tracing import traced
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.text import TextCodec
 from leanserve.config.base_section import ImageInput, TextInput, TransformersBase
@@ -103,9 +104,9 @@ class TransformersSource:
     def _described(self, module: nn.Module, inputs: Sequence[Tensor], **how: Any) -> Description:
         """With the outputs found by running the module."""
         embeds = self._task() == "embedding"
-        outputs = traced_outputs(module, inputs, self.declared.rows, OTHERWISE)
-        labels = () if embeds else self._labels(outputs[0])
-        given = settled(outputs, labels, self.declared.outputs, "embedding")
+        found = traced(module, spec_of_inputs(inputs, self.declared.rows), OTHERWISE)
+        labels = () if embeds else self._labels(found.outputs[0])
+        given = settled(found.outputs, labels, self.declared.outputs, "embedding")
         return Description(
             name=self.declared.name or _served_name(self.declared.transformers),
             inputs=tuple(inputs),
@@ -114,6 +115,7 @@ class TransformersSource:
             labelled=given.labelled,
             max_length=how["text"].max_length if "text" in how else how["image"].max_side,
             rows=self.declared.rows,
+            caveats=how.pop("caveats", ()) + found.caveats,
             **how,
         )
 
