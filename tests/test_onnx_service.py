@@ -108,9 +108,9 @@ def test_no_torch_is_loaded(built: Seen, cached: Seen) -> None:
     assert not cached.torch
 
 
-def test_a_service_that_built_its_variants_keeps_no_copy_of_the_model(built: Seen, cached: Seen) -> None:
-    """It keeps the 30 MB that reading the file took, 3-6 % of what an encoder in three variants takes."""
-    assert built.memory_kib - cached.memory_kib < VOCABULARY * WIDTH * 4 / 1024
+def test_a_service_that_built_its_variants_takes_no_more_than_one_that_found_them(built: Seen, cached: Seen) -> None:
+    """The model is looked at in one process, its variants are built in another, and both are gone."""
+    assert built.memory_kib <= 1.1 * cached.memory_kib
 
 
 def test_a_service_takes_little_more_than_its_sessions(folder: Path, cached: Seen) -> None:

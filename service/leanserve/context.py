@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from leanserve.artifacts.manifest import VariantReport
     from leanserve.artifacts.store import ArtifactStore
+    from leanserve.bases.opening import Where
     from leanserve.build.plan import Plan
     from leanserve.build.progress import BuildProgress
     from leanserve.config.schema import BatchConfig, ServiceConfig
@@ -29,9 +30,15 @@ class AppContext:
     """A read config with its base, plan and store: what every command starts from."""
 
     def __init__(
-        self, path: Path, cache: Path | None, *, make_cache: bool = True, config: ServiceConfig | None = None
+        self,
+        path: Path,
+        cache: Path | None,
+        *,
+        make_cache: bool = True,
+        config: ServiceConfig | None = None,
+        where: Where = "here",
     ) -> None:
-        """`config` is what stands in the file at `path`, if it was read already."""
+        """`config` is what stands in the file at `path`, if it was read already; `where` is that of `open_base`."""
         from leanserve.bases.opening import Origin, open_base
         from leanserve.build.needs import require_data, require_machine
         from leanserve.build.plan import plan, shortfall
@@ -52,7 +59,7 @@ class AppContext:
             folder=path.resolve().parent,
             cache=root.resolve() if make_cache else None,
         )
-        self.base: Base = open_base(origin)
+        self.base: Base = open_base(origin, where)
         budget = thread_budget()
         threads = budget if self.config.threads == "auto" else self.config.threads
         self.hardware: Hardware = this_hardware(threads, visible_gpus())
@@ -61,9 +68,9 @@ class AppContext:
         self.spare = self.threads < budget
         """Whether the lanes leave a core of those that may be used."""
         if self.config.lanes != "auto" and self.config.lanes > self.threads:
-            where = read_yaml(path).place(["lanes"])
+            line = read_yaml(path).place(["lanes"])
             raise ConfigError(
-                f"{where}: lanes is {self.config.lanes}, but there are only {self.threads} threads to share"
+                f"{line}: lanes is {self.config.lanes}, but there are only {self.threads} threads to share"
             )
         if make_cache:
             self.missing = shortfall(self.store, self.plan, self.hardware)

@@ -61,7 +61,7 @@ class ServiceStart:
         """
         from leanserve.context import AppContext
 
-        work = AppContext(self._path, self._cache, config=self._config)
+        work = AppContext(self._path, self._cache, config=self._config, where="apart")
         self.startup.model = work.base.name
         if work.missing:
             logger.info("%s; building what is missing, GET /readyz tells how far it is", work.missing)

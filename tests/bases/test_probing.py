@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from leanserve.bases.description import Tensor
 from leanserve.bases.inputs import MASKED_TEXT
 from leanserve.bases.probing import check_rows, probe, spec_of_inputs
-from leanserve.bases.tracing import runner
+from leanserve.bases.tracing import runner, sized
 from leanserve.bases.tracing import traced as traced_module
 from leanserve.contracts import Array, Arrays, RowsTogether
 from leanserve.errors import ConfigError
@@ -246,3 +246,25 @@ def test_what_only_rounds_otherwise_in_a_larger_batch_is_served_with_a_caveat() 
     assert "'y' differs by" in caveat
     with pytest.raises(ConfigError, match="depends on the other rows"):
         check_rows(lambda batch: [batch[0] + np.float32(1e-6) * batch[0].mean(0)], row, ["y"])
+
+
+class Windowed(nn.Module):
+    """Cuts sequences into windows of a length, as models of audio do."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.layer, self.length = nn.Linear(6, 4), length
+
+    def forward(self, x: Values) -> Values:
+        return self.layer(x).reshape(len(x), -1, self.length, 4)  # type: ignore[no-any-return]
+
+
+def test_torch_modules_get_sizes_on_which_they_run() -> None:
+    spec = spec_of_inputs(SEQUENCE, "one_length")
+    halving, caveats = sized(Windowed(32), spec)
+    assert (halving.step, caveats) == (32, ())
+    assert traced_module(Windowed(32), halving).outputs[0].shape == (None, 32, 4)
+    fixed, [caveat] = sized(Windowed(7).requires_grad_(requires_grad=False), spec)
+    assert fixed.inputs[0].shape == (112, 6)
+    assert "takes x as [112, 6], the first sizes on which it ran" in caveat
+    assert sized(nn.Linear(5, 2), spec).spec == spec, "what runs on no size is told why by a run"

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Literal, Protocol, Self
 
+from leanserve.bases.apart import described_apart
 from leanserve.bases.checkpoints import file_digest
 from leanserve.bases.datasets.opening import open_rows
 from leanserve.bases.datasets.refitted import RefittedRows
@@ -73,6 +74,10 @@ BATCHED: Final[Mapping[RowsTogether, str]] = {
 """What to know of a speed that was measured so."""
 
 
+Where = Literal["here", "apart"]
+"""Whether a model of which nothing is remembered is looked at in this process, or in one of its own."""
+
+
 class Origin(Section):
     """All it takes to open a base, here or in another process."""
 
@@ -98,8 +103,8 @@ def reopen_base(origin: str) -> LoadedBase:
     return open_base(Origin.model_validate_json(origin))
 
 
-def open_base(origin: Origin) -> LoadedBase:
-    """The base that the config declares.
+def open_base(origin: Origin, where: Where = "here") -> LoadedBase:
+    """The base that the config declares; `where` says in which process a model is looked at that is not known yet.
 
     Raises:
         ConfigError: it cannot be opened; the text names the key. Or it is not the one that was opened before.
@@ -108,7 +113,11 @@ def open_base(origin: Origin) -> LoadedBase:
     if isinstance(source, PythonSource):
         source = replace(source, known=origin.fingerprint)
     fingerprint = source.fingerprint()
-    description = remembered(origin.cache, _description_key(origin, fingerprint), source.describe)
+    describe = source.describe
+    # To tell their fingerprint, these have been loaded already, or nothing heavy is.
+    if where == "apart" and not isinstance(source, PythonSource | ModuleSource):
+        describe = partial(described_apart, origin)
+    description = remembered(origin.cache, _description_key(origin, fingerprint), describe)
     spec = description.spec()
     codec = codec_of(description, spec)
     rows, score = _rows_and_score(origin, source, description, codec)

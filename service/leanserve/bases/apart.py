@@ -1,0 +1,65 @@
+"""Describes a base in a process of its own, whose memory goes back when it ends.
+
+To describe a model is to import its library, read it and run it. A server that has just begun would keep what that
+takes for as long as it serves: some 30 MB of a small encoder, and of a model of timm all of torch and timm, even where
+its variants need neither. The child prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from leanserve import child
+from leanserve.bases.description import Description
+from leanserve.errors import ConfigError, StartupError
+
+if TYPE_CHECKING:
+    from leanserve.bases.opening import Origin
+
+
+class _Answer(BaseModel):
+    """What the child found out, or why it could not."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    description: Description | None = None
+    error: str = ""
+
+
+def described_apart(origin: Origin) -> Description:
+    """What `Source.describe` tells of a base.
+
+    Raises:
+        ConfigError: what the child could not find out, in its words.
+        StartupError: the child ended without a word.
+    """
+    command = child.command("leanserve.bases.apart", origin.model_dump_json())
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    try:
+        answer = _Answer.model_validate_json(done.stdout.strip().rpartition("\n")[2])
+    except ValidationError as error:
+        ended = child.how_it_ended(done.returncode)
+        raise StartupError(f"base: the process that looks at the model {ended}") from error
+    if answer.description is None:
+        raise ConfigError(answer.error)
+    return answer.description
+
+
+def main(request: str) -> None:
+    """Describe the base of an `Origin` and print what was found out."""
+    from leanserve.bases.opening import Origin, open_source
+
+    origin = Origin.model_validate_json(request)
+    try:
+        answer = _Answer(description=open_source(origin.base, origin.folder).describe())
+    except ConfigError as error:
+        answer = _Answer(error=str(error))
+    sys.stdout.write(answer.model_dump_json() + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
