@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from leanserve.bases.sources.torchvision_import import make_torchvision_importable
 from PIL import Image
 from pydantic import ValidationError
 
+from leanserve.bases.sources.python_imports import make_torchvision_importable
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.geometry import Geometry
 from leanserve.codecs.images import ImageCodec
