@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from leanserve.build.plan import Plan
     from leanserve.build.progress import BuildProgress
     from leanserve.config.schema import BatchConfig, ServiceConfig
-    from leanserve.contracts import Backend, Base
+    from leanserve.contracts import Backend, Base, Share
     from leanserve.hardware import Hardware
     from leanserve.serving.opening import BatchLimits, TrafficPlan, VariantPlan, WarmFleet
     from leanserve.telemetry.observations import VariantFacts
@@ -143,8 +143,12 @@ class AppContext:
         warm = WarmFleet(self.base, serving_plans(self.config, reports), device, traffic_plan(self.config))
         alone = sum(report.state == "serving" for report in reports) == 1
 
+        def share_of(threads: int) -> Share:
+            return Share(threads, alone=alone, callers=max(1, self.threads // threads))
+
         def read(key: str) -> Callable[[int], Backend]:
-            return partial(open_backend, load_model(self.store, self.base, key), alone=alone)
+            model = load_model(self.store, self.base, key)
+            return lambda threads: open_backend(model, share_of(threads))
 
         def load(name: str, key: str, threads: int) -> Backend:
             backend = read(key)(threads)

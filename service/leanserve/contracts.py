@@ -235,6 +235,19 @@ class ModelSize(NamedTuple):
 AModel = TypeVar("AModel", bound=Model)
 
 
+class Share(NamedTuple):
+    """What of the machine a backend gets."""
+
+    threads: int
+    """CPU threads for every batch."""
+    device: str = "cpu"
+    """`cpu` or `cuda`."""
+    alone: bool = False
+    """Whether no other model is run in this process."""
+    callers: int = 1
+    """Threads that run the backend at once if it is self-contained; each of them has `threads` CPU threads."""
+
+
 class Format(Protocol[AModel]):
     """How models of one kind are saved, loaded, sized and opened: one file in `leanserve.runtime.formats` each.
 
@@ -272,11 +285,8 @@ class Format(Protocol[AModel]):
 
     def size(self, model: AModel) -> ModelSize: ...
 
-    def open(self, model: AModel, threads: int, device: str, *, alone: bool = False) -> Backend:
-        """A backend on this device (`cpu`, `cuda`). Call it on the thread that will run it.
-
-        `alone`: no other model is run in this process.
-        """
+    def open(self, model: AModel, share: Share) -> Backend:
+        """A backend for this share of the machine. Call it on the thread that will run it."""
 
 
 class Result(NamedTuple):

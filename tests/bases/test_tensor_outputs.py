@@ -15,7 +15,7 @@ from torch import nn
 from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.modules.tensor_outputs import named_tensors
 from leanserve.bases.opening import Origin, open_base
-from leanserve.contracts import Arrays, Model, TorchModel
+from leanserve.contracts import Arrays, Model, Share, TorchModel
 from leanserve.errors import ConfigError
 from leanserve.passes.families.distill.distill import Distill
 from leanserve.passes.families.precision.cast import Cast
@@ -107,7 +107,7 @@ def opened(folder: Path, form: str, **keys: Any) -> LoadedBase:
 
 
 def answers(model: Model, rows: Arrays) -> Arrays:
-    backend = open_backend(model, 1)
+    backend = open_backend(model, Share(1))
     try:
         return backend.run(rows).outputs
     finally:

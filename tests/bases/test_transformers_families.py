@@ -15,7 +15,7 @@ import torch
 from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.opening import Origin, open_base
 from leanserve.codecs.text import TextCodec
-from leanserve.contracts import Array, Model
+from leanserve.contracts import Array, Model, Share
 from leanserve.errors import ConfigError
 from leanserve.passes.families.runtime.onnxruntime import OnnxRuntime
 from leanserve.runtime.formats import open_backend
@@ -55,7 +55,7 @@ def opened(folder: Path, **declared: Any) -> LoadedBase:
 def answers(base: LoadedBase, model: Model) -> Array:
     """Of all texts in one batch."""
     assert isinstance(base.codec, TextCodec)
-    backend = open_backend(model, 1)
+    backend = open_backend(model, Share(1))
     try:
         return backend.run(base.codec.arrays(base.codec.tokens(TEXTS))).outputs[0]
     finally:

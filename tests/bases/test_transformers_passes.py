@@ -11,7 +11,7 @@ import torch
 from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.opening import Origin, open_base
 from leanserve.codecs.text import TextCodec
-from leanserve.contracts import Array, Model, TensorSpec, TorchModel
+from leanserve.contracts import Array, Model, Share, TensorSpec, TorchModel
 from leanserve.evaluation.fidelity import fidelity
 from leanserve.passes.base import Pass
 from leanserve.passes.families.quantize.quantize_dynamic import QuantizeDynamic
@@ -44,7 +44,7 @@ def applied(pass_: Pass, model: Model, base: LoadedBase, folder: Path) -> Model:
 
 def answers(model: Model, base: LoadedBase) -> Array:
     """Of the gate split in batches of 8, each padded to its own longest text."""
-    backend = open_backend(model, 1)
+    backend = open_backend(model, Share(1))
     try:
         return np.concatenate([backend.run(batch.inputs).outputs[0] for batch in base.data("gate").batches(8)])
     finally:

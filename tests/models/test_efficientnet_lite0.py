@@ -16,7 +16,7 @@ from PIL import Image
 from leanserve.bases.opening import Origin, open_base
 from leanserve.bases.sources.timm_model import imported_timm
 from leanserve.config.schema import read_config
-from leanserve.contracts import Base, Model
+from leanserve.contracts import Base, Model, Share
 from leanserve.evaluation.measure import outputs_on
 from leanserve.runtime.formats import open_backend
 from leanserve_models import choose_pieces
@@ -159,7 +159,7 @@ def test_the_int8_variant_answers_like_the_base(base: Base, network: EfficientNe
     for pass_ in variant.passes:
         quick = pass_.model_copy(update={"samples": 16} if pass_.kind == "quantize_static" else {})
         model = quick.apply(model, context).model
-    backend = open_backend(model, 1)
+    backend = open_backend(model, Share(1))
     (found,) = outputs_on(backend, base.data("gate", 24))
     backend.close()
     wanted = logits(network, rows("gate", 24))

@@ -15,7 +15,7 @@ from leanserve.bases.opening import Origin, open_base
 from leanserve.bases.shipped import shipped_module
 from leanserve.bases.sources.python_imports import make_torchvision_importable
 from leanserve.config.schema import read_config
-from leanserve.contracts import ArrayData, Arrays, Base, TorchModel
+from leanserve.contracts import ArrayData, Arrays, Base, Share, TorchModel
 from leanserve.errors import ConfigError
 from leanserve.evaluation.measure import outputs_on
 from leanserve.runtime.formats import open_backend
@@ -90,7 +90,7 @@ def test_the_int8_variant_as_configured_keeps_its_promise(encoder: SentenceBert,
     variant = next(item for item in read_config(CONFIG).variants if item.name == "int8")
     quantize = variant.passes[0].model_copy(update={"samples": 32})
     context = context_of(base, tmp_path)
-    backend = open_backend(quantize.apply(TorchModel(encoder, base.spec), context).model, 1)
+    backend = open_backend(quantize.apply(TorchModel(encoder, base.spec), context).model, Share(1))
     gate = base.data("gate", 40)
     found = outputs_on(backend, gate)[0]
     wanted = np.concatenate([embeddings(encoder, batch.inputs) for batch in gate.batches(8)])

@@ -18,7 +18,7 @@ from leanserve.artifacts.store import ArtifactStore
 from leanserve.build.cache_key import steps_of
 from leanserve.config.errors import KINDS
 from leanserve.config.schema import GateConfig, ServiceConfig
-from leanserve.contracts import Arrays, Model, TensorSpec
+from leanserve.contracts import Arrays, Model, Share, TensorSpec
 from leanserve.errors import PassFailed
 from leanserve.evaluation.fidelity import fidelity
 from leanserve.hardware import this_hardware
@@ -44,6 +44,7 @@ CASES: Mapping[str, tuple[Mapping[str, Any], float]] = {
     "quantize_dynamic": ({}, 0.99),
     "channels_last": ({}, 0.99999),
     "onnxruntime": ({}, 0.99999),
+    "openvino": ({}, 0.99999),
     "torch_compile": ({"buckets": [4], "freezing": "off"}, 0.9999),
 }
 LINEAR = {"lowrank_linear", "quantize_dynamic"}
@@ -75,7 +76,7 @@ def outputs(model: Callable[[], Model], batch: Arrays, *, alone: bool = False) -
     """Answers on a thread of their own, as on a device; `alone` runs every row by itself."""
 
     def run() -> Arrays:
-        backend = open_backend(model(), 1)
+        backend = open_backend(model(), Share(1))
         if not alone:
             return backend.run(batch).outputs
         rows = [backend.run(tuple(array[row : row + 1] for array in batch)).outputs for row in range(len(batch[0]))]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from leanserve.comparison import row_cosines
-from leanserve.contracts import Arrays, Model, TorchModel
+from leanserve.contracts import Arrays, Model, Share, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.hardware import this_hardware
 from leanserve.passes import AnyPass
@@ -46,7 +46,7 @@ def applied(base: TinyBase, scratch: Path, **options: Any) -> Applied:
 
 
 def answers(model: Model, base: TinyBase) -> Arrays:
-    return open_backend(model, 1).run(base.inputs).outputs
+    return open_backend(model, Share(1)).run(base.inputs).outputs
 
 
 def module_of(model: Model) -> nn.Module:

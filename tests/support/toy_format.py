@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from leanserve.contracts import Array, Arrays, ModelSize, ModelSpec, Result
+from leanserve.contracts import Array, Arrays, ModelSize, ModelSpec, Result, Share
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,7 +51,7 @@ class NpzFormat:
         macs = sum(weight.size for weight, _ in model.layers)
         return ModelSize(macs, macs + sum(bias.size for _, bias in model.layers))
 
-    def open(self, model: NpzModel, threads: int, device: str, *, alone: bool = False) -> NumpyBackend:
+    def open(self, model: NpzModel, share: Share) -> NumpyBackend:
         return NumpyBackend(model)
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from leanserve.contracts import Array, Arrays, Base, CandidateQuality, Data, Model, ModelSpec
+from leanserve.contracts import Array, Arrays, Base, CandidateQuality, Data, Model, ModelSpec, Share
 from leanserve.errors import PassFailed
 from leanserve.evaluation.fidelity import fidelity
 from leanserve.evaluation.measure import outputs_on
@@ -74,7 +74,7 @@ class CandidateEvaluator:
 
     def _answers(self, model: Model) -> Arrays:
         def run() -> Arrays:
-            backend = open_backend(model, self._threads)
+            backend = open_backend(model, Share(self._threads))
             try:
                 return outputs_on(backend, self._rows_for(model.spec))
             finally:

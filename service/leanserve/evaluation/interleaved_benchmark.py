@@ -21,7 +21,7 @@ from pathlib import Path
 from leanserve.artifacts.load import load_model
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.bases.opening import reopen_base
-from leanserve.contracts import Arrays, Backend, Json, ModelSpec
+from leanserve.contracts import Arrays, Backend, Json, ModelSpec, Share
 from leanserve.memory import exit_when_out, forget, is_out_of_memory
 from leanserve.runtime.costs import TYPICAL
 from leanserve.runtime.device import Device
@@ -98,7 +98,7 @@ def main(cache: str, origin: str, threads: str, group: str, *artifacts: str) -> 
     device = Device("benchmark", int(threads))
 
     def load(key: str) -> Backend:
-        return open_backend(load_model(store, base, key), int(threads))
+        return open_backend(load_model(store, base, key), Share(int(threads)))
 
     def spec_of(key: str) -> ModelSpec:
         return store.ancestry(key)[-1].spec

@@ -20,7 +20,7 @@ from pathlib import Path
 from leanserve.artifacts.load import load_model
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.bases.opening import reopen_base
-from leanserve.contracts import Arrays, Backend
+from leanserve.contracts import Arrays, Backend, Share
 from leanserve.evaluation.interleaved_benchmark import examples, limits_in, sizes_up_to
 from leanserve.memory import exit_when_out, forget, is_out_of_memory
 from leanserve.runtime.device import Device, Lane
@@ -42,7 +42,7 @@ def main(cache: str, origin: str, threads: str, *artifacts: str) -> None:
     for key, rows in limits_in(artifacts).items():
 
         def load(threads: int, key: str = key) -> Backend:
-            return open_backend(load_model(store, base, key), threads)
+            return open_backend(load_model(store, base, key), Share(threads))
 
         rates[key] = lane_rates(load, examples(store.ancestry(key)[-1].spec, sizes_up_to([rows])), int(threads))
     sys.stdout.write(json.dumps(rates) + "\n")

@@ -20,7 +20,7 @@ import numpy as np
 from leanserve.artifacts.load import load_model
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.bases.opening import reopen_base
-from leanserve.contracts import Array, Arrays, Backend, Base, Data
+from leanserve.contracts import Array, Arrays, Backend, Base, Data, Share
 from leanserve.evaluation.batch_dependence import COMPANY, batch_dependence
 from leanserve.memory import exit_when_out, largest_that_fits, run_in_parts
 from leanserve.runtime.device import Device
@@ -83,7 +83,7 @@ def _measure(task: MeasuringTask, answers: Path) -> dict[str, object]:
     _import_runtime(task.store, task.key)
     before = _resident_bytes()
     _reset_peak()
-    backend = open_backend(load_model(task.store, task.base, task.key), task.threads)
+    backend = open_backend(load_model(task.store, task.base, task.key), Share(task.threads))
     try:
         loaded = _peak_bytes()
         rows, peak = largest_that_fits(wanted, lambda rows: _peak_of(backend, tuple(array[:rows] for array in batch)))

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from pydantic import TypeAdapter
 
 from leanserve.bases.loaded import LoadedBase, Rows
-from leanserve.contracts import BuildContext, Data, Json, Model, Split
+from leanserve.contracts import BuildContext, Data, Json, Model, Share, Split
 from leanserve.evaluation.candidates import CandidateEvaluator
 from leanserve.hardware import this_hardware, thread_budget
 from leanserve.init.suggestions import Suggestion
@@ -131,7 +131,7 @@ class _Stage:
         """Open the model as a server does, and answer one row."""
         from leanserve.runtime.formats import open_backend
 
-        backend = open_backend(model, thread_budget())
+        backend = open_backend(model, Share(thread_budget()))
         try:
             backend.run(self._base.spec.example(max(1, min(backend.row_buckets, default=1))))
         finally:

@@ -18,6 +18,7 @@ from leanserve.passes.families.quantize.quantize_static import QuantizeStatic
 from leanserve.passes.families.runtime.channels_last import ChannelsLast
 from leanserve.passes.families.runtime.fold_bn import FoldBn
 from leanserve.passes.families.runtime.onnxruntime import OnnxRuntime
+from leanserve.passes.families.runtime.openvino import OpenVino
 from leanserve.passes.families.runtime.torch_compile import TorchCompile
 
 AnyPass = Annotated[
@@ -32,6 +33,7 @@ AnyPass = Annotated[
     | QuantizeStatic
     | ChannelsLast
     | OnnxRuntime
+    | OpenVino
     | TorchCompile,
     Field(discriminator="kind"),
 ]

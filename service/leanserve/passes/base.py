@@ -26,6 +26,7 @@ Tag = Literal[
     "exportable",  # can be exported to ONNX, or is ONNX already
     "onnx_graph",  # is an ONNX file
     "runtime",  # an execution runtime has been chosen
+    "dynamic_ranges",  # activations are quantized by ranges that are found while running
 ]
 Need = Literal[
     "calibration",  # rows of the calibration split

@@ -21,6 +21,7 @@ MEANING: dict[Tag, str] = {
     "exportable": "a model that can be exported to ONNX",
     "onnx_graph": "an ONNX graph",
     "runtime": "a runtime",
+    "dynamic_ranges": "ranges that are found while running (quantize_static fixes them beforehand)",
 }
 
 

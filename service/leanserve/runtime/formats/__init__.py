@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, Final
 
-from leanserve.contracts import Backend, Format, Model
+from leanserve.contracts import Backend, Format, Model, Share
 from leanserve.errors import StartupError
 
 FORMATS: Final[Mapping[str, str]] = {
     "torch": "leanserve.runtime.formats.torch",
     "onnx": "leanserve.runtime.formats.onnx",
+    "openvino": "leanserve.runtime.formats.openvino",
 }
 """Name of a format -> the module that has it as `FORMAT`."""
 
@@ -31,6 +32,6 @@ def format_named(name: str) -> Format[Any]:
     return found
 
 
-def open_backend(model: Model, threads: int, device: str = "cpu", *, alone: bool = False) -> Backend:
-    """Create the backend of a loaded model, alone in this process or not. Call it on the thread that will run it."""
-    return format_named(model.format).open(model, threads, device, alone=alone)
+def open_backend(model: Model, share: Share) -> Backend:
+    """Create the backend of a loaded model for this share of the machine. Call it on the thread that will run it."""
+    return format_named(model.format).open(model, share)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from leanserve.contracts import Backend, ModelSize, ModelSpec, OnnxModel
+from leanserve.contracts import Backend, ModelSize, ModelSpec, OnnxModel, Share
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,10 +35,10 @@ class OnnxFormat:
 
         return graph_size(model.path)
 
-    def open(self, model: OnnxModel, threads: int, device: str, *, alone: bool = False) -> Backend:
+    def open(self, model: OnnxModel, share: Share) -> Backend:
         from leanserve.runtime.backends.onnx_runtime import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend(model, threads, device, alone=alone)
+        return OnnxRuntimeBackend(model, share.threads, share.device, alone=share.alone)
 
 
 FORMAT = OnnxFormat()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from leanserve.contracts import Backend, ModelSize, ModelSpec, TorchModel
+from leanserve.contracts import Backend, ModelSize, ModelSpec, Share, TorchModel
 from leanserve.hardware import Hardware
 
 if TYPE_CHECKING:
@@ -45,11 +45,11 @@ class TorchFormat:
 
         return ModelSize(count_macs(model), count_parameters(model))
 
-    def open(self, model: TorchModel, threads: int, device: str, *, alone: bool = False) -> Backend:  # noqa: ARG002
+    def open(self, model: TorchModel, share: Share) -> Backend:
         """Torch has one setting of threads for the process, so company makes no difference."""
         from leanserve.runtime.backends.pytorch import TorchBackend
 
-        return TorchBackend(model, threads, device)
+        return TorchBackend(model, share.threads, share.device)
 
 
 FORMAT = TorchFormat()

@@ -46,7 +46,7 @@ class QuantizeDynamic(Pass):
 
     requires: ClassVar[frozenset[Tag]] = frozenset({"exportable", "float_weights"})
     forbids: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
-    produces: ClassVar[frozenset[Tag]] = frozenset({"onnx_graph"})
+    produces: ClassVar[frozenset[Tag]] = frozenset({"onnx_graph", "dynamic_ranges"})
     removes: ClassVar[frozenset[Tag]] = EXPORTED | {"float_weights"}
     stage: ClassVar[Stage] = Stage.PRECISION
     libraries: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")
