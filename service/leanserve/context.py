@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from leanserve.build.plan import Plan
     from leanserve.build.progress import BuildProgress
     from leanserve.config.schema import BatchConfig, ServiceConfig
-    from leanserve.contracts import Backend, Base, Share
+    from leanserve.contracts import Backend, Base
     from leanserve.hardware import Hardware
     from leanserve.serving.opening import BatchLimits, TrafficPlan, VariantPlan, WarmFleet
     from leanserve.telemetry.observations import VariantFacts
@@ -129,6 +129,7 @@ class AppContext:
         """Load and warm every variant that passed its gate, on every lane of the device; `startup` is told of each."""
         from leanserve.artifacts.load import load_model
         from leanserve.codecs.text import TextCodec
+        from leanserve.contracts import Share
         from leanserve.runtime.device import Device
         from leanserve.runtime.formats import open_backend
         from leanserve.serving.opening import WarmFleet
