@@ -253,7 +253,7 @@ def _require_admin_key(settings: ServiceConfig, keys: Sequence[Key], host: str) 
 
 
 def _claim(host: str, port: int, option: str) -> socket.socket:
-    from leanserve.api.server import listen
+    from leanserve.http.listening import listen
 
     try:
         return listen(host, port)

@@ -27,9 +27,12 @@ from leanserve.api.v2.grpc_infer import GrpcInferDecoder, encode
 from leanserve.api.v2.grpc_messages import PROTOCOL, SERVICE, message
 from leanserve.api.v2.grpc_server import METHODS, GrpcPort, model_answers, start_grpc
 from leanserve.api.v2.open_inference import OpenInference
+from leanserve.config.limits_section import LimitsConfig
 from leanserve.contracts import ModelSpec, TensorSpec
 from leanserve.errors import BadInput, StartupError
 from leanserve.telemetry.startup import BuildNews, Startup
+
+LIMITS = LimitsConfig(body_bytes=2**20).http
 
 PIXELS = np.arange(8, dtype=np.float32).reshape(2, 1, 2, 2)
 LOGITS = PIXELS.reshape(2, 4) * 10
@@ -228,7 +231,7 @@ def test_a_service_that_starts_is_alive_and_not_ready_and_the_same_channel_is_an
 
     async def scenario() -> None:
         service = opened.service()
-        server = await start_grpc(GrpcPort("127.0.0.1", 0, 2**20), startup, Access())
+        server = await start_grpc(GrpcPort("127.0.0.1", 0, LIMITS), startup, Access())
         async with triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
             assert await client.is_server_live()
             assert not await client.is_server_ready()
@@ -263,10 +266,10 @@ def test_a_taken_port_is_refused_and_a_stop_lets_open_calls_finish() -> None:
     async def scenario() -> None:
         service = opened.service()
         startup = Startup(["held"])
-        server = await start_grpc(GrpcPort("127.0.0.1", 0, 2**20), startup, Access())
+        server = await start_grpc(GrpcPort("127.0.0.1", 0, LIMITS), startup, Access())
         server.serve(service)
         with pytest.raises(StartupError, match=f"127.0.0.1:{server.port}; choose another port"):
-            await start_grpc(GrpcPort("127.0.0.1", server.port, 2**20), startup, Access())
+            await start_grpc(GrpcPort("127.0.0.1", server.port, LIMITS), startup, Access())
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             call = channel.unary_unary(f"/{SERVICE}/ModelInfer", Request.SerializeToString)
             gate.clear()

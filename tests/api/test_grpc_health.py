@@ -17,8 +17,11 @@ from fakes import Live, live_server, open_variants
 from leanserve.api.access import Access
 from leanserve.api.v2.grpc_messages import SERVICE, message
 from leanserve.api.v2.grpc_server import GrpcPort, GrpcServer, start_grpc
+from leanserve.config.limits_section import LimitsConfig
 from leanserve.serving.fleet import Fleet
 from leanserve.telemetry.startup import Startup
+
+LIMITS = LimitsConfig(body_bytes=2**20).http
 
 SERVING, NOT_SERVING, UNKNOWN = "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN"
 
@@ -86,7 +89,7 @@ async def serving() -> AsyncIterator[tuple[Fleet, GrpcServer, Any]]:
     gate.set()
     service = open_variants(gate).service()
     fleet = service.fleet
-    server = await start_grpc(GrpcPort("127.0.0.1", 0, 2**20), Startup(()), Access())
+    server = await start_grpc(GrpcPort("127.0.0.1", 0, LIMITS), Startup(()), Access())
     server.serve(service)
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:

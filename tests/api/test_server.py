@@ -16,10 +16,11 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from fakes import Opened, open_variants
-from leanserve.api.server import Address, Interrupted, listen, run_server
+from leanserve.api.server import Address, Interrupted, run_server
 from leanserve.api.service import Service
 from leanserve.config.schema import EmbeddingsConfig
 from leanserve.errors import ConfigError
+from leanserve.http.listening import listen
 from leanserve.serving.opening import WarmFleet
 
 

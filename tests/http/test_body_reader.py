@@ -17,6 +17,7 @@ from fakes import Live, live_server
 from leanserve.errors import QueueFull
 from leanserve.http import connection
 from leanserve.http.body_reader import LARGE, BodyReader
+from leanserve.http.connection import Connection
 from leanserve.serving.variant import Variant
 from raw_client import Client
 
@@ -170,7 +171,7 @@ def test_the_kernel_has_room_for_a_large_body_from_the_first_one_on(
     transports: list[asyncio.Transport] = []
 
     class Watched(BodyReader):
-        def __init__(self, connection: asyncio.Protocol, transport: asyncio.Transport, length: int) -> None:
+        def __init__(self, connection: Connection, transport: asyncio.Transport, length: int) -> None:
             transports.append(transport)
             super().__init__(connection, transport, length)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from leanserve.config.limits_section import LimitsConfig
 from leanserve.http.connection import connections_to
 from leanserve.http.messages import Request, Response, read_body
+from leanserve.http.open_connections import OpenConnections
 
 HEAD = b"POST /p HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
 
@@ -23,6 +26,19 @@ class Transport:
     def __init__(self) -> None:
         self.writes: list[bytes] = []
         self.closing = False
+        self.unread = 0
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        self.closing = True
+
+    def abort(self) -> None:
+        self.closing = True
 
     def write(self, data: bytes) -> None:
         self.writes.append(data)
@@ -55,8 +71,8 @@ class Clock:
     def time(self) -> float:
         return self.now
 
-    def call_later(self, seconds: float, call: Any) -> Any:
-        self.timers.append((self.now + seconds, call))
+    def call_later(self, seconds: float, call: Any, *args: Any) -> Any:
+        self.timers.append((self.now + seconds, partial(call, *args)))
         return SimpleNamespace(cancel=self.timers.clear)
 
     def run_until(self, now: float) -> None:
@@ -72,7 +88,8 @@ class Bench:
     def __init__(self, answer: Callable[[Request], Awaitable[Response | None]]) -> None:
         self.slow: list[str] = []
         find = {(b"POST", b"/p"): answer}
-        http = connections_to(lambda *asked: find.get(asked), 1000)
+        self.everyone = OpenConnections(LimitsConfig(body_bytes=1000, keep_alive_s=5).http)
+        http = connections_to(lambda *asked: find.get(asked), self.everyone)
         config = uvicorn.Config(self._app, http=http, interface="asgi3", lifespan="off", log_level="critical")
         config.load()
         self.clock, self.transport = Clock(), Transport()
@@ -122,7 +139,7 @@ def test_an_idle_connection_is_closed_in_time_and_a_used_one_is_not() -> None:
         bench.clock.run_until(22.9)
         assert not bench.transport.closing
         assert len(bench.clock.timers) == 1
-        bench.clock.run_until(23.1)
+        bench.clock.run_until(24.1)  # a sweep later
         assert bench.transport.closing
 
     asyncio.run(run())
@@ -178,7 +195,7 @@ def test_a_body_that_is_still_coming_keeps_its_connection_open() -> None:
         await bench.send()
         await bench.send(HEAD + b"{")
         bench.clock.run_until(60)
-        bench.connection.shutdown()
+        bench.everyone.drain()
         assert not bench.transport.closing
         await bench.send(b"}")
         assert b"connection: close" in bench.transport.writes[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 from raw_http import ask, connected, infer_request, read_reply
@@ -28,14 +29,18 @@ async def constant_rate(service: RuleService, *, fresh: bool) -> int:
         reply = await ask(service.port, infer_request("rule", row(number)))
         assert (reply.status, reply.outputs()[0]) == (200, 10 * number)
 
-    async with connected(service.port) as (reader, writer):
+    async with AsyncExitStack() as stack:
+        reader, writer = await stack.enter_async_context(connected(service.port))
         while loop.time() < end:
             number = len(answers)
             if fresh:
                 answers.append(asyncio.create_task(on_a_fresh_connection(number)))
             else:
                 writer.write(infer_request("rule", row(number)))
-                assert (await read_reply(reader)).outputs()[0] == 10 * number
+                reply = await read_reply(reader)
+                assert reply.outputs()[0] == 10 * number
+                if reply.headers.get("connection") == "close":
+                    reader, writer = await stack.enter_async_context(connected(service.port))
                 answers.append(asyncio.create_task(asyncio.sleep(0)))
             await asyncio.sleep(PERIOD_S)
     await asyncio.gather(*answers)

@@ -193,7 +193,7 @@ def test_a_tunnel_is_refused_and_nothing_in_it_is_run(
 
 
 @pytest.mark.parametrize("wrong", [b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", b"no HTTP at all\r\n\r\n"])
-def test_what_is_refused_behind_a_request_that_is_still_run_is_no_reply_to_that(
+def test_what_is_wrong_behind_requests_that_are_still_run_is_refused_in_its_turn(
     service: RuleService, wrong: bytes
 ) -> None:
     async def scenario() -> None:
@@ -202,6 +202,7 @@ def test_what_is_refused_behind_a_request_that_is_still_run_is_no_reply_to_that(
                 await send(connection, infer_request("rule", row(7)), infer_request("rule", row(8)) + wrong, SMUGGLED)
             for number in (7, 8):
                 assert (await read_reply(connection[0])).outputs()[0] == 10 * number
+            assert (await read_reply(connection[0])).status == 400
             assert await is_closed(connection)
 
     asyncio.run(scenario())

@@ -21,12 +21,13 @@ import onnx
 from onnx import TensorProto, helper
 
 from fakes import Opened, PixelBase, report
-from leanserve.api.server import Address, listen, run_server
+from leanserve.api.server import Address, run_server
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
 from leanserve.config.schema import ServiceConfig
 from leanserve.context import serving_plans, traffic_plan
 from leanserve.contracts import Backend, OnnxModel
+from leanserve.http.listening import listen
 from leanserve.runtime.backends.onnx_runtime import OnnxRuntimeBackend
 from leanserve.runtime.device import Device
 from leanserve.serving.opening import MeasuredLimits, WarmFleet

@@ -33,6 +33,8 @@ from leanserve.api.starting import StartingApp
 from leanserve.api.tls import TlsFiles
 from leanserve.config.schema import ServiceConfig
 from leanserve.http.connection import connections_to
+from leanserve.http.listening import allow_descriptors, refuse_connections
+from leanserve.http.open_connections import OpenConnections
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.opening import WarmFleet
 from leanserve.serving.session import DECODER_THREADS
@@ -47,6 +49,8 @@ _YOUNG = 10_000
 """Objects that may be new before the garbage collector looks for cycles among them (Python's own value is 700)."""
 _NEVER = 1_000_000
 """Collections of the middle generation before one of the oldest."""
+_ACCEPTED_S = 0.1
+"""In this time all connections are accepted that the system made before it was told to make no more."""
 _SWITCH_S = 0.001
 """While the service starts, a thread that runs Python gives way after this time to another that wants to; Python's own
 is 5 ms, several times per probe."""
@@ -92,25 +96,6 @@ class Interrupted(Exception):
         self.number = number
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Claim the port before hours of building, rather than fail after them.
-
-    Raises:
-        OSError: the address is in use or not ours.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    claimed = socket.socket(family, socket.SOCK_STREAM)
-    claimed.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # Inherited by connections; without it a reply in two writes waits for the client's delayed acknowledgement.
-    claimed.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    try:
-        claimed.bind((host, port))
-    except OSError:
-        claimed.close()
-        raise
-    return claimed
-
-
 def _nobody(_: Service) -> None:
     """Nobody waits to be told."""
 
@@ -150,10 +135,12 @@ class Server(uvicorn.Server):
     ) -> None:
         self._access = Access(keys, config.cors.origins, local=address.is_local)
         self._front = Front(StartingApp(start.startup, config, self._access))
+        limits = config.limits.http
+        self._connections = OpenConnections(limits._replace(connections=allow_descriptors(limits.connections)))
         super().__init__(
             uvicorn.Config(
                 self._front,
-                http=connections_to(self._front.find, config.limits.body_bytes),
+                http=connections_to(self._front.find, self._connections),
                 ws="none",
                 loop="auto",
                 lifespan="off",
@@ -162,7 +149,6 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 server_header=False,
                 proxy_headers=False,
-                timeout_graceful_shutdown=max(1, round(config.drain.timeout_s)),
                 **({} if address.tls is None else address.tls.uvicorn_options()),  # type: ignore[arg-type]
             )
         )
@@ -181,18 +167,30 @@ class Server(uvicorn.Server):
             from leanserve.api.v2.grpc_server import GrpcPort, start_grpc
 
             credentials = None if self._address.tls is None else self._address.tls.grpc_credentials()
-            port = GrpcPort(*self._address.grpc, self._settings.limits.body_bytes, credentials)
+            port = GrpcPort(*self._address.grpc, self._connections.limits, credentials)
             self._grpc = await start_grpc(port, self._start.startup, self._access)
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._run_start, args=(loop,), name="start", daemon=True).start()
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - it has its own
         """Take no more connections and calls, and let those that are open finish."""
-        if self.service is None:
-            self.force_exit, self.config.timeout_graceful_shutdown = True, 1
-        await super().shutdown(sockets)
+        timeout_s = 0.0 if self.service is None else self._settings.drain.timeout_s
+        self._connections.drain()
+        await asyncio.gather(self._end_http(timeout_s), self._end_grpc(timeout_s))
+
+    async def _end_http(self, timeout_s: float) -> None:
+        if timeout_s and refuse_connections(self._address.http):
+            await asyncio.sleep(_ACCEPTED_S)
+        for server in self.servers:
+            server.close()
+        self._address.http.close()
+        await self._connections.drained(timeout_s)
+        for task in list(self.server_state.tasks):
+            task.cancel()
+
+    async def _end_grpc(self, timeout_s: float) -> None:
         if self._grpc is not None:
-            await self._grpc.stop(0.0 if self.service is None else self._settings.drain.timeout_s)
+            await self._grpc.stop(timeout_s)
 
     def _run_start(self, loop: asyncio.AbstractEventLoop) -> None:
         """On the thread of the start: what takes long is done here, and the loop is told what came of it."""
@@ -254,6 +252,7 @@ class Server(uvicorn.Server):
             self._stop()
             return
         self.service.fleet.drain()
+        self._connections.drain()
         delay = self._settings.drain.delay_s
         logger.warning("%s: draining, serving %.1f s more", signal.Signals(number).name, delay)
         asyncio.get_running_loop().call_later(delay, self._stop)

@@ -5,9 +5,23 @@ from __future__ import annotations
 from pydantic import Field
 
 from leanserve.config.section import Section
+from leanserve.http.limits import HttpLimits
 
 
 class LimitsConfig(Section):
     """Bounds on what clients may send."""
 
     body_bytes: int = Field(16 * 2**20, ge=1, description="largest request body")
+    url_bytes: int = Field(8192, ge=64, description="longest URL")
+    header_bytes: int = Field(65_536, ge=256, description="names and values of a request's headers, trailers included")
+    headers: int = Field(100, ge=1, description="most headers of a request, trailers included")
+    head_s: float = Field(30.0, gt=0, description="longest time from the first byte of a request to its last header")
+    body_s: float = Field(300.0, gt=0, description="longest time for a body, and for the reading of a reply")
+    keep_alive_s: float = Field(75.0, gt=0, description="how long a connection may be idle")
+    connections: int = Field(10_000, ge=1, description="most connections; beyond it the longest idle ones are closed")
+    buffered_bytes: int = Field(256 * 2**20, ge=1, description="most bytes of all unfinished requests together")
+
+    @property
+    def http(self) -> HttpLimits:
+        """What a connection over HTTP keeps."""
+        return HttpLimits(**{name: getattr(self, name) for name in HttpLimits._fields})

@@ -10,8 +10,12 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from leanserve.http.connection import Connection
 
 LARGE = 2**16
 """Bytes still to come for which it is worth changing places, which costs about as much as two small copies."""
@@ -34,7 +38,7 @@ class BodyReader(asyncio.BufferedProtocol):
     All else that happens on the transport is the connection's.
     """
 
-    def __init__(self, connection: asyncio.Protocol, transport: asyncio.Transport, length: int) -> None:
+    def __init__(self, connection: Connection, transport: asyncio.Transport, length: int) -> None:
         """Takes the place of `connection` on `transport`, where bodies of about this length are to be expected."""
         self._connection = connection
         self._piece = memoryview(bytearray(PIECE))
@@ -62,6 +66,11 @@ class BodyReader(asyncio.BufferedProtocol):
         self._came = came
         self._discard()
 
+    def stop(self) -> None:
+        """Forget the body; what still comes of it is given to the connection, as what follows it would be."""
+        self._body = self._rest = _NOTHING
+        self._unwanted = 0
+
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's guess
         """Where the next bytes go."""
         if self._unwanted:
@@ -75,7 +84,9 @@ class BodyReader(asyncio.BufferedProtocol):
             self._discard()
         elif self._rest:
             self._rest = self._rest[nbytes:]
-            if not self._rest:
+            if self._rest:
+                self._connection.arrived(nbytes)
+            else:
                 body, self._body, self._rest = self._body, _NOTHING, _NOTHING  # an empty rest would hold all of it, too
                 self._came(body)
         else:

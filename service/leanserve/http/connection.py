@@ -8,101 +8,210 @@ client.
 
 An upgrade to another protocol is ignored, as HTTP allows (RFC 9110, 7.8): the request is answered over HTTP/1.1, body
 and all. httptools ends a message at the head of an upgrade, so that head is given to it again, without the upgrade.
-Trailers are dropped. What is no request that can be read in one way only is refused, and ends the connection.
+Trailers are dropped. What is no request that can be read in one way only, or is beyond a bound, is refused, and ends
+the connection.
+
+Nothing that one client sends holds up the loop: what comes is parsed in pieces, and between two of them the loop turns
+to others. How long a connection may take and how much it may hold is watched by `OpenConnections`.
 
 What is used of uvicorn beyond its public interface is the class `HttpToolsProtocol` with its attributes `parser`,
-`url`, `headers`, `cycle`, `pipeline`, `flow`, `tasks`, `scheme`, `server_state`, `expect_100_continue` and
-`timeout_keep_alive_task`; `tests/http/test_connection.py` fails if a new uvicorn lacks one of them.
+`url`, `headers`, `cycle`, `pipeline`, `flow`, `tasks`, `scheme`, `server_state`, `expect_100_continue` and the method
+`_start_asgi_task`; `tests/http/test_connection.py` fails if a new uvicorn lacks one of them.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any, Literal
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from leanserve.errors import BadInput
 from leanserve.http.body_reader import LARGE, BodyReader
 from leanserve.http.exchange import Answer, Exchange
-from leanserve.http.messages import Response, acknowledge, error_response, send_response
+from leanserve.http.leaving import BEGINNING, CLOSED, HALF_CLOSED, BegunReply, tcp_state
+from leanserve.http.messages import Response, acknowledge
+from leanserve.http.open_connections import ConnectionState, OpenConnections
+from leanserve.http.refusals import Refused, check_coding, check_head, headers_too_large, no_http
 from leanserve.request_identity import RequestIdentities, RequestIdentity
 
 Find = Callable[[bytes, bytes], Answer | None]
 """What answers a method and a raw path; `None`: uvicorn's way does."""
 
+PIECE = 2**14
+"""Bytes that are parsed at once where a head may be among them: of the smallest requests about 600, 15 ms of work."""
 _ONE_WRITE = 2**16
 """Bytes of a body up to which copying it behind its head is cheaper than a second write."""
+_UNWANTED = 2**26
+"""Bytes of a body that nobody wants up to which reading past them is cheaper than a new connection."""
+_FIRST_LOOK_S, _LAST_LOOK_S = 0.001, 1.0
+"""After which time it is first asked, and how often in the end, whether a client has left."""
 
 
 class Connection(HttpToolsProtocol):
     """uvicorn's connection of one client, with a short way to what `find` finds."""
 
     find: Find
-    body_limit: int
-    """Bytes up to which a body is handed over with its request."""
+    everyone: OpenConnections
     identities: RequestIdentities
     """Of what is no valid request, and reaches nobody else."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.all = self.everyone
+        self.limits = limits = self.everyone.limits
+        self._unchecked = limits.header_bytes - PIECE
+        """Bytes of a head that came before its last piece, up to which it cannot be too large."""
         self.parser.set_dangerous_leniencies(lenient_data_after_close=False)  # what follows is refused, not swallowed
         self.headers: list[tuple[bytes, bytes]] = []  # there is none yet where the first line is wrong
+        self.held = 0
+        """Bytes of an unfinished request, or of a large one until it is answered."""
         self._answered_at = 0.0
         self._place: Literal["between", "head", "body"] = "between"
         """Where in a request the parser is."""
+        self._since = 0.0
+        """When it was first seen at that place without having got through; 0: it was not."""
+        self._seen = 0
+        """Bytes so far of the head, or of what is no content in a chunked body."""
+        self._content = 0
+        """Bytes so far of the body of a request on uvicorn's way."""
+        self._rest: bytes | memoryview = b""
+        """What came, and waits to be parsed."""
         self._arriving: Exchange | None = None
         """The exchange on the short way whose request is still arriving."""
+        self._running: Any = None
+        """What is answered now, or was last: an exchange, or uvicorn's cycle."""
         self._reader: BodyReader | None = None
+        self._refusal: bytes | None = None
+        """The reply that ends this connection, once what came before it is answered."""
+        self._begun = False
+        """Whether the beginning of the next reply on the short way was sent already."""
+        self._ended = False
+        """Whether the client sends no more."""
+        self._watched = False
+        self._hung_up = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._answered_at = self.loop.time()
+        self.all.admit(self)
+
+    @property
+    def peer(self) -> str:
+        """The client's address, for the log."""
+        return ":".join(map(str, self.client)) if self.client else "a client"
 
     def data_received(self, data: bytes) -> None:
-        rest: bytes | memoryview = data
+        if len(data) > PIECE or self._rest or self._refusal is not None:
+            self._take(data)
+            return
+        self._feed(data)
+        if self._place != "between":
+            self._follow_up()
+
+    def _take(self, data: bytes) -> None:
+        """Have what is too much to be parsed at once, or behind something else, parsed in its turn."""
+        if self._refusal is not None:
+            return
+        if self._rest:  # what parses that goes on with this
+            self._rest = bytes(self._rest) + data
+            return
+        self._rest = memoryview(data)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Parse a piece of the rest, and the whole body that begins in it; then let the loop turn to others."""
+        if not self._rest or self._refusal is not None or self.transport.is_closing():
+            return
+        self._feed(self._next(PIECE))
+        if self._rest and self._arriving is not None:
+            self._feed(self._next(self._arriving.missing))
+        if self._place != "between":
+            self._follow_up()
+        if not self._rest:
+            self._read_on()
+            return
+        self.flow.pause_reading()
+        if not self.pipeline:  # else the end of a response goes on
+            self.loop.call_soon(self._go_on)
+
+    def _next(self, length: int) -> bytes | memoryview:
+        piece, self._rest = self._rest[:length], self._rest[length:]
+        return piece
+
+    def _read_on(self) -> None:
+        if self._ended and not self._owes():
+            self.transport.close()
+        elif not self.pipeline:
+            self.flow.resume_reading()
+
+    def _feed(self, data: bytes | memoryview) -> None:
+        """Parse this, and refuse what is wrong with it."""
         try:
-            while (end := self._upgrade_in(rest)) is not None:
-                rest = memoryview(rest)[end:]
-                self.parser.feed_data(self._head_without_upgrade())
+            while True:
+                try:
+                    self.parser.feed_data(data)
+                    break
+                except httptools.HttpParserUpgrade as upgrade:
+                    data = memoryview(data)[int(upgrade.args[0]) :]
+                    self.parser.feed_data(self._head_without_upgrade())
+            if self._place != "between":
+                self._check_size(len(data))
+        except Refused as refused:
+            self.refuse(refused)
         except httptools.HttpParserError as error:
             cause = error.__context__  # where a callback below raised it
-            self._refuse(cause if isinstance(cause, BadInput | httptools.HttpParserError) else error)
-        exchange = self._arriving
-        if exchange is not None and not exchange.started:
-            self._begin(exchange)
-
-    def _upgrade_in(self, data: bytes | memoryview) -> int | None:
-        """Parse all, or up to the end of a head that asks for an upgrade: where that is."""
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            return int(upgrade.args[0])
-        return None
+            if isinstance(cause, Refused):
+                self.refuse(cause)
+            else:
+                self.refuse(no_http(cause if isinstance(cause, httptools.HttpParserError) else error))
 
     def _head_without_upgrade(self) -> bytes:
         version = self.parser.get_http_version().encode()
         lines = [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
         return b"%b %b HTTP/%b\r\n%b\r\n" % (self.parser.get_method(), self.url, version, b"".join(lines))
 
-    def _refuse(self, reason: BaseException) -> None:
-        """Answer what is no request with 400, in its turn, and close.
+    def _check_size(self, nbytes: int) -> None:
+        """Refuse what is too large already before it has come as a whole; `nbytes` came last."""
+        if self._place == "body" and self._arriving is not None:
+            return
+        self._seen += nbytes
+        limits = self.limits
+        check_head(self.url, self.headers, limits)
+        if self._seen > limits.header_bytes + limits.url_bytes + PIECE:
+            raise headers_too_large(limits)
 
-        The parser takes nothing more after an error, so nothing that follows is run.
-        """
-        due = self.cycle is not None and not self.cycle.response_complete
-        response = error_response(BadInput(f"this is no valid HTTP/1.1 request: {reason}"))
-        identity = self.identities.of(dict(self.headers))
-        response = response._replace(headers=(*response.headers, *identity))
-        if due and self._place != "body":  # earlier requests are still to be answered; the last of them closes
-            self.cycle.keep_alive = False
-        elif due and self.pipeline:  # it is the last in the line
-            self.cycle.keep_alive = False
-            self.pipeline[0] = (self.cycle, lambda _scope, _receive, send: send_response(send, response))
+    def _follow_up(self) -> None:
+        """A request has not come as a whole: answer what can be answered, and note what is still to come."""
+        exchange = self._arriving
+        if exchange is not None and not exchange.started:
+            self._begin(exchange)
+        self._note_arrival()
+
+    def _note_arrival(self) -> None:
+        """A head or a body has not come as a whole; what there is of it is held."""
+        if not self._since:
+            self._since = self.loop.time()
+        cycle = self.cycle
+        if self._place == "head":
+            held = self._seen
+        elif cycle.response_complete:
+            held = 0
         else:
-            if due or self._place != "body":  # else it was answered before its body was through
-                self.transport.write(self._head(response, (), keep_alive=False) + response.body)
-            self.transport.close()
+            held = cycle.length - cycle.missing if isinstance(cycle, Exchange) else self._content
+        self.all.hold(self, held)
+
+    def arrived(self, nbytes: int) -> None:
+        """So many bytes more of a body that is read in place."""
+        self.all.hold(self, self.held + nbytes)
+
+    # What the parser calls
 
     def on_message_begin(self) -> None:
         self._place = "head"
+        self._since = 0.0
+        self._seen = 0
         self.url = b""
         self.headers = []
 
@@ -112,25 +221,30 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
-                raise BadInput("CONNECT asks a proxy for a tunnel, and this is none")
+                raise no_http("CONNECT asks a proxy for a tunnel, and this is none")
             return
-        headers = self.headers
+        headers, limits = self.headers, self.limits
+        if self._seen > self._unchecked or len(self.url) > limits.url_bytes or len(headers) > limits.headers:
+            check_head(self.url, headers, limits)
         fields = dict(headers)
         if b"host" not in fields or len(fields) < len(headers):
             self._check_hosts(headers)
+        if b"transfer-encoding" in fields:
+            check_coding(headers)
         self.headers = []  # trailers come after them, and are none of them
-        self._place = "body"
         path = self.url.partition(b"?")[0]
         answer = None if self._must_wait() else self.find(self.parser.get_method(), path)
         if answer is None or b"content-length" not in fields:
             self._take_uvicorns_way(headers)
         else:
-            self.cycle = self._arriving = Exchange(self, answer, path.decode("ascii"), fields)  # type: ignore[assignment]
+            exchange = Exchange(self, answer, path.decode("ascii"), fields)
+            self.cycle = self._arriving = self._running = exchange  # type: ignore[assignment]
+        self._place = "body"
 
     def _check_hosts(self, headers: list[tuple[bytes, bytes]]) -> None:
         hosts = [name for name, _ in headers].count(b"host")
         if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
-            raise BadInput(f"it has {hosts} Host headers instead of one")  # RFC 9112, 3.2
+            raise no_http(f"it has {hosts} Host headers instead of one")  # RFC 9112, 3.2
 
     def _must_wait(self) -> bool:
         """Whether something on this connection has to be answered first, or its client does not read."""
@@ -144,12 +258,25 @@ class Connection(HttpToolsProtocol):
             super().on_header(*header)
         super().on_headers_complete()
         self.headers = []
+        self._content = self._seen = 0
+        if self.pipeline:  # reading is paused
+            self._watch()
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+        if self.all.draining:
+            self.announce_end()
 
     def on_body(self, body: bytes) -> None:
-        if self._arriving is None:
-            super().on_body(body)
-        else:
+        if self._arriving is not None:
             self._arriving.extend(body)
+            return
+        self._content += len(body)
+        self._seen = 0
+        if self._content > self.limits.body_bytes + _UNWANTED and self.cycle.response_complete:
+            raise Refused(413, "body_too_large", "the body goes on and on", "body_bytes")
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         if self._place == "head":  # of an upgrade, and given to the parser again
@@ -163,6 +290,8 @@ class Connection(HttpToolsProtocol):
             self._arriving.complete()
             self._arriving = None
 
+    # Large bodies
+
     def _begin(self, exchange: Exchange) -> None:
         """Answer a request as far as can be without the rest of its body."""
         exchange.start()
@@ -174,7 +303,10 @@ class Connection(HttpToolsProtocol):
 
     def _read_in_place(self, exchange: Exchange) -> None:
         """Have the rest of a large body read into its place, or past it where nobody wants it any more."""
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._refusal is not None:
+            return
+        if self._arriving is not exchange:  # the rest has come
+            self.transport.resume_reading()
             return
         self._arriving = None
         self._forget_the_message()
@@ -191,12 +323,7 @@ class Connection(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self._place = "between"
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        cycle = self.cycle
-        super().connection_lost(exc)
-        self._reader = None  # nothing else would end that circle, and the body in it, soon
-        if isinstance(cycle, Exchange):
-            cycle.lost()
+    # What goes
 
     def respond(self, exchange: Exchange, response: Response | None, identity: RequestIdentity) -> None:
         """Send the response, if there is one, and be ready for the next request."""
@@ -206,14 +333,24 @@ class Connection(HttpToolsProtocol):
         if response is None:
             self.transport.close()
             return
+        if self.all.draining:
+            self.announce_end()
+        if exchange.missing > _UNWANTED:
+            exchange.keep_alive = False
         body, head = response.body, self._head(response, identity, keep_alive=exchange.keep_alive)
+        if self._begun:
+            head = head[len(BEGINNING) :]
+            self._begun = False
         if len(body) <= _ONE_WRITE:
             self.transport.write(head + body)
         else:
             self.transport.write(head)
             self.transport.write(body)
         if not exchange.keep_alive:
-            self.transport.close()
+            if exchange.missing:
+                self._hang_up()
+            else:
+                self.transport.close()
         self.on_response_complete()
 
     def _head(self, response: Response, identity: RequestIdentity, *, keep_alive: bool) -> bytes:
@@ -224,26 +361,166 @@ class Connection(HttpToolsProtocol):
         return b"%b%bcontent-length: %d\r\n\r\n" % (STATUS_LINE[response.status], lines, len(response.body))
 
     def on_response_complete(self) -> None:
-        """After each response. One timer watches an idle connection, instead of a new one after every response."""
+        """After each response: what comes next on this connection."""
         self._answered_at = self.loop.time()
-        if self.pipeline or self.timeout_keep_alive_task is None:
-            super().on_response_complete()
+        self.server_state.total_requests += 1
+        if self.held:
+            self.all.hold(self, 0)
+        if self.transport.is_closing() or self._hung_up:
+            return
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self._refusal is not None:
+            self._end_refused()
+        elif self._rest:
+            self.loop.call_soon(self._go_on)
+        elif self._ended:
+            self.transport.close()
         else:
-            self.server_state.total_requests += 1
             self.flow.resume_reading()
 
-    def timeout_keep_alive_handler(self) -> None:
-        """Close the connection if it was idle for long enough; else look again when it may have been."""
-        rest: float = self.timeout_keep_alive
-        if self.cycle.response_complete and self._place != "body" and not getattr(self.cycle, "missing", 0):
-            rest = self._answered_at + rest - self.loop.time()
-        if rest > 0:
-            self.timeout_keep_alive_task = self.loop.call_later(rest, self.timeout_keep_alive_handler)
+    # How it ends
+
+    def refuse(self, refused: Refused) -> None:
+        """Send this in its turn, behind the replies to what came before, and end. What still comes is thrown away."""
+        if self._refusal is not None:
+            return
+        met = f" (limits.{refused.bound})" if refused.bound else ""
+        self.all.log.tell(refused.kind, f"refused {self.peer} with {refused.status}{met}: {str(refused)[:200]}")
+        cycle = self.cycle if self._is_arriving() else None
+        answered = cycle is not None and (cycle.response_complete or getattr(cycle, "response_started", False))
+        response = refused.response()
+        identity = self.identities.of(dict(self.headers))
+        self._refusal = b"" if answered else self._head(response, identity, keep_alive=False) + response.body
+        self._rest = b""
+        self._drop_arrival()
+        if not self._owes():
+            self._end_refused()
+
+    def _end_refused(self) -> None:
+        self.transport.write(self._refusal or b"")
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Send no more, and throw away what still comes: a connection closed at once would be reset, and the reply
+        lost with it."""
+        self._hung_up = True
+        self._answered_at = self.loop.time()
+        self._refusal = self._refusal or b""
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+            self.transport.resume_reading()
         else:
-            super().timeout_keep_alive_handler()
+            self.transport.close()
+
+    def _is_arriving(self) -> bool:
+        """Whether the newest request has its head, but not its body."""
+        return self._place == "body" or bool(getattr(self.cycle, "missing", 0))
+
+    def _owes(self) -> bool:
+        """Whether a request that came as a whole waits for its reply."""
+        running = self._running
+        return bool(self.pipeline) or not (running is None or running.response_complete or running.disconnected)
+
+    def _drop_arrival(self) -> None:
+        """The request that is arriving will never be here as a whole."""
+        if self._is_arriving():
+            if self.pipeline and self.pipeline[0][0] is self.cycle:
+                self.pipeline.popleft()
+            _mark_gone(self.cycle)
+        self._place = "between"
+        self._arriving = None
+        if self._reader is not None:
+            self._reader.stop()
+        self.all.hold(self, 0)
+
+    def announce_end(self) -> None:
+        """Have the reply that is next say that it is the last one, unless requests wait behind it."""
+        running = self._running
+        if running is not None and not self.pipeline and not self._rest:
+            running.keep_alive = False
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more; what came as a whole before is answered all the same."""
+        self._ended = True
+        if self._hung_up or not self.transport.can_write_eof():  # TLS ends both ways at once
+            return False
+        if not self._rest:
+            self._drop_arrival()
+        if self._owes() or self._rest:
+            self._watch()
+            return True
+        return False
+
+    def _watch(self) -> None:
+        """Look from time to time whether the client has left, as long as it waits for a reply."""
+        if not self._watched:
+            self._watched = True
+            self._look(_FIRST_LOOK_S)
+
+    def _look(self, delay: float) -> None:
+        if self.transport.is_closing() or not (self._owes() or self._rest):
+            self._watched = False
+            return
+        state = tcp_state(self.transport)
+        if state == CLOSED:
+            self.transport.abort()
+            return
+        if state == HALF_CLOSED:
+            self._begin_reply()
+        self.loop.call_later(delay, self._look, min(2 * delay, _LAST_LOOK_S))
+
+    def _begin_reply(self) -> None:
+        """Send what every reply begins with: a client that has left resets the connection."""
+        running = self._running
+        if isinstance(running, Exchange):
+            if not self._begun and not running.response_complete:
+                self._begun = True
+                self.transport.write(BEGINNING)
+        elif not running.response_started and running.transport is self.transport:
+            self.transport.write(BEGINNING)
+            running.transport = BegunReply(self.transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        waiting = [self._running, self.cycle, *(cycle for cycle, _ in self.pipeline)]
+        super().connection_lost(exc)
+        self._reader = None  # nothing else would end that circle, and the body in it, soon
+        self._rest = b""
+        for cycle in waiting:
+            _mark_gone(cycle)
+        self.pipeline.clear()
+        self.all.forget(self)
+
+    def pause_writing(self) -> None:
+        self._answered_at = self.loop.time()
+        super().pause_writing()
+
+    def waits(self) -> tuple[ConnectionState, float]:
+        """What this connection waits for, and since when."""
+        ending = self.transport.is_closing() or self._hung_up
+        if self.flow.write_paused or (ending and self.transport.get_write_buffer_size()):
+            return "reading", self._answered_at
+        if ending:
+            return "closing", self._answered_at
+        if not (self._rest or self.pipeline) and self._is_arriving():
+            return "body", self._since
+        if self._owes() or self._rest:
+            return "answering", self._since
+        if self._place == "head":
+            return "head", self._since
+        return "silent" if self.cycle is None else "idle", self._answered_at
 
 
-def connections_to(find: Find, body_limit: int) -> type[Connection]:
+def _mark_gone(cycle: Any) -> None:
+    """Tell what answers a request that nobody waits for its reply any more."""
+    if isinstance(cycle, Exchange):
+        cycle.lost()
+    elif cycle is not None:
+        cycle.disconnected = not cycle.response_complete
+        cycle.message_event.set()
+
+
+def connections_to(find: Find, everyone: OpenConnections) -> type[Connection]:
     """The class of all connections, as uvicorn wants it, with a short way to what `find` finds."""
-    own = {"find": staticmethod(find), "body_limit": body_limit, "identities": RequestIdentities()}
+    own = {"find": staticmethod(find), "everyone": everyone, "identities": RequestIdentities()}
     return type("Connection", (Connection,), own)

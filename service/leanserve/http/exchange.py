@@ -82,7 +82,7 @@ class Exchange:
         self._parts = []
         if self._task is not None:
             self.arrived(body)
-        elif b"content-encoding" in self._headers or self.length > self._connection.body_limit:
+        elif b"content-encoding" in self._headers or self.length > self._connection.limits.body_bytes:
             self._body = body
             self.start()
         else:
@@ -135,6 +135,8 @@ class Exchange:
         response = None
         try:
             response = await self._answer(request)
+        except asyncio.CancelledError:  # the server ends, and waits no longer
+            raise
         except BaseException:
             logger.exception("a request was left without a response")
         finally:

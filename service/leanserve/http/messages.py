@@ -19,6 +19,8 @@ AsgiScope = dict[str, Any]
 Receive = Callable[[], Any]
 Send = Callable[[Any], Any]
 Headers = Iterable[tuple[bytes, bytes]]
+_LONGEST = 2000
+"""Characters of an error's text that are sent."""
 
 
 @dataclass(slots=True)
@@ -156,7 +158,13 @@ async def send_response(send: Send, reply: Response) -> None:
 
 def error_body(text: str, code: str) -> Json:
     """The body of every failing reply, on every path."""
-    return {"error": text, "code": code}
+    return {"error": clipped(text), "code": code}
+
+
+def clipped(text: str) -> str:
+    """A text that may quote what a client sent, which may be megabytes of it."""
+    left = len(text) - _LONGEST
+    return text if left <= 0 else f"{text[:_LONGEST]}... ({left} more characters)"
 
 
 def error_headers(error: ServiceError) -> dict[str, str]:

@@ -27,7 +27,8 @@ from leanserve.api.v2.open_inference import OpenInference, terms_of
 from leanserve.codecs.infer_plan import InferOptions
 from leanserve.contracts import Json, ModelSpec
 from leanserve.errors import NotReady, ServiceError, StartupError
-from leanserve.http.messages import Role, error_headers
+from leanserve.http.limits import HttpLimits
+from leanserve.http.messages import Role, clipped, error_headers
 from leanserve.request_identity import CURRENT_REQUEST, RequestIdentities
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.incidents import unexpected_failure
@@ -40,6 +41,9 @@ GrpcAnswer: TypeAlias = Callable[[Any, Context], Awaitable[Any]]
 
 SMALL_RAW = 2**20
 """Bytes of raw tensors that are decoded on the event loop, as in REST."""
+_CALLS_PER_CONNECTION = 1024
+_DEAD_MS = 20_000
+"""After so long without an answer to a ping a connection is dead."""
 METHODS: Final[Mapping[str, Role]] = MappingProxyType(
     {
         "ServerLive": "open",
@@ -80,11 +84,11 @@ class _Call(NamedTuple):
 
 
 class GrpcPort(NamedTuple):
-    """Where to listen, for messages of at most so many bytes; without credentials in plain text."""
+    """Where to listen, and within which limits; without credentials in plain text."""
 
     host: str
     port: int
-    body_bytes: int
+    limits: HttpLimits
     credentials: grpc.ServerCredentials | None = None
 
 
@@ -115,12 +119,7 @@ async def start_grpc(at: GrpcPort, startup: Startup, access: Access) -> GrpcServ
     Raises:
         StartupError: the address cannot be had.
     """
-    options = (
-        ("grpc.max_receive_message_length", at.body_bytes),
-        ("grpc.max_send_message_length", -1),
-        ("grpc.so_reuseport", 0),  # else a second server would share the port without a word
-    )
-    server = aio.server(options=options)
+    server = aio.server(options=_options(at.limits))
     calls, door = _Calls(startup), _Door(access)
     health = Health(calls.ready)
     methods = {
@@ -146,6 +145,21 @@ async def start_grpc(at: GrpcPort, startup: Startup, access: Access) -> GrpcServ
         raise StartupError(f"cannot listen for gRPC on {address}; choose another port") from error
     await server.start()
     return GrpcServer(server, claimed, calls, health)
+
+
+def _options(limits: HttpLimits) -> tuple[tuple[str, int], ...]:
+    """gRPC's own names for the bounds (`grpc/impl/channel_arg_names.h`)."""
+    return (
+        ("grpc.max_receive_message_length", limits.body_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.so_reuseport", 0),  # else a second server would share the port without a word
+        ("grpc.server_handshake_timeout_ms", round(limits.head_s * 1000)),
+        ("grpc.max_connection_idle_ms", round(limits.keep_alive_s * 1000)),
+        ("grpc.max_allowed_incoming_connections", limits.connections),
+        ("grpc.max_concurrent_streams", _CALLS_PER_CONNECTION),
+        ("grpc.keepalive_time_ms", round(limits.keep_alive_s * 1000)),  # finds those that vanished in a call
+        ("grpc.keepalive_timeout_ms", _DEAD_MS),
+    )
 
 
 def _reflection_methods(services: Sequence[str], door: _Door) -> dict[str, grpc.RpcMethodHandler]:
@@ -207,7 +221,7 @@ async def _refuse(failure: ServiceError, context: Context) -> Any:
     identity = CURRENT_REQUEST.get() or ()
     told = [(name.decode(), value.decode()) for name, value in identity]
     context.set_trailing_metadata((*told, *error_headers(failure).items()))
-    return await context.abort(_STATUS.get(failure.status, grpc.StatusCode.INTERNAL), str(failure))
+    return await context.abort(_STATUS.get(failure.status, grpc.StatusCode.INTERNAL), clipped(str(failure)))
 
 
 class _Door:
