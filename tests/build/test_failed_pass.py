@@ -14,11 +14,12 @@ from leanserve.artifacts.store import ArtifactStore
 from leanserve.build import builder as build
 from leanserve.build import plan as planning
 from leanserve.build.progress import BuildProgress
-from leanserve.config.schema import ServiceConfig
+from leanserve.config.schema import GateConfig, ServiceConfig
 from leanserve.contracts import Json
 from leanserve.errors import GateFailed, PassFailed
 from leanserve.evaluation.quality import GateOutputs
 from leanserve.hardware import Hardware, cpu_name, this_hardware
+from leanserve.passes.families.runtime.channels_last import ChannelsLast
 from leanserve.report.page import render
 from leanserve.report.summary import summarise
 from leanserve.report.table import print_table
@@ -78,6 +79,21 @@ def test_it_excludes_its_variant_and_the_others_are_built(tmp_path: Path) -> Non
     assert (reports[1].reason or "").startswith(
         "pass 1 (lowrank_linear) cannot be applied: macs: 0.001 cannot be reached"
     )
+
+
+def test_a_pass_that_this_machine_cannot_apply_excludes_its_variant_until_another_machine_builds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config({}, {"name": "small", "passes": [FOLD, {"kind": "channels_last"}]})
+    with monkeypatch.context() as patched:
+        patched.setattr(ChannelsLast, "unsupported_reason", lambda *_: "this machine has no planes")
+        said, reports = built(tmp_path, settings)
+        assert "variant 'small', pass 2 (channels_last) cannot be applied here, the variant is excluded: this" in said
+        assert (reports[2].state, reports[2].built) == ("excluded", False)
+        assert reports[2].reason == "pass 2 (channels_last) cannot be applied: this machine has no planes"
+        with pytest.raises(PassFailed, match=r"^variant 'small', pass 2 \(channels_last\): this machine has no planes"):
+            built(tmp_path, settings.model_copy(update={"gate": GateConfig(on_fail="abort")}))
+    assert [item.state for item in built(tmp_path, settings)[1]] == ["serving", "excluded", "serving"]
 
 
 def test_where_only_the_base_remains_it_is_served(tmp_path: Path) -> None:

@@ -63,13 +63,20 @@ class Builder:
         unmade: set[str] = set()
         try:
             for step in work.steps:
-                known = self._store.failure(step.key) is not None
+                known = self._is_known_to_fail(step, work)
                 if known or unmade.intersection(step.parents) or not self._advance(step):
                     unmade.add(step.key)
         finally:
             self._evaluator.close()
             self._made = None
         self._compare(living(self._store, work))
+
+    def _is_known_to_fail(self, step: RecipeStep, work: Plan) -> bool:
+        if step.pass_ is not None and step.key in work.refused:
+            where = place_of(step.variant, step.pass_, step.position)
+            self._progress.say(f"{where} cannot be applied here, the variant is excluded: {work.refused[step.key]}")
+            return True
+        return self._store.failure(step.key) is not None
 
     def _compare(self, work: Plan) -> None:
         """Time what was not timed yet on this machine; two builders never time at once."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from leanserve.artifacts.benchmarks import BenchmarkResult, BenchmarkSet, LaneRates
@@ -29,6 +29,8 @@ class Plan:
     """Every variant with the steps that make it, in building order."""
 
     recipes: tuple[tuple[VariantConfig, tuple[RecipeStep, ...]], ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Key of a step whose pass this machine cannot apply or would not gain by -> why."""
 
     @property
     def steps(self) -> tuple[RecipeStep, ...]:
@@ -59,25 +61,33 @@ def plan(config: ServiceConfig, base: Base, hardware: Hardware) -> Plan:
     """The recipes of all variants.
 
     Raises:
-        PassFailed: a pass cannot pay on this machine.
+        PassFailed: this machine cannot apply a pass, and the variant's gate says `on_fail: abort`.
     """
-    for variant in config.variants:
-        for position, pass_ in enumerate(variant.passes, start=1):
-            if reason := pass_.unsupported_reason(hardware):
-                raise PassFailed(f"{place_of(variant.name, pass_, position)}: {reason}")
-    return Plan(tuple((variant, steps_of(config, base, variant, hardware)) for variant in config.variants))
+    recipes = tuple((variant, steps_of(config, base, variant, hardware)) for variant in config.variants)
+    refused = {}
+    for variant, steps in recipes:
+        for step in steps:
+            if step.pass_ is not None and (reason := step.pass_.unsupported_reason(hardware)):
+                refused[step.key] = reason
+                if config.gate_of(variant).wants_abort:
+                    raise PassFailed(f"{place_of(step.variant, step.pass_, step.position)}: {reason}")
+    return Plan(recipes, refused)
 
 
 def living(store: ArtifactStore, work: Plan) -> Plan:
     """The plan with the base alone in the place of every variant that cannot be made."""
-    recipes = ((variant, steps[:1] if failed_step(store, steps) else steps) for variant, steps in work.recipes)
-    return Plan(tuple(recipes))
+    recipes = ((variant, steps[:1] if failed_step(store, work, steps) else steps) for variant, steps in work.recipes)
+    return replace(work, recipes=tuple(recipes))
 
 
-def failed_step(store: ArtifactStore, steps: Sequence[RecipeStep]) -> tuple[RecipeStep, str] | None:
-    """The first step that was tried and could not be made, and why."""
-    found = ((step, store.failure(step.key)) for step in steps)
-    return next(((step, failure.reason) for step, failure in found if failure is not None), None)
+def failed_step(store: ArtifactStore, work: Plan, steps: Sequence[RecipeStep]) -> tuple[RecipeStep, str] | None:
+    """The first step that this machine refuses, or that was tried and could not be made, and why."""
+    for step in steps:
+        if step.key in work.refused:
+            return step, work.refused[step.key]
+        if (failure := store.failure(step.key)) is not None:
+            return step, failure.reason
+    return None
 
 
 def stored_benchmark(store: ArtifactStore, work: Plan, hardware: Hardware) -> BenchmarkSet | None:
@@ -161,7 +171,7 @@ def reports(store: ArtifactStore, config: ServiceConfig, work: Plan, hardware: H
         ancestry = tuple(manifest for step in steps if (manifest := manifests.get(step.key)))
         if len(ancestry) != len(steps):
             raise ArtifactCorrupt(f"variant '{variant.name}' is not built; run `leanserve build`")
-        failed = failed_step(store, every)
+        failed = failed_step(store, work, every)
         found.append(
             _report(config, variant, ancestry) if failed is None else _unmade(config, variant, ancestry, failed)
         )
