@@ -187,10 +187,13 @@ def serving_plans(config: ServiceConfig, reports: Sequence[VariantReport]) -> li
 
 
 def traffic_plan(config: ServiceConfig) -> TrafficPlan:
-    """Who answers a request that names no variant."""
+    """Who answers a request that names no variant, and how many sequences are kept."""
     from leanserve.serving.opening import TrafficPlan
+    from leanserve.serving.sequences import SequenceLimits
 
-    return TrafficPlan(config.traffic.weights, config.traffic.sticky_header)
+    kept = config.sequences
+    limits = SequenceLimits(kept.most, kept.state_bytes, kept.idle_s)
+    return TrafficPlan(config.traffic.weights, config.traffic.sticky_header, limits)
 
 
 def _batch_limits(batch: BatchConfig) -> BatchLimits:

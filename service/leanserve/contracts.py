@@ -43,9 +43,10 @@ RowsTogether = Literal["any", "one_length", "one"]
 class TensorSpec:
     """One named tensor. `shape` is that of a single row (no batch axis); `None` marks a dynamic axis.
 
-    `pad` fills the dynamic axes when rows of different length share a batch. `values` are the least and the greatest
-    that an element may have, where the model cannot run with others (token ids); `None`: any of its dtype. `meaning`
-    is that of an output; of an input it says nothing.
+    `pad` fills the dynamic axes when rows of different length share a batch. `next_from` is that of an input which is
+    state: the name of the output that is its value for the next request of a sequence. `values` are the least and the
+    greatest that an element may have, where the model cannot run with others (token ids); `None`: any of its dtype.
+    `meaning` is that of an output; of an input it says nothing.
     """
 
     name: str
@@ -54,6 +55,7 @@ class TensorSpec:
     pad: float = 0.0
     values: tuple[int, int] | None = None
     meaning: Meaning = "values"
+    next_from: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,6 +396,16 @@ class Decoded(NamedTuple):
     lengths: tuple[int, ...] = ()
     places: tuple[Place, ...] = ()
     tells_places: bool = False
+
+
+class SequenceStep(NamedTuple):
+    """A request's place in a sequence: whose, whether it is the first or the last, and the positions of the inputs for
+    which the server keeps the state."""
+
+    id: int | str
+    start: bool
+    end: bool
+    keeps: frozenset[int]
 
 
 class Progress(Protocol):

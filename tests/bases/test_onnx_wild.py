@@ -129,10 +129,22 @@ def test_a_config_may_declare_all_axes_of_a_graph(tmp_path: Path) -> None:
         opened(path, rows="one", inputs=declared | {"audio": {"shape": [3]}})
 
 
-def test_init_keeps_such_rows_apart_by_itself(tmp_path: Path) -> None:
+def test_init_keeps_such_rows_apart_by_itself_and_sees_the_state(tmp_path: Path) -> None:
     path = write(tmp_path / "m.onnx", graph(STREAM, STREAM_WEIGHTS, 15))
     write_config(str(path), tmp_path / "leanserve.yaml", Hints(), None)
-    assert "  rows: one\n" in (tmp_path / "leanserve.yaml").read_text()
+    written = (tmp_path / "leanserve.yaml").read_text()
+    assert "  rows: one\n" in written
+    assert "  state: {state: next}\n" in written
+
+
+def test_a_state_has_the_same_sizes_coming_and_going(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", graph(STREAM, STREAM_WEIGHTS, 15))
+    base = opened(path, rows="one", state={"state": "next"})
+    assert [item.next_from for item in base.spec.inputs] == [None, "next", None]
+    with pytest.raises(ConfigError, match=r"base\.state: 'audio' is float32 \[1, None\] per row and 'speech' float32"):
+        opened(path, rows="one", state={"audio": "speech"})
+    with pytest.raises(ConfigError, match=r"base\.state: the model has no 'h' there; it has speech, next"):
+        opened(path, rows="one", state={"state": "h"})
 
 
 def test_weights_in_nodes_are_initializers_afterwards(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -16,10 +16,12 @@ import yaml
 from PIL import Image
 
 from leanserve.config.schema import ServiceConfig, read_config
+from leanserve.contracts import ModelSpec, TensorSpec
 from leanserve.errors import ConfigError
 from leanserve.hardware import Hardware
 from leanserve.init.data_argument import data_seen
 from leanserve.init.model_argument import Hints, base_section
+from leanserve.init.profile import likely_state
 from leanserve.init.suggestions import suggest
 from leanserve.init.writing import is_unfinished, write_config
 from tiny_graphs import graph, write
@@ -344,3 +346,20 @@ def test_a_torchscript_program_is_told_with_the_way_to_export(tmp_path: Path) ->
     torch.jit.save(torch.jit.trace(torch.nn.Linear(3, 2), torch.ones(1, 3)), str(tmp_path / "m.pt"))  # type: ignore[no-untyped-call]
     with pytest.raises(ConfigError, match=r"is a TorchScript program.*torch\.onnx\.export\(torch\.jit\.load"):
         base_section(str(tmp_path / "m.pt"), Hints(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "state"),
+    [
+        ({"input": (512,), "state": (2, 128), "sr": ()}, {"output": (1,), "stateN": (2, 128)}, {"state": "stateN"}),
+        ({"x": (512,), "h": (64,), "c": (64,)}, {"p": (1,), "hn": (64,), "cn": (64,)}, {"h": "hn", "c": "cn"}),
+        ({"x": (4,), "past_key": (8,)}, {"y": (4,), "present_key": (8,)}, {"past_key": "present_key"}),
+        ({"x": (4,), "memory": (8,)}, {"y": (4,), "z": (8,)}, {"memory": "z"}),
+        ({"x": (4,), "m": (8,)}, {"y": (4,), "z": (8,)}, {}),
+        ({"x": (4,), "state": (None,)}, {"y": (4,), "state_out": (None,)}, {}),
+        ({"input": (4,)}, {"output": (4,)}, {}),
+    ],
+)
+def test_state_is_told_by_names_and_sizes(inputs: Any, outputs: Any, state: dict[str, str]) -> None:
+    taken, given = (tuple(TensorSpec(name, "float32", shape) for name, shape in x.items()) for x in (inputs, outputs))
+    assert likely_state(ModelSpec(taken, given)) == state

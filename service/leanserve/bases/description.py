@@ -42,10 +42,11 @@ class Tensor(BaseModel):
     pad: float = 0.0
     meaning: Meaning = "values"
     evidence: Evidence = "none"
+    next_from: str | None = None
 
     def field(self) -> TensorSpec:
         """As the contracts know it."""
-        return TensorSpec(self.name, self.dtype, self.shape, self.pad, meaning=self.meaning)
+        return TensorSpec(self.name, self.dtype, self.shape, self.pad, meaning=self.meaning, next_from=self.next_from)
 
 
 class Probed(BaseModel):

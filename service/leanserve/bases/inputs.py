@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from leanserve.bases.description import Description, Probed, Tensor
@@ -63,7 +63,7 @@ def described(declared: BroughtBase, folder: Path, name: str, found: Probed) -> 
     given = settled(found.outputs, labels, declared.outputs, "values" if declared.text is None else "embedding")
     return Description(
         name=declared.name or name,
-        inputs=found.inputs,
+        inputs=with_state(found.inputs, given.tensors, declared.state),
         outputs=given.tensors,
         labels=labels,
         labelled=given.labelled,
@@ -75,6 +75,26 @@ def described(declared: BroughtBase, folder: Path, name: str, found: Probed) -> 
         least=found.least,
         caveats=found.caveats,
     )
+
+
+def with_state(inputs: Sequence[Tensor], outputs: Sequence[Tensor], pairs: Mapping[str, str]) -> tuple[Tensor, ...]:
+    """The inputs; those that are state say which output is their next value.
+
+    Raises:
+        ConfigError: there is no such input or output, or the two are not the same kind of tensor of known sizes.
+    """
+    own, given = ({item.name: item for item in items} for items in (inputs, outputs))
+    for taken, left in pairs.items():
+        for name, known in ((taken, own), (left, given)):
+            if name not in known:
+                raise ConfigError(f"base.state: the model has no '{name}' there; it has {', '.join(known)}")
+        one, other = own[taken], given[left]
+        if (one.dtype, one.shape) != (other.dtype, other.shape) or None in one.shape:
+            raise ConfigError(
+                f"base.state: '{taken}' is {one.dtype} {list(one.shape)} per row and '{left}' {other.dtype} "
+                f"{list(other.shape)}; a state has one dtype and known sizes in both (base.inputs fixes sizes)"
+            )
+    return tuple(item.model_copy(update={"next_from": pairs.get(item.name)}) for item in inputs)
 
 
 def served_name(path: Path) -> str:

@@ -96,6 +96,37 @@ def model_config(
     }
 
 
+def in_sequences(config: Mapping[str, Json], spec: ModelSpec, most: int, idle_us: int) -> dict[str, Json]:
+    """The configuration of a model with state: batches hold requests of several sequences, of each the oldest.
+
+    A client may leave out the inputs that are state, which is what `optional` tells.
+    """
+    batching = config["dynamic_batching"]
+    states = [port for port in ports(spec.inputs).values() if port.next_from is not None]
+    names = {port.name for port in states}
+    return {
+        **{key: value for key, value in config.items() if key != "dynamic_batching"},
+        "input": [item | {"optional": True} if item["name"] in names else item for item in config["input"]],
+        "sequence_batching": {
+            "max_sequence_idle_microseconds": idle_us,
+            "oldest": {
+                "max_candidate_sequences": most,
+                "preferred_batch_size": batching["preferred_batch_size"],
+                "max_queue_delay_microseconds": batching["max_queue_delay_microseconds"],
+            },
+            "state": [
+                {
+                    "input_name": port.name,
+                    "output_name": port.next_from,
+                    "data_type": _config(port)["data_type"],
+                    "dims": list(port.shape[1:]),
+                }
+                for port in states
+            ],
+        },
+    }
+
+
 def statistics(models: Iterable[tuple[str, str, Counters]]) -> dict[str, Json]:
     """`GET /v2/models[/N[/versions/V]]/stats`, from name, version and counters of each."""
     return {"model_stats": [_statistics(name, version, counters) for name, version, counters in models]}

@@ -8,17 +8,21 @@ their own); options it knows but does not offer are refused, never ignored. `nul
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from leanserve.codecs.json_body import json_object
 from leanserve.codecs.tensors import Buffer, Datatype, Port, Shape, clip, from_binary, from_json
-from leanserve.contracts import Array, Arrays, Json
+from leanserve.contracts import Array, Arrays, Json, SequenceStep
 from leanserve.errors import BadInput
 
 _MAX_INT = 2**63 - 1
+LONGEST_ID = 128
+"""Characters of the id of a sequence."""
 
 
 class WantedOutput(NamedTuple):
@@ -33,6 +37,7 @@ class InferOptions(NamedTuple):
 
     `timeout_us` bounds the time in the queue (microseconds), `priority` is 1 for the most urgent level; `None` is the
     default of either. `parameters` are all request parameters as sent. An empty `id` means that none was sent.
+    `sequence` is the place in a sequence of a request that belongs to one.
     """
 
     id: str
@@ -40,6 +45,20 @@ class InferOptions(NamedTuple):
     timeout_us: int | None
     priority: int | None
     outputs: tuple[WantedOutput, ...]
+    sequence: SequenceStep | None = None
+
+
+class KeptTensor(NamedTuple):
+    """A state that the server keeps: what the first request of a sequence takes for it is 0."""
+
+    port: Port
+
+    @property
+    def shape(self) -> Shape:
+        return 1, *self.port.shape[1:]
+
+    def read(self, _body: Buffer, _base: int) -> Array:
+        return np.zeros(self.shape, self.port.dtype)
 
 
 class BinaryTensor(NamedTuple):
@@ -61,21 +80,21 @@ class InferPlan(NamedTuple):
     """
 
     options: InferOptions
-    inputs: tuple[Array | BinaryTensor, ...]
+    inputs: tuple[Array | BinaryTensor | KeptTensor, ...]
     rows: int
     size: int
 
     @property
     def reusable(self) -> bool:
         """Whether nothing in it belongs to one request alone, neither data nor an id."""
-        return not self.options.id and all(isinstance(tensor, BinaryTensor) for tensor in self.inputs)
+        return not self.options.id and not any(isinstance(tensor, np.ndarray) for tensor in self.inputs)
 
     def read(self, body: Buffer, base: int) -> Arrays:
         """The inputs; the binary ones lie in `body` from `base` on. Raises `BadInput` for impossible BOOL or BYTES.
 
         The caller has made sure of `size` (`check_size`).
         """
-        return tuple([item.read(body, base) if isinstance(item, BinaryTensor) else item for item in self.inputs])
+        return tuple([item if isinstance(item, np.ndarray) else item.read(body, base) for item in self.inputs])
 
     def check_size(self, size: int, form: Literal["header", "no header"]) -> None:
         """Raise `BadInput` unless exactly the bytes the inputs announce follow the JSON."""
@@ -98,12 +117,16 @@ class InferPlan(NamedTuple):
 def plan_json(text: Buffer, inputs: Mapping[str, Port], outputs: Mapping[str, Port]) -> InferPlan:
     """The plan of a request from its JSON part. Raises `BadInput`."""
     document = json_object(text)
-    options = _options(document, outputs)
-    tensors, size = _inputs(document.get("inputs"), inputs)
+    parameters = _parameters(document, "the request")
+    asked = _sequence(parameters, inputs)
+    tensors, size = _inputs(document.get("inputs"), inputs, asked)
+    options = _options(document, parameters, _step(asked, tensors), _left_out(asked, inputs, outputs))
     rows = tensors[0].shape[0]
     if any(tensor.shape[0] != rows for tensor in tensors):
         each = ", ".join(f"{name}: {tensor.shape[0]}" for name, tensor in zip(inputs, tensors, strict=True))
         raise BadInput(f"the inputs differ in their number of rows, which is the first axis ({each})")
+    if asked is not None and rows != 1:
+        raise BadInput(f"a request of a sequence has one row, not {rows}")
     return InferPlan(options, tensors, rows, size)
 
 
@@ -130,26 +153,67 @@ def plan_raw(size: int, inputs: Mapping[str, Port], outputs: Mapping[str, Port])
     return InferPlan(options, (BinaryTensor(port, datatype, (rows, *row), 0, size),), rows, size)
 
 
-def _options(document: Mapping[str, Json], outputs: Mapping[str, Port]) -> InferOptions:
+def _sequence(parameters: Mapping[str, Json], inputs: Mapping[str, Port]) -> SequenceStep | None:
+    """Where in a sequence the request says that it is; an id of 0 or nothing means in none."""
+    start = _boolean(parameters, "sequence_start", "the request") or False
+    end = _boolean(parameters, "sequence_end", "the request") or False
+    key = parameters.get("sequence_id")
+    if key is None or (type(key) in {int, str} and not key):
+        if start or end:
+            raise BadInput("'sequence_start' and 'sequence_end' belong to a 'sequence_id', which is missing")
+        return None
+    if type(key) not in {int, str} or (isinstance(key, int) and not 0 < key < 2**64) or len(str(key)) > LONGEST_ID:
+        raise BadInput(
+            f"parameter 'sequence_id' must be an integer from 1 to 2^64 - 1 or a string of at most {LONGEST_ID} "
+            f"characters, not {clip(key)}"
+        )
+    if all(port.next_from is None for port in inputs.values()):
+        raise BadInput("parameter 'sequence_id': this model has no state to keep (base.state); leave it out")
+    return SequenceStep(key, start, end, frozenset())
+
+
+def _step(asked: SequenceStep | None, tensors: Sequence[Array | BinaryTensor | KeptTensor]) -> SequenceStep | None:
+    """With the positions of the states that the server keeps."""
+    if asked is None:
+        return None
+    return asked._replace(keeps=frozenset(item.port.position for item in tensors if isinstance(item, KeptTensor)))
+
+
+def _left_out(
+    asked: SequenceStep | None, inputs: Mapping[str, Port], outputs: Mapping[str, Port]
+) -> tuple[Mapping[str, Port], Mapping[str, Port]]:
+    """The outputs that may be asked for, and those that are sent where none is: in a sequence all that are no state."""
+    if asked is None:
+        return outputs, outputs
+    states = {port.next_from for port in inputs.values()}
+    return outputs, {name: port for name, port in outputs.items() if name not in states}
+
+
+def _options(
+    document: Mapping[str, Json],
+    parameters: Mapping[str, Json],
+    sequence: SequenceStep | None,
+    outputs: tuple[Mapping[str, Port], Mapping[str, Port]],
+) -> InferOptions:
     identity = document.get("id")
     if identity is not None and type(identity) is not str:
         raise BadInput(f"'id' must be a string, not {clip(identity)}")
-    parameters = _parameters(document, "the request")
-    if parameters.get("sequence_id"):
-        raise BadInput("parameter 'sequence_id': this server keeps no state between requests; leave it out")
     every_output = _boolean(parameters, "binary_data_output", "the request") or False
     return InferOptions(
         identity or "",
         MappingProxyType(parameters),
         _natural(parameters, "timeout", "the request") or None,
         _natural(parameters, "priority", "the request") or None,
-        _wanted(document.get("outputs"), outputs, "binary" if every_output else "json"),
+        _wanted(document.get("outputs"), *outputs, "binary" if every_output else "json"),
+        sequence,
     )
 
 
-def _wanted(listed: Json, outputs: Mapping[str, Port], default: Literal["json", "binary"]) -> tuple[WantedOutput, ...]:
+def _wanted(
+    listed: Json, outputs: Mapping[str, Port], usual: Mapping[str, Port], default: Literal["json", "binary"]
+) -> tuple[WantedOutput, ...]:
     if listed is None or listed == []:
-        return tuple(WantedOutput(port, default) for port in outputs.values())
+        return tuple(WantedOutput(port, default) for port in usual.values())
     if not isinstance(listed, list):
         raise BadInput(f"'outputs' must be an array of objects, not {clip(listed)}")
     wanted: dict[str, WantedOutput] = {}
@@ -165,18 +229,27 @@ def _wanted(listed: Json, outputs: Mapping[str, Port], default: Literal["json", 
     return tuple(wanted.values())
 
 
-def _inputs(listed: Json, inputs: Mapping[str, Port]) -> tuple[tuple[Array | BinaryTensor, ...], int]:
+def _inputs(
+    listed: Json, inputs: Mapping[str, Port], asked: SequenceStep | None
+) -> tuple[tuple[Array | BinaryTensor | KeptTensor, ...], int]:
     """The inputs in the order of the spec, and the bytes that they take behind the JSON."""
     if not isinstance(listed, list):
         raise BadInput(f"'inputs' must be an array of tensors, not {clip(listed)}")
-    found: dict[str, Array | BinaryTensor] = {}
+    found: dict[str, Array | BinaryTensor | KeptTensor] = {}
     size = 0
     for item in listed:
         port = _named(item, inputs, "input")
         if port.name in found:
             raise BadInput(f"input {port.name!r} is given twice")
+        if asked is not None and not asked.start and port.next_from is not None:
+            raise BadInput(
+                f"input {port.name!r} is the state, which the server keeps; only a first request may send it"
+            )
         tensor = found[port.name] = _tensor(item, port, size)
         size += tensor.size if isinstance(tensor, BinaryTensor) else 0
+    if asked is not None:
+        states = {name: port for name, port in inputs.items() if port.next_from is not None and name not in found}
+        found |= {name: KeptTensor(port) for name, port in states.items()}
     missing = [name for name in inputs if name not in found]
     if missing:
         raise BadInput(f"input {missing[0]!r} is missing; the model takes {', '.join(inputs)}")

@@ -76,7 +76,8 @@ class Port:
 
     `shape` leads with the axis of rows, and -1 marks an axis that varies; `datatypes` are those the field takes, its
     own first; `dtype` is that of its arrays (float32 where the field is bfloat16, which numpy does not have); `values`
-    are the least and the greatest that an element may have, `None` for any.
+    are the least and the greatest that an element may have, `None` for any. `next_from` names the output that is the
+    next value of a state.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Port:
     dtype: np.dtype[Any]
     datatypes: tuple[Datatype, ...]
     values: tuple[int, int] | None = None
+    next_from: str | None = None
 
     def datatype(self, name: Json) -> Datatype:
         """The named datatype if this field takes it. Raises `BadInput`."""
@@ -129,7 +131,7 @@ def _port(field: TensorSpec, position: int) -> Port:
         ) from None
     shape = (-1, *(-1 if size is None else size for size in field.shape))
     dtype = np.dtype("float32" if name == "bfloat16" else name)
-    return Port(field.name, position, shape, dtype, datatypes, field.values)
+    return Port(field.name, position, shape, dtype, datatypes, field.values, field.next_from)
 
 
 def clip(value: Json) -> str:

@@ -172,6 +172,10 @@ class BroughtBase(Section):
     outputs: Meanings | None = Field(
         None, description="what the outputs mean, by name or in their order; by default what the model shows"
     )
+    state: Mapping[str, str] = Field(
+        default_factory=dict,
+        description="inputs that are state, and the output that is the next value of each: kept for sequences",
+    )
     rows: RowsTogether = Field(
         "any", description="which share a batch: any (the model must keep them apart), of one_length, or one at a time"
     )

@@ -134,6 +134,14 @@ class CorsConfig(Section):
         return self
 
 
+class SequencesConfig(Section):
+    """What is kept for clients of a model with state (`base.state`)."""
+
+    most: int = Field(1000, ge=1, description="sequences that are open at a time; beyond it 429")
+    state_bytes: int = Field(256 * 2**20, ge=1, description="of their states together; beyond it 429")
+    idle_s: float = Field(60.0, gt=0, description="after which a sequence is forgotten that nobody has asked for")
+
+
 class DrainConfig(Section):
     """What happens on SIGTERM."""
 
@@ -174,6 +182,7 @@ class ServiceConfig(Section):
     traffic: TrafficConfig = TrafficConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
     limits: LimitsConfig = LimitsConfig()
+    sequences: SequencesConfig = SequencesConfig()
     cors: CorsConfig = CorsConfig()
     auth: AuthConfig = AuthConfig()
     tls: TlsConfig | None = Field(None, description="certificate of both ports; none: plain text")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
 from leanserve.bases.description import Tensor
 from leanserve.bases.loaded import LoadedBase
-from leanserve.contracts import ModelSpec, OnnxModel, TorchModel
+from leanserve.contracts import ModelSpec, OnnxModel, TensorSpec, TorchModel
 
 if TYPE_CHECKING:
     from torch import nn
 
 RowShape = Literal["convolutional", "depthwise", "attention", "dense", "graph", "program"]
+
+AGE = re.compile(r"^(in|out|input|output|new|next|old|prev|past|present)[_.]|([_.](in|out|new|next|old|prev)|n|0|1)$")
+STATE = re.compile(r"state|hidden|cache|memory")
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,31 @@ def _seen_in_graph(model: OnnxModel) -> tuple[RowShape, int, bool, bool, bool]:
     parameters = sum(math.prod(weight.dims) for weight in graph.initializer)
     multiplies = bool(operators["MatMul"] + operators["Gemm"])
     return "graph", parameters, False, operators["Conv"] > 0, multiplies
+
+
+def likely_state(spec: ModelSpec) -> dict[str, str]:
+    """Inputs that look like state, and the outputs that look like their next values: names alike, and the same tensor.
+
+    Of an input that is called a state a single output of its kind is enough.
+    """
+    pairs: dict[str, str] = {}
+    for item in spec.inputs:
+        alike = [given.name for given in spec.outputs if _same_kind(item, given) and given.name not in pairs.values()]
+        named = [name for name in alike if _stem(name) == _stem(item.name)]
+        called = alike if len(alike) == 1 and STATE.search(item.name.casefold()) else []
+        if found := named or called:
+            pairs[item.name] = found[0]
+    return pairs if len(pairs) < len(spec.inputs) else {}
+
+
+def _same_kind(one: TensorSpec, other: TensorSpec) -> bool:
+    known = bool(one.shape) and None not in one.shape
+    return known and (one.dtype, one.shape) == (other.dtype, other.shape)
+
+
+def _stem(name: str) -> str:
+    """A name without what tells an old value from a new one: h0 and hn, state and stateN, past_key and present_key."""
+    return AGE.sub("", name.casefold()).strip("_.")
 
 
 def _sizes(shape: tuple[int | None, ...]) -> str:

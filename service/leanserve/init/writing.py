@@ -21,7 +21,7 @@ from leanserve.errors import ConfigError
 from leanserve.hardware import this_hardware
 from leanserve.init.data_argument import SYNTHETIC, data_section
 from leanserve.init.model_argument import Hints, base_section
-from leanserve.init.profile import ModelProfile, inspect
+from leanserve.init.profile import ModelProfile, inspect, likely_state
 from leanserve.init.rehearsal import LeftOut, rehearsed
 from leanserve.init.suggestions import Suggestion, suggest
 
@@ -93,6 +93,7 @@ def _written(opened: LoadedBase, sections: Sections, path: Path) -> Written:
     base = sections["base"] or {}
     if "shipped" not in base:
         base = {**base, "outputs": {item.name: item.meaning for item in opened.outputs}}
+        base |= {"state": state} if (state := likely_state(opened.spec)) else {}
     sections = {**sections, "base": base}
     profile = inspect(opened, next(iter(base)))
     labelled = next(opened.data("gate", 2 * opened.unit).batches(8)).labels is not None
@@ -204,6 +205,8 @@ def _remarks(sections: Sections, profile: ModelProfile) -> dict[str, list[str]]:
         found["base"].append(_guessed(base["image"]))
     if "outputs" in base:
         found["base"] += [f"Output {item.name}: {item.meaning}, {WHY[item.evidence]}." for item in profile.tensors]
+    if "state" in base:
+        found["base"].append("State is a guess by names and sizes; it matters to clients that use sequences alone.")
     if "rows" in base:
         found["base"].append(
             "The model lets rows of a batch change each other, so `rows` keeps them apart; see the docs."

@@ -19,6 +19,7 @@ from leanserve.memory import is_out_of_memory
 from leanserve.runtime.linux.denormals import flush_denormals
 from leanserve.serving.opening import VariantPlan, WarmFleet
 from leanserve.serving.reload import LoadingThreads, Read, close_all, open_again
+from leanserve.serving.sequences import Sequences
 from leanserve.serving.traffic import choose_variant, normalize_weights
 from leanserve.serving.variant import Variant
 from leanserve.telemetry.metrics import Metrics
@@ -55,6 +56,7 @@ class Fleet:
         self.variants = dict(self.opened)
         """Those that serve now."""
         self.status_of = {name: VariantStatus(plan.facts.state, plan.facts.reason) for name, plan in warm.plans.items()}
+        self.sequences = Sequences(warm.traffic.sequences)
         self._reads: dict[str, Read] = {name: opened.read for name, opened in warm.variants.items() if opened.read}
         self._given_weights = warm.traffic.weights
         self._split = normalize_weights(self._given_weights, self.opened)
@@ -173,6 +175,7 @@ class Fleet:
             raise BadInput(f"variant '{name}' is the last one that serves and is not unloaded; load another one first")
         variant = self.opened[name]
         self._enter(name, "unloading")
+        self.sequences.forget(variant)
         try:
             await variant.finish()
             await close_all(self._threads, variant.running.opened)

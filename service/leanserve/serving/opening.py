@@ -21,6 +21,7 @@ from leanserve.runtime.warm_up import warm_up
 from leanserve.serving.batcher import QueueLimits
 from leanserve.serving.company import Company, company_by
 from leanserve.serving.reload import Open, Read
+from leanserve.serving.sequences import SequenceLimits
 from leanserve.telemetry.observations import VariantFacts
 
 logger = logging.getLogger(__name__)
@@ -62,10 +63,11 @@ class VariantPlan:
 @dataclass(frozen=True, slots=True)
 class TrafficPlan:
     """Which variant answers a request that names none: by this header's value, else by the weights; equal ones if none
-    are given."""
+    are given. And how many clients may have a sequence."""
 
     weights: Mapping[str, float] = field(default_factory=dict)
     sticky_header: str = "x-caller-key"
+    sequences: SequenceLimits = field(default_factory=SequenceLimits)
 
 
 class WarmVariant(NamedTuple):

@@ -14,10 +14,10 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar, TypeVarTuple
 
-from leanserve.contracts import Arrays, Decoded, ModelSpec
+from leanserve.contracts import Arrays, Decoded, ModelSpec, SequenceStep
 from leanserve.errors import ClientGone, ServiceError
 from leanserve.serving.batch_runner import Prediction
 from leanserve.serving.fleet import Fleet
@@ -59,6 +59,8 @@ class ModelRequest(NamedTuple):
     groups: Sequence[Sequence[int]] = ()
     """Numbers of the rows in each sample, where there are several."""
     terms: Terms = DEFAULT_TERMS
+    sequence: SequenceStep | None = None
+    """Its place in a sequence, where the server keeps the state; then it has one sample."""
 
 
 class Answered(NamedTuple):
@@ -148,10 +150,13 @@ class Session(ABC, Generic[Reply]):
             if self.body is None:
                 variant = await self._read(variant)
             if self.decodes_quickly():
-                samples, groups, terms = self.decode(variant)
+                samples, groups, terms, sequence = request = self.decode(variant)
             else:
-                variant, (samples, groups, terms) = await self._decoded_apart(variant)
-            if len(samples) > 1:
+                variant, request = await self._decoded_apart(variant)
+                samples, groups, terms, sequence = request
+            if sequence is not None:
+                answered = await self._predict_in_sequence(variant, request, sequence)
+            elif len(samples) > 1:
                 answered = Answered(variant, await self._predict_apart(variant, samples, terms), groups)
             else:
                 one = await variant.predict(samples[0], self.is_disconnected, terms.timeout_s, terms.priority or 0)
@@ -194,6 +199,24 @@ class Session(ABC, Generic[Reply]):
             before, variant = variant, self._confirmed(variant)
             if variant is before or (variant.spec == before.spec and variant.codec == before.codec):
                 return variant, asked
+
+    async def _predict_in_sequence(self, variant: Variant, request: ModelRequest, step: SequenceStep) -> Answered:
+        """The prediction for one request of a sequence, by the variant that answered its first one."""
+        kept = self.fleet.sequences
+        sequence = kept.entered(step, variant, self._choice[0])
+        if sequence.variant is not variant:
+            before, variant = variant, sequence.variant
+            self.variant = variant
+            if variant.spec != before.spec:
+                request = self.decode(variant)
+        terms = request.terms
+
+        def predict(sample: Arrays, left_s: float) -> Awaitable[Prediction]:
+            return variant.predict(sample, self.is_disconnected, left_s, terms.priority or 0)
+
+        longest = variant.batcher.limits.timeout_s
+        timeout_s = longest if terms.timeout_s is None else min(longest, terms.timeout_s)
+        return Answered(variant, (await kept.answered(sequence, step, request.samples[0], predict, timeout_s),), ())
 
     async def _predict_apart(self, variant: Variant, samples: Sequence[Arrays], terms: Terms) -> Sequence[Prediction]:
         """The prediction of each sample; if one fails the others are taken back."""

@@ -79,6 +79,10 @@ def _backend_facts(variant: VariantMetrics) -> Samples:
     return [({"fact": name}, value) for name, value in sorted(variant.backend_facts.items())]
 
 
+def _sequence_ends(variant: VariantMetrics) -> Samples:
+    return [({"how": how}, count) for how, count in variant.sequences_ended.items()]
+
+
 def _lanes(variant: VariantMetrics) -> Samples:
     return [({"device": variant.facts.device}, variant.facts.lanes)]
 
@@ -133,6 +137,8 @@ TRAFFIC = (
     Family("leanserve_queue_rows", "gauge", "Rows in the queue now.", lambda v: _only(v.queue_rows())),
     Family("leanserve_device_busy_seconds", "counter", "Seconds in which lanes of the device ran the variant.", _busy),
     Family("leanserve_backend_facts", "counter", "What backends told of their batches, summed.", _backend_facts),
+    Family("leanserve_sequences", "gauge", "Sequences that are open now.", lambda v: _only(v.sequences)),
+    Family("leanserve_sequences_ended", "counter", "Sequences that are over, by how they ended.", _sequence_ends),
     Family("leanserve_device_lanes", "gauge", "Batches that the variant's device runs at a time.", _lanes),
     Family("nv_inference_request_success", "unknown", "Requests answered.", lambda v: _only(v.requests["ok"].count)),
     Family("nv_inference_request_failure", "unknown", "Requests not answered, by Triton's reason.", _failures),

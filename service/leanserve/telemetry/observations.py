@@ -11,7 +11,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from leanserve.contracts import Json
 from leanserve.errors import ServiceError
@@ -32,6 +32,10 @@ OUTCOMES = ("ok", *dict.fromkeys(_codes(ServiceError)))
 """How a request can end: answered, or the `code` of the error that refused it."""
 
 
+SequenceEnd = Literal["ended", "expired", "restarted", "unloaded", "failed"]
+"""How a sequence ends: as the client wishes, idle for too long, by another start of the same id, with its variant, or
+because its first request failed."""
+SEQUENCE_ENDS: tuple[SequenceEnd, ...] = get_args(SequenceEnd)
 VariantState = Literal["serving", "loading", "unloading", "unloaded", "excluded"]
 """Excluded: by its gate, since the start. The others have passed it and are loaded, or not, or on the way."""
 
@@ -114,7 +118,8 @@ class VariantMetrics:
 
     The thread of the event loop writes and reads. Batches are counted a moment after their replies; who reads calls
     `catch_up` first. `queue_rows` and `queue_requests` are called at scrape. `batches` has an entry per batch size
-    (rows) that occurred; `backend_facts` are sums of what backends told of their batches.
+    (rows) that occurred; `sequences` are those that are open now; `backend_facts` are sums of what backends told of
+    their batches.
     `lane_s` and `padding_tokens` are added to by who calls `batch_done`; the first are the seconds of all lanes that a
     batch had for itself. `last_batch_at` is in seconds since the epoch, 0 before the first batch.
     """
@@ -138,6 +143,8 @@ class VariantMetrics:
         "queue_rows",
         "requests",
         "rows",
+        "sequences",
+        "sequences_ended",
     )
 
     def __init__(self, name: str, facts: VariantFacts) -> None:
@@ -156,6 +163,8 @@ class VariantMetrics:
         self.backend_facts: dict[str, float] = {}
         self.last_batch_at = 0.0
         self.lane_s = 0.0
+        self.sequences = 0
+        self.sequences_ended: dict[SequenceEnd, int] = dict.fromkeys(SEQUENCE_ENDS, 0)
         # Summed over requests, as Triton counts: every request of a batch spent the whole batch's time.
         self.infer_request_s = 0.0
         self.input_request_s = 0.0

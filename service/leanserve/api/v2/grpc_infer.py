@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 
 from leanserve.api.v2.grpc_messages import message
-from leanserve.codecs.infer_plan import BinaryTensor, InferOptions, plan_json
+from leanserve.codecs.infer_plan import BinaryTensor, InferOptions, KeptTensor, plan_json
 from leanserve.codecs.open_inference import InferRequest
 from leanserve.codecs.tensors import DATATYPES, Datatype, ports, to_binary
 from leanserve.contracts import Array, Arrays, Json, ModelSpec
@@ -68,7 +68,9 @@ class GrpcInferDecoder:
         return InferRequest(inputs, plan.rows, plan.options)
 
 
-def _read(tensor: Array | BinaryTensor, sent: Mapping[str, bytes]) -> Array:
+def _read(tensor: Array | BinaryTensor | KeptTensor, sent: Mapping[str, bytes]) -> Array:
+    if isinstance(tensor, KeptTensor):
+        return tensor.read(b"", 0)
     assert isinstance(tensor, BinaryTensor)  # no input was restated as JSON data
     return tensor.read(sent[tensor.port.name], -tensor.start)
 

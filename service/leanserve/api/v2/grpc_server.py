@@ -344,7 +344,7 @@ class _Infer(Session[Any]):
         )
         decoded = decoder.decode(self.body)
         self._options = decoded.options
-        return ModelRequest((decoded.inputs,), terms=terms_of(decoded.options))
+        return ModelRequest((decoded.inputs,), terms=terms_of(decoded.options), sequence=decoded.options.sequence)
 
     def encode(self, answered: Answered) -> Any:
         names, form = (self._protocol.name, answered.variant.name), form_of(self.body)

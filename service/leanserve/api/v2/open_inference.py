@@ -14,7 +14,15 @@ from leanserve import __version__
 from leanserve.api.audit import AuditLog
 from leanserve.api.caveats import caveat_parameters
 from leanserve.api.service import Service
-from leanserve.codecs.description import Compute, Counters, Duration, model_config, model_metadata, statistics
+from leanserve.codecs.description import (
+    Compute,
+    Counters,
+    Duration,
+    in_sequences,
+    model_config,
+    model_metadata,
+    statistics,
+)
 from leanserve.codecs.infer_plan import InferOptions
 from leanserve.codecs.open_inference import InferDecoder
 from leanserve.codecs.tensors import clip
@@ -54,6 +62,7 @@ class OpenInference:
         decoders = {spec: InferDecoder(spec) for spec in {variant.spec for variant in self.fleet.opened.values()}}
         self.decoders = {name: decoders[variant.spec] for name, variant in self.fleet.opened.items()}
         """By variant; they know the JSON headers of recent requests."""
+        self.keeps_state = any(item.next_from for item in service.base.spec.inputs)
         self.takes_strings = any(item.dtype == "object" for spec in decoders for item in spec.inputs)
         """Whether a tensor may hold texts, whose reading takes as long as that of JSON."""
 
@@ -107,6 +116,8 @@ class OpenInference:
         offered = list(EXTENSIONS)
         if self._swaps_allowed:
             offered.append(REPOSITORY)
+        if self.keeps_state:
+            offered.append("sequence")
         return {"name": "leanserve", "version": __version__, "extensions": sorted(offered)}
 
     def metadata(self, model: str, version: str | None = None) -> dict[str, Json]:
@@ -135,6 +146,9 @@ class OpenInference:
         fewest = min((variant.batcher.limits for variant in asked), key=lambda limits: limits.levels)
         priorities = {"priority_levels": fewest.levels, "default_priority_level": fewest.default_level}
         config["dynamic_batching"] |= priorities
+        if self.keeps_state:
+            kept = self.service.config.sequences
+            config = in_sequences(config, spec, kept.most, round(kept.idle_s * 1e6))
         return config | caveat_parameters(self._base.caveats)
 
     def statistics(self, model: str | None = None, version: str | None = None) -> dict[str, Json]:

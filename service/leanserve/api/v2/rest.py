@@ -208,7 +208,7 @@ class _Infer(HttpSession):
     def decode(self, variant: Variant) -> ModelRequest:
         decoded = self._protocol.decoders[variant.name].decode(self.body or b"", self._json_length)
         self._options = decoded.options
-        return ModelRequest((decoded.inputs,), terms=terms_of(decoded.options))
+        return ModelRequest((decoded.inputs,), terms=terms_of(decoded.options), sequence=decoded.options.sequence)
 
     def encode(self, answered: Answered) -> Response:
         model, variant = self._protocol.name, answered.variant.name
