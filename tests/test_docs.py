@@ -15,6 +15,8 @@ import pytest
 from pydantic import BaseModel
 
 from leanserve.__main__ import app
+from leanserve.codecs.postprocess import STEPS
+from leanserve.codecs.postprocess.step import PostStep
 from leanserve.config.errors import KINDS
 from leanserve.config.schema import ServiceConfig
 from leanserve.passes import ALL
@@ -22,7 +24,8 @@ from leanserve.passes.base import Pass
 
 ROOT = Path(__file__).parent.parent
 DOCS = {
-    name: (ROOT / "docs" / name).read_text() for name in ("config.md", "passes.md", "request-path.md", "metrics.md")
+    name: (ROOT / "docs" / name).read_text()
+    for name in ("answers.md", "config.md", "passes.md", "request-path.md", "metrics.md")
 }
 README = (ROOT / "README.md").read_text()
 
@@ -48,9 +51,19 @@ def test_no_pass_is_documented_that_does_not_exist() -> None:
     assert set(re.findall(r"^### `(\w+)`", DOCS["passes.md"], re.MULTILINE)) == set(KINDS)
 
 
+@pytest.mark.parametrize("kind", STEPS)
+def test_every_step_of_post_processing_is_documented(kind: str) -> None:
+    heading = next(line for line in DOCS["answers.md"].splitlines() if line.startswith("### ") and f"`{kind}`" in line)
+    text = section(DOCS["answers.md"], "## Post-processing").partition("\n### ")[0] + section(
+        DOCS["answers.md"], heading
+    )
+    for option in STEPS[kind].model_fields:
+        assert f"| `{option}` |" in text, f"option '{option}' of {kind} is missing"
+
+
 def models_in(annotation: object) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [] if issubclass(annotation, Pass) else [annotation]
+        return [] if issubclass(annotation, Pass | PostStep) else [annotation]
     return [model for part in get_args(annotation) for model in models_in(part)]
 
 

@@ -42,6 +42,7 @@ class AppContext:
         from leanserve.bases.opening import Origin, open_base
         from leanserve.build.needs import require_data, require_machine
         from leanserve.build.plan import plan, shortfall
+        from leanserve.codecs.postprocess.chain import PostChain
         from leanserve.config.schema import read_config
         from leanserve.config.yaml import read_yaml
         from leanserve.hardware import this_hardware, thread_budget
@@ -60,6 +61,7 @@ class AppContext:
             cache=root.resolve() if make_cache else None,
         )
         self.base: Base = open_base(origin, where)
+        self.post = PostChain(self.config.postprocess, self.base.spec, origin.folder)
         budget = thread_budget()
         threads = budget if self.config.threads == "auto" else self.config.threads
         self.hardware: Hardware = this_hardware(threads, visible_gpus())
@@ -141,7 +143,7 @@ class AppContext:
             if report.reason is not None:
                 startup.exclude(report.name, report.reason)
         device = Device("cpu", self.threads, self.lanes(reports), spare=self.spare)
-        warm = WarmFleet(self.base, serving_plans(self.config, reports), device, traffic_plan(self.config))
+        warm = WarmFleet(self.base, serving_plans(self.config, reports), device, traffic_plan(self.config), self.post)
         alone = sum(report.state == "serving" for report in reports) == 1
 
         def share_of(threads: int) -> Share:

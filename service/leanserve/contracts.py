@@ -348,8 +348,8 @@ class Codec(Protocol):
     def decode(self, media_type: str, body: bytes) -> Decoded:
         """Check and decode a body. Raises `BadInput`, `BodyTooLarge` or `UnsupportedMediaType`."""
 
-    def encode(self, outputs: Arrays) -> list[dict[str, Json]]:
-        """One JSON-able answer per row."""
+    def encode(self, outputs: Arrays, most: int | None = None) -> list[dict[str, Json]]:
+        """One answer per row, as JSON with numpy's numbers; `most`: how many of the scores of labels."""
 
 
 class Placement(NamedTuple):

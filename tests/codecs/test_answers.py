@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 
 from leanserve.codecs.answers import AnswerEncoder
-from leanserve.contracts import Array, Meaning, ModelSpec, TensorSpec
+from leanserve.contracts import Array, Json, Meaning, ModelSpec, TensorSpec
 from leanserve.errors import BackendFailed, ConfigError
+from leanserve.http.messages import json_response
 
 LABELS = ("cat", "dog", "owl")
 SURE = np.array([[0.03, 0.912, 0.058]], np.float32)
@@ -19,6 +21,11 @@ def of(meaning: Meaning, *others: TensorSpec, labelled: int = 0, labels: tuple[s
     """The encoder of a model with one output of three numbers, which may stand behind others."""
     outputs = (*others[:labelled], TensorSpec("out", "float32", (3,), meaning=meaning), *others[labelled:])
     return AnswerEncoder(ModelSpec((), outputs, labels, labelled=labelled))
+
+
+def sent(answers: Json) -> Json:
+    """As a client reads them."""
+    return json.loads(json_response(answers).body)
 
 
 @pytest.mark.parametrize(
@@ -60,11 +67,11 @@ def test_what_is_no_number_is_not_answered(meaning: Meaning, row: list[float]) -
 
 def test_without_labels_the_meaning_decides() -> None:
     row = np.array([[1, 2, 3]], np.float32)
-    assert of("embedding", labels=()).encode((row,)) == [{"embedding": [1, 2, 3]}]
+    assert sent(of("embedding", labels=()).encode((row,))) == [{"embedding": [1, 2, 3]}]
     for meaning in ("values", "logits", "probabilities"):
-        assert of(meaning, labels=()).encode((row,)) == [{"outputs": {"out": [1, 2, 3]}}]
+        assert sent(of(meaning, labels=()).encode((row,))) == [{"outputs": {"out": [1, 2, 3]}}]
     two = of("embedding", TensorSpec("length", "float32", ()), labels=())
-    assert two.encode((row, np.array([3.5], np.float32))) == [{"outputs": {"out": [1, 2, 3], "length": 3.5}}]
+    assert sent(two.encode((row, np.array([3.5], np.float32)))) == [{"outputs": {"out": [1, 2, 3], "length": 3.5}}]
 
 
 def test_labels_of_what_has_no_classes_are_refused() -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -20,6 +21,7 @@ from leanserve.api.tls import TlsFiles
 from leanserve.artifacts.manifest import Manifest, OutputFidelity, Quality, VariantReport
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
+from leanserve.codecs.postprocess.chain import PostChain
 from leanserve.config.schema import ServiceConfig
 from leanserve.context import serving_plans, traffic_plan
 from leanserve.contracts import Array, Arrays, Codec, Data, Model, ModelSpec, Result, Split, TensorSpec
@@ -155,7 +157,7 @@ class Opened:
 
     def service(self) -> Service:
         """On the running loop."""
-        return Service(Fleet(self.warm), self.warm.base, self.config, Access(local=True))
+        return Service(Fleet(self.warm), self.warm.base, self.config, Access(local=True), self.warm.post)
 
 
 def planned(config: ServiceConfig, base: object, device: Device, excluded: Mapping[str, str] = {}) -> Opened:
@@ -163,7 +165,8 @@ def planned(config: ServiceConfig, base: object, device: Device, excluded: Mappi
     spec: ModelSpec = base.spec  # type: ignore[attr-defined]
     reports = [report(item.name, excluded.get(item.name), spec) for item in config.variants]
     plans = serving_plans(config, reports)
-    return Opened(config, WarmFleet(base, plans, device, traffic_plan(config)))  # type: ignore[arg-type]
+    post = PostChain(config.postprocess, spec, Path())
+    return Opened(config, WarmFleet(base, plans, device, traffic_plan(config), post))  # type: ignore[arg-type]
 
 
 def open_variants(gate: threading.Event, spec: ModelSpec = SPEC, **changes: Any) -> Opened:

@@ -56,7 +56,7 @@ class NoCodec:
     def decode(self, media_type: str, body: bytes) -> Decoded:
         raise NotImplementedError
 
-    def encode(self, outputs: Arrays) -> list[dict[str, Json]]:
+    def encode(self, outputs: Arrays, most: int | None = None) -> list[dict[str, Json]]:
         raise NotImplementedError
 
 

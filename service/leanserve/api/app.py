@@ -54,6 +54,7 @@ def create_app(service: Service) -> HotPath:
         return {
             "model": fleet.name,
             "caveats": service.base.caveats,
+            "postprocess": service.post.described(),
             "variants": [_variant(fleet, name) for name in fleet.plans],
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from leanserve.api.service import Service
 from leanserve.http.content_encoding import encoding_of_body, inflate
 from leanserve.http.messages import Request, Response, disconnect_check, read_body
-from leanserve.serving.session import Session, off_loop
+from leanserve.serving.session import Answered, Session, off_loop
 
 
 async def plain_body(request: Request, limit: int) -> bytes | memoryview:
@@ -20,6 +20,13 @@ async def plain_body(request: Request, limit: int) -> bytes | memoryview:
     encoding = encoding_of_body(request.header(b"content-encoding"))
     body = await read_body(request, limit)
     return body if encoding is None else await off_loop(inflate, bytes(body), encoding, limit)
+
+
+def how_headers(answered: Answered) -> list[tuple[bytes, bytes]]:
+    """Who answered and how it ran, where a body has no place for it."""
+    told = answered.how_it_ran().items()
+    how = [(f"x-{name.replace('_', '-')}".encode(), str(value).encode()) for name, value in told]
+    return [(b"x-variant", answered.variant.name.encode()), *how]
 
 
 class HttpSession(Session[Response]):

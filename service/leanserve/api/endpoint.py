@@ -63,13 +63,14 @@ class OpenAiErrorReply(BaseModel):
 
 class Declaration(NamedTuple):
     """What is told of an endpoint: what it `takes`, by name (`in_path`, `in_header`, `in_body`); bodies
-    that are no JSON, by content type; what it `gives`, and the shape in which it refuses."""
+    that are no JSON, by content type; what it `gives`, the shape in which it refuses, and answers that are no JSON."""
 
     summary: str
     takes: Mapping[str, Any] = _NONE
     media: Mapping[str, Json] = _NONE
     gives: Any = None
     refuses: type[BaseModel] = ErrorReply
+    gives_media: Mapping[str, Json] = _NONE
 
 
 class Endpoint(NamedTuple):
@@ -98,6 +99,13 @@ def in_header(name: str, text: str) -> Any:
     from fastapi import Header
 
     return Annotated[str, Header(alias=name, description=text)]
+
+
+def in_query(kind: Any, text: str) -> Any:
+    """What a request may say behind the path."""
+    from fastapi import Query
+
+    return Annotated[kind, Query(description=text)]
 
 
 def in_path(names: Sequence[str]) -> Any:
@@ -144,6 +152,8 @@ def _declared(path: str, method: str, declared: Declaration) -> APIRoute:
     }
     # FastAPI would tell of a 422 of its own, which is a 400 here.
     refusals["default"] = {"model": declared.refuses, "description": "any other failure"}
+    if declared.gives_media:
+        refusals[200] = {"content": dict(declared.gives_media)}
     content = {"requestBody": {"required": True, "content": dict(declared.media)}} if declared.media else None
     return APIRoute(
         path,
@@ -159,8 +169,8 @@ def _declared(path: str, method: str, declared: Declaration) -> APIRoute:
 
 
 def _parameter(name: str, annotation: Any) -> inspect.Parameter:
-    from fastapi.params import Header
+    from fastapi.params import Header, Query
 
-    may_be_left_out = isinstance(annotation.__metadata__[0], Header)
+    may_be_left_out = isinstance(annotation.__metadata__[0], Header | Query)
     default = None if may_be_left_out else inspect.Parameter.empty
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)

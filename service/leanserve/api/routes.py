@@ -64,7 +64,7 @@ class HotPath:
         if method != route.method and not (method == "HEAD" and route.method == "GET"):
             route = self._refusing(route, _wrong_method(path, method, route.method))
         # ASGI gives the names in lower case. A dict costs less than a second look through the list.
-        request = Request(path, dict(scope["headers"]), receive)
+        request = Request(path, dict(scope["headers"]), receive, query=scope["query_string"])
         if route.role == "admin":
             remember_caller(None, (scope.get("client") or ("unknown",))[0])
         reply = await self.answer(route, request)

@@ -217,7 +217,7 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(DECODER_THREADS, thread_name_prefix="decode"))
         try:
-            service = Service(Fleet(warm), warm.base, self._settings, self._access)
+            service = Service(Fleet(warm), warm.base, self._settings, self._access, warm.post)
             self._front.serve(create_app(service))
             if self._grpc is not None:
                 self._grpc.serve(service)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from leanserve.api.access import Access
+from leanserve.codecs.postprocess.chain import PostChain
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Base
 from leanserve.serving.fleet import Fleet
 
 
 class Service(NamedTuple):
-    """The variants that answer, the base that they were made of, what the config says about clients, and who
-    may do what."""
+    """The variants that answer, the base that they were made of, what the config says about clients, who may do what,
+    and what becomes of outputs before clients see them."""
 
     fleet: Fleet
     base: Base
     config: ServiceConfig
     access: Access
+    post: PostChain

@@ -32,8 +32,8 @@ class AnswerEncoder:
         if spec.labels and spec.outputs and spec.outputs[spec.labelled].meaning not in PROBABILITIES:
             raise ConfigError(f"the labels name the output '{spec.outputs[spec.labelled].name}', which is no classes")
 
-    def encode(self, outputs: Arrays) -> list[dict[str, Json]]:
-        """One answer per row.
+    def encode(self, outputs: Arrays, most: int | None = None) -> list[dict[str, Json]]:
+        """One answer per row, arrays as numpy has them; `most`: how many of the best scores of labels are told.
 
         Raises:
             BackendFailed: the values are not finite (JSON has no NaN), or there is not one per label. A logit of -inf
@@ -41,13 +41,15 @@ class AnswerEncoder:
         """
         if self.spec.labels:
             named = self.spec.outputs[self.spec.labelled]
-            return _classes(_shares(outputs[self.spec.labelled], named.meaning, self.spec.labels), self.spec.labels)
+            return _classes(
+                _shares(outputs[self.spec.labelled], named.meaning, self.spec.labels), self.spec.labels, most
+            )
         for item, array in zip(self.spec.outputs, outputs, strict=True):
             _require_finite(array, f"output '{item.name}'")
         if len(outputs) == 1 and self.spec.outputs[0].meaning == "embedding":
-            return [{"embedding": row} for row in outputs[0].tolist()]
+            return [{"embedding": row} for row in np.ascontiguousarray(outputs[0])]
         names = [item.name for item in self.spec.outputs]
-        rows = zip(*(array.tolist() for array in outputs), strict=True)
+        rows = zip(*(np.ascontiguousarray(array) for array in outputs), strict=True)
         return [{"outputs": dict(zip(names, row, strict=True))} for row in rows]
 
 
@@ -89,9 +91,9 @@ def _ruled_out_at_zero(array: Array) -> Array:
     return np.where(ruled_out & ~ruled_out.all(axis=1, keepdims=True), 0.0, array)
 
 
-def _classes(shares: Array, labels: tuple[str, ...]) -> list[dict[str, Json]]:
+def _classes(shares: Array, labels: tuple[str, ...], most: int | None) -> list[dict[str, Json]]:
     """Probabilities [rows, labels] -> per row the best label and the probabilities, best first."""
-    told = BEST if len(labels) > MANY_LABELS else len(labels)
+    told = most or (BEST if len(labels) > MANY_LABELS else len(labels))
     best = (-shares).argsort(axis=1, kind="stable")[:, :told]
     scores = np.take_along_axis(shares, best, axis=1)
     return [_answer(labels, *row) for row in zip(best.tolist(), scores.tolist(), strict=True)]

@@ -78,9 +78,9 @@ class ArrayCodec:
         named = self._by_name(arrays)
         return _joined(self.fields, [self._checked(item, array, where) for item, array, where in named])
 
-    def encode(self, outputs: Arrays) -> list[dict[str, Json]]:
+    def encode(self, outputs: Arrays, most: int | None = None) -> list[dict[str, Json]]:
         """One answer per row, see `leanserve.codecs.answers`."""
-        return self.answers.encode(outputs)
+        return self.answers.encode(outputs, most)
 
     def _by_name(self, inputs: Any) -> list[tuple[TensorSpec, Any, str]]:
         """Each field with what was sent for it and where that stands."""

@@ -116,9 +116,9 @@ class ImageCodec:
         self._require_taken(kind, media_type)
         return self._decoded([self._opened(EncodedImage(kind, body, "the body"))], many=False)
 
-    def encode(self, outputs: Arrays) -> list[dict[str, Json]]:
+    def encode(self, outputs: Arrays, most: int | None = None) -> list[dict[str, Json]]:
         """One answer per row, see `leanserve.codecs.answers`."""
-        return self.answers.encode(outputs)
+        return self.answers.encode(outputs, most)
 
     def row(self, image: Image.Image) -> Array:
         """Image -> float32 [C, H, W], scaled and normalised."""

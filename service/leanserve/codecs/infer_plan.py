@@ -20,6 +20,8 @@ from leanserve.codecs.tensors import Buffer, Datatype, Port, Shape, clip, from_b
 from leanserve.contracts import Array, Arrays, Json, SequenceStep
 from leanserve.errors import BadInput
 
+POSTPROCESS = "postprocess"
+"""The request parameter that asks for the answers of post-processing instead of the model's outputs."""
 _MAX_INT = 2**63 - 1
 LONGEST_ID = 128
 """Characters of the id of a sequence."""
@@ -46,6 +48,11 @@ class InferOptions(NamedTuple):
     priority: int | None
     outputs: tuple[WantedOutput, ...]
     sequence: SequenceStep | None = None
+
+    @property
+    def is_postprocessed(self) -> bool:
+        """Whether the answers of post-processing are asked for."""
+        return POSTPROCESS in self.parameters and self.parameters[POSTPROCESS] is True
 
 
 class KeptTensor(NamedTuple):
@@ -199,6 +206,10 @@ def _options(
     if identity is not None and type(identity) is not str:
         raise BadInput(f"'id' must be a string, not {clip(identity)}")
     every_output = _boolean(parameters, "binary_data_output", "the request") or False
+    if _boolean(parameters, POSTPROCESS, "the request") and document.get("outputs"):
+        raise BadInput(
+            f"parameter {POSTPROCESS!r} asks for other tensors than the model's outputs; leave 'outputs' out"
+        )
     return InferOptions(
         identity or "",
         MappingProxyType(parameters),

@@ -94,9 +94,9 @@ class TextCodec:
         tokens = self.tokens(texts)
         return Decoded(self.arrays(tokens), isinstance(inputs, list), tuple(map(len, tokens)))
 
-    def encode(self, outputs: Arrays) -> list[dict[str, Json]]:
+    def encode(self, outputs: Arrays, most: int | None = None) -> list[dict[str, Json]]:
         """One answer per row, see `leanserve.codecs.answers`."""
-        return self.answers.encode(outputs)
+        return self.answers.encode(outputs, most)
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text, special ones included, at most `max_length` of them.

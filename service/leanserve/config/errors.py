@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, get_args
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from leanserve.codecs.postprocess import STEPS
 from leanserve.config.base_section import FORMS as BASE_FORMS
 from leanserve.config.base_section import IMAGE_FORMS
 from leanserve.config.data_section import DATA_FORMS
@@ -95,7 +96,7 @@ def _text(item: ErrorDetails, steps: tuple[PathStep, ...], root: type[BaseModel]
         return f"must be a mapping with the keys {', '.join(_keys_at(item['loc'], root))}{_got(item)}"
     if kind == "too_short":
         return f"must have at least {context['min_length']} entry"
-    if special := _text_of_key(item, steps, root) or _text_of_pass(item):
+    if special := _text_of_key(item, steps, root) or _text_of_kind(item):
         return special
     text = f"must be {TYPES[kind]}" if kind in TYPES else item["msg"].removeprefix("Value error, ")
     return text + _got(item) if steps else text
@@ -114,12 +115,14 @@ def _text_of_key(item: ErrorDetails, steps: tuple[PathStep, ...], root: type[Bas
     return f"unknown key '{steps[-1]}'{_near(str(steps[-1]), known, 'known keys are')}"
 
 
-def _text_of_pass(item: ErrorDetails) -> str | None:
+def _text_of_kind(item: ErrorDetails) -> str | None:
+    what, known = ("step", STEPS) if item["loc"][:1] == ("postprocess",) else ("pass", KINDS)
+    plural = "steps" if what == "step" else "passes"
     if item["type"] == "union_tag_invalid":
         wrong = str(item["ctx"]["tag"])
-        return f"unknown pass '{wrong}'{_near(wrong, list(KINDS), 'passes are')}"
+        return f"unknown {what} '{wrong}'{_near(wrong, list(known), f'{plural} are')}"
     if item["type"] in {"union_tag_not_found", "model_attributes_type"}:
-        return f"a pass is written {{kind: NAME, option: value}}; passes are {', '.join(KINDS)}"
+        return f"a {what} is written {{kind: NAME, option: value}}; {plural} are {', '.join(known)}"
     return None
 
 
@@ -172,8 +175,8 @@ def _keys_at(location: tuple[PathStep, ...], root: type[BaseModel]) -> list[str]
     for step in location:
         if _is_form(step):
             section = FORMS[str(step)]
-        elif step in KINDS:
-            section = KINDS[str(step)]
+        elif step in _TAGGED:
+            section = _TAGGED[str(step)]
         elif isinstance(step, str) and step in section.model_fields:
             section = _model_in(section.model_fields[step].annotation) or section
     return list(section.model_fields)
@@ -196,3 +199,4 @@ FORMS: dict[str, type[BaseModel]] = {
     **IMAGE_FORMS,
 }
 KINDS: dict[str, type[Pass]] = {kind_of(pass_): pass_ for pass_ in ALL}
+_TAGGED: Mapping[str, type[BaseModel]] = {**KINDS, **STEPS}

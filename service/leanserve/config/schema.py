@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from leanserve.codecs.postprocess import AnyStep
 from leanserve.config.auth_section import AuthConfig, TlsConfig
 from leanserve.config.base_section import AnyBase, OnnxBase, TorchExportBase
 from leanserve.config.data_section import AnyData
@@ -171,6 +172,7 @@ class ServiceConfig(Section):
     base: AnyBase = Field(description="the model that the variants compress")
     data: AnyData | None = Field(None, description="rows for calibration, training and the gate")
     variants: tuple[VariantConfig, ...] = Field(min_length=1)
+    postprocess: tuple[AnyStep, ...] = Field((), description="what becomes of outputs before clients see them")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every pass that draws random numbers")
     threads: AtLeastOne | Literal["auto"] = Field(
         "auto", description="CPU threads for inference; auto = quota and affinity"

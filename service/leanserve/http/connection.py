@@ -237,7 +237,7 @@ class Connection(HttpToolsProtocol):
         if answer is None or b"content-length" not in fields:
             self._take_uvicorns_way(headers)
         else:
-            exchange = Exchange(self, answer, path.decode("ascii"), fields)
+            exchange = Exchange(self, answer, self.url, fields)
             self.cycle = self._arriving = self._running = exchange  # type: ignore[assignment]
         self._place = "body"
 

@@ -32,6 +32,7 @@ class Exchange:
         "_headers",
         "_parts",
         "_path",
+        "_query",
         "_task",
         "_waiter",
         "disconnected",
@@ -42,10 +43,10 @@ class Exchange:
         "response_complete",
     )
 
-    def __init__(self, connection: Connection, answer: Answer, path: str, headers: dict[bytes, bytes]) -> None:
+    def __init__(self, connection: Connection, answer: Answer, url: bytes, headers: dict[bytes, bytes]) -> None:
         self._connection = connection
         self._answer = answer
-        self._path = path
+        self._path, _, self._query = url.partition(b"?")
         self._headers = headers
         self._parts: list[bytes] = []
         self._body: bytes | memoryview | None = None
@@ -91,7 +92,8 @@ class Exchange:
     def start(self, body: bytes | None = None) -> None:
         """Answer the request, whose body came with its head or is to be received."""
         # The exchange does not keep the request: they would hold each other until the garbage collector looks.
-        request = Request(self._path, self._headers, self.receive, body, self.begun if body is None else body)
+        begun = self.begun if body is None else body
+        request = Request(self._path.decode("ascii"), self._headers, self.receive, body, begun, query=self._query)
         self._task = _task(self._connection.loop, self._run(request))
         self._connection.tasks.add(self._task)
 

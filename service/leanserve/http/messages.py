@@ -29,7 +29,7 @@ class Request:
 
     The names in `headers` are in lower case. `body` is there where it came with the head: whole, not compressed, and
     not above the limit. Else it is to be read by `receive`, as ASGI has it; `begun` is what is known of it before. The
-    headers of its `identity` go into the response.
+    headers of its `identity` go into the response. `query` is what follows the `?` of the address, as it was sent.
     """
 
     path: str
@@ -38,6 +38,7 @@ class Request:
     body: bytes | None = None
     begun: bytes = b""
     identity: RequestIdentity = ()
+    query: bytes = b""
 
     def header(self, name: bytes) -> str | None:
         """The header of that (lower-case) name, decoded; `None` if absent or empty."""
@@ -76,8 +77,12 @@ class Route(NamedTuple):
 
 
 def json_response(body: Json, headers: Headers = (), status: int = 200) -> Response:
-    """A reply with a JSON body."""
-    return Response(orjson.dumps(body), [(b"content-type", b"application/json"), *headers], status)
+    """A reply with a JSON body, numbers and arrays of numpy included."""
+    return Response(
+        orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY),
+        [(b"content-type", b"application/json"), *headers],
+        status,
+    )
 
 
 async def read_body(caller: Request, limit: int) -> bytes | memoryview:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
+from leanserve.codecs.postprocess.chain import PostChain
 from leanserve.contracts import Base, Codec, ModelSpec
 from leanserve.errors import StartupError
 from leanserve.memory import is_out_of_memory
@@ -88,12 +90,19 @@ class WarmFleet:
     """The variants of a base on one device: planned all at once, then opened one after the other."""
 
     def __init__(
-        self, base: Base, plans: Sequence[VariantPlan], device: Device, traffic: TrafficPlan | None = None
+        self,
+        base: Base,
+        plans: Sequence[VariantPlan],
+        device: Device,
+        traffic: TrafficPlan | None = None,
+        post: PostChain | None = None,
     ) -> None:
         self.base = base
         self.plans = {plan.name: plan for plan in plans}
         self.device = device
         self.traffic = traffic or TrafficPlan()
+        self.post = post or PostChain((), base.spec, Path())
+        """What becomes of the outputs before clients see them."""
         self.variants: dict[str, WarmVariant] = {}
         """Those that are open."""
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from leanserve.api.bodies import HttpSession
+from leanserve.api.bodies import HttpSession, how_headers
 from leanserve.api.endpoint import Declaration, Endpoint, OpenAiErrorReply, endpoint, in_body, one_of, which_variant
 from leanserve.api.openai.models import gives_embeddings, no_embeddings, refusal, served_models, variant_of
 from leanserve.api.service import Service
@@ -162,9 +162,5 @@ class _Embeddings(HttpSession):
         if not np.isfinite(embeddings).all():
             raise BackendFailed("the model's embeddings are not finite")
         variant = answered.variant.name
-        how = [
-            (f"x-{name.replace('_', '-')}".encode(), str(value).encode())
-            for name, value in answered.how_it_ran().items()
-        ]
-        headers = [(b"content-type", b"application/json"), (b"x-variant", variant.encode()), *how]
+        headers = [(b"content-type", b"application/json"), *how_headers(answered)]
         return Response(encode_reply(embeddings, self._asked.form, variant, self._tokens), headers)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, WithJsonSchema, create_model
 
-from leanserve.api.bodies import HttpSession
-from leanserve.api.endpoint import Declaration, Endpoint, endpoint, which_variant
+from leanserve.api.bodies import HttpSession, how_headers
+from leanserve.api.endpoint import Declaration, Endpoint, endpoint, in_query, which_variant
 from leanserve.api.service import Service
+from leanserve.api.v1.answer_forms import DEFAULT_WISH, MOST_TOP, NPZ, AnswerForms, OutputRows, archive
 from leanserve.codecs.image_formats import FORMAT_NAMES, media_types
+from leanserve.codecs.postprocess.chain import PostChain
 from leanserve.contracts import Json, Place
 from leanserve.http.messages import Request, Response, Route, json_response
 from leanserve.serving.length_groups import in_order
@@ -44,13 +46,15 @@ class PlacedImage(BaseModel):
 
 
 class RowAnswer(BaseModel):
-    """What is told of one row: label and scores, an embedding, or outputs by name."""
+    """What is told of one row: label and scores, an embedding, or outputs by name; where it lies in what was sent."""
 
     label: str | None = None
     scores: dict[str, float] | None = None
     embedding: list[float] | None = None
     outputs: dict[str, Any] | None = None
     image: PlacedImage | None = None
+    start_s: float | None = None
+    end_s: float | None = None
 
 
 class HowItRan(BaseModel):
@@ -62,39 +66,47 @@ class HowItRan(BaseModel):
     batch_rows: int
 
 
-class OneAnswer(RowAnswer, HowItRan):
-    """The answer to a single row."""
-
-
-class ManyAnswers(HowItRan):
-    """The answers to a list of rows, in its order."""
-
-    predictions: list[RowAnswer]
-
-
 def predict_endpoint(service: Service) -> Endpoint:
     """Predictions in the base's own formats."""
+    forms = AnswerForms(service.base.spec, service.post)
     media = {media_type: _BODIES.get(media_type, {}) for media_type in service.base.codec.media_types}
-    told = Declaration("Predict", which_variant(service), media, OneAnswer | ManyAnswers)
-    return endpoint(PREDICT, Route("POST", "predict", partial(predict, service)), told)
+    names = in_query(list[str], f"answer only these: {', '.join(forms.names)}; several with commas between")
+    asked = {
+        **which_variant(service),
+        "outputs": names,
+        "top": in_query(Annotated[int, Field(ge=1, le=MOST_TOP)], "of every list only the largest numbers"),
+    }
+    told = Declaration("Predict", asked, media, _answers(service.post), gives_media={NPZ: {"schema": _FILE}})
+    return endpoint(PREDICT, Route("POST", "predict", partial(predict, service, forms)), told)
 
 
-def predict(service: Service, request: Request) -> Awaitable[Response]:
+def _answers(post: PostChain) -> Any:
+    """The answer to a single row, or to a list of rows in its order, with what post-processing tells."""
+    written: dict[str, Any] = {
+        name: (Annotated[Any, WithJsonSchema(schema)], None) for name, schema in post.schema().items()
+    }
+    row: Any = create_model("RowAnswers", __base__=RowAnswer, **written)
+    one: Any = create_model("OneAnswer", __base__=(row, HowItRan))
+    return one | create_model("ManyAnswers", __base__=HowItRan, predictions=(list[row], ...))
+
+
+def predict(service: Service, forms: AnswerForms, request: Request) -> Awaitable[Response]:
     """Answer one request.
 
     Raises:
         ServiceError: whatever kept it from being answered.
     """
-    return CodecSession(service, request).run()
+    return _Predict(service, forms, request).run()
 
 
 class CodecSession(HttpSession):
-    """The session of a request whose body and answer are those of the variant's codec."""
+    """The session of a request whose body is one of the variant's codec."""
 
     many = False
     """Whether a list of rows was sent."""
-    told: Sequence[Place] = ()
-    """What an answer tells of where its row came from, by row; empty where that is nothing."""
+    places: Sequence[Place] = ()
+    """Where rows lie in what was sent, and whether that is told; empty where the codec does not say."""
+    tells_places = False
 
     def asked(self) -> VariantChoice:
         return self.http.header(b"x-variant"), self.http.header(self.fleet.sticky_header)
@@ -105,16 +117,48 @@ class CodecSession(HttpSession):
     def decode(self, variant: Variant) -> ModelRequest:
         content_type = self.http.header(b"content-type") or ""  # with its parameters: a form names its boundary there
         decoded = variant.codec.decode(content_type, bytes(self.body or b""))
-        self.many = decoded.many
-        self.told = decoded.places if decoded.tells_places else ()
+        self.many, self.places, self.tells_places = decoded.many, decoded.places, decoded.tells_places
         return grouped_rows(decoded, variant.spec)
 
+
+class _Predict(CodecSession):
+    _wish = DEFAULT_WISH
+
+    def __init__(self, service: Service, forms: AnswerForms, request: Request) -> None:
+        super().__init__(service, request)
+        self._forms = forms
+        self.encodes_quickly = not forms.is_costly
+
+    def asked(self) -> VariantChoice:
+        self._wish = self._forms.wished(self.http)
+        return super().asked()
+
     def encode(self, answered: Answered) -> Response:
+        if self._wish.form == "npz":
+            return self._archive(answered)
         variant = answered.variant
-        parts = [variant.codec.encode(part.outputs) for part in answered.parts]
+        parts = [self._told(answered, part) for part in range(len(answered.parts))]
         answers = in_order(parts, answered.groups) if answered.groups else parts[0]
-        if self.told:
-            answers = [{**answer, **place.told()} for answer, place in zip(answers, self.told, strict=True)]
+        if self.tells_places:
+            answers = [{**answer, **place.told()} for answer, place in zip(answers, self.places, strict=True)]
         how: dict[str, Json] = {"variant": variant.name, **answered.how_it_ran()}
         body = {"predictions": answers, **how} if self.many else {**answers[0], **how}
         return json_response(body, [(b"x-variant", variant.name.encode())])
+
+    def _told(self, answered: Answered, part: int) -> list[dict[str, Json]]:
+        if self._forms.tells_classes(self._wish):
+            return answered.variant.codec.encode(answered.parts[part].outputs, self._wish.top)
+        return self._forms.told(self._rows(answered, part), self._wish)
+
+    def _archive(self, answered: Answered) -> Response:
+        numbers = range(len(answered.parts))
+        parts = [self._forms.columns(self._rows(answered, part), self._wish) for part in numbers]
+        groups = answered.groups or [range(len(answered.parts[0].outputs[0]))]
+        body = archive(parts, groups, self.places if self.tells_places else ())
+        return Response(body, [(b"content-type", NPZ.encode()), *how_headers(answered)])
+
+    def _rows(self, answered: Answered, part: int) -> OutputRows:
+        places = self.places
+        if places and answered.groups:
+            places = [places[row] for row in answered.groups[part]]
+        return OutputRows(answered.parts[part].outputs, answered.variant.spec, places)

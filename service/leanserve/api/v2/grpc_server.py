@@ -343,12 +343,16 @@ class _Infer(Session[Any]):
             variant.spec, GrpcInferDecoder(variant.spec)
         )
         decoded = decoder.decode(self.body)
-        self._options = decoded.options
-        return ModelRequest((decoded.inputs,), terms=terms_of(decoded.options), sequence=decoded.options.sequence)
+        self._options = options = decoded.options
+        self.encodes_quickly = not (options.is_postprocessed and self._protocol.service.post.costly)
+        return ModelRequest((decoded.inputs,), terms=terms_of(options), sequence=options.sequence)
 
     def encode(self, answered: Answered) -> Any:
         names, form = (self._protocol.name, answered.variant.name), form_of(self.body)
-        return encode(self._options, answered.parts[0].outputs, form, names, answered.how_it_ran())
+        options, outputs = self._options, answered.parts[0].outputs
+        if options.is_postprocessed:
+            options, outputs = self._protocol.postprocessed(options, outputs, answered.variant.spec)
+        return encode(options, outputs, form, names, answered.how_it_ran())
 
 
 def _stays() -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from leanserve import __version__
 from leanserve.api.audit import AuditLog
@@ -23,10 +23,10 @@ from leanserve.codecs.description import (
     model_metadata,
     statistics,
 )
-from leanserve.codecs.infer_plan import InferOptions
+from leanserve.codecs.infer_plan import POSTPROCESS, InferOptions, WantedOutput
 from leanserve.codecs.open_inference import InferDecoder
-from leanserve.codecs.tensors import clip
-from leanserve.contracts import Json, ModelSpec
+from leanserve.codecs.tensors import clip, ports
+from leanserve.contracts import Array, Arrays, Json, ModelSpec, TensorSpec
 from leanserve.errors import BadInput, NotFound
 from leanserve.serving.session import DEFAULT_TERMS, Terms
 from leanserve.serving.variant import Variant
@@ -42,6 +42,13 @@ INDEX_STATES = {"serving": "READY", "loading": "LOADING", "unloading": "UNLOADIN
 """The protocol's word for a variant's state; any other is `UNAVAILABLE`."""
 
 _Swap: TypeAlias = tuple[str, Callable[[str | None], Awaitable[None]]]
+
+
+class PostInfer(NamedTuple):
+    """Tensors that are not outputs of the model, and the options that ask for just these."""
+
+    options: InferOptions
+    arrays: Arrays
 
 
 class OpenInference:
@@ -165,6 +172,23 @@ class OpenInference:
                 told = reason or ("unloaded" if standing == "unloaded" else "")
                 index.append({"name": self.name, "version": name, "state": state, "reason": told})
         return index
+
+    def postprocessed(self, options: InferOptions, outputs: Arrays, spec: ModelSpec) -> PostInfer:
+        """What answers a request that asks for post-processing, which has no image to map boxes to.
+
+        Raises:
+            BadInput: the config has none.
+        """
+        chain = self.service.post
+        if not chain.ends:
+            raise BadInput(f"parameter {POSTPROCESS!r}: the config of this service has no section postprocess")
+        arrays: dict[str, Array] = {}
+        for name, columns in chain.answers(outputs, spec, (), chain.ends).items():
+            arrays |= columns.named(name)
+        binary = options.parameters.get("binary_data_output") is True
+        told = ports(TensorSpec(name, array.dtype.name, array.shape[1:]) for name, array in arrays.items())
+        wanted = tuple(WantedOutput(port, "binary" if binary else "json") for port in told.values())
+        return PostInfer(options._replace(outputs=wanted), tuple(arrays.values()))
 
     def check_model(self, model: str) -> None:
         """Raise `NotFound` for another model."""

@@ -207,12 +207,17 @@ class _Infer(HttpSession):
 
     def decode(self, variant: Variant) -> ModelRequest:
         decoded = self._protocol.decoders[variant.name].decode(self.body or b"", self._json_length)
-        self._options = decoded.options
-        return ModelRequest((decoded.inputs,), terms=terms_of(decoded.options), sequence=decoded.options.sequence)
+        self._options = options = decoded.options
+        if options.is_postprocessed and self._protocol.service.post.costly:
+            self.encodes_quickly = False
+        return ModelRequest((decoded.inputs,), terms=terms_of(options), sequence=options.sequence)
 
     def encode(self, answered: Answered) -> Response:
         model, variant = self._protocol.name, answered.variant.name
-        reply = encode_infer(self._options, answered.parts[0].outputs, model, variant, answered.how_it_ran())
+        options, outputs = self._options, answered.parts[0].outputs
+        if options.is_postprocessed:
+            options, outputs = self._protocol.postprocessed(options, outputs, answered.variant.spec)
+        reply = encode_infer(options, outputs, model, variant, answered.how_it_ran())
         headers = _headers(reply, variant)
         if self._compression is None:
             return Response(reply.body, headers)
