@@ -21,12 +21,14 @@ from leanserve import __version__
 from leanserve.context import AppContext
 from leanserve.errors import StartupError
 from leanserve.request_identity import RequestInLog
+from leanserve.timing import MEASURE_S
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from leanserve.api.access import Key
     from leanserve.api.service import Service
+    from leanserve.artifacts.manifest import VariantReport
     from leanserve.config.schema import ServiceConfig
     from leanserve.contracts import Base
 
@@ -34,6 +36,16 @@ SHIPPED = Path("models/digits.yaml")
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The YAML file.", envvar="LEANSERVE_CONFIG")]
 CacheOption = Annotated[
     Path | None, typer.Option(help="Artifact store; overrides the file's `cache`.", envvar="LEANSERVE_CACHE")
+]
+
+MeasureOption = Annotated[
+    float,
+    typer.Option(
+        "--measure-seconds",
+        help="Bound on timing all variants: rounds beside other work are repeated until then.",
+        min=0,
+        envvar="LEANSERVE_MEASURE_SECONDS",
+    ),
 ]
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -48,6 +60,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     grpc_port: Annotated[int | None, typer.Option(help="Also serve gRPC, on this port.", min=1, max=65535)] = None,
+    measure_s: MeasureOption = MEASURE_S,
 ) -> None:
     """Listen, build what is missing, gate, load and warm every variant, then answer requests."""
     from leanserve.api.keys import keys_of
@@ -66,7 +79,7 @@ def serve(
             raise StartupError("--grpc-port needs the extra 'grpc': pip install 'leanserve[grpc]'")
         _claim(host, grpc_port, "--grpc-port").close()  # grpc binds by itself; this only finds out early
     address = Address(claimed, None if grpc_port is None else (host, grpc_port), tls)
-    start = ServiceStart(config, cache, settings, _warn)
+    start = ServiceStart(config, cache, settings, _warn, measure_s)
 
     def announce(service: Service) -> None:
         fleet, base = service.fleet, service.base
@@ -91,21 +104,19 @@ def serve(
 def build(
     config: ConfigOption = SHIPPED,
     cache: CacheOption = None,
+    measure_s: MeasureOption = MEASURE_S,
     tell: Annotated[int | None, typer.Option(hidden=True, help="File descriptor for `serve` to hear of it.")] = None,
 ) -> None:
     """Build, measure and gate every variant exactly as `serve` does, then stop."""
     work = AppContext(config, cache)
-    if work.missing:
-        _build_here(work, tell)
+    if work.missing or work.disturbed:
+        _build_here(work, measure_s, tell)
     else:
         err.print("everything is built already")
         if work.elsewhere:
             _warn(work.elsewhere)
     for report in work.reports():
-        state = f"excluded: {report.reason}" if report.reason else "passes its gate"
-        if report.quality.memory_rows is not None:
-            state += f"; there is memory for batches of at most {report.quality.memory_rows} rows"
-        err.print(f"{report.name}: {escape(state + _caveats(work.base))}", highlight=False, soft_wrap=True)
+        _tell_gate(report, _caveats(work.base))
 
 
 @app.command()
@@ -229,6 +240,19 @@ def version() -> None:
     typer.echo(__version__)
 
 
+def _tell_gate(report: VariantReport, caveats: str) -> None:
+    """What the gate says of a variant, and which of its passes bring no speed."""
+    state = f"excluded: {report.reason}" if report.reason else "passes its gate"
+    if report.quality.memory_rows is not None:
+        state += f"; there is memory for batches of at most {report.quality.memory_rows} rows"
+    err.print(f"{report.name}: {escape(state + caveats)}", highlight=False, soft_wrap=True)
+    if report.doubt is not None:
+        _warn(f"{report.name}: {report.doubt}")
+    for position, manifest in enumerate(report.ancestry[1:], start=1):
+        if manifest.change in {"no gain", "slower"}:
+            err.print(f"  pass {position} ({manifest.kind}): {manifest.change}", highlight=False, soft_wrap=True)
+
+
 def _require_built(work: AppContext, config: Path) -> None:
     if work.missing:
         raise StartupError(f"{config}: {work.missing}; run `leanserve build --config {config}` first")
@@ -262,11 +286,11 @@ def _claim(host: str, port: int, option: str) -> socket.socket:
         raise StartupError(text) from error
 
 
-def _build_here(work: AppContext, tell: int | None) -> None:
+def _build_here(work: AppContext, measure_s: float, tell: int | None) -> None:
     from leanserve.build.progress import BuildProgress, tell_by
 
     with BuildProgress(err, len(work.plan.keys) + 1, tell_by(tell)).running() as progress:
-        work.build(progress)
+        work.build(progress, measure_s)
 
 
 def _log_to_stderr() -> None:

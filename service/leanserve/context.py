@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from leanserve.errors import ConfigError, StartupError
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,6 +94,14 @@ class AppContext:
         return self.hardware.threads
 
     @property
+    def disturbed(self) -> bool:
+        """Whether other work disturbed the timing that is stored, which can be measured again."""
+        from leanserve.build.plan import stored_benchmark
+
+        timed = stored_benchmark(self.store, self.plan, self.hardware)
+        return self.store.writable and timed is not None and timed.disturbed
+
+    @property
     def elsewhere(self) -> str:
         """A warning where the measurements of a read-only cache are of another machine; else empty."""
         from leanserve.build.plan import machines
@@ -121,11 +132,11 @@ class AppContext:
         self_contained = all(self.store.format_of(key).self_contained for key in keys)
         return timed.best_lanes(keys, self.threads, self_contained=self_contained)
 
-    def build(self, progress: BuildProgress) -> None:
-        """Build, measure and time every artifact of the plan that is missing."""
+    def build(self, progress: BuildProgress, measure_s: float) -> None:
+        """Build, measure and time every artifact of the plan that is missing; timing takes about so many seconds."""
         from leanserve.build.builder import Builder
 
-        Builder(self.store, self.config, self.base, self.hardware, progress).build(self.plan)
+        Builder(self.store, self.config, self.base, self.hardware, progress, measure_s).build(self.plan)
 
     def open_variants(self, startup: Startup | None = None) -> WarmFleet:
         """Load and warm every variant that passed its gate, on every lane of the device; `startup` is told of each."""
@@ -139,9 +150,7 @@ class AppContext:
 
         reports = self.reports()
         startup = startup or Startup(report.name for report in reports)
-        for report in reports:
-            if report.reason is not None:
-                startup.exclude(report.name, report.reason)
+        _tell_verdicts(reports, startup)
         device = Device("cpu", self.threads, self.lanes(reports), spare=self.spare)
         warm = WarmFleet(self.base, serving_plans(self.config, reports), device, traffic_plan(self.config), self.post)
         alone = sum(report.state == "serving" for report in reports) == 1
@@ -168,6 +177,15 @@ class AppContext:
             if isinstance(variant.codec, TextCodec):
                 variant.codec.open()  # else the first text would wait for its tokenizer
         return warm
+
+
+def _tell_verdicts(reports: Sequence[VariantReport], startup: Startup) -> None:
+    """Which variants do not serve, and of which that serve the gate could not decide something."""
+    for report in reports:
+        if report.reason is not None:
+            startup.exclude(report.name, report.reason)
+        elif report.doubt is not None:
+            logger.warning("variant '%s' serves, undecided: %s", report.name, report.doubt)
 
 
 def serving_plans(config: ServiceConfig, reports: Sequence[VariantReport]) -> list[VariantPlan]:
@@ -221,6 +239,7 @@ def _facts(report: VariantReport) -> VariantFacts:
         simulated=tuple(str(manifest.kind) for manifest in report.ancestry if manifest.simulated),
         state=report.state,
         reason=report.reason or "",
+        doubt=report.doubt or "",
         quality=report.quality.model_dump() if report.built else {},
         build_seconds=tuple(manifest.seconds for manifest in passes),
         cpu=last.cpu,

@@ -191,6 +191,14 @@ class Base(Protocol):
     def score(self, outputs: Arrays, labels: Array) -> float:
         """Quality of the outputs against the labels, higher is better (accuracy, Spearman ...)."""
 
+    @property
+    def scored_as(self) -> str:
+        """What the score is called, such as `accuracy`."""
+
+    @property
+    def score_digest(self) -> str:
+        """sha256 over what decides the score and is no part of `digest`; empty: nothing."""
+
 
 class Model(Protocol):
     """A model in memory, as passes hand it on. Its class belongs to its format, and says so by its name."""

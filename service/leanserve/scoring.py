@@ -4,21 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from leanserve.comparison import row_cosines
 from leanserve.contracts import Array, Arrays, ModelSpec, TensorSpec
 
+ACCURACY = "accuracy"
+"""What the share of rows with the right class is called; of no other score a row is right or wrong."""
 
-def score_of(spec: ModelSpec, unit: int) -> Callable[[Arrays, Array], float]:
+
+class Scoring(NamedTuple):
+    """How answers are scored."""
+
+    name: str
+    function: Callable[[Arrays, Array], float]
+    """Of the outputs of some rows and of their labels; higher is better."""
+    digest: str = ""
+    """sha256 over what decides the number besides this version of ours: code of the user's own, options."""
+
+
+def score_of(spec: ModelSpec, unit: int) -> Scoring:
     """How a model of these outputs is scored, of whose rows `unit` are labelled together."""
     if spec.labels:
-        return partial(accuracy, output=spec.labelled)
+        return Scoring(ACCURACY, partial(accuracy, output=spec.labelled))
     if unit == 2:
         embeddings = (index for index, item in enumerate(spec.outputs) if item.meaning == "embedding")
-        return partial(pair_correlation, output=next(embeddings, 0))
-    return partial(determination, fields=spec.outputs)
+        return Scoring("rank correlation", partial(pair_correlation, output=next(embeddings, 0)))
+    return Scoring("R squared", partial(determination, fields=spec.outputs))
 
 
 def accuracy(outputs: Arrays, labels: Array, output: int = 0) -> float:

@@ -19,6 +19,7 @@ from leanserve.child import command, how_it_ended
 from leanserve.config.schema import ServiceConfig
 from leanserve.errors import StartupError
 from leanserve.telemetry.startup import BuildNews, Startup
+from leanserve.timing import MEASURE_S
 
 if TYPE_CHECKING:
     from leanserve.serving.opening import WarmFleet
@@ -41,13 +42,20 @@ class ServiceStart:
     """An `api.server.Start`; `close` it when nobody waits for it any more."""
 
     def __init__(
-        self, path: Path, cache: Path | None, config: ServiceConfig, warn: Callable[[str], None] = logger.warning
+        self,
+        path: Path,
+        cache: Path | None,
+        config: ServiceConfig,
+        warn: Callable[[str], None] = logger.warning,
+        measure_s: float = MEASURE_S,
     ) -> None:
+        """`measure_s` bounds the time that the build takes for timing."""
         self.startup = Startup(variant.name for variant in config.variants)
         self._path = path
         self._cache = cache
         self._config = config
         self._warn = warn
+        self._measure_s = measure_s
         self._build: subprocess.Popen[bytes] | None = None
         self._stopped = False
         self._changing = threading.Lock()
@@ -90,7 +98,8 @@ class ServiceStart:
 
     def _build_in_child(self, cache: Path) -> None:
         reading, writing = os.pipe()
-        arguments = ("build", "--config", str(self._path), "--cache", str(cache), "--tell", str(writing))
+        paths = ("--config", str(self._path), "--cache", str(cache))
+        arguments = ("build", *paths, "--measure-seconds", str(self._measure_s), "--tell", str(writing))
         try:
             with self._changing:
                 if self._stopped:

@@ -54,8 +54,9 @@ def result(key: str, latency_ms: dict[int, float] | None = None, anchor: str | N
     ms = latency_ms or {1: 2.0}
     ratios = {rows: RatioInterval(median=1.0, low=0.9, high=1.1) for rows in ms}
     return BenchmarkResult(
-        key=key, anchor=anchor or key, cpu="x", threads=1, latency_ms=ms, anchor_ms=ms, ratios=ratios
-    )
+        key=key, anchor=anchor or key, cpu="x", threads=1, latency_ms=ms, anchor_ms=ms, ratios=ratios, rounds=7,
+        waited=0.0,
+    )  # fmt: skip
 
 
 def publish(store: ArtifactStore, key: str = KEY, parents: tuple[str, ...] = ()) -> None:
@@ -221,7 +222,7 @@ def test_what_json_does_not_have_is_refused_when_it_is_written(tmp_path: Path, v
     publish(store)
     odd = measurement().fidelity.model_copy(update={"score": value})
     with pytest.raises(PassFailed, match=r"cannot be stored: fidelity\.score is"):
-        store.attach(KEY, Measurement(fidelity=odd, cpu="x", threads=1))
+        store.attach(KEY, Measurement(fidelity=odd, score_digest="", cpu="x", threads=1))
     assert store.measurement(KEY) is None
     with pytest.raises(PassFailed, match=r"cannot be stored: latency_ms\.1 is"):
         store.keep_benchmark(result(KEY, {1: value}))

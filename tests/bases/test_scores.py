@@ -17,12 +17,12 @@ RANDOM = np.random.default_rng(0)
 
 
 def test_accuracy_is_that_of_the_output_that_the_labels_name() -> None:
-    score = score_of(ModelSpec((), (NUMBER, CHANCES), ("no", "yes"), labelled=1), 1)
+    score = score_of(ModelSpec((), (NUMBER, CHANCES), ("no", "yes"), labelled=1), 1).function
     assert score((np.array([5, 5]), np.array([[0.9, 0.1], [0.2, 0.8]])), np.array([0, 1])) == 1.0
 
 
 def test_pairs_are_scored_by_the_embedding() -> None:
-    score = score_of(ModelSpec((), (PRICE, VECTOR)), 2)
+    score = score_of(ModelSpec((), (PRICE, VECTOR)), 2).function
     angles = np.radians([0, 10, 0, 50, 0, 30])
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     assert score((np.zeros((6, 1)), vectors), np.array([3, 3, 1, 1, 2, 2])) == pytest.approx(1.0)
@@ -30,13 +30,13 @@ def test_pairs_are_scored_by_the_embedding() -> None:
 
 def test_a_regression_is_scored_by_what_it_explains() -> None:
     labels = RANDOM.standard_normal((50, 4))
-    score = score_of(ModelSpec((), (NUMBER, BOXES, VECTOR)), 1)
+    score = score_of(ModelSpec((), (NUMBER, BOXES, VECTOR)), 1).function
     number, vector = np.zeros(50, int), np.zeros((50, 4))
     assert score((number, labels, vector), labels) == 1.0
     assert score((number, np.broadcast_to(labels.mean(0), labels.shape), vector), labels) == pytest.approx(0.0)
     off = 1.18 * (labels - labels.mean(0)) + labels.mean(0)
     assert score((number, off, vector), labels) == pytest.approx(1 - 0.18**2)
-    price = score_of(ModelSpec((), (PRICE,)), 1)
+    price = score_of(ModelSpec((), (PRICE,)), 1).function
     assert price((labels[:, :1],), labels[:, 0]) == 1.0, "labels need no axis for a single column"
 
 

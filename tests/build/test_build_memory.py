@@ -18,9 +18,11 @@ from torch import nn
 from leanserve import memory
 from leanserve.artifacts.benchmarks import BenchmarkSet, RatioInterval
 from leanserve.artifacts.store import ArtifactStore
-from leanserve.contracts import ArrayData, Arrays, BuildContext, ModelSpec, Result
+from leanserve.contracts import ArrayData, Arrays, BuildContext, ModelSpec, Progress, Result
 from leanserve.errors import PassFailed
-from leanserve.evaluation import interleaved_benchmark, lane_rates, measure, quality
+from leanserve.evaluation import interleaved_benchmark, lane_rates, measure, quality, speed
+from leanserve.evaluation.fresh_process import ChildEnded, nobody_told
+from leanserve.evaluation.speed import Stopwatch
 from leanserve.hardware import this_hardware
 from leanserve.passes.families.lowrank.lowrank_linear import LowrankLinear
 from leanserve.passes.families.prune.prune_channels import PruneChannels
@@ -98,7 +100,7 @@ def test_lanes_are_compared_by_the_batches_that_fit_on_each(
 
     before = torch.get_num_threads()
     try:
-        found = lane_rates.lane_rates(load, batches(1, 8, 32), 2)
+        found = lane_rates.lane_rates(load, batches(1, 8, 32), 2, 60.0)
     finally:
         use_threads(before)
     assert found[1] > found[2]
@@ -112,21 +114,20 @@ def test_rows_are_measured_as_far_as_they_go() -> None:
     assert max(rows for rows in backend.ran if rows <= 3) == 2
 
 
-Ended = quality._Ended
 MEDIANS = {"1": {"ms": 2.0, "anchor_ms": 4.0, "ratio": [0.5, 0.4, 0.6]}, "8": {"ms": 10.0}}
 ANSWERS: dict[str, Any] = {
     "measure": {},
-    "interleaved_benchmark": {"a": MEDIANS, "b": MEDIANS},
+    "interleaved_benchmark": {key: {"by_rows": MEDIANS, "rounds": 7, "waited": 0.1} for key in "ab"},
     "lane_rates": {"a": {"1": 800.0, "2": 900.0}},
 }
-KILLED = Ended(-signal.SIGKILL, "")
+KILLED = ChildEnded(-signal.SIGKILL, "")
 
 
-def children(monkeypatch: pytest.MonkeyPatch, ends: dict[str, Ended], fitting: int = 32) -> list[tuple[str, ...]]:
+def children(monkeypatch: pytest.MonkeyPatch, ends: dict[str, ChildEnded], fitting: int = 32) -> list[tuple[str, ...]]:
     """Children that end like this, or are killed where they measure more rows than fit; what was asked of them."""
     asked: list[tuple[str, ...]] = []
 
-    def run(module: str, *arguments: str) -> Any:
+    def run(module: str, *arguments: str, progress: Progress = nobody_told) -> Any:
         asked.append((module, *arguments))
         if module in ends:
             raise ends[module]
@@ -134,7 +135,8 @@ def children(monkeypatch: pytest.MonkeyPatch, ends: dict[str, Ended], fitting: i
             raise KILLED
         return ANSWERS[module]
 
-    monkeypatch.setattr(quality, "_in_fresh_process", run)
+    monkeypatch.setattr(quality, "in_fresh_process", run)
+    monkeypatch.setattr(speed, "in_fresh_process", run)
     return asked
 
 
@@ -148,11 +150,11 @@ def test_where_the_kernel_kills_a_measurement_half_of_the_rows_are_measured(monk
     ("end", "text"),
     [
         (KILLED, "the process was killed (SIGKILL), as the kernel does when memory runs out"),
-        (Ended(memory.EXIT_STATUS, OUT), OUT),
+        (ChildEnded(memory.EXIT_STATUS, OUT), OUT),
     ],
 )
 def test_a_model_for_which_a_single_row_is_too_much_is_refused(
-    monkeypatch: pytest.MonkeyPatch, end: Ended, text: str
+    monkeypatch: pytest.MonkeyPatch, end: ChildEnded, text: str
 ) -> None:
     children(monkeypatch, {"measure": end})
     with pytest.raises(PassFailed) as refused:
@@ -161,24 +163,26 @@ def test_a_model_for_which_a_single_row_is_too_much_is_refused(
 
 
 def test_another_failure_of_a_measurement_keeps_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    children(monkeypatch, {"measure": Ended(1, "Traceback\nValueError: no")})
+    children(monkeypatch, {"measure": ChildEnded(1, "Traceback\nValueError: no")})
     with pytest.raises(PassFailed, match="what was built does not run: ValueError: no\nTraceback"):
         quality._measured("cache", answers="answers.npz")
-    assert str(Ended(-signal.SIGSEGV, "")) == "what was built does not run: the process was ended by SIGSEGV"
+    assert str(ChildEnded(-signal.SIGSEGV, "")) == "what was built does not run: the process was ended by SIGSEGV"
 
 
 def test_what_cannot_be_timed_beside_the_base_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = children(monkeypatch, {"interleaved_benchmark": KILLED})
     with pytest.raises(PassFailed, match=r"beside the base, and memory ran out: .* killed .*; give .* smaller"):
-        quality.benchmark(ArtifactStore(tmp_path), tiny_base(), "a", ["b"], this_hardware(2))
-    assert [arguments[4:] for arguments in asked] == [("3", "a:32", "b:32"), ("1", "a:32", "b:32")]
+        Stopwatch(ArtifactStore(tmp_path), tiny_base(), this_hardware(2), 9.0).beside_anchor("a", ["b"])
+    assert {arguments[4] for arguments in asked} == {"9.0"}
+    assert [arguments[5:] for arguments in asked] == [("3", "a:32", "b:32"), ("1", "a:32", "b:32")]
 
 
 def test_of_what_was_timed_the_ratios_are_kept_where_the_base_has_memory_too(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     children(monkeypatch, {})
-    [found] = quality.benchmark(ArtifactStore(tmp_path), tiny_base(), "a", ["b"], this_hardware(2))
+    [found] = Stopwatch(ArtifactStore(tmp_path), tiny_base(), this_hardware(2)).beside_anchor("a", ["b"])
+    assert (found.rounds, found.waited) == (7, 0.1)
     assert (found.key, found.anchor, found.threads) == ("b", "a", 2)
     assert (found.latency_ms, found.anchor_ms) == ({1: 2.0, 8: 10.0}, {1: 4.0})
     assert found.ratios == {1: RatioInterval(median=0.5, low=0.4, high=0.6)}
@@ -187,13 +191,13 @@ def test_of_what_was_timed_the_ratios_are_kept_where_the_base_has_memory_too(
 def test_where_lanes_have_no_memory_beside_each_other_one_is_enough(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    store = ArtifactStore(tmp_path)
+    stopwatch = Stopwatch(ArtifactStore(tmp_path), tiny_base(), this_hardware(2))
     children(monkeypatch, {})
-    timed = quality.benchmark(store, tiny_base(), "a", ["a"], this_hardware(2))
-    [known] = quality.benchmark_lanes(store, tiny_base(), timed, this_hardware(2))
+    timed = stopwatch.beside_anchor("a", ["a"])
+    [known] = stopwatch.lanes(timed)
     assert (known.rates, known.gain) == ({1: 800.0, 2: 900.0}, 1.125)
     children(monkeypatch, {"lane_rates": KILLED})
-    [found] = quality.benchmark_lanes(store, tiny_base(), timed, this_hardware(2))
+    [found] = stopwatch.lanes(timed)
     assert found.rates == {1: 800.0, 2: 0.0}
     benchmark = BenchmarkSet("x", 2, "a", {}, {"a": found})
     assert benchmark.best_lanes(["a"], 2, self_contained=True) == 1

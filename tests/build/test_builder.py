@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from rich.console import Console
 
 from leanserve.artifacts import store as artifacts
-from leanserve.artifacts.benchmarks import BenchmarkResult, LaneRates, RatioInterval
+from leanserve.artifacts.benchmarks import QUIET, BenchmarkResult, LaneRates, RatioInterval
 from leanserve.artifacts.load import load_model
 from leanserve.artifacts.manifest import Recipe
 from leanserve.artifacts.store import ArtifactStore
@@ -23,6 +25,7 @@ from leanserve.build.progress import BuildProgress
 from leanserve.config.schema import ServiceConfig, VariantConfig
 from leanserve.contracts import TorchModel
 from leanserve.evaluation.quality import GateOutputs
+from leanserve.evaluation.speed import Stopwatch
 from leanserve.hardware import Hardware, cpu_name, this_hardware
 from leanserve.passes.families.runtime.channels_last import ChannelsLast
 from leanserve.runtime.formats.torch import WEIGHTS
@@ -45,7 +48,7 @@ def timed(key: str, anchor: str, cpu: str, threads: int) -> BenchmarkResult:
     interval = RatioInterval(median=ratio, low=ratio, high=ratio)
     return BenchmarkResult(
         key=key, anchor=anchor, cpu=cpu, threads=threads,
-        latency_ms={1: 2.0 * ratio}, anchor_ms={1: 2.0}, ratios={1: interval},
+        latency_ms={1: 2.0 * ratio}, anchor_ms={1: 2.0}, ratios={1: interval}, rounds=7, waited=0.0,
     )  # fmt: skip
 
 
@@ -58,27 +61,22 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What was measured, by key; measuring itself is done in other tests."""
     seen: list[object] = []
 
-    def measure(_store: object, _base: object, recipe: Recipe, _reference: object, hardware: Hardware) -> object:
+    def measure(_store: object, base: TinyBase, recipe: Recipe, _reference: object, hardware: Hardware) -> object:
         seen.append(recipe.key)
-        return measurement().model_copy(update={"cpu": hardware.cpu, "threads": hardware.threads}), GateOutputs(
-            (), None
-        )
+        here = {"cpu": hardware.cpu, "threads": hardware.threads, "score_digest": base.score_digest}
+        return measurement().model_copy(update=here), GateOutputs((), None)
 
-    def benchmark(
-        _store: object, _base: object, anchor: str, keys: list[str], hardware: Hardware
-    ) -> list[BenchmarkResult]:
+    def beside_anchor(stopwatch: Stopwatch, anchor: str, keys: list[str]) -> list[BenchmarkResult]:
         seen.append(("timed", *keys))
-        return [timed(key, anchor, hardware.cpu, hardware.threads) for key in keys]
+        return [timed(key, anchor, stopwatch.hardware.cpu, stopwatch.hardware.threads) for key in keys]
 
-    def benchmark_lanes(
-        _store: object, _base: object, results: list[BenchmarkResult], hardware: Hardware
-    ) -> list[LaneRates]:
+    def side_by_side(stopwatch: Stopwatch, results: list[BenchmarkResult]) -> list[LaneRates]:
         seen.append(("lanes", *(result.key for result in results)))
-        return [lanes(result.key, hardware.cpu, hardware.threads) for result in results]
+        return [lanes(result.key, stopwatch.hardware.cpu, stopwatch.hardware.threads) for result in results]
 
     monkeypatch.setattr(build, "measure", measure)
-    monkeypatch.setattr(build, "benchmark", benchmark)
-    monkeypatch.setattr(build, "benchmark_lanes", benchmark_lanes)
+    monkeypatch.setattr(Stopwatch, "beside_anchor", beside_anchor)
+    monkeypatch.setattr(Stopwatch, "lanes", side_by_side)
     return seen
 
 
@@ -94,6 +92,48 @@ def built(
     finally:
         torch.set_num_threads(before)
     return store, work, said.getvalue()
+
+
+def test_what_was_timed_beside_other_work_is_timed_again_by_the_next_build(
+    tmp_path: Path, base: TinyBase, measured: list[object]
+) -> None:
+    store, work, _ = built(tmp_path, base)
+    first, last = work.keys
+    known = store.benchmark(last, first, cpu_name(), 1)
+    assert known is not None
+    for waited, kept in ((0.9, 0.0), (QUIET + 0.1, 0.0)):
+        store.keep_benchmark(known.model_copy(update={"waited": waited}))
+        measured.clear()
+        assert planning.shortfall(store, work, this_hardware(1)) is None, "a start uses what there is"
+        built(tmp_path, base)
+        assert measured == [("timed", last)]
+        again = store.benchmark(last, first, cpu_name(), 1)
+        assert again is not None
+        assert again.waited == kept
+
+
+def test_another_start_on_the_same_hardware_measures_nothing(
+    tmp_path: Path, base: TinyBase, measured: list[object]
+) -> None:
+    built(tmp_path / "there", base)
+    shutil.copytree(tmp_path / "there", tmp_path / "here")
+    measured.clear()
+    store, work, _ = built(tmp_path / "here", base)
+    assert measured == []
+    assert planning.shortfall(store, work, this_hardware(1)) is None
+
+
+def test_answers_that_were_scored_by_another_score_are_measured_again_and_nothing_is_built(
+    tmp_path: Path, base: TinyBase, measured: list[object]
+) -> None:
+    store, work, _ = built(tmp_path, base)
+    other = replace(base, score_digest="of another score")
+    changed = planning.plan(CONFIG, other, this_hardware())
+    assert changed.keys == work.keys
+    measured.clear()
+    assert "not measured" in (planning.shortfall(store, changed, this_hardware(1)) or "")
+    built(tmp_path, other)
+    assert measured == list(work.keys)
 
 
 def test_damaged_documents_are_made_again_with_a_message(

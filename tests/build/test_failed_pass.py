@@ -18,7 +18,8 @@ from leanserve.config.schema import GateConfig, ServiceConfig
 from leanserve.contracts import Json
 from leanserve.errors import GateFailed, PassFailed
 from leanserve.evaluation.quality import GateOutputs
-from leanserve.hardware import Hardware, cpu_name, this_hardware
+from leanserve.evaluation.speed import Stopwatch
+from leanserve.hardware import cpu_name, this_hardware
 from leanserve.passes.families.runtime.channels_last import ChannelsLast
 from leanserve.report.page import render
 from leanserve.report.summary import summarise
@@ -40,15 +41,14 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(recipe.key)
         return measurement().model_copy(update={"cpu": cpu_name(), "threads": 1}), GateOutputs((), None)
 
-    def benchmark(
-        _store: object, _base: object, anchor: str, keys: list[str], hardware: Hardware
-    ) -> list[BenchmarkResult]:
+    def beside_anchor(stopwatch: Stopwatch, anchor: str, keys: list[str]) -> list[BenchmarkResult]:
         same = {"latency_ms": {1: 2.0}, "anchor_ms": {1: 2.0}, "ratios": {1: RatioInterval(median=1, low=1, high=1)}}
-        machine = {"cpu": hardware.cpu, "threads": hardware.threads}
+        same |= {"rounds": 7, "waited": 0.0}
+        machine = {"cpu": stopwatch.hardware.cpu, "threads": stopwatch.hardware.threads}
         return [BenchmarkResult.model_validate({"key": key, "anchor": anchor, **machine, **same}) for key in keys]
 
     monkeypatch.setattr(build, "measure", measure)
-    monkeypatch.setattr(build, "benchmark", benchmark)
+    monkeypatch.setattr(Stopwatch, "beside_anchor", beside_anchor)
     return seen
 
 

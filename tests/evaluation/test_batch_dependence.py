@@ -12,7 +12,7 @@ import pytest
 from leanserve.config.schema import GateConfig
 from leanserve.contracts import Array, Arrays, ModelSpec, Result, TensorSpec
 from leanserve.evaluation.batch_dependence import COMPANY, GOLDEN, RUINED, batch_dependence
-from leanserve.evaluation.quality import gate_reason
+from leanserve.evaluation.gate import judged
 from report_samples import artifact
 
 ROW = ModelSpec((TensorSpec("x", "float32", (3,)),), (TensorSpec("y", "float32", (3,)),))
@@ -212,7 +212,7 @@ def test_the_gate_limits_it_even_where_the_config_says_nothing(
     gate: dict[str, float | None], dependence: float, *, passes: bool
 ) -> None:
     quality = artifact("quantize_dynamic").quality.model_copy(update={"batch_dependence": dependence})
-    reason = gate_reason(GateConfig.model_validate(gate), quality, quality)
+    reason = judged(GateConfig.model_validate(gate), quality, quality).reason
     assert passes == (reason is None)
     assert passes or re.search(
         rf"changes by {dependence:.3g} of the largest .* gate\.max_batch_dependence allows", str(reason)

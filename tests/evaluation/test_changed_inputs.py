@@ -19,7 +19,8 @@ from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.opening import Origin, open_base
 from leanserve.contracts import Array, ArrayData, ModelSpec, Split, TensorSpec
 from leanserve.errors import PassFailed
-from leanserve.evaluation.quality import benchmark, measure
+from leanserve.evaluation.quality import measure
+from leanserve.evaluation.speed import Stopwatch
 from leanserve.hardware import this_hardware
 
 SMALL = (3, 4, 4)
@@ -84,7 +85,7 @@ def test_answers_and_times_are_those_of_its_own_rows(tmp_path: Path, base: Loade
     assert np.array_equal(answers.outputs[0], gate_images(base, spec).max(axis=(2, 3)))
     assert poor.fidelity.agreement < 1.0
     store.attach(changed.key, poor)
-    [timed] = benchmark(store, base, root.key, [changed.key], hardware)
+    [timed] = Stopwatch(store, base, hardware).beside_anchor(root.key, [changed.key])
     assert set(timed.ratios) == {1, 8, 32}
 
 

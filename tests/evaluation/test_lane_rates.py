@@ -63,7 +63,7 @@ def test_each_lane_runs_its_own_instance_and_their_rates_add_up(wide_s: float, g
 
     before = torch.get_num_threads()
     try:
-        rates = lane_rates.lane_rates(load, BATCHES, threads=2)
+        rates = lane_rates.lane_rates(load, BATCHES, threads=2, seconds=60.0)
     finally:
         use_threads(before)
     assert rates[2] / rates[1] == pytest.approx(gain, rel=0.2)
@@ -87,7 +87,7 @@ def test_torch_has_as_many_threads_as_its_lane_in_every_turn() -> None:
 
     before = torch.get_num_threads()
     try:
-        lane_rates.lane_rates(Looking, BATCHES[:1], threads=2)
+        lane_rates.lane_rates(Looking, BATCHES[:1], threads=2, seconds=60.0)
     finally:
         use_threads(before)
     assert seen == {(1, 1), (2, 2)}
@@ -142,11 +142,9 @@ def test_a_measurement_without_the_lanes_of_a_served_variant_is_taken_again(
     store = ArtifactStore(tmp_path)
     assert stored_benchmark(store, plan, this_hardware(threads)) is None
     for key in plan.keys:
-        store.keep_benchmark(
-            BenchmarkResult(
-                key=key, anchor="base", cpu=cpu_name(), threads=threads, latency_ms={1: 1.0}, anchor_ms={}, ratios={}
-            )
-        )
+        timed = {"latency_ms": {1: 1.0}, "anchor_ms": {}, "ratios": {}, "rounds": 7, "waited": 0.0}
+        machine = {"cpu": cpu_name(), "threads": threads}
+        store.keep_benchmark(BenchmarkResult.model_validate({"key": key, "anchor": "base", **machine, **timed}))
     for key, gain in rates.items():
         store.keep_lane_rates(lanes_of(key, gain, threads))
     assert (stored_benchmark(store, plan, this_hardware(threads)) is not None) == found

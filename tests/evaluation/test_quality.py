@@ -1,4 +1,4 @@
-"""Measuring and gating: every output counts, and a reason says which one failed and by how much."""
+"""Measuring: every output counts, and what is lost against the base is known with its interval."""
 
 from __future__ import annotations
 
@@ -13,56 +13,19 @@ import pytest
 from onnx import helper, numpy_helper
 from pydantic import BaseModel
 
-from leanserve.artifacts.manifest import OutputFidelity, Quality, Recipe
+from leanserve.artifacts.manifest import Recipe
 from leanserve.artifacts.store import ArtifactStore, checksums
 from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.opening import Origin, open_base
-from leanserve.config.schema import GateConfig
 from leanserve.contracts import Array, ArrayData, Arrays, Base, ModelSpec, Result
 from leanserve.errors import ArtifactCorrupt
 from leanserve.evaluation.measure import outputs_on
-from leanserve.evaluation.quality import GateOutputs, gate_reason, measure, scored
+from leanserve.evaluation.quality import GateOutputs, lost, measure, scored
 from leanserve.hardware import this_hardware
-from leanserve.scoring import accuracy
-from report_samples import artifact, classes, embedding, values
+from leanserve.scoring import ACCURACY, accuracy
+from report_samples import artifact
 
 FIRST, SECOND = (np.random.default_rng(seed).standard_normal((4, 3)).astype(np.float32) for seed in (1, 2))
-
-
-def quality(*outputs: OutputFidelity) -> Quality:
-    return artifact(outputs=outputs).quality
-
-
-@pytest.mark.parametrize(
-    ("outputs", "reason"),
-    [
-        ((values(0.01),), None),
-        (
-            (values(0.18, "y"),),
-            "output 'y' has an agreement of 0.8200: it is off by 18.0 % of the base's spread (channel 2)",
-        ),
-        ((classes(1.0), values(0.7)), "output 'boxes' has an agreement of 0.3000: it is off by 70.0 %"),
-        (
-            (classes(0.9), values(0.7)),
-            "output 'logits' has an agreement of 0.9000, the share of rows with the base's answer",
-        ),
-        ((embedding(0.97),), "output 'embedding' has an agreement of 0.9700, its mean cosine with the base's"),
-        ((values(18.0),), "output 'boxes' has an agreement of 0.0000: it is off by 1800.0 %"),
-        (
-            (values(1.0).model_copy(update={"not_finite": 3}),),
-            "output 'boxes' (3 numbers are infinite or NaN and should not be) has an agreement of 0.0000",
-        ),
-    ],
-)
-def test_the_gate_asks_every_output(outputs: tuple[OutputFidelity, ...], reason: str | None) -> None:
-    found = gate_reason(GateConfig(min_agreement=0.98), quality(*outputs), quality(*outputs))
-    if reason is None:
-        assert found is None
-        return
-    assert found is not None
-    assert reason in found
-    assert "gate.min_agreement asks for 0.98" in found
-    assert found.count("output '") == sum(output.agreement < 0.98 for output in outputs)
 
 
 @dataclass(frozen=True)
@@ -72,6 +35,7 @@ class Scored:
     spec: ModelSpec
     score: Callable[[Arrays, Array], float]
     unit: int = 1
+    scored_as: str = "own"
 
 
 def interval(base: Scored, outputs: Array, labels: Array) -> tuple[float, float]:
@@ -84,7 +48,7 @@ def interval(base: Scored, outputs: Array, labels: Array) -> tuple[float, float]
 
 @pytest.mark.parametrize(("right", "low", "high"), [(8, 0.4902, 0.9433), (0, 0.0, 0.2775), (10, 0.7225, 1.0)])
 def test_an_accuracy_has_the_interval_of_wilson(right: int, low: float, high: float) -> None:
-    base = Scored(ModelSpec((), (), ("no", "yes")), accuracy)
+    base = Scored(ModelSpec((), (), ("no", "yes")), accuracy, scored_as=ACCURACY)
     outputs = np.eye(2)[[1] * right + [0] * (10 - right)]
     assert interval(base, outputs, np.ones(10, int)) == pytest.approx((low, high), abs=1e-4)
 
@@ -197,3 +161,46 @@ def test_a_regression_has_an_interval_around_its_score(base: LoadedBase) -> None
     assert low is not None
     assert high is not None
     assert 0.6 < low < 0.75 < high < 0.85
+
+
+# What is lost
+
+
+def test_a_loss_is_taken_from_the_rows_on_which_two_models_differ() -> None:
+    base = Scored(ModelSpec((), (), ("no", "yes")), accuracy, scored_as=ACCURACY)
+    labels, answers = np.ones(50, int), np.eye(2)
+    theirs = answers[[1] * 48 + [0] * 2]
+    ours = answers[[1] * 36 + [0] * 12 + [1] * 2]
+    found = lost(cast(Base, base), GateOutputs((ours,), labels), GateOutputs((theirs,), labels))
+    assert found["drop"] == pytest.approx(0.2)
+    # Newcombe (1998), table II: 36, 12, 2 and 0 pairs; his method 10 gives 0.0569 to 0.3404.
+    assert (found["drop_low"], found["drop_high"]) == pytest.approx((0.0569, 0.3404), abs=1e-4)
+
+
+def test_nothing_is_lost_by_the_same_answers_and_little_is_known_from_few_rows() -> None:
+    base = Scored(ModelSpec((), (), ("no", "yes")), accuracy, scored_as=ACCURACY)
+    labels, answers = np.ones(20, int), np.eye(2)[[1] * 20]
+
+    def drop_of(ours: Array) -> tuple[float | None, ...]:
+        found = lost(cast(Base, base), GateOutputs((ours,), labels), GateOutputs((answers,), labels))
+        return found["drop"], found["drop_low"], found["drop_high"]
+
+    assert drop_of(answers) == (0.0, 0.0, 0.0)
+    drop, low, high = drop_of(answers * 0.9)
+    assert drop == 0.0
+    assert low == pytest.approx(-0.161, abs=0.001), "20 rows of 20 may be 84 % of all"
+    assert high == pytest.approx(0.161, abs=0.001)
+
+
+def test_any_other_score_is_drawn_for_both_on_the_same_rows() -> None:
+    drawn, noise = (np.random.default_rng(seed).standard_normal(400) for seed in (0, 1))
+    base = Scored(ModelSpec((), ()), lambda outputs, _: float(outputs[0].mean()))
+    ours, theirs = drawn - 0.1 + 0.01 * noise, drawn
+    found = lost(cast(Base, base), GateOutputs((ours,), drawn), GateOutputs((theirs,), drawn))
+    low, high = found["drop_low"], found["drop_high"]
+    assert low is not None
+    assert high is not None
+    assert found["drop"] == pytest.approx(0.1, abs=0.002)
+    assert high - low == pytest.approx(2 * 1.96 * 0.01 / 20, rel=0.15), "the spread of the rows themselves cancels"
+    one = lost(cast(Base, base), GateOutputs((ours[:1],), drawn[:1]), GateOutputs((theirs[:1],), drawn[:1]))
+    assert (one["drop_low"], one["drop_high"]) == (None, None), "of a single row nothing is known"

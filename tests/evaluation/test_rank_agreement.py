@@ -70,14 +70,14 @@ BOTH = {"outputs": (classes(0.9), values(0.3)), "agreement": 0.7}
     [
         (
             {},
-            ["score % [95 % CI]", "drop, pts", "agreement", "KL, nats", "mates"],
+            ["score % [95 % CI]", "drop (≤), pts", "agreement", "worst row", "KL, nats", "mates"],
             ["score % [95 % CI]", "agreement"],
         ),
-        (UNLABELLED, ["agreement", "KL, nats", "mates"], ["agreement", "ms at 8"]),
-        (NO_CLASSES, ["agreement", "ranks", "mates"], ["agreement", "ranks"]),
+        (UNLABELLED, ["agreement", "worst row", "KL, nats", "mates"], ["agreement", "ms at 8"]),
+        (NO_CLASSES, ["agreement", "worst row", "ranks", "mates"], ["agreement", "ranks"]),
         (
             BOTH,
-            ["score % [95 % CI]", "drop, pts", "agreement", "KL, nats", "error", "mates"],
+            ["score % [95 % CI]", "drop (≤), pts", "agreement", "worst row", "KL, nats", "error", "mates"],
             ["score % [95 % CI]", "agreement"],
         ),
     ],

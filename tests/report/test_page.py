@@ -65,8 +65,8 @@ class Outline(HTMLParser):
 def test_the_page_says_what_the_tables_say(tmp_path: Path) -> None:
     outline = Outline(page(a_few(), tmp_path, "digits on a laptop"))
     rows = {row[0].split()[-1]: row[1:] for row in outline.rows[1:6]}
-    assert rows["int8"] == ["98.70 [97.70, 99.30]", "0.30", "99.45 %", "0.0123", "1e-06"]
-    assert rows["sparse"][1] == "0.00"
+    assert rows["int8"] == ["98.70 [97.70, 99.30]", "0.30 (0.30)", "99.45 %", "99.45 %", "0.0123", "1e-06"]
+    assert rows["sparse"][1] == "0.00 (0.00)"
     for words in (
         *("digits on a laptop", "int8 is the cheapest variant that still answers right", "A variant answers right if"),
         *("agreement 99.45 % is below min_agreement 99.9 %", "prune_magnitude (simulated)", "nodes_quantized 22"),
@@ -139,7 +139,7 @@ def test_a_model_without_labels_has_a_page(tmp_path: Path, missing: dict[str, No
 def test_every_output_has_a_row(tmp_path: Path) -> None:
     two = changed(a_few(), {"outputs": (classes(0.9), values(1.7)), "agreement": 0.0})
     rows = [[" ".join(cell.split()) for cell in row] for row in Outline(page(two, tmp_path)).rows]
-    assert ["5 sparse", "boxes", "values", "0.00 %", "–", "170.00 %"] in rows
+    assert ["5 sparse", "boxes", "values", "0.00 %", "0.00 %", "–", "170.00 %"] in rows
 
 
 def test_a_single_variant_has_a_page(tmp_path: Path) -> None:

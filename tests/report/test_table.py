@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -39,6 +40,50 @@ def test_says_when_the_sample_is_too_small_to_be_sure() -> None:
     assert "450 rows" in headline(summarise(a_few())).caution
     sure = changed(a_few(), {"score_low": 0.986})
     assert headline(summarise(sure)).caution == ""
+
+
+def within(kind: str, gain: float, low: float, high: float, score: float = 0.99, **more: Any) -> Manifest:
+    return artifact(kind, gain, score, speedup_low=low, speedup_high=high, **more)
+
+
+def test_of_variants_that_are_equal_within_noise_the_one_with_the_better_answers_is_named() -> None:
+    first = variant("first", within("cast", 5.1, 4.7, 5.5, score=0.986))
+    second = variant("second", within("cast", 5.0, 4.6, 5.4, score=0.989))
+    slower = variant("slower", within("cast", 4.0, 3.9, 4.1))
+    words = headline(summarise([first, second, slower]))
+    assert words.name == "second"
+    assert "5.00× the throughput" in words.claim
+    assert "Within noise first is as fast; its answers are the best." in words.claim
+    sure = variant("second", within("cast", 5.0, 4.98, 5.02, score=0.989))
+    apart = headline(summarise([variant("first", within("cast", 5.1, 5.08, 5.12, score=0.986)), sure]))
+    assert apart.name == "first"
+    assert "noise" not in apart.claim
+
+
+def test_what_is_not_measurably_faster_than_the_base_is_no_gain() -> None:
+    words = headline(summarise([variant("eager"), variant("same", within("cast", 1.05, 0.97, 1.2))]))
+    assert words.name == ""
+    assert "measurably faster" in words.claim
+
+
+def test_a_disturbed_measurement_is_marked() -> None:
+    reports = [variant("eager"), variant("int8", within("cast", 5.0, 2.0, 9.0, waited=0.87))]
+    assert "threads waited 87% of a turn for a processor" in headline(summarise(reports)).caution
+    text = printed(reports, 80)
+    assert re.search(r"int8 .* 5\.00× +2\.00× to 9\.00× +87%", text)
+    assert "disturbed" not in printed(a_few(), 80)
+
+
+def test_what_the_gate_could_not_decide_is_printed() -> None:
+    doubtful = variant("int8", artifact("cast", gain=2)).model_copy(update={"doubt": "the drop may be up to 0.02"})
+    assert "serving; the drop may be up to 0.02" in printed([variant("eager"), doubtful], 200)
+
+
+def test_a_pass_that_brings_no_speed_is_told() -> None:
+    steps = (artifact("fold_bn", change="no gain"), artifact("cast", gain=0.8, change="slower"))
+    waterfall = printed([variant("eager"), variant("odd", *steps)], 100).split("odd, pass by pass")[1]
+    assert re.search(r"fold_bn .* 1\.00× +no gain", waterfall)
+    assert re.search(r"cast .* 0\.80× +slower", waterfall)
 
 
 def test_exactly_half_a_point_lost_still_counts() -> None:
@@ -95,8 +140,8 @@ def test_the_worst_output_decides_and_all_are_told() -> None:
     assert "at least 95 %" in words.rule
     text = printed(reports, 80)
     assert max(map(len, text.splitlines())) <= 80
-    assert re.search(r"^ *v3 +boxes +values +30.00 % +– +70.00 %", text, flags=re.MULTILINE)
-    assert re.search(r"^ *v3 +logits +logits +99.30 % +0.0123 +–", text, flags=re.MULTILINE)
+    assert re.search(r"^ *v3 +boxes +values +30.00 % +30.00 % +– +70.00 %", text, flags=re.MULTILINE)
+    assert re.search(r"^ *v3 +logits +logits +99.30 % +99.30 % +0.0123 +–", text, flags=re.MULTILINE)
     assert "output by output" not in printed(a_few(), 100)
 
 
@@ -134,7 +179,7 @@ def test_the_tables_show_every_number_uncut(width: int) -> None:
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
     for cell in (
-        *("98.70 [97.70, 99.30]", "0.30", "99.45 %", "0.0123"),
+        *("98.70 [97.70, 99.30]", "0.30 (0.30)", "99.45 %", "0.0123"),
         *("1.20 MB", "1.19 M", "148 M", "64.0 MB", "7.5 s"),
         *("2.00", "16.0", "64.0", "500", "5.00×"),
         *("Test CPU 3000, 2 threads, avx2 avx512_vnni", "torch 2.13.0"),

@@ -14,20 +14,21 @@ from leanserve.build import plan as planning
 from leanserve.build.progress import BuildProgress
 from leanserve.config.schema import ServiceConfig
 from leanserve.evaluation.quality import GateOutputs
+from leanserve.evaluation.speed import Stopwatch
 from leanserve.hardware import cpu_name, this_hardware
 from tiny_base import TinyBase
 
 
 def measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring needs a base that another process can load; end-to-end tests do that."""
-    nothing = dict.fromkeys(("score", "score_low", "score_high"))
+    nothing = dict.fromkeys(("score", "score_low", "score_high", "drop", "drop_low", "drop_high"))
     size = dict.fromkeys(
         ("samples", "agreement", "batch_dependence", "disk_bytes", "parameters", "macs", "peak_memory_bytes"), 1
     )
     found = Fidelity.model_validate(nothing | size | {"outputs": ()})
-    answer = (Measurement(fidelity=found, cpu=cpu_name(), threads=1), GateOutputs((), None))
-    monkeypatch.setattr(build, "measure", lambda *_: answer)
-    monkeypatch.setattr(build, "benchmark", lambda *_: [])
+    measured = Measurement(fidelity=found, score_digest="", cpu=cpu_name(), threads=1)
+    monkeypatch.setattr(build, "measure", lambda *_: (measured, GateOutputs((), None)))
+    monkeypatch.setattr(Stopwatch, "beside_anchor", lambda *_: [])
 
 
 def constructed(store: ArtifactStore, config: ServiceConfig, base: TinyBase) -> tuple[list[list[str]], str]:

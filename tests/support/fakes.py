@@ -18,7 +18,7 @@ from leanserve.api.access import Access, Key
 from leanserve.api.server import Address, Server
 from leanserve.api.service import Service
 from leanserve.api.tls import TlsFiles
-from leanserve.artifacts.manifest import Manifest, OutputFidelity, Quality, VariantReport
+from leanserve.artifacts.manifest import Manifest, Quality, VariantReport
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
 from leanserve.codecs.postprocess.chain import PostChain
@@ -31,6 +31,7 @@ from leanserve.serving.fleet import Fleet
 from leanserve.serving.opening import WarmFleet
 from leanserve.serving.scheduler import SHORT_S
 from leanserve.telemetry.startup import Startup
+from report_samples import classes
 
 LABELS = ("zero", "one", "two", "three")
 SPEC = ModelSpec(
@@ -48,6 +49,8 @@ class PixelBase:
     origin = "pixels"
     caveats = ()
     unit = 1
+    scored_as = "accuracy"
+    score_digest = ""
 
     def codec_for(self, spec: ModelSpec) -> Codec:
         return self.codec
@@ -100,13 +103,21 @@ def report(name: str, reason: str | None = None, spec: ModelSpec = SPEC) -> Vari
         score_low=0.7,
         score_high=1.0,
         agreement=1.0,
-        outputs=(OutputFidelity(name="logits", meaning="logits", agreement=1.0, kl=0.0, not_finite=0),),
+        drop=0.0,
+        drop_low=-0.1,
+        drop_high=0.1,
+        outputs=(classes(1.0),),
         batch_dependence=0.0,
         disk_bytes=10,
         parameters=1,
         macs=1,
         latency_ms={1: 1.0},
         throughput=1000.0,
+        speedup=1.0,
+        speedup_low=1.0,
+        speedup_high=1.0,
+        rounds=7,
+        waited=0.0,
         peak_memory_bytes=1,
     )
     manifest = Manifest(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from leanserve.artifacts.manifest import Fidelity, Measurement, OutputFidelity
+from leanserve.artifacts.manifest import Fidelity, Measurement
+from report_samples import values
 
 
 def measurement() -> Measurement:
@@ -11,12 +12,15 @@ def measurement() -> Measurement:
         score=None,
         score_low=None,
         score_high=None,
+        drop=None,
+        drop_low=None,
+        drop_high=None,
         agreement=1.0,
-        outputs=(OutputFidelity(name="y", meaning="values", agreement=1.0, error=0.0, channel=0, not_finite=0),),
+        outputs=(values(0.0, "y"),),
         batch_dependence=0.0,
         disk_bytes=1,
         parameters=1,
         macs=1,
         peak_memory_bytes=1,
     )
-    return Measurement(fidelity=found, cpu="x", threads=1)
+    return Measurement(fidelity=found, score_digest="", cpu="x", threads=1)

@@ -6,29 +6,37 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from leanserve.artifacts.manifest import Manifest, OutputFidelity, Quality, VariantReport
-from leanserve.contracts import ModelSpec
+from leanserve.contracts import Meaning, ModelSpec
 from leanserve.hardware import Hardware
 
 HOSTILE = "<script>alert(1)</script>[red]&\"'$x^2$"
-UNLABELLED = {"score": None, "score_low": None, "score_high": None}
+UNLABELLED = dict.fromkeys(("score", "score_low", "score_high", "drop", "drop_low", "drop_high"))
+
+
+def output(name: str, meaning: Meaning, agreement: float, **more: Any) -> OutputFidelity:
+    """An output of this agreement, which the rows leave no doubt about; all rows are as good as they are together."""
+    known = {"agreement": agreement, "agreement_low": agreement, "agreement_high": agreement} | {
+        "worst_agreement": agreement,
+        "worst_row": 0,
+        "not_finite": 0,
+        "constant": False,
+    }
+    return OutputFidelity(name=name, meaning=meaning, **(known | more))
 
 
 def classes(agreement: float, name: str = "logits") -> OutputFidelity:
     """An output of classes of this agreement."""
-    return OutputFidelity(name=name, meaning="logits", agreement=agreement, kl=0.0123, not_finite=0)
+    return output(name, "logits", agreement, kl=0.0123)
 
 
 def values(error: float, name: str = "boxes") -> OutputFidelity:
     """An output of values of which channel 2 is that far off."""
-    agreement = max(0.0, 1 - error)
-    return OutputFidelity(name=name, meaning="values", agreement=agreement, error=error, channel=2, not_finite=0)
+    return output(name, "values", max(0.0, 1 - error), error=error, channel=2)
 
 
 def embedding(cosine: float) -> OutputFidelity:
     """An output of embeddings of this cosine."""
-    return OutputFidelity(
-        name="embedding", meaning="embedding", agreement=cosine, cosine=cosine, rank_agreement=0.9942, not_finite=0
-    )
+    return output("embedding", "embedding", cosine, cosine=cosine, rank_agreement=0.9942)
 
 
 NO_CLASSES = UNLABELLED | {"agreement": 0.9987, "outputs": (embedding(0.9987),)}
@@ -44,6 +52,9 @@ def artifact(kind: str | None = None, gain: float = 1.0, score: float | None = 0
         "score": score,
         "score_low": None if score is None else score - 0.01,
         "score_high": None if score is None else score + 0.006,
+        "drop": None if score is None else 0.99 - score,
+        "drop_low": None if score is None else 0.99 - score,
+        "drop_high": None if score is None else 0.99 - score,
         "agreement": 0.9945,
         "outputs": (classes(0.9945),),
         "batch_dependence": 1.2e-6,
@@ -52,6 +63,11 @@ def artifact(kind: str | None = None, gain: float = 1.0, score: float | None = 0
         "macs": 148_000_000,
         "latency_ms": {1: 10 / gain, 8: 80 / gain, 32: 320 / gain},
         "throughput": 100 * gain,
+        "speedup": gain,
+        "speedup_low": gain,
+        "speedup_high": gain,
+        "rounds": 7,
+        "waited": 0.01,
         "peak_memory_bytes": 64_000_000,
     }
     manifest: dict[str, Any] = {
@@ -72,6 +88,7 @@ def artifact(kind: str | None = None, gain: float = 1.0, score: float | None = 0
         "versions": {"torch": "2.13.0"},
         "hardware": Hardware("x", 2, ("avx2", "avx512_vnni")),
         "cpu": "Test CPU 3000",
+        "change": None,
         "threads": 2,
     }
     quality |= {name: value for name, value in more.items() if name in quality}

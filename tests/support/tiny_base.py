@@ -64,6 +64,8 @@ class TinyBase:
     digest: str = "0"
     caveats: tuple[str, ...] = ()
     unit: int = 1
+    scored_as: str = "accuracy"
+    score_digest: str = ""
 
     @property
     def codec(self) -> Codec:

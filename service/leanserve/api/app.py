@@ -80,6 +80,7 @@ def _variant(fleet: Fleet, name: str) -> Json:
         "name": name,
         "state": state,
         "reason": reason or None,
+        "undecided": facts.doubt or None,
         "parents": facts.parents,
         "passes": facts.passes,
         "simulated": facts.simulated,

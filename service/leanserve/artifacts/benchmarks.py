@@ -8,9 +8,11 @@ the latency of the anchor when that was timed first.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -21,10 +23,17 @@ PAIR_GAIN = 0.97
 of two threads loses more to all else on its cores, for a thread that is interrupted makes the other wait."""
 
 
+QUIET = 0.25
+"""Time that our threads may wait for a processor, over that of a turn, in a round that counts as undisturbed: beside
+busy processes it is 0.5 and more, and on an idle machine a few hundredths."""
+Change = Literal["faster", "no gain", "slower"]
+
+
 class RatioInterval(BaseModel):
     """Latency over that of the anchor: the median of the rounds, and the least and the largest of them.
 
-    Of seven rounds these hold the true median with 98 %: it is missed only where all seven fall on one side of it.
+    Of seven rounds these hold the true median with 98 %: it is missed only where all seven fall on one side of it. Of
+    three it is 75 %.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,6 +41,30 @@ class RatioInterval(BaseModel):
     median: float
     low: float
     high: float
+
+
+class Speedup(NamedTuple):
+    """How many times the throughput of something else, and the interval of it."""
+
+    median: float
+    low: float
+    high: float
+
+    def over(self, other: Speedup) -> Speedup:
+        """Of two that are relative to the same: how many times the other's this is.
+
+        The logarithms' distances to their ends are added as squares (MOVER; Zou & Donner 2008, Statistics in Medicine
+        27:1693), for both are not at their ends at once.
+        """
+        median = self.median / other.median
+        low = math.hypot(math.log(self.median / self.low), math.log(other.high / other.median))
+        high = math.hypot(math.log(self.high / self.median), math.log(other.median / other.low))
+        return Speedup(median, median / math.exp(low), median * math.exp(high))
+
+    @property
+    def change(self) -> Change:
+        """What can be said of it: `no gain` where the interval holds 1."""
+        return "faster" if self.low > 1 else "slower" if self.high < 1 else "no gain"
 
 
 class BenchmarkResult(BaseModel):
@@ -50,6 +83,15 @@ class BenchmarkResult(BaseModel):
     """Those of the anchor in the same rounds."""
     ratios: dict[int, RatioInterval]
     """For the batches that both have memory for."""
+    rounds: int
+    """Behind every median and interval."""
+    waited: float
+    """Time that threads waited for a processor over that of a turn, in the worst turn of these rounds."""
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other work on the machine may have changed its speed."""
+        return self.waited > QUIET
 
     @property
     def throughput(self) -> float:
@@ -91,6 +133,11 @@ class BenchmarkSet:
         lanes = self.threads == 1 or set(served) <= self.lane_rates.keys()
         return lanes and {self.anchor, *keys} <= self.results.keys()
 
+    @property
+    def disturbed(self) -> bool:
+        """Whether any of it is."""
+        return any(result.disturbed for result in self.results.values())
+
     def latency_ms(self, key: str) -> dict[int, float]:
         """Milliseconds per batch by its rows, as if it had been timed together with the anchor's own.
 
@@ -110,6 +157,17 @@ class BenchmarkSet:
     def throughput(self, key: str) -> float:
         """Rows per second at the best of the batch sizes of `latency_ms`."""
         return best_rate(self.latency_ms(key))
+
+    def speedup(self, key: str) -> Speedup:
+        """Throughput over the anchor's, each at the best of its batch sizes.
+
+        The interval is that of the ratio at the artifact's best size, or at the largest that the anchor has memory for.
+        """
+        latency, result = self.latency_ms(key), self.results[key]
+        rows = max(latency, key=lambda rows: rows / latency[rows])
+        measured = result.ratios.get(rows) or result.ratios[max(result.ratios)]
+        gain = self.throughput(key) / self.throughput(self.anchor)
+        return Speedup(gain, gain * measured.median / measured.high, gain * measured.median / measured.low)
 
     def lane_gain(self, keys: Sequence[str]) -> float:
         """Rows per second with a lane per thread over those with one lane: the geometric mean over artifacts."""

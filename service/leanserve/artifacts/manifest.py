@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from leanserve.artifacts.benchmarks import RatioInterval
+from leanserve.artifacts.benchmarks import QUIET, Change, RatioInterval
 from leanserve.contracts import Json, Meaning, ModelSpec
 from leanserve.hardware import Hardware
 
@@ -24,6 +24,15 @@ class OutputFidelity(BaseModel):
     agreement: float
     """0..1. Of classes: share of rows with the same best class (of independent ones, also the same classes at 0.5 or
     above); of embeddings: the mean cosine, 0 at least; of values: 1 - `error`, 0 at least."""
+    agreement_low: float
+    agreement_high: float
+    """95 % confidence interval of the agreement: what other rows like these might have shown."""
+    worst_agreement: float
+    """0..1, that of the worst row. Of classes: the probability that both sides give to the same; of embeddings: the
+    cosine; of values: 1 - its error over all channels, each by its spread; of whole numbers: the share that is equal.
+    """
+    worst_row: int
+    """That row of the gate split, from 0."""
     kl: float | None = None
     """Mean KL divergence (nats) of its probabilities of classes from the base's."""
     cosine: float | None = None
@@ -38,6 +47,8 @@ class OutputFidelity(BaseModel):
     """The worst channel of values, from 0."""
     not_finite: int
     """Numbers that are infinite or NaN here or in the base, and not the same in both."""
+    constant: bool
+    """Whether it is the same for every row, where that of the base is not."""
 
 
 class Fidelity(BaseModel):
@@ -52,6 +63,11 @@ class Fidelity(BaseModel):
     score_low: float | None
     score_high: float | None
     """95 % confidence interval of the score."""
+    drop: float | None
+    """Score that is lost against the base on the same rows; below 0 where it is better."""
+    drop_low: float | None
+    drop_high: float | None
+    """95 % confidence interval of the drop, from the differences row by row."""
     agreement: float
     """That of the output that is farthest from the base's, 0..1."""
     outputs: tuple[OutputFidelity, ...]
@@ -74,6 +90,20 @@ class Quality(Fidelity):
     """Median milliseconds per batch, by rows in the batch (1, 8, 32), the ratio to the base times the base's."""
     throughput: float
     """Rows per second at the best of these batch sizes."""
+    speedup: float
+    """Throughput over that of the base."""
+    speedup_low: float
+    speedup_high: float
+    """The interval of the speedup, from the least and the largest ratio of its rounds."""
+    rounds: int
+    """Of measuring, behind these numbers."""
+    waited: float
+    """Time that threads waited for a processor while it was timed, over that of a turn, in the worst turn."""
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other work on the machine may have changed its speed."""
+        return self.waited > QUIET
 
 
 class Recipe(BaseModel):
@@ -110,6 +140,8 @@ class Measurement(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     fidelity: Fidelity
+    score_digest: str
+    """Of the score by which answers were scored (`contracts.Base.score_digest`)."""
     cpu: str
     threads: int
 
@@ -122,6 +154,8 @@ class Manifest(Recipe):
     threads: int
     ratios: dict[int, RatioInterval] = {}
     """Latency over that of the base, by rows in the batch, with the range of the rounds."""
+    change: Change | None = None
+    """Its throughput beside that of its parent: what the last pass brought. `None`: of the base, and of what joins."""
 
 
 class Failure(BaseModel):
@@ -144,6 +178,8 @@ class VariantReport(BaseModel):
     state: Literal["serving", "excluded"]
     reason: str | None
     """Why the gate excluded it, or why it could not be made."""
+    doubt: str | None = None
+    """What the gate could not decide with the rows there are, of a variant that it let pass."""
     parents: tuple[str, ...] = ()
     """The variants that it is made of, as configured; none: the base."""
     ancestry: tuple[Manifest, ...]

@@ -32,7 +32,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from leanserve.artifacts.benchmarks import BenchmarkResult, BenchmarkSet, LaneRates
+from leanserve.artifacts.benchmarks import BenchmarkResult, BenchmarkSet, Change, LaneRates
 from leanserve.artifacts.manifest import Failure, Manifest, Measurement, Quality, Recipe
 from leanserve.artifacts.sealed import Document, seal, unseal
 from leanserve.contracts import Format
@@ -96,21 +96,23 @@ class ArtifactStore:
         """
         return _found(self.folder(key) / "quality.json", key, Measurement)
 
-    def manifest(self, key: str, benchmark: BenchmarkSet) -> Manifest | None:
+    def manifest(self, key: str, benchmark: BenchmarkSet, score_digest: str = "") -> Manifest | None:
         """Recipe, answers and speed together; `None` unless all are there and, if that can be mended, of one machine.
+
+        Answers that were scored in another way than by the score of this digest do not count.
 
         Raises:
             ArtifactCorrupt: something is damaged.
         """
         recipe, measured, timed = self.recipe(key), self.measurement(key), benchmark.results.get(key)
-        if recipe is None or measured is None or timed is None:
+        if recipe is None or measured is None or timed is None or measured.score_digest != score_digest:
             return None
         if self.writable and (measured.cpu, measured.threads) != (benchmark.cpu, benchmark.threads):
             return None
-        speed = {"latency_ms": benchmark.latency_ms(key), "throughput": benchmark.throughput(key)}
-        quality = Quality.model_validate(measured.fidelity.model_dump() | speed)
+        quality = Quality.model_validate(measured.fidelity.model_dump() | _speed(key, benchmark))
         machine = {"cpu": benchmark.cpu, "threads": benchmark.threads}
-        return Manifest(**recipe.model_dump(), quality=quality, **machine, ratios=timed.ratios)
+        change = _change(recipe, benchmark)
+        return Manifest(**recipe.model_dump(), quality=quality, **machine, ratios=timed.ratios, change=change)
 
     def benchmark(self, key: str, anchor: str, cpu: str, threads: int) -> BenchmarkResult | None:
         """How fast an artifact is beside the anchor on a machine; `None` if it was not timed there.
@@ -308,6 +310,27 @@ class ArtifactStore:
             raise StartupError(
                 f"cache folder {self.root}: cannot be written ({error}); make room, or set 'cache' or LEANSERVE_CACHE"
             ) from error
+
+
+def _speed(key: str, benchmark: BenchmarkSet) -> dict[str, Any]:
+    """The fields of `Quality` that are measured beside the base."""
+    timed, gain = benchmark.results[key], benchmark.speedup(key)
+    return {
+        "latency_ms": benchmark.latency_ms(key),
+        "throughput": benchmark.throughput(key),
+        "speedup": gain.median,
+        "speedup_low": gain.low,
+        "speedup_high": gain.high,
+        "rounds": timed.rounds,
+        "waited": timed.waited,
+    }
+
+
+def _change(recipe: Recipe, benchmark: BenchmarkSet) -> Change | None:
+    """What the last pass brought; `None` of one that has no parent, or several, or one that was not timed."""
+    if len(recipe.parents) != 1 or recipe.parents[0] not in benchmark.results:
+        return None
+    return benchmark.speedup(recipe.key).over(benchmark.speedup(recipe.parents[0])).change
 
 
 def checksums(folder: Path) -> dict[str, str]:

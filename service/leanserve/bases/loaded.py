@@ -11,11 +11,10 @@ from leanserve.codecs.images import ImageCodec
 from leanserve.codecs.text import TextCodec
 from leanserve.contracts import Array, Arrays, Batch, Codec, Data, Model, ModelSpec, Split, TorchModel
 from leanserve.errors import StartupError
+from leanserve.scoring import Scoring
 
 if TYPE_CHECKING:
     from torch import nn
-
-Score = Callable[[Arrays, Array], float]
 
 
 class Rows(Protocol):
@@ -58,7 +57,7 @@ class LoadedBase:
     caveats: tuple[str, ...]
     load: Callable[[], Model]
     rows: Rows
-    scored_by: Score
+    scored_by: Scoring
     make_codec: Callable[[ModelSpec], Codec]
     """Of a spec, however passes have changed it."""
     make_rows: Callable[[ModelSpec], Rows]
@@ -96,7 +95,15 @@ class LoadedBase:
         return isinstance(codec, TextCodec) or (isinstance(codec, ImageCodec) and codec.geometry.is_dynamic)
 
     def score(self, outputs: Arrays, labels: Array) -> float:
-        return self.scored_by(outputs, labels)
+        return self.scored_by.function(outputs, labels)
+
+    @property
+    def scored_as(self) -> str:
+        return self.scored_by.name
+
+    @property
+    def score_digest(self) -> str:
+        return self.scored_by.digest
 
 
 def _prepared_alike(one: ModelSpec, other: ModelSpec) -> bool:

@@ -14,8 +14,8 @@ from leanserve.bases.checkpoints import file_digest
 from leanserve.bases.datasets.opening import open_rows
 from leanserve.bases.datasets.refitted import RefittedRows
 from leanserve.bases.description import Description, remembered
-from leanserve.bases.loaded import LoadedBase, Rows, Score
-from leanserve.bases.shipped import ModuleRows, ModuleSource, borrowed, shipped_module
+from leanserve.bases.loaded import LoadedBase, Rows
+from leanserve.bases.shipped import BaseModule, ModuleRows, ModuleSource, borrowed, shipped_module
 from leanserve.bases.sources.exported_program import ExportedSource
 from leanserve.bases.sources.onnx_file import OnnxSource
 from leanserve.bases.sources.python_module import PythonSource
@@ -39,7 +39,7 @@ from leanserve.config.data_section import AnyData
 from leanserve.config.section import Section
 from leanserve.contracts import Codec, Model, ModelSpec, RowsTogether
 from leanserve.errors import ConfigError
-from leanserve.scoring import score_of
+from leanserve.scoring import ACCURACY, Scoring, score_of
 
 
 class Source(Protocol):
@@ -213,14 +213,19 @@ def _rows_for(origin: Origin, rows: Rows, description: Description, spec: ModelS
     return open_rows(origin.data, description, codec_of(description, spec), origin.folder, spec)
 
 
-def _rows_and_score(origin: Origin, source: Source, description: Description, codec: Codec) -> tuple[Rows, Score]:
+def _rows_and_score(origin: Origin, source: Source, description: Description, codec: Codec) -> tuple[Rows, Scoring]:
     own = source.module if isinstance(source, ModuleSource) else None
     if own is not None and origin.data is None:
-        return ModuleRows(own), own.score
+        return ModuleRows(own), _own_score(own)
     if origin.data is None:
         raise ConfigError(
             "data: this base comes without rows, and the report, the gate and calibration need some; add `data:` with "
             "images, arrays or texts like those it will be asked about (synthetic: 64 for a first look at speed)"
         )
     rows = open_rows(origin.data, description, codec, origin.folder)
-    return rows, score_of(description.spec(), rows.unit) if own is None else own.score
+    return rows, score_of(description.spec(), rows.unit) if own is None else _own_score(own)
+
+
+def _own_score(module: BaseModule) -> Scoring:
+    """That of a shipped base, whose source is part of its fingerprint."""
+    return Scoring(ACCURACY if module.LABELS else "score", module.score)

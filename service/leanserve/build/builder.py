@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from leanserve.artifacts.benchmarks import BenchmarkResult, LaneRates
+from leanserve.artifacts.benchmarks import QUIET, BenchmarkResult, LaneRates
 from leanserve.artifacts.load import OneByOne, load_model
 from leanserve.artifacts.manifest import Failure, Measurement, Recipe
 from leanserve.artifacts.store import ArtifactStore, checksums
@@ -23,27 +23,36 @@ from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Base, BuildContext, Format, Model, ModelSize
 from leanserve.errors import ArtifactCorrupt, PassFailed, StartupError
 from leanserve.evaluation.candidates import CandidateEvaluator
-from leanserve.evaluation.quality import GateOutputs, benchmark, benchmark_lanes, measure
+from leanserve.evaluation.quality import GateOutputs, measure
+from leanserve.evaluation.speed import Stopwatch
 from leanserve.hardware import Hardware
 from leanserve.memory import is_out_of_memory
 from leanserve.passes.base import Applied, Stage
 from leanserve.runtime.formats import format_named
 from leanserve.runtime.formats.torch import training_device
+from leanserve.timing import MEASURE_S
 
 _Measured = TypeVar("_Measured", Measurement, BenchmarkResult, LaneRates)
 
 
 class Builder:
-    """Makes the missing artifacts of a plan, one by one."""
+    """Makes the missing artifacts of a plan, one by one; `measure_s` bounds the time that timing them may take."""
 
     def __init__(
-        self, store: ArtifactStore, config: ServiceConfig, base: Base, hardware: Hardware, progress: BuildProgress
+        self,
+        store: ArtifactStore,
+        config: ServiceConfig,
+        base: Base,
+        hardware: Hardware,
+        progress: BuildProgress,
+        measure_s: float = MEASURE_S,
     ) -> None:
         self._store = store
         self._config = config
         self._base = base
         self._hardware = hardware
         self._progress = progress
+        self._stopwatch = Stopwatch(store, base, hardware, measure_s, progress)
         self._evaluator = CandidateEvaluator(base, hardware.threads)
         self._reference: GateOutputs | None = None
         self._made: tuple[str, Model] | None = None
@@ -80,13 +89,19 @@ class Builder:
 
     def _compare(self, work: Plan) -> None:
         """Time what was not timed yet on this machine; two builders never time at once."""
-        store, hardware = self._store, self._hardware
+        store = self._store
         with store.lock("benchmark"), self._progress.artifact(None, "all, side by side"):
             known = {key: self._intact(self._benchmark_of(key, work.anchor)) for key in work.keys}
-            untimed = [key for key, result in known.items() if result is None]
-            fresh = benchmark(store, self._base, work.anchor, untimed, hardware) if untimed else []
+            untimed = [key for key, result in known.items() if result is None or result.disturbed]
+            fresh = self._stopwatch.beside_anchor(work.anchor, untimed) if untimed else []
+            fresh = [result for result in fresh if _is_better(result, known[result.key])]
             for result in fresh:
                 store.keep_benchmark(result)
+            if fresh and (waited := max(result.waited for result in fresh)) > QUIET:
+                self._progress.say(
+                    f"other work disturbed the timing (threads waited {waited:.0%} of a turn for a processor), and "
+                    "speeds are marked so; on a quiet machine `leanserve build` measures them again"
+                )
             timed = known_only(known) | {result.key: result for result in fresh}
             self._compare_lanes([timed[key] for key in work.served if key in timed])
 
@@ -99,7 +114,7 @@ class Builder:
         known = (self._intact(partial(store.lane_rates, item.key, *machine_of(hardware))) for item in timed)
         unknown = [item for item, rates in zip(timed, known, strict=True) if rates is None]
         if hardware.threads > 1 and unknown:
-            for rates in benchmark_lanes(store, self._base, unknown, hardware):
+            for rates in self._stopwatch.lanes(unknown):
                 store.keep_lane_rates(rates)
 
     def _advance(self, step: RecipeStep) -> bool:
@@ -131,10 +146,15 @@ class Builder:
                 recipe = self._recipe_of(step.key)
                 assert recipe is not None
             measured = self._intact(lambda: self._store.measurement(step.key))
-            if measured is None or (measured.cpu, measured.threads) != machine_of(self._hardware):
+            if measured is None or not self._holds(measured):
                 rows = self._measure(recipe).fidelity.memory_rows
                 if rows is not None:
                     self._progress.say(f"{step.variant}: {kind}: there is memory for batches of at most {rows} rows")
+
+    def _holds(self, measured: Measurement) -> bool:
+        """Whether answers were computed on this machine, and scored as now."""
+        here = (measured.cpu, measured.threads) == machine_of(self._hardware)
+        return here and measured.score_digest == self._base.score_digest
 
     def _recipe_of(self, key: str) -> Recipe | None:
         try:
@@ -250,6 +270,11 @@ class Builder:
 def _saves(step: RecipeStep) -> bool:
     """Whether the artifact has a model of its own; a pass that acts at load time leaves it to the one before."""
     return step.pass_ is None or step.pass_.stage is not Stage.LOADING
+
+
+def _is_better(fresh: BenchmarkResult, known: BenchmarkResult | None) -> bool:
+    """Whether a speed was not known, or is less disturbed than what was."""
+    return known is None or fresh.waited < known.waited
 
 
 def _copy(source: Path, place: Path) -> None:

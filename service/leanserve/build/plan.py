@@ -17,7 +17,7 @@ from leanserve.build.cache_key import RecipeStep, steps_of
 from leanserve.config.schema import ServiceConfig, VariantConfig
 from leanserve.contracts import Base
 from leanserve.errors import ArtifactCorrupt, GateFailed, PassFailed
-from leanserve.evaluation.quality import gate_reason
+from leanserve.evaluation.gate import judged
 from leanserve.hardware import Hardware
 from leanserve.passes.base import Pass
 
@@ -31,6 +31,8 @@ class Plan:
     recipes: tuple[tuple[VariantConfig, tuple[RecipeStep, ...]], ...]
     refused: Mapping[str, str] = field(default_factory=dict)
     """Key of a step whose pass this machine cannot apply or would not gain by -> why."""
+    score_digest: str = ""
+    """Of the score by which answers must have been measured (`contracts.Base`)."""
 
     @property
     def steps(self) -> tuple[RecipeStep, ...]:
@@ -71,7 +73,7 @@ def plan(config: ServiceConfig, base: Base, hardware: Hardware) -> Plan:
                 refused[step.key] = reason
                 if config.gate_of(variant).wants_abort:
                     raise PassFailed(f"{place_of(step.variant, step.pass_, step.position)}: {reason}")
-    return Plan(recipes, refused)
+    return Plan(recipes, refused, base.score_digest)
 
 
 def living(store: ArtifactStore, work: Plan) -> Plan:
@@ -138,7 +140,7 @@ def shortfall(store: ArtifactStore, work: Plan, hardware: Hardware) -> str | Non
         alive = living(store, work)
         timed = stored_benchmark(store, work, hardware) or _benchmark_on(store, alive, machine_of(hardware))
         for step in alive.steps:
-            if store.manifest(step.key, timed) is None:
+            if store.manifest(step.key, timed, work.score_digest) is None:
                 missing = "not built" if store.recipe(step.key) is None else "not measured on this machine"
                 return f"{step.variant}: {step_kind(step)} is {missing}"
         if not timed.covers(alive.keys, alive.served):
@@ -165,7 +167,7 @@ def reports(store: ArtifactStore, config: ServiceConfig, work: Plan, hardware: H
     """
     timed = stored_benchmark(store, work, hardware)
     alive = living(store, work)
-    manifests = {key: store.manifest(key, timed) for key in alive.keys} if timed else {}
+    manifests = {key: store.manifest(key, timed, work.score_digest) for key in alive.keys} if timed else {}
     found = []
     for (variant, steps), (_, every) in zip(alive.recipes, work.recipes, strict=True):
         ancestry = tuple(manifest for step in steps if (manifest := manifests.get(step.key)))
@@ -180,7 +182,7 @@ def reports(store: ArtifactStore, config: ServiceConfig, work: Plan, hardware: H
 
 def _report(config: ServiceConfig, variant: VariantConfig, ancestry: tuple[Manifest, ...]) -> VariantReport:
     gate = config.gate_of(variant)
-    reason = gate_reason(gate, ancestry[-1].quality, ancestry[0].quality)
+    reason, doubt = judged(gate, ancestry[-1].quality, ancestry[0].quality, compressed=len(ancestry) > 1)
     if reason and gate.on_fail == "abort":
         remedy = "Soften its passes, allow more, or set on_fail: exclude."
         raise GateFailed(f"variant '{variant.name}' fails its gate: {reason}. {remedy}")
@@ -188,6 +190,7 @@ def _report(config: ServiceConfig, variant: VariantConfig, ancestry: tuple[Manif
         name=variant.name,
         state="excluded" if reason else "serving",
         reason=reason,
+        doubt=None if reason else doubt,
         parents=variant.parent_names,
         ancestry=ancestry,
     )

@@ -43,6 +43,13 @@ class GateConfig(Section):
         description="largest allowed change of an answer by the rows that share its batch, relative to the largest "
         "output; null: any",
     )
+    min_speedup: float | None = Field(
+        None, gt=0, description="least throughput, as a multiple of the base's, of variants that have passes"
+    )
+    undecided: Literal["pass", "fail"] = Field(
+        "pass",
+        description="of a variant that keeps a limit, while its 95 % interval reaches beyond it",
+    )
     on_fail: Literal["abort", "exclude"] = Field(
         "abort",
         description="refuse to start, or serve without the variant; one of which a pass cannot be applied is excluded "

@@ -2,8 +2,11 @@
 
 The anchor, which is the base, stays loaded; the others join it a few at a time and take turns with it on one device
 thread, a little in each round. So a slow minute hits both sides of every ratio, memory holds a few models and never
-all, and a variant that is added later is timed with the anchor alone. Started by `quality.py` as a child; prints one
-JSON line.
+all, and a variant that is added later is timed with the anchor alone.
+
+Rounds in which our threads waited for a processor are repeated while there is time; where too few stay undisturbed, the
+least disturbed count, and what they waited is told. Started by `speed.py` as a child; prints lines of JSON, how far it
+is and at last the result.
 """
 
 from __future__ import annotations
@@ -12,24 +15,32 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
+from leanserve.artifacts.benchmarks import QUIET
 from leanserve.artifacts.load import load_model
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.bases.opening import reopen_base
-from leanserve.contracts import Arrays, Backend, Json, ModelSpec, Share
+from leanserve.contracts import Arrays, Backend, Json, ModelSpec, Progress, Share
+from leanserve.evaluation.fresh_process import nobody_told
 from leanserve.memory import exit_when_out, forget, is_out_of_memory
 from leanserve.runtime.costs import TYPICAL
 from leanserve.runtime.device import Device
 from leanserve.runtime.formats import open_backend
+from leanserve.runtime.linux.contention import Contention
 from leanserve.timing import median_seconds, take_turns
 
 BATCHES = (1, 8, 32)
 ROUNDS = 7
+FEWEST_ROUNDS = 3
+"""However long they take."""
+MOST_ROUNDS = 3 * ROUNDS
+"""However many of them are disturbed: what has not passed by then stays for longer than anybody waits."""
 ROUND_S = 0.03
 GROUP = 3
 """Artifacts that are loaded at a time, besides the anchor."""
@@ -38,6 +49,24 @@ Latencies = dict[str, dict[int, list[float]]]
 """Name -> rows in the batch -> seconds per batch, one median per round."""
 Medians = dict[int, dict[str, Json]]
 """Rows in the batch -> `ms` and `anchor_ms`, medians, and `ratio`: median, least and largest of the rounds."""
+
+
+class Round(NamedTuple):
+    """What was measured in a round."""
+
+    seconds: Mapping[tuple[str, int], float]
+    """Of a batch, by the name of the backend and the rows in the batch."""
+    waited: float
+    """Seconds that our threads waited for a processor, over those of the turn, in the worst turn."""
+
+
+class TimedArtifact(NamedTuple):
+    """What is known of an artifact after its rounds."""
+
+    by_rows: Medians
+    rounds: int
+    waited: float
+    """That of the worst of these rounds."""
 
 
 def sizes_up_to(limits: Iterable[int]) -> list[int]:
@@ -59,19 +88,58 @@ def interleaved(
 ) -> Iterator[Latencies]:
     """Time every backend on its batches, round by round; yields the latencies so far. Call it on the device thread.
 
+    Batches are left out as in `rounds_of`.
+    """
+    rounds: list[Round] = []
+    for measured in rounds_of(backends, batches, round_s, limits):
+        rounds.append(measured)
+        yield latencies_of(backends, rounds)
+
+
+def rounds_of(
+    backends: Mapping[str, Backend],
+    batches: Mapping[str, Sequence[Arrays]],
+    round_s: float,
+    limits: Mapping[str, int],
+    progress: Progress = nobody_told,
+) -> Iterator[Round]:
+    """Rounds in which every backend runs every batch for `round_s` seconds, without end.
+
     A batch with more rows than the `limits` of a backend is left out there, and one for which memory runs out: what
-    else is loaded takes some, too.
+    else is loaded takes some, too. `progress` is told of every turn of a round.
     """
     most = dict(limits)
     by_size = sorted(((len(batch[0]), name, batch) for name in backends for batch in batches[name]), key=itemgetter(0))
-    turns = {(name, rows): partial(_turn, backends[name], batch, round_s, name, most) for rows, name, batch in by_size}
-    latencies: Latencies = {name: {} for name in backends}
+    contention, waited = Contention(), [0.0]
+
+    def watched(number: int, turn: Callable[[], float | None]) -> float | None:
+        contention.waited_s()
+        started = time.perf_counter()
+        found = turn()
+        waited.append(contention.waited_s() / max(time.perf_counter() - started, 1e-9))
+        progress(number + 1, len(by_size), f"batches of {by_size[number][0]} rows")
+        return found
+
+    turns = {
+        (name, rows): partial(watched, number, partial(_turn, backends[name], batch, round_s, name, most))
+        for number, (rows, name, batch) in enumerate(by_size)
+    }
     for measured in take_turns(turns):
-        for (name, rows), seconds in measured.items():
-            latencies[name].setdefault(rows, []).append(seconds)
-        for name, by_rows in latencies.items():
-            latencies[name] = {rows: seconds for rows, seconds in by_rows.items() if (name, rows) in measured}
-        yield latencies
+        yield Round(measured, max(waited))
+        waited[:] = [0.0]
+
+
+def latencies_of(names: Iterable[str], rounds: Sequence[Round]) -> Latencies:
+    """Of the batches that were run in all of some rounds, as far as memory went."""
+    common = set.intersection(*(set(item.seconds) for item in rounds))
+    return {
+        name: {
+            rows: [item.seconds[name, rows] for item in rounds]
+            for other, rows in rounds[0].seconds
+            if other == name and (name, rows) in common
+        }
+        for name in names
+    }
 
 
 def _turn(backend: Backend, batch: Arrays, seconds: float, name: str, most: dict[str, int]) -> float | None:
@@ -89,9 +157,9 @@ def _turn(backend: Backend, batch: Arrays, seconds: float, name: str, most: dict
         return None
 
 
-def main(cache: str, origin: str, threads: str, group: str, *artifacts: str) -> None:
+def main(cache: str, origin: str, threads: str, seconds: str, group: str, *artifacts: str) -> None:
     """Time the artifacts, each given as `KEY:ROWS` with the largest batch that fits into memory, the first of them as
-    the anchor of `group` others at a time; print `Medians` by key as JSON.
+    the anchor of `group` others at a time, in about so many seconds; print `TimedArtifact` by key as JSON.
     """
     base = reopen_base(origin)
     store = ArtifactStore(Path(cache))
@@ -103,34 +171,76 @@ def main(cache: str, origin: str, threads: str, group: str, *artifacts: str) -> 
     def spec_of(key: str) -> ModelSpec:
         return store.ancestry(key)[-1].spec
 
+    bench = InterleavedBenchmark(load, spec_of, int(group), float(seconds), tell_parent)
     try:
-        [timed] = device.call_on_each(lambda _: beside_anchor(load, spec_of, limits_in(artifacts), int(group)))
+        [timed] = device.call_on_each(lambda _: bench.beside_anchor(limits_in(artifacts)))
     finally:
         device.close()
-    sys.stdout.write(json.dumps(timed) + "\n")
+    sys.stdout.write(json.dumps({key: item._asdict() for key, item in timed.items()}) + "\n")
 
 
-def beside_anchor(
-    load: Callable[[str], Backend], spec_of: Callable[[str], ModelSpec], limits: Mapping[str, int], group: int
-) -> dict[str, Medians]:
-    """Time artifacts by name, the first as the anchor of the others; `limits`: the most rows that each has memory for.
+def tell_parent(done: float, total: float, note: str = "") -> None:
+    """A line of JSON: how far this process is. A `contracts.Progress`."""
+    sys.stdout.write(json.dumps({"share": done / total, "note": note}) + "\n")
+    sys.stdout.flush()
 
-    `load` opens one; no more than `group` are open at a time besides the anchor. `spec_of` tells what one takes.
-    """
-    anchor, *others = limits
-    backends = {anchor: load(anchor)}
-    found: dict[str, Medians] = {}
-    for start in range(0, max(1, len(others)), group):
-        members = others[start : start + group]
-        backends |= {key: load(key) for key in members}
+
+class InterleavedBenchmark(NamedTuple):
+    """How artifacts are timed."""
+
+    load: Callable[[str], Backend]
+    """Opens one by name."""
+    spec_of: Callable[[str], ModelSpec]
+    """Tells what one takes."""
+    group: int
+    """The most that are open at a time besides the anchor."""
+    seconds: float
+    """In which all should be done: after `FEWEST_ROUNDS` of each group no further one is begun later."""
+    progress: Progress = nobody_told
+
+    def beside_anchor(self, limits: Mapping[str, int]) -> dict[str, TimedArtifact]:
+        """Time artifacts by name, the first as the anchor of the others; `limits`: the most rows that each has memory
+        for.
+        """
+        anchor, *others = limits
+        backends = {anchor: self.load(anchor)}
+        found: dict[str, TimedArtifact] = {}
+        starts = range(0, max(1, len(others)), self.group)
+        for number, start in enumerate(starts):
+            members = others[start : start + self.group]
+            backends |= {key: self.load(key) for key in members}
+            rounds = self._rounds(backends, limits, number, len(starts))
+            timed, waited = latencies_of(backends, rounds), max(item.waited for item in rounds)
+            new = [key for key in timed if key not in found]
+            found |= {key: TimedArtifact(_medians(timed[key], timed[anchor]), len(rounds), waited) for key in new}
+            for key in members:
+                backends.pop(key).close()
+        backends[anchor].close()
+        return found
+
+    def _rounds(
+        self, backends: Mapping[str, Backend], limits: Mapping[str, int], number: int, groups: int
+    ) -> list[Round]:
+        """Those that count for one of the groups: `ROUNDS` undisturbed ones, if there is time for them."""
+        rounds: list[Round] = []
+
+        def tell(done: float, total: float, note: str = "") -> None:
+            done = min(1.0, (len(rounds) + done / total) / ROUNDS)
+            busy = sum(item.waited > QUIET for item in rounds)
+            self.progress(number + done, groups, f"{note}, {busy} rounds disturbed by other work" if busy else note)
+
+        end = time.perf_counter() + self.seconds / groups
         sizes = sizes_up_to(limits[key] for key in backends)
-        batches = {key: examples(spec_of(key), sizes) for key in backends}
-        *_, timed = islice(interleaved(backends, batches, ROUND_S, limits), ROUNDS)
-        found |= {key: _medians(timed[key], timed[anchor]) for key in timed if key not in found}
-        for key in members:
-            backends.pop(key).close()
-    backends[anchor].close()
-    return found
+        batches = {key: examples(self.spec_of(key), sizes) for key in backends}
+        for measured in rounds_of(backends, batches, ROUND_S, limits, tell):
+            rounds.append(measured)
+            if _enough(rounds) or (len(rounds) >= FEWEST_ROUNDS and time.perf_counter() >= end):
+                break
+        return sorted(rounds, key=lambda item: item.waited)[:ROUNDS]
+
+
+def _enough(rounds: Sequence[Round]) -> bool:
+    return sum(item.waited <= QUIET for item in rounds) >= ROUNDS or len(rounds) >= MOST_ROUNDS
 
 
 def _medians(ours: Mapping[int, Sequence[float]], anchor: Mapping[int, Sequence[float]]) -> Medians:

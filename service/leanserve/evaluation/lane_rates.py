@@ -2,7 +2,7 @@
 
 `lanes: auto` decides by these numbers, so they are taken as the lanes would work: in one fresh process, every lane with
 its own instance of the model, all lanes at once, and the two ways in turns, so that a slow minute hits both alike. One
-artifact at a time, so that memory holds no more than one model for every lane and one. Started by `quality.py` as
+artifact at a time, so that memory holds no more than one model for every lane and one. Started by `speed.py` as
 a child; prints one JSON line.
 """
 
@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice, product
@@ -21,7 +22,7 @@ from leanserve.artifacts.load import load_model
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.bases.opening import reopen_base
 from leanserve.contracts import Arrays, Backend, Share
-from leanserve.evaluation.interleaved_benchmark import examples, limits_in, sizes_up_to
+from leanserve.evaluation.interleaved_benchmark import examples, limits_in, sizes_up_to, tell_parent
 from leanserve.memory import exit_when_out, forget, is_out_of_memory
 from leanserve.runtime.device import Device, Lane
 from leanserve.runtime.formats import open_backend
@@ -32,24 +33,30 @@ ROUNDS = 5
 TURN_S = 0.05
 
 
-def main(cache: str, origin: str, threads: str, *artifacts: str) -> None:
-    """Measure the artifacts, each given as `KEY:ROWS` with the largest batch that fits into memory; print rows per
-    second by key and number of lanes as JSON.
+def main(cache: str, origin: str, threads: str, seconds: str, *artifacts: str) -> None:
+    """Measure the artifacts, each given as `KEY:ROWS` with the largest batch that fits into memory, in about so many
+    seconds, a round of each at least; print rows per second by key and number of lanes as JSON.
     """
     base = reopen_base(origin)
     store = ArtifactStore(Path(cache))
     rates = {}
-    for key, rows in limits_in(artifacts).items():
+    for number, (key, rows) in enumerate(limits_in(artifacts).items()):
+        tell_parent(number, len(artifacts), "several lanes beside one")
 
         def load(threads: int, key: str = key) -> Backend:
             return open_backend(load_model(store, base, key), Share(threads))
 
-        rates[key] = lane_rates(load, examples(store.ancestry(key)[-1].spec, sizes_up_to([rows])), int(threads))
+        batches = examples(store.ancestry(key)[-1].spec, sizes_up_to([rows]))
+        rates[key] = lane_rates(load, batches, int(threads), float(seconds) / len(artifacts))
     sys.stdout.write(json.dumps(rates) + "\n")
 
 
-def lane_rates(load: Callable[[int], Backend], batches: Sequence[Arrays], threads: int) -> dict[int, float]:
+def lane_rates(
+    load: Callable[[int], Backend], batches: Sequence[Arrays], threads: int, seconds: float
+) -> dict[int, float]:
     """Number of lanes (1 and `threads`) -> rows per second at the best of the batch sizes, in the best round.
+
+    No round is begun after so many `seconds`, but the first.
 
     The best and not the median: what else the machine does can only slow a round down, and a wide lane, whose threads
     wait for each other, far more than narrow ones. `load` opens the model for a lane of so many threads, on that lane.
@@ -63,9 +70,12 @@ def lane_rates(load: Callable[[int], Backend], batches: Sequence[Arrays], thread
             (place, len(way.device.lanes)): partial(way.turn, batch)
             for (place, batch), way in product(enumerate(batches), ways)
         }
+        end = time.perf_counter() + seconds
         for measured in islice(take_turns(turns), ROUNDS):
             for (_, lanes), rate in measured.items():
                 best[lanes] = max(best[lanes], rate)
+            if time.perf_counter() >= end:
+                break
     finally:
         for way in ways:
             way.close()

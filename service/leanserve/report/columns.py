@@ -56,8 +56,16 @@ def score(measured: MeasuredArtifact) -> str:
 
 
 def drop(measured: MeasuredArtifact) -> str:
-    """Points lost against the base; a gain has a minus sign."""
-    return ABSENT if measured.drop is None else f"{measured.drop + 0.0:.2f}".replace("-0.00", "0.00").replace("-", "−")
+    """Points lost against the base, and how many it may be; a gain has a minus sign."""
+    if measured.drop is None:
+        return ABSENT
+    most = measured.quality.drop_high
+    return f"{points(measured.drop)} ({ABSENT if most is None else points(100 * most)})"
+
+
+def points(value: float) -> str:
+    """Hundredths of a score, with two decimals."""
+    return f"{value + 0.0:.2f}".replace("-0.00", "0.00").replace("-", "−")
 
 
 def divergence(kl: float | None) -> str:
@@ -99,7 +107,12 @@ SCORE = Column(
     "accuracy, or what else the base is scored by, on the gate split, with its 95 % confidence interval",
     score,
 )
-DROP = Column("drop, pts", "points of score lost against the base; minus means better than the base", drop)
+DROP = Column(
+    "drop (≤), pts",
+    "points of score lost against the base, and in brackets the upper end of the 95 % interval, from the same rows; "
+    "minus means better than the base",
+    drop,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +147,13 @@ BY_OUTPUT = (
         min,
     ),
     OutputMeasure(
+        "worst row",
+        "agreement of the row that is farthest from the base's: shared probability of classes, cosine, or 1 - error",
+        lambda output: output.worst_agreement,
+        share,
+        min,
+    ),
+    OutputMeasure(
         "KL, nats",
         "mean divergence of the class probabilities from the base's",
         lambda output: output.kl,
@@ -158,7 +178,7 @@ BY_OUTPUT = (
     ),
 )
 """How near an output is to the base's. A variant is as near as its worst output."""
-AGREEMENT, KL, RANKS, ERROR = (measure.column() for measure in BY_OUTPUT)
+AGREEMENT, WORST, KL, RANKS, ERROR = (measure.column() for measure in BY_OUTPUT)
 DEPENDENCE = Column(
     "mates",
     "largest change of an output by the rows that share its batch, relative to the largest output",
@@ -175,6 +195,17 @@ THROUGHPUT = Column(
     "rows/s", "rows per second at the best of the measured batch sizes", lambda item: f"{item.quality.throughput:,.0f}"
 )
 GAIN = Column("gain", "throughput over that of the base", lambda item: ratio(item.gain))
+RANGE = Column(
+    "range",
+    "the gain in the round that was worst for it, and in the best one",
+    lambda item: f"{ratio(item.speedup.low)} to {ratio(item.speedup.high)}",
+)
+OTHER_WORK = Column(
+    "disturbed",
+    "time that threads waited for a processor while it was timed, where other work on the machine may have changed it",
+    lambda item: f"{item.quality.waited:.0%}" if item.quality.disturbed else ABSENT,
+)
+CHANGE = Column("brings", "what the pass brings over the step before it", lambda item: item.change or "")
 MEMORY = Column(
     "memory",
     "peak resident memory that loading and running adds to the process",
@@ -191,7 +222,7 @@ BUILD = Column(
     lambda item: duration(item.seconds),
 )
 
-ANSWERS = (SCORE, DROP, AGREEMENT, KL, RANKS, ERROR, DEPENDENCE)
+ANSWERS = (SCORE, DROP, AGREEMENT, WORST, KL, RANKS, ERROR, DEPENDENCE)
 
 
 def answers(measured: Sequence[MeasuredArtifact]) -> tuple[Column, ...]:
@@ -207,9 +238,10 @@ def by_output(measured: Sequence[MeasuredArtifact]) -> tuple[OutputMeasure, ...]
     return tuple(measure for measure in BY_OUTPUT if any(measure.read(output) is not None for output in outputs))
 
 
-def speed(batches: Sequence[int]) -> tuple[Column, ...]:
-    """How fast a variant is; latency at each of these batch sizes."""
-    return (*map(_latency, batches), THROUGHPUT, GAIN)
+def speed(measured: Sequence[MeasuredArtifact], batches: Sequence[int]) -> tuple[Column, ...]:
+    """How fast a variant is; latency at each of these batch sizes, other work only where it disturbed the timing."""
+    disturbed = (OTHER_WORK,) if any(item.quality.disturbed for item in measured) else ()
+    return (*map(_latency, batches), THROUGHPUT, GAIN, RANGE, *disturbed)
 
 
 def footprint(measured: Sequence[MeasuredArtifact]) -> tuple[Column, ...]:
@@ -222,4 +254,4 @@ def waterfall(measured: Sequence[MeasuredArtifact], batches: Sequence[int]) -> t
     """What each pass brought; latency at 8 rows, or at the batch size next to it."""
     quality = [column for column in answers(measured) if column in {SCORE, AGREEMENT, RANKS, ERROR}][:2]
     nearest = sorted(batches, key=lambda rows: (abs(rows - 8), rows))[:1]
-    return (*quality, *map(_latency, nearest), GAIN, SIZE, BUILD)
+    return (*quality, *map(_latency, nearest), GAIN, CHANGE, SIZE, BUILD)

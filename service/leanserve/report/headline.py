@@ -41,7 +41,8 @@ def headline(summary: Summary) -> Headline:
     if summary.cheapest is None:
         return Headline("", _why_none(summary), rule, "", _caveat(summary))
     best = summary.cheapest
-    return Headline(best.name, _claim(summary, best), rule, _caution(summary.yardstick, best), _caveat(summary))
+    cautions = " ".join(filter(None, (_caution(summary.yardstick, best), _disturbance(summary))))
+    return Headline(best.name, _claim(summary, best), rule, cautions, _caveat(summary))
 
 
 def tiles(summary: Summary) -> tuple[tuple[str, str, str], ...]:
@@ -94,8 +95,17 @@ def _claim(summary: Summary, best: VariantSummary) -> str:
     smaller = f" and {ratio(item.shrinkage)} smaller on disk" if item.shrinkage >= 1.05 else ""
     return (
         f"is the cheapest variant that still answers right: {ratio(item.gain)} the throughput of the base{smaller}, "
-        f"{_price(summary.yardstick, best)}."
+        f"{_price(summary.yardstick, best)}.{_equals(summary)}"
     )
+
+
+def _equals(summary: Summary) -> str:
+    """The others that are as fast, as far as can be told."""
+    names = [variant.name for variant in summary.fastest[1:]]
+    if not names:
+        return ""
+    which = f"{names[0]} is" if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]} are"
+    return f" Within noise {which} as fast; its answers are the best."
 
 
 def _price(yardstick: Yardstick, best: VariantSummary) -> str:
@@ -117,18 +127,30 @@ def _why_none(summary: Summary) -> str:
         return "No compressed variant passed its gate: keep the base."
     if not any(summary.yardstick.accepts(variant.measured) for variant in serving):
         return "No compressed variant still answers right: keep the base."
-    return "No compressed variant that still answers right is faster than the base: keep the base."
+    return "No compressed variant that still answers right is measurably faster than the base: keep the base."
 
 
 def _rule(yardstick: Yardstick) -> str:
     return (
         f"A variant answers right if it passed its own gate and {RULES[yardstick.measure]}. "
-        "The cheapest of these is the one with the most rows per second."
+        "The cheapest of these is the one with the most rows per second; of several that are equal within noise, the "
+        "one with the best answers."
     )
 
 
 def _caveat(summary: Summary) -> str:
     return f"Mind the base: {', '.join(summary.caveats)}." if summary.caveats else ""
+
+
+def _disturbance(summary: Summary) -> str:
+    """That speeds are not those of a quiet machine."""
+    waited = max((item.quality.waited for item in summary.measured if item.quality.disturbed), default=None)
+    if waited is None:
+        return ""
+    return (
+        f"Mind the machine: other work disturbed the timing (threads waited {waited:.0%} of a turn for a processor); "
+        "on a quiet one, `leanserve build` measures again."
+    )
 
 
 def _caution(yardstick: Yardstick, best: VariantSummary) -> str:

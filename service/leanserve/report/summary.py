@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from leanserve.artifacts.benchmarks import Change, Speedup
 from leanserve.artifacts.manifest import Manifest, Quality, VariantReport
 from leanserve.contracts import CLASSES
 
@@ -35,11 +36,18 @@ class MeasuredArtifact:
     base: Quality
     seconds: float
     simulated: bool
+    change: Change | None = None
+    """Of one step: its throughput beside that of the step before."""
 
     @property
     def gain(self) -> float:
         """Throughput over that of the base."""
         return self.quality.throughput / self.base.throughput
+
+    @property
+    def speedup(self) -> Speedup:
+        """The gain, with the range in which its rounds leave it."""
+        return Speedup(self.gain, self.quality.speedup_low, self.quality.speedup_high)
 
     @property
     def shrinkage(self) -> float:
@@ -75,6 +83,8 @@ class VariantSummary:
     """The base first; then the variants that it joins, if it joins some; then its passes."""
     joined: int = 0
     """How many variants it joins."""
+    doubt: str | None = None
+    """What its gate could not decide."""
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -179,11 +189,26 @@ class Summary:
         return self.variants[0].steps[0].measured
 
     @cached_property
-    def cheapest(self) -> VariantSummary | None:
-        """The compressed variant with the most rows per second that serves, answers right and beats the base."""
+    def fastest(self) -> tuple[VariantSummary, ...]:
+        """The compressed variants that serve, answer right, and are as fast as the fastest of these within noise.
+
+        None, where the base is as fast as that. Those with the better answers come first.
+        """
         able = [item for item in self.variants if item.state == "serving" and self.yardstick.accepts(item.measured)]
-        best = max(able, key=lambda item: item.measured.quality.throughput, default=None)
-        return best if best is not None and best.passes and best.measured.gain > 1 else None
+        compressed = [item for item in able if item.passes]
+        best = max(compressed, key=lambda item: item.measured.gain, default=None)
+        if best is None or best.measured.speedup.change != "faster":
+            return ()
+        equal = [item for item in compressed if best.measured.speedup.over(item.measured.speedup).change != "faster"]
+        return tuple(sorted(equal, key=self._by_answers))
+
+    def _by_answers(self, variant: VariantSummary) -> tuple[float, float]:
+        return -(self.yardstick.value(variant.measured.quality) or 0.0), -variant.measured.gain
+
+    @property
+    def cheapest(self) -> VariantSummary | None:
+        """Of the fastest, the one with the best answers."""
+        return self.fastest[0] if self.fastest else None
 
 
 def summarise(reports: Sequence[VariantReport], caveats: Sequence[str] = (), elsewhere: str = "") -> Summary:
@@ -214,9 +239,8 @@ def _variant(number: int, report: VariantReport, ends: Mapping[str, VariantRepor
     line = report.ancestry if joining is None else (report.ancestry[0], *report.ancestry[joining:])
     steps = [StepSummary(_measured(manifest, base), manifest) for manifest in line]
     steps[1:1] = [StepSummary(_whole(parent), parent.ancestry[-1]) for parent in joined]
-    return VariantSummary(
-        number, report.name, report.state, report.reason, _whole(report), tuple(steps), joined=len(joined)
-    )
+    told = (number, report.name, report.state, report.reason)
+    return VariantSummary(*told, _whole(report), tuple(steps), joined=len(joined), doubt=report.doubt)
 
 
 def _whole(report: VariantReport) -> MeasuredArtifact:
@@ -237,6 +261,7 @@ def _measured(manifest: Manifest, base: Quality) -> MeasuredArtifact:
         base=base,
         seconds=manifest.seconds,
         simulated=manifest.simulated,
+        change=manifest.change,
     )
 
 

@@ -42,7 +42,7 @@ def print_table(
     console.print(_numbers_table("Answers", answers(summary.measured), summary))
     if by_output(summary.measured):
         console.print(_outputs_table(summary))
-    console.print(_numbers_table(f"Cost: speed{summary.mark}", speed(summary.batches), summary))
+    console.print(_numbers_table(f"Cost: speed{summary.mark}", speed(summary.measured, summary.batches), summary))
     console.print(_numbers_table(f"Cost: size and building{summary.mark}", footprint(summary.measured), summary))
     for variant in summary.variants:
         if variant.passes:
@@ -87,6 +87,8 @@ def _variants_table(summary: Summary) -> Table:
         state = Text(variant.state, style=STYLES[variant.state])
         if variant.reason:
             state.append(f": {variant.reason}")
+        if variant.doubt:
+            state.append(f"; {variant.doubt}", style="yellow")
         table.add_row(_name(variant, summary), Text(variant.flow), state)
     for unmade in summary.unmade:
         table.add_row(

@@ -90,7 +90,7 @@ def _lanes(variant: VariantMetrics) -> Samples:
 def _info(variant: VariantMetrics) -> Samples:
     facts = variant.facts
     labels = {"passes": ",".join(facts.passes), "backend": facts.backend, "device": facts.device}
-    return [(labels | {"state": facts.state, "reason": facts.reason}, 1)]
+    return [(labels | {"state": facts.state, "reason": facts.reason, "undecided": facts.doubt}, 1)]
 
 
 def _quality(variant: VariantMetrics) -> Samples:
@@ -103,7 +103,7 @@ def _measures(values: Mapping[str, Json], prefix: str = "") -> Iterator[tuple[st
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _measures(value, f"{prefix}{name}_")
-        elif isinstance(value, int | float) and name != "channel" and math.isfinite(value):
+        elif isinstance(value, int | float) and name not in {"channel", "worst_row"} and math.isfinite(value):
             yield f"{prefix}{name}", value
 
 

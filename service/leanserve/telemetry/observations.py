@@ -88,6 +88,8 @@ class VariantFacts:
     """Batches that its device runs at a time."""
     state: VariantState = "serving"
     reason: str = ""
+    doubt: str = ""
+    """What its gate could not decide, of a variant that serves."""
     quality: Mapping[str, Json] = field(default_factory=dict)
     build_seconds: Sequence[float] = ()
     cpu: str = ""
