@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leanserve.errors import BadInput, BodyTooLarge
-from leanserve.http.content_encoding import Encoding, compress, inflate
+from leanserve.http.content_encoding import Encoding, compress, inflate, permits_gzip
 
 BOTH: tuple[Encoding, ...] = ("gzip", "deflate")
 
@@ -63,3 +63,22 @@ def test_a_wrong_checksum_is_seen() -> None:
     packed[-1] ^= 1
     with pytest.raises(BadInput, match="not valid deflate"):
         inflate(bytes(packed), "deflate", 100)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "permitted"),
+    [
+        ("", False),
+        ("gzip", True),
+        ("GZIP;q=1.0", True),
+        ("deflate, gzip;q=0.5", True),
+        ("br, *;q=0.1", True),
+        ("gzip;q=0", False),
+        ("gzip;q=0.000, *", False),
+        ("*;q=0", False),
+        ("br, deflate", False),
+        ("x" * 10_000_000, False),
+    ],
+)
+def test_which_clients_permit_gzip(accepted: str, permitted: bool) -> None:  # noqa: FBT001
+    assert permits_gzip(accepted) is permitted

@@ -54,6 +54,14 @@ class RuleService:
         labels = {"version": variant}
         return int(self.metric("nv_inference_count", **labels)), int(self.metric("nv_inference_exec_count", **labels))
 
+    def descriptors(self) -> int:
+        """Open files of the process, connections of which it knows that they have ended left out."""
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    def left(self) -> int:
+        """Requests to `rule` so far whose clients left."""
+        return int(self.metric("leanserve_requests_total", version="rule", outcome="client_gone"))
+
     def queued(self) -> int:
         """Rows in all queues now."""
         return int(self.metric("leanserve_queue_rows"))

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from leanserve import __version__
 from leanserve.api.endpoint import Endpoint, declared_routes
+from leanserve.api.metrics_page import MetricsPage
 from leanserve.api.pages import GuardedApp
 from leanserve.api.routes import CrossOriginHotPath, HotPath, endpoints_of
 from leanserve.api.service import Service
@@ -29,7 +30,7 @@ from leanserve.serving.incidents import details_in_log
 
 def create_app(service: Service) -> HotPath:
     """The whole HTTP service."""
-    fleet = service.fleet
+    fleet, page = service.fleet, MetricsPage(service.fleet.metrics)
     app = FastAPI(title="leanserve", version=__version__, redoc_url=None, swagger_ui_oauth2_redirect_url=None)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -60,8 +61,7 @@ def create_app(service: Service) -> HotPath:
 
     async def metrics(request: Request) -> Response:
         """Prometheus metrics."""
-        content, content_type = fleet.metrics.render(request.headers.get("accept", ""))
-        return Response(content, headers={"content-type": content_type})
+        return await page.answer(request)
 
     add_route("/healthz", healthz)
     add_route("/readyz", readyz)

@@ -45,7 +45,7 @@ _ONE_WRITE = 2**16
 """Bytes of a body up to which copying it behind its head is cheaper than a second write."""
 _UNWANTED = 2**26
 """Bytes of a body that nobody wants up to which reading past them is cheaper than a new connection."""
-_FIRST_LOOK_S, _LAST_LOOK_S = 0.001, 1.0
+_FIRST_LOOK_S, _LAST_LOOK_S = 0.001, 0.25
 """After which time it is first asked, and how often in the end, whether a client has left."""
 
 
@@ -466,20 +466,23 @@ class Connection(HttpToolsProtocol):
         if state == CLOSED:
             self.transport.abort()
             return
-        if state == HALF_CLOSED:
-            self._begin_reply()
+        if state == HALF_CLOSED and self._begin_reply():
+            delay = _FIRST_LOOK_S
         self.loop.call_later(delay, self._look, min(2 * delay, _LAST_LOOK_S))
 
-    def _begin_reply(self) -> None:
-        """Send what every reply begins with: a client that has left resets the connection."""
+    def _begin_reply(self) -> bool:
+        """Send what every reply begins with, unless it was: a client that has left resets the connection."""
         running = self._running
         if isinstance(running, Exchange):
-            if not self._begun and not running.response_complete:
-                self._begun = True
-                self.transport.write(BEGINNING)
-        elif not running.response_started and running.transport is self.transport:
-            self.transport.write(BEGINNING)
+            if self._begun or running.response_complete:
+                return False
+            self._begun = True
+        elif running.response_started or running.transport is not self.transport:
+            return False
+        else:
             running.transport = BegunReply(self.transport)
+        self.transport.write(BEGINNING)
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         waiting = [self._running, self.cycle, *(cycle for cycle, _ in self.pipeline)]

@@ -20,6 +20,8 @@ Encoding = Literal["gzip", "deflate"]
 _ENCODINGS: dict[str, Encoding] = {"gzip": "gzip", "x-gzip": "gzip", "deflate": "deflate"}
 _GZIP = 16 + zlib.MAX_WBITS
 _FAST = 1
+_LONGEST = 1000
+"""Characters of a header that are read."""
 
 
 def encoding_of_body(header: str | None) -> Encoding | None:
@@ -40,6 +42,15 @@ def encoding_of_reply(accepted: str | None) -> Encoding | None:
     if weight.strip().removeprefix("q=").strip("0.") == "" and weight:
         return None
     return _ENCODINGS.get(name.strip())
+
+
+def permits_gzip(accepted: str) -> bool:
+    """Whether an `Accept-Encoding` header permits gzip, by its name or as anything, with a weight above 0."""
+    weights = {}
+    for item in accepted.lower()[:_LONGEST].split(","):
+        name, _, weight = item.partition(";")
+        weights[name.strip()] = weight.replace(" ", "").removeprefix("q=").strip("0.") != "" or not weight.strip()
+    return weights.get("gzip", weights.get("*", False))
 
 
 def inflate(body: bytes, encoding: Encoding, limit: int) -> bytes:

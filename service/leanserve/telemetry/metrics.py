@@ -195,13 +195,24 @@ class Metrics(Collector):
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """The page for Prometheus and its content type; OpenMetrics where the `Accept` header asks for it."""
+        self.catch_up()
+        return self.page(accept)
+
+    def catch_up(self) -> None:
+        """Count what was put off; on the thread of the event loop."""
+        for variant in self.variants.values():
+            variant.catch_up()
+
+    def page(self, accept: str = "") -> tuple[bytes, str]:
+        """As `render`, of what is counted, on any thread, but one at a time.
+
+        A number that the loop changes meanwhile is of before or of after; a sum may be one request behind its count.
+        """
         return _page(self._registry, accept)
 
     def collect(self) -> Iterator[Metric]:
         """Build every family from the current numbers."""
         variants = list(self.variants.values())
-        for variant in variants:
-            variant.catch_up()
         serving = [variant for variant in variants if variant.facts.state != "excluded"]
         for families, shown in ((REQUESTS, [*variants, self.unrouted]), (FACTS, variants), (TRAFFIC, serving)):
             yield from (self._metric(family, shown) for family in families)
