@@ -5,7 +5,7 @@ HOST ?= 127.0.0.1
 ONNXRUNTIME ?= cpu# or gpu
 BIN := .venv/bin
 
-.PHONY: install serve test perf-analyzer prometheus lock zoo fuzz check build bench train-digits clean
+.PHONY: install serve test soak perf-analyzer prometheus lock zoo fuzz check build bench train-digits clean
 
 install: .venv/.installed
 
@@ -34,6 +34,10 @@ TOGETHER := artifacts bases build codecs config deploy experiments init models p
 test: install
 	$(BIN)/pytest --numprocesses 2 --dist loadfile $(TOGETHER:%=tests/%)
 	$(BIN)/pytest $(TOGETHER:%=--ignore=tests/%)
+
+# What takes minutes: bombs at their full size, floods. Prints figures as those in docs/measurements/.
+soak: install
+	$(BIN)/pytest -m soak -s
 
 # Optional, on Debian: with it three more tests are run instead of skipped.
 perf-analyzer: install

@@ -45,6 +45,7 @@ class AppContext:
         from leanserve.bases.opening import Origin, open_base
         from leanserve.build.needs import require_data, require_machine
         from leanserve.build.plan import plan, shortfall
+        from leanserve.codecs.image_limits import ImageLimits
         from leanserve.codecs.postprocess.chain import PostChain
         from leanserve.config.schema import read_config
         from leanserve.config.yaml import read_yaml
@@ -61,6 +62,7 @@ class AppContext:
             base=self.config.base,
             data=self.config.data,
             folder=path.resolve().parent,
+            images=ImageLimits(self.config.limits.image_pixels, self.config.limits.image_side),
             cache=root.resolve() if make_cache else None,
         )
         self.base: Base = open_base(origin, where)
@@ -153,6 +155,7 @@ class AppContext:
         _tell_verdicts(reports, startup)
         device = Device("cpu", self.threads, self.lanes(reports), spare=self.spare)
         warm = WarmFleet(self.base, serving_plans(self.config, reports), device, traffic_plan(self.config), self.post)
+        warm.decode_memory = self.config.limits.decode_mb * 2**20
         alone = sum(report.state == "serving" for report in reports) == 1
 
         def share_of(threads: int) -> Share:

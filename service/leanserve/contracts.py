@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -243,6 +243,7 @@ class ModelSize(NamedTuple):
 
 
 AModel = TypeVar("AModel", bound=Model)
+Made = TypeVar("Made")
 
 
 class Share(NamedTuple):
@@ -353,6 +354,12 @@ class Codec(Protocol):
     def media_types(self) -> tuple[str, ...]:
         """The content types that `decode` takes."""
 
+    def prepare(self, media_type: str, body: bytes) -> Weighed[Decoded]:
+        """Check what headers and counts tell of a body, before what takes time or memory.
+
+        Takes at most some milliseconds. Raises as `decode`.
+        """
+
     def decode(self, media_type: str, body: bytes) -> Decoded:
         """Check and decode a body. Raises `BadInput`, `BodyTooLarge` or `UnsupportedMediaType`."""
 
@@ -414,6 +421,13 @@ class SequenceStep(NamedTuple):
     start: bool
     end: bool
     keeps: frozenset[int]
+
+
+class Weighed(NamedTuple, Generic[Made]):
+    """Work that was looked at and not begun: about how long it takes one core, and the work."""
+
+    seconds: float
+    finish: Callable[[], Made]
 
 
 class Progress(Protocol):

@@ -155,7 +155,7 @@ def test_memory_that_runs_out_while_decoding_is_a_503_that_says_when_to_come_aga
         raise MemoryError("Unable to allocate 8.00 GiB for an array")
 
     async def scenario(http: httpx.AsyncClient, fleet: Fleet) -> None:
-        monkeypatch.setattr(ImageCodec, "decode", decode)
+        monkeypatch.setattr(ImageCodec, "prepare", decode)
         reply = await http.post("/v1/predict", content=image(0), headers=PNG)
         assert (reply.status_code, reply.json()["code"], reply.headers["retry-after"]) == (503, "out_of_memory", "1")
         counted = [line for line in (await http.get("/metrics")).text.splitlines() if 'outcome="out_of_memory"' in line]

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image, features
 
 from fakes import Live, live_server
-from leanserve.contracts import Decoded
+from leanserve.contracts import Decoded, Weighed
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +125,9 @@ def test_images_are_decoded_off_the_event_loop(live: Live, monkeypatch: pytest.M
     class Watched:
         media_types, encode = codec.media_types, staticmethod(codec.encode)
 
-        def decode(self, media_type: str, body: bytes) -> Decoded:
+        def prepare(self, media_type: str, body: bytes) -> Weighed[Decoded]:
             threads.append(threading.current_thread().name)
-            return codec.decode(media_type, body)
+            return codec.prepare(media_type, body)
 
     for variant in live.fleet.variants.values():
         monkeypatch.setattr(variant, "codec", Watched())

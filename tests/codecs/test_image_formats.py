@@ -17,6 +17,7 @@ from PIL import Image, ImageFile, features
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.image_files import EncodedImage, OpenedImage
 from leanserve.codecs.image_formats import FORMAT_NAMES, FORMATS, recognised
+from leanserve.codecs.image_limits import ImageLimits
 from leanserve.codecs.images import ImageCodec
 from leanserve.contracts import Array, ModelSpec, TensorSpec
 from leanserve.errors import BadInput, BodyTooLarge, UnsupportedMediaType
@@ -28,7 +29,7 @@ NORMAL: dict[str, Any] = {"size": SIZE, "resize": "nearest", "answers": ANSWERS}
 CODEC = ImageCodec(mode="RGB", mean=(0,) * 3, std=(1,) * 3, **NORMAL)
 GREY = ImageCodec(mode="L", mean=(0,), std=(1,), **NORMAL)
 LIMIT = 1_000_000
-BOUNDED = ImageCodec(mode="L", mean=(0,), std=(1,), max_pixels=LIMIT, **NORMAL)
+BOUNDED = ImageCodec(mode="L", mean=(0,), std=(1,), limits=ImageLimits(LIMIT), **NORMAL)
 LOSSLESS: dict[str, dict[str, Any]] = {"WEBP": {"lossless": True, "exact": True}}
 RANDOM = np.random.default_rng(3)
 COLOURS = RANDOM.integers(0, 256, (*SIZE[::-1], 3), np.uint8)

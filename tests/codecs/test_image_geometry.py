@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from leanserve.bases.sources.python_imports import make_torchvision_importable
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.geometry import Geometry
+from leanserve.codecs.image_limits import ImageLimits
 from leanserve.codecs.images import ImageCodec
 from leanserve.config.base_section import ImageInput
 from leanserve.contracts import Array, ModelSpec, Placement, RowsTogether, TensorSpec
@@ -23,6 +24,9 @@ from leanserve.errors import BadInput, BodyTooLarge
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = [(300, 200), (200, 300), (64, 48), (97, 131), (1, 60), (500, 3)]
+
+
+LONG = ImageLimits(side=50_000)
 
 
 def codec(size: tuple[int | None, int | None] = (64, 48), rows: RowsTogether = "any", **options: Any) -> ImageCodec:
@@ -132,19 +136,21 @@ def test_sizes_that_may_not_share_a_batch_are_refused() -> None:
 @pytest.mark.parametrize("size", [(50_000, 1), (1, 50_000)])
 @pytest.mark.parametrize("wanted", [(640, 640), (None, 48), (48, None), (None, None)])
 def test_slivers_stay_bounded(size: tuple[int, int], wanted: Any) -> None:
-    decoded = codec(wanted, fit="letterbox", max_side=2000).decode("image/png", png(Image.new("RGB", size)))
+    decoded = codec(wanted, fit="letterbox", max_side=2000, limits=LONG).decode(
+        "image/png", png(Image.new("RGB", size))
+    )
     assert decoded.inputs[0].size <= 3 * 2000 * 640
 
 
 def test_what_is_filled_up_counts() -> None:
-    small = codec((None, None), max_side=2000, step=1000, max_pixels=2_500_000)
+    small = codec((None, None), max_side=2000, step=1000, limits=ImageLimits(2_500_000))
     form = str({"inputs": [[[[0]]]] * 3}).replace("'", '"').encode()
     with pytest.raises(BodyTooLarge, match="3 images are above the limit of 2500000 pixels together"):
         small.decode("application/json", form)
 
 
 def test_a_large_image_among_many_small_ones_is_no_bomb() -> None:
-    follows = codec((None, None), max_side=2000, max_pixels=50_000_000)
+    follows = codec((None, None), max_side=2000, limits=ImageLimits(50_000_000))
     files = [("f", ("x.png", png(Image.new("L", size)))) for size in [(2000, 2000), *[(16, 16)] * 20]]
     request = httpx.Request("POST", "http://x/", files=files)
     with pytest.raises(BodyTooLarge, match="13 images are above the limit of 50000000 pixels together"):

@@ -14,6 +14,7 @@ from leanserve.codecs import image_files
 from leanserve.codecs import images as image
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.image_files import OpenedImage
+from leanserve.codecs.image_limits import ImageLimits
 from leanserve.codecs.images import ImageCodec
 from leanserve.contracts import ModelSpec, TensorSpec
 from leanserve.errors import BadInput, BodyTooLarge
@@ -21,8 +22,9 @@ from leanserve.errors import BadInput, BodyTooLarge
 LABELS = ("a", "b")
 ANSWERS = AnswerEncoder(ModelSpec((), (TensorSpec("logits", "float32", (2,), meaning="logits"),), LABELS))
 LIMIT = 1_000_000
-STRETCHED = ImageCodec(mode="L", size=(32, 32), mean=(0,), std=(1,), answers=ANSWERS, max_pixels=LIMIT)
-CROPPED = ImageCodec(mode="L", size=(32, 32), mean=(0,), std=(1,), answers=ANSWERS, max_pixels=LIMIT, fit="crop")
+LIMITS = ImageLimits(LIMIT, side=LIMIT)
+STRETCHED = ImageCodec(mode="L", size=(32, 32), mean=(0,), std=(1,), answers=ANSWERS, limits=LIMITS)
+CROPPED = ImageCodec(mode="L", size=(32, 32), mean=(0,), std=(1,), answers=ANSWERS, limits=LIMITS, fit="crop")
 
 
 def encoded(width: int, height: int, form: str = "PNG", *, progressive: bool = False) -> bytes:

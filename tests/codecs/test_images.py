@@ -17,6 +17,7 @@ from PIL import Image, features
 
 from leanserve.bases.opening import Origin, open_base
 from leanserve.codecs.answers import AnswerEncoder
+from leanserve.codecs.image_limits import ImageLimits
 from leanserve.codecs.images import ImageCodec
 from leanserve.contracts import Array, ModelSpec, TensorSpec
 from leanserve.errors import BackendFailed, BadInput, BodyTooLarge, ConfigError, UnsupportedMediaType
@@ -208,7 +209,9 @@ def test_a_huge_image_is_refused_from_its_header(width: int, height: int) -> Non
 
 
 def test_json_images_are_bounded_by_what_they_inflate_to() -> None:
-    codec = ImageCodec(mode="L", size=(32, 32), mean=(0,), std=(1,), answers=of(("a",)), max_pixels=3 * 32 * 32)
+    codec = ImageCodec(
+        mode="L", size=(32, 32), mean=(0,), std=(1,), answers=of(("a",)), limits=ImageLimits(3 * 32 * 32)
+    )
     assert len(codec.decode("application/json", as_json([[[0, 0]]] * 3)).inputs[0]) == 3
     with pytest.raises(BodyTooLarge, match="4 images"):
         codec.decode("application/json", as_json([[[0, 0]]] * 4))

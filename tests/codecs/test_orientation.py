@@ -14,6 +14,7 @@ import pytest
 from PIL import Image, ImageOps, features
 
 from leanserve.codecs.answers import AnswerEncoder
+from leanserve.codecs.image_limits import ImageLimits
 from leanserve.codecs.images import ImageCodec
 from leanserve.contracts import Array, ModelSpec
 from leanserve.errors import BodyTooLarge
@@ -140,7 +141,9 @@ def test_pixels_in_json_have_no_tag() -> None:
 
 def test_a_sliver_is_bounded_in_both_ways_where_a_tag_may_turn_it() -> None:
     """40,000 pixels in a row are little work to shrink; turned, each would become a row of the model's width first."""
-    stored = ImageCodec(mode="L", size=(32, 32), mean=(0,), std=(1,), answers=ANSWERS, max_pixels=1_000_000)
+    stored = ImageCodec(
+        mode="L", size=(32, 32), mean=(0,), std=(1,), answers=ANSWERS, limits=ImageLimits(1_000_000, side=10**6)
+    )
     body = encoded(Image.new("L", (40_000, 1)), "PNG")
     assert stored.decode("", body).inputs[0].shape == (1, 1, 32, 32)
     with pytest.raises(BodyTooLarge, match="40000 x 1 pixels become 1280000 on the way"):

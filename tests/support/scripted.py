@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 
-from leanserve.contracts import Arrays, Decoded, Json, ModelSpec, Result, TensorSpec
+from leanserve.contracts import Arrays, Decoded, Json, ModelSpec, Result, TensorSpec, Weighed
 from leanserve.runtime.costs import Costs, CostTable
 from leanserve.runtime.device import Device
 from leanserve.runtime.lanes import LoadedVariant
@@ -52,6 +52,9 @@ class NoCodec:
     """Of a variant that is asked with arrays."""
 
     media_types = ()
+
+    def prepare(self, media_type: str, body: bytes) -> Weighed[Decoded]:
+        raise NotImplementedError
 
     def decode(self, media_type: str, body: bytes) -> Decoded:
         raise NotImplementedError

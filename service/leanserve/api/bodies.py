@@ -5,7 +5,8 @@ from __future__ import annotations
 from leanserve.api.service import Service
 from leanserve.http.content_encoding import encoding_of_body, inflate
 from leanserve.http.messages import Request, Response, disconnect_check, read_body
-from leanserve.serving.session import Answered, Session, off_loop
+from leanserve.serving.decoding import off_loop
+from leanserve.serving.session import Answered, Session
 
 
 async def plain_body(request: Request, limit: int) -> bytes | memoryview:

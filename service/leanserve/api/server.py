@@ -35,9 +35,9 @@ from leanserve.config.schema import ServiceConfig
 from leanserve.http.connection import connections_to
 from leanserve.http.listening import allow_descriptors, refuse_connections
 from leanserve.http.open_connections import OpenConnections
+from leanserve.serving.decoding import THREADS
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.opening import WarmFleet
-from leanserve.serving.session import DECODER_THREADS
 from leanserve.telemetry.startup import Startup
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ class Server(uvicorn.Server):
         if self.should_exit:
             return
         loop = asyncio.get_running_loop()
-        loop.set_default_executor(ThreadPoolExecutor(DECODER_THREADS, thread_name_prefix="decode"))
+        loop.set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="decode"))
         try:
             service = Service(Fleet(warm), warm.base, self._settings, self._access, warm.post)
             self._front.serve(create_app(service))

@@ -23,6 +23,7 @@ from leanserve.bases.sources.timm_model import TimmSource
 from leanserve.bases.sources.transformers_model import TransformersSource
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.arrays import ArrayCodec
+from leanserve.codecs.image_limits import DEFAULT_LIMITS, ImageLimits
 from leanserve.codecs.images import ImageCodec
 from leanserve.codecs.text import TextCodec
 from leanserve.config.base_section import (
@@ -85,6 +86,8 @@ class Origin(Section):
     data: AnyData | None = None
     folder: Path = Path()
     """To which the paths in both are relative: that of the config file."""
+    images: ImageLimits = DEFAULT_LIMITS
+    """Of requests; the base's own rows are its owner's."""
     cache: Path | None = None
     """Where descriptions are remembered; `None`: nowhere."""
     fingerprint: str | None = None
@@ -119,8 +122,8 @@ def open_base(origin: Origin, where: Where = "here") -> LoadedBase:
         describe = partial(described_apart, origin)
     description = remembered(origin.cache, _description_key(origin, fingerprint), describe)
     spec = description.spec()
-    codec = codec_of(description, spec)
-    rows, score = _rows_and_score(origin, source, description, codec)
+    codec = codec_of(description, spec, origin.images)
+    rows, score = _rows_and_score(origin, source, description, codec_of(description, spec))
     # The tokenizer and the formats decide answers through the rows alone, whose digest knows them by content.
     told = description.model_dump_json(
         exclude={
@@ -150,7 +153,7 @@ def open_base(origin: Origin, where: Where = "here") -> LoadedBase:
         load=load,
         rows=rows,
         scored_by=score,
-        make_codec=partial(codec_of, description),
+        make_codec=partial(codec_of, description, images=origin.images),
         make_rows=partial(_rows_for, origin, rows, description),
         outputs=description.outputs,
     )
@@ -190,11 +193,11 @@ def open_source(base: ShippedBase | BroughtBase, folder: Path) -> Source:
     return SOURCES[type(base)](base, folder)
 
 
-def codec_of(description: Description, spec: ModelSpec) -> Codec:
+def codec_of(description: Description, spec: ModelSpec, images: ImageLimits = DEFAULT_LIMITS) -> Codec:
     """What turns requests into the inputs of a model of this spec, and its outputs into answers."""
     answers = AnswerEncoder(spec)
     if description.image is not None:
-        return ImageCodec(answers=answers, **(description.image.model_dump() | _sizes_of(spec)))
+        return ImageCodec(answers=answers, limits=images, **(description.image.model_dump() | _sizes_of(spec)))
     if description.text is not None:
         return TextCodec(description.text.tokenizer, min(description.text.max_length, spec.max_length), answers)
     return ArrayCodec(answers)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -21,15 +22,18 @@ import numpy as np
 
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.json_body import inputs_of
+from leanserve.codecs.json_weight import json_seconds
 from leanserve.codecs.nested import array_of, refuse, sizes_of
-from leanserve.codecs.numpy_files import array_in, arrays_in
+from leanserve.codecs.numpy_files import array_in, arrays_in, inflated_size
 from leanserve.codecs.tensors import clip
-from leanserve.contracts import Array, Arrays, Decoded, Json, TensorSpec
+from leanserve.contracts import Array, Arrays, Decoded, Json, TensorSpec, Weighed
 from leanserve.errors import BadInput, BodyTooLarge, UnsupportedMediaType
 
 JSON = "application/json"
 NPY, NPZ = "application/x-npy", "application/x-npz"
 OCTETS = "application/octet-stream"
+BYTE_S = 4e-9
+"""Seconds to inflate, check and convert a byte of an array."""
 
 
 class Input(NamedTuple):
@@ -58,6 +62,17 @@ class ArrayCodec:
             return JSON, NPZ
         return (JSON, NPZ, NPY) if None in self.fields[0].shape else (JSON, NPZ, NPY, OCTETS)
 
+    def prepare(self, media_type: str, body: bytes) -> Weighed[Decoded]:
+        """What decoding takes, by bytes and by what they inflate to. Raises as `decode`."""
+        kind = media_type.partition(";")[0].strip().lower()
+        if kind not in self.media_types:
+            raise UnsupportedMediaType(f"content type {media_type!r} is none of {', '.join(self.media_types)}")
+        if kind == JSON:
+            seconds = json_seconds(body)
+        else:
+            seconds = (inflated_size(body, self.max_elements) if kind == NPZ else len(body)) * BYTE_S
+        return Weighed(seconds, partial(self._decoded, kind, body))
+
     def decode(self, media_type: str, body: bytes) -> Decoded:
         """Body -> the model's inputs.
 
@@ -66,9 +81,9 @@ class ArrayCodec:
             BodyTooLarge: an input has more than `max_elements`.
             UnsupportedMediaType: none of `media_types`; parameters such as `charset` are ignored.
         """
-        kind = media_type.partition(";")[0].strip().lower()
-        if kind not in self.media_types:
-            raise UnsupportedMediaType(f"content type {media_type!r} is none of {', '.join(self.media_types)}")
+        return self.prepare(media_type, body).finish()
+
+    def _decoded(self, kind: str, body: bytes) -> Decoded:
         if kind == JSON:
             given = self._by_name(inputs_of(body))
             return _joined(self.fields, [self._parsed(item, value, where) for item, value, where in given])

@@ -62,6 +62,8 @@ class ImageFormat:
 
     Raises `ValueError` for damaged headers, and for kinds of the format that are not decoded.
     """
+    pixel_s: float = 30e-9
+    """Seconds to decode a pixel of a photo, and to bring it into the model's mode."""
     library: str | None = None
     """Pillow's name of the library without which it may have been built."""
 
@@ -121,6 +123,7 @@ FORMATS: Final = (
         JpegImageFile,
         _starting(rb"\xff\xd8\xff"),
         (".jpg", ".jpeg", ".jpe", ".jfif"),
+        pixel_s=12e-9,
     ),
     ImageFormat("webp", ("image/webp",), WebPImageFile, _starting(rb"RIFF....WEBP"), (".webp",), library="webp"),
     ImageFormat(
@@ -132,7 +135,7 @@ FORMATS: Final = (
         avif_work,
         library="avif",
     ),
-    ImageFormat("gif", ("image/gif",), GifImageFile, _starting(rb"GIF8[79]a"), (".gif",)),
+    ImageFormat("gif", ("image/gif",), GifImageFile, _starting(rb"GIF8[79]a"), (".gif",), pixel_s=15e-9),
     ImageFormat(
         "tiff",
         ("image/tiff", "image/tif", "image/x-tiff"),
@@ -140,6 +143,7 @@ FORMATS: Final = (
         _starting(rb"II[*+]\0|MM\0[*]"),
         (".tif", ".tiff"),
         tiff_work,
+        pixel_s=15e-9,
     ),
     ImageFormat(
         "bmp",
@@ -148,6 +152,7 @@ FORMATS: Final = (
         _starting(rb"BM.{4}\0{4}"),
         (".bmp",),
         _bmp_work,
+        pixel_s=10e-9,
     ),
 )
 """All of them, in the order in which errors list them."""

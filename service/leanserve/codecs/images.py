@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -26,14 +27,18 @@ from PIL import Image
 
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.geometry import Anchor, Geometry, ImageFit, Layout
-from leanserve.codecs.image_files import UNTOLD, EncodedImage, OpenedImage, Orientation, decoded, opened
+from leanserve.codecs.image_files import UNTOLD, EncodedImage, OpenedImage, Orientation, decoded, opened, reduced
 from leanserve.codecs.image_formats import BY_MEDIA_TYPE, FORMAT_NAMES, FormatName, media_types
+from leanserve.codecs.image_limits import DEFAULT_LIMITS, REDUCING_GAP, RESIZE_S, WHOLE_PIXELS, ImageLimits
+from leanserve.codecs.json_weight import json_seconds
 from leanserve.codecs.pixels import Placed, parse_images, to_array
 from leanserve.codecs.uploads import FORM, file_of_json, files_of_form, holds_file
-from leanserve.contracts import Array, Arrays, Decoded, Json
+from leanserve.contracts import Array, Arrays, Decoded, Json, Weighed
 from leanserve.errors import BadInput, BodyTooLarge, ConfigError, UnsupportedMediaType
 
 JSON = "application/json"
+PARSED_AT_ONCE_S = 2e-3
+"""Seconds that parsing JSON may take to find the images in it, whose headers tell what else it takes."""
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -62,8 +67,7 @@ class ImageCodec:
     `size` is (width, height), `None` where a side follows the image; `fit`, `crop`, `anchor`, `max_side`, `step` and
     `least` are those of `Geometry`. `mean` and `std` are per channel, of pixels scaled to 0..1, in the order of `mode`.
     `fill` is the pixel value, per channel, of what an image does not cover. `orientation` says whether tags turn an
-    image before everything else, `formats` which files are read. `max_pixels` bounds the images of a request together,
-    as sent and while they are resized; each counts at least as much as the model sees.
+    image before everything else, `formats` which files are read. `limits` bound the images of a request.
     """
 
     mode: Mode
@@ -81,7 +85,7 @@ class ImageCodec:
     least: int = 1
     orientation: Orientation = "stored"
     formats: tuple[FormatName, ...] = FORMAT_NAMES
-    max_pixels: int = 50_000_000
+    limits: ImageLimits = DEFAULT_LIMITS
 
     def __post_init__(self) -> None:
         channels = CHANNELS[self.mode]
@@ -97,24 +101,28 @@ class ImageCodec:
     def media_types(self) -> tuple[str, ...]:
         return (*media_types(self.formats), *filter(None, UNTOLD), FORM, JSON)
 
+    def prepare(self, media_type: str, body: bytes) -> Weighed[Decoded]:
+        """Read the headers of all images; of a large body of JSON only count what is in it. Raises as `decode`."""
+        kind = media_type.partition(";")[0].strip().lower()
+        if kind == JSON:
+            parse = partial(self._from_body, body)
+            seconds = json_seconds(body)
+            return Weighed(seconds, lambda: parse().finish()) if seconds > PARSED_AT_ONCE_S else parse()
+        if kind == FORM:
+            files = files_of_form(media_type, body, self._most_rows)
+            return self._looked_at(map(self._opened, files), many=len(files) > 1)
+        self._require_taken(kind, media_type)
+        return self._looked_at([self._opened(EncodedImage(kind, body, "the body"))], many=False)
+
     def decode(self, media_type: str, body: bytes) -> Decoded:
         """Body -> float32 [rows, C, H, W].
 
         Raises:
             BadInput: the body is not what its media type says; the text says where.
-            BodyTooLarge: the images are above `max_pixels`.
+            BodyTooLarge: the images are above the `limits`.
             UnsupportedMediaType: none of `media_types`; of parameters, only a form's `boundary` counts.
         """
-        kind = media_type.partition(";")[0].strip().lower()
-        if kind == JSON:
-            placed, many = parse_images(body)
-            self._require_room(len(placed))
-            return self._decoded(map(self._from_json, placed), many=many)
-        if kind == FORM:
-            files = files_of_form(media_type, body, self._most_rows)
-            return self._decoded(map(self._opened, files), many=len(files) > 1)
-        self._require_taken(kind, media_type)
-        return self._decoded([self._opened(EncodedImage(kind, body, "the body"))], many=False)
+        return self.prepare(media_type, body).finish()
 
     def encode(self, outputs: Arrays, most: int | None = None) -> list[dict[str, Json]]:
         """One answer per row, see `leanserve.codecs.answers`."""
@@ -124,10 +132,20 @@ class ImageCodec:
         """Image -> float32 [C, H, W], scaled and normalised."""
         return self._prepared(OpenedImage(image, "the image"), self.geometry).row
 
-    def _decoded(self, images: Iterable[OpenedImage], *, many: bool) -> Decoded:
-        """Images -> float32 [rows, C, H, W]; where rows differ in size, smaller ones are filled up to the largest."""
+    def _from_body(self, body: bytes) -> Weighed[Decoded]:
+        placed, many = parse_images(body)
+        self._require_room(len(placed))
+        return self._looked_at(map(self._from_json, placed), many=many)
+
+    def _looked_at(self, images: Iterable[OpenedImage], *, many: bool) -> Weighed[Decoded]:
         geometry = self.geometry
         waiting = self._bounded(images, geometry)
+        resizing = sum(layout.resizing for image in waiting for layout in self._layouts(image, geometry)[:1])
+        seconds = sum(image.seconds for image in waiting) + resizing * RESIZE_S
+        return Weighed(seconds, partial(self._decoded, waiting, geometry, many=many))
+
+    def _decoded(self, waiting: deque[OpenedImage], geometry: Geometry, *, many: bool) -> Decoded:
+        """Images -> float32 [rows, C, H, W]; where rows differ in size, smaller ones are filled up to the largest."""
         prepared = []
         while waiting:
             # Each image goes as soon as it is done: decoded, it is larger than its row.
@@ -153,7 +171,8 @@ class ImageCodec:
 
     def _prepared(self, received: OpenedImage, geometry: Geometry) -> _Prepared:
         image = decoded(received, "L" if self.mode == "L" else "RGB", self.orientation)
-        layout = geometry.layout(image.size)
+        lies = (image.width > image.height) == (received.size[0] > received.size[1])
+        layout = geometry.layout(received.size if lies else received.size[::-1])
         mean, std = (np.array(values, dtype=np.float32)[:, None, None] for values in (self.mean, self.std))
         row = np.empty((len(mean), layout.canvas[1], layout.canvas[0]), np.float32)
         place = row
@@ -192,7 +211,7 @@ class ImageCodec:
     @property
     def _most_rows(self) -> int:
         width, height = (LEAST_SIDE if side is None else side for side in self.size)
-        return self.max_pixels // (width * height)
+        return min(self.limits.count, self.limits.pixels // (width * height))
 
     def _bounded(self, images: Iterable[OpenedImage], geometry: Geometry) -> deque[OpenedImage]:
         """The images, none of them decoded; refuses what would take too much memory or time while they are opened."""
@@ -201,33 +220,41 @@ class ImageCodec:
         for image in images:
             layouts = self._layouts(image, geometry)
             work = max(self._work(image, layouts))
-            if work > self.max_pixels:
+            if work > self.limits.pixels:
                 reason = self._reason(image, layouts)
-                raise BodyTooLarge(f"{image.where}: {reason}, above the limit of {self.max_pixels} pixels")
-            waiting.append(image)
+                raise BodyTooLarge(f"{image.where}: {reason}, above the limit of {self.limits.pixels} pixels")
+            self._require_short(image)
+            waiting.append(_reduced(image, layouts))
             total += max(work, *(layout.pixels for layout in layouts))
             # Together the rows take as much room as if each were as large as the largest.
             widest = max(widest, *(layout.canvas[0] for layout in layouts))
             highest = max(highest, *(layout.canvas[1] for layout in layouts))
-            if max(total, len(waiting) * widest * highest) > self.max_pixels:
-                raise BodyTooLarge(f"{len(waiting)} images are above the limit of {self.max_pixels} pixels together")
+            if max(total, len(waiting) * widest * highest) > self.limits.pixels:
+                raise BodyTooLarge(f"{len(waiting)} images are above the limit of {self.limits.pixels} pixels together")
         return waiting
+
+    def _require_short(self, image: OpenedImage) -> None:
+        if (side := max(image.size)) > self.limits.side:
+            size, most = "{} x {} pixels".format(*image.size), self.limits.side
+            raise BodyTooLarge(
+                f"{image.where}: the image has {size}, and {side} is above the limit of {most} for a side"
+            )
 
     def _layouts(self, image: OpenedImage, geometry: Geometry) -> list[Layout]:
         """How it will be laid out: as it is stored, or turned. The tag may stand behind the pixels."""
-        width, height = image.image.size
+        width, height = image.size
         turned = [(height, width)] if self.orientation == "exif" else []
         return [geometry.layout(size) for size in ((width, height), *turned)]
 
     def _work(self, image: OpenedImage, layouts: list[Layout]) -> tuple[int, int, int]:
         """What an image costs, in pixels: to hold, to decode, to resize."""
-        width, height = image.image.size
+        width, height = image.size
         return width * height, image.work, max(layout.resizing for layout in layouts)
 
     def _reason(self, image: OpenedImage, layouts: list[Layout]) -> str:
         """What costs most in an image."""
         work = self._work(image, layouts)
-        size = "{} x {} pixels".format(*image.image.size)
+        size = "{} x {} pixels".format(*image.size)
         reasons = (
             f"the image has {size}",
             image.told,
@@ -241,6 +268,16 @@ class ImageCodec:
         left, top = (-side for side in layout.corner)
         width, height = layout.canvas
         return large.crop((left, top, left + width, top + height)) if self.fit == "crop" else large
+
+
+def _reduced(image: OpenedImage, layouts: list[Layout]) -> OpenedImage:
+    """An image to be decoded no larger than the resize needs to average over, if it is large."""
+    if image.size[0] * image.size[1] <= WHOLE_PIXELS:
+        return image
+    wide, high = (max(layout.scaled[axis] for layout in layouts) for axis in (0, 1))
+    if len(layouts) > 1:  # it is not known yet whether it is turned
+        wide = high = max(wide, high)
+    return reduced(image, (wide * REDUCING_GAP, high * REDUCING_GAP))
 
 
 def stacked(rows: list[Array]) -> Array:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -156,7 +155,7 @@ def plan_raw(size: int, inputs: Mapping[str, Port], outputs: Mapping[str, Port])
     if rest or not rows:
         raise BadInput(f"input {port.name!r}: {size} raw bytes are not a whole number of rows of {row_size} bytes")
     wanted = tuple(WantedOutput(output, "binary") for output in outputs.values())
-    options = InferOptions("", MappingProxyType({}), None, None, wanted)
+    options = InferOptions("", {}, None, None, wanted)
     return InferPlan(options, (BinaryTensor(port, datatype, (rows, *row), 0, size),), rows, size)
 
 
@@ -212,7 +211,7 @@ def _options(
         )
     return InferOptions(
         identity or "",
-        MappingProxyType(parameters),
+        parameters,
         _natural(parameters, "timeout", "the request") or None,
         _natural(parameters, "priority", "the request") or None,
         _wanted(document.get("outputs"), *outputs, "binary" if every_output else "json"),

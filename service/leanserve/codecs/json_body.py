@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import orjson
 
+from leanserve.codecs.json_weight import require_few_lists
 from leanserve.codecs.tensors import Buffer, clip
 from leanserve.contracts import Json
 from leanserve.errors import BadInput
@@ -14,7 +15,9 @@ def json_object(body: Buffer, holds: str = "") -> dict[str, Json]:
 
     Raises:
         BadInput: it is not valid JSON, or no object.
+        BodyTooLarge: it holds too many lists.
     """
+    require_few_lists(body)
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError as error:

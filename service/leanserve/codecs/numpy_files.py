@@ -14,11 +14,17 @@ from zipfile import ZipFile
 import numpy as np
 from numpy.lib import format as npy
 
+from leanserve.codecs.tensors import clip
 from leanserve.contracts import Array
 from leanserve.errors import BadInput, BodyTooLarge
 
 LARGEST_ITEM = 8
 """Bytes of the largest numbers that are taken."""
+MAX_AXES = 32
+"""Of an array; numpy has no more than 64."""
+MAX_DIRECTORY = 2**16
+"""Bytes of an archive's list of members, of which each takes some 60; a model has a few inputs."""
+_DIRECTORY_END = b"PK\x05\x06"
 READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
@@ -42,8 +48,10 @@ def array_in(body: bytes, max_elements: int) -> Array:
     if prod(shape) > max_elements:
         raise BodyTooLarge(f"the body holds {prod(shape)} elements; at most {max_elements} are taken")
     data = memoryview(body)[stream.tell() :]
-    if min(shape, default=0) < 0 or prod(shape) * dtype.itemsize != len(data):
-        raise BadInput(f"the body has {len(data)} bytes of data, which {dtype} of shape {list(shape)} does not take")
+    if len(shape) > MAX_AXES or min(shape, default=0) < 0 or prod(shape) * dtype.itemsize != len(data):
+        raise BadInput(
+            f"the body has {len(data)} bytes of data, which {dtype} of shape {clip(list(shape))} does not take"
+        )
     return np.frombuffer(data, dtype).reshape(shape, order="F" if column_major else "C")
 
 
@@ -54,16 +62,39 @@ def arrays_in(body: bytes, max_elements: int) -> dict[str, Array]:
         BadInput: it is damaged, encrypted, or holds anything but numbers.
         BodyTooLarge: more than `max_elements`.
     """
+    inflated_size(body, max_elements)
     try:
         with ZipFile(BytesIO(body)) as archive:
             members = archive.infolist()
-            size = sum(member.file_size for member in members)
-            if size > max_elements * LARGEST_ITEM:
-                raise BodyTooLarge(f"the body inflates to {size} bytes, more than {max_elements} elements take")
             # zipfile inflates no more than the sizes that it was told, which were just bound.
             contents = {member.filename: archive.read(member) for member in members}
-    except (BodyTooLarge, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:  # zipfile raises nearly anything on hostile bytes
-        raise BadInput(f"the body is not a .npz file: {str(error) or type(error).__name__}") from error
+        raise _no_archive(error) from error
     return {name.removesuffix(".npy"): array_in(content, max_elements) for name, content in contents.items()}
+
+
+def inflated_size(body: bytes, max_elements: int) -> int:
+    """Bytes of all members of a `.npz` file as its list of members has them, of which none is inflated.
+
+    Raises:
+        BadInput: it is damaged.
+        BodyTooLarge: the list itself is too long, or more than `max_elements`.
+    """
+    end = body.rfind(_DIRECTORY_END)
+    directory = int.from_bytes(body[end + 12 : end + 16], "little") if end >= 0 else 0
+    if directory > MAX_DIRECTORY:
+        raise BodyTooLarge(f"the body lists its members in {directory} bytes; at most {MAX_DIRECTORY} are taken")
+    try:
+        with ZipFile(BytesIO(body)) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    except Exception as error:  # as in `arrays_in`
+        raise _no_archive(error) from error
+    if size > max_elements * LARGEST_ITEM:
+        raise BodyTooLarge(f"the body inflates to {size} bytes, more than {max_elements} elements take")
+    return size
+
+
+def _no_archive(error: Exception) -> BadInput:
+    return BadInput(f"the body is not a .npz file: {str(error) or type(error).__name__}")

@@ -9,16 +9,21 @@ schedule policy (`timeout`, `priority`) and parameters.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from functools import partial
+from pickle import PickleBuffer
+from typing import Any, NamedTuple
 
 import orjson
 
 from leanserve.codecs.infer_plan import InferOptions, InferPlan, WantedOutput, plan_json, plan_raw
+from leanserve.codecs.json_weight import json_seconds
 from leanserve.codecs.tensors import Buffer, ports, to_binary, to_json
-from leanserve.contracts import Array, Arrays, Json, ModelSpec
+from leanserve.contracts import Array, Arrays, Json, ModelSpec, Weighed
 from leanserve.errors import BadInput
 
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
+_BYTE_S = 0.5e-9
+"""Seconds to check and convert a byte of a binary tensor."""
 _CACHED_PLANS = 256
 _CACHED_BYTES = 4096
 
@@ -60,9 +65,25 @@ class InferDecoder:
 
     def __init__(self, spec: ModelSpec) -> None:
         """Raises `StartupError` for a field whose dtype the protocol cannot carry."""
+        self._spec = spec
         self._inputs = ports(spec.inputs)
         self._outputs = ports(spec.outputs)
+        self._strings = any(port.dtype.kind == "O" for port in self._inputs.values())
         self._plans: dict[bytes, InferPlan] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process: without the plans of others' requests."""
+        return type(self), (self._spec,)
+
+    def seconds(self, body: Buffer, json_length: int | None = None) -> float:
+        """About how long decoding a body takes; of strings, of which each is an object, no time that others could save.
+
+        Raises:
+            BodyTooLarge: its JSON holds too many lists.
+        """
+        size = len(body) if json_length is None else min(json_length, len(body))
+        seconds = json_seconds(memoryview(body)[:size]) + (len(body) - size) * _BYTE_S
+        return 0.0 if self._strings else seconds
 
     def decode(self, body: Buffer, json_length: int | None = None) -> InferRequest:
         """Check and decode a body whose first `json_length` bytes are JSON and whose rest is binary tensors.
@@ -98,6 +119,23 @@ class InferDecoder:
         if len(body) - json_length != plan.size:
             plan.check_size(len(body) - json_length, "header")
         return plan
+
+
+class InferDecoding(NamedTuple):
+    """A body of which the first `json_length` bytes are JSON, see `InferDecoder.decode`."""
+
+    decoder: InferDecoder
+    body: Buffer
+    json_length: int | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process: the body beside the rest, uncopied."""
+        return type(self), (self.decoder, PickleBuffer(self.body), self.json_length)
+
+    def prepare(self) -> Weighed[InferRequest]:
+        """Count what is in it."""
+        seconds = self.decoder.seconds(self.body, self.json_length)
+        return Weighed(seconds, partial(self.decoder.decode, self.body, self.json_length))
 
 
 def encode_infer(

@@ -11,8 +11,8 @@ do; an empty text is its special tokens. Tokenizing costs time by the character,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, fields
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,10 +20,15 @@ import numpy as np
 
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.json_body import inputs_of
-from leanserve.contracts import Array, Arrays, Decoded, Json, TensorSpec
+from leanserve.codecs.json_weight import json_seconds
+from leanserve.contracts import Array, Arrays, Decoded, Json, TensorSpec, Weighed
 from leanserve.errors import BadInput, BodyTooLarge, ConfigError, UnsupportedMediaType
 
 JSON, PLAIN = "application/json", "text/plain"
+UTF8_BYTES = 4
+"""Of the longest character."""
+CHARACTER_S = 0.5e-6
+"""Seconds to tokenize a character."""
 IDS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
 
 
@@ -53,6 +58,10 @@ class TextCodec:
                 f"{', '.join(names)}. Declare base.inputs instead; clients then send token ids themselves"
             )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process: what was declared, without what was worked out from it."""
+        return type(self), tuple(getattr(self, item.name) for item in fields(self))
+
     @property
     def fields(self) -> tuple[TensorSpec, ...]:
         """The inputs of the model, in its order."""
@@ -71,6 +80,18 @@ class TextCodec:
         """Open the tokenizer now, rather than with the first text. Raises `ConfigError` if it cannot be read."""
         _opened(self.tokenizer, self.max_length)
 
+    def prepare(self, media_type: str, body: bytes) -> Weighed[Decoded]:
+        """What tokenizing takes, by the bytes of the texts. Raises as `decode`."""
+        kind = media_type.partition(";")[0].strip().lower()
+        if kind not in self.media_types:
+            raise UnsupportedMediaType(f"content type {media_type!r} is none of {', '.join(self.media_types)}")
+        if kind == JSON:
+            return Weighed(json_seconds(body) + len(body) * CHARACTER_S, partial(self._of_json, body))
+        if len(body) > UTF8_BYTES * self.max_characters:
+            most = f"the {self.max_characters} characters that are taken"
+            raise BodyTooLarge(f"the body has {len(body)} bytes, which are more than {most}")
+        return Weighed(len(body) * CHARACTER_S, partial(self._of_text, body))
+
     def decode(self, media_type: str, body: bytes) -> Decoded:
         """Body -> the model's inputs, [rows, length of the longest text] each.
 
@@ -79,11 +100,12 @@ class TextCodec:
             BodyTooLarge: more texts or characters than are taken.
             UnsupportedMediaType: none of `media_types`; parameters such as `charset` are ignored.
         """
-        kind = media_type.partition(";")[0].strip().lower()
-        if kind == PLAIN:
-            return Decoded(self.arrays(self.tokens([_utf8(body)])), many=False)
-        if kind != JSON:
-            raise UnsupportedMediaType(f"content type {media_type!r} is none of {', '.join(self.media_types)}")
+        return self.prepare(media_type, body).finish()
+
+    def _of_text(self, body: bytes) -> Decoded:
+        return Decoded(self.arrays(self.tokens([_utf8(body)])), many=False)
+
+    def _of_json(self, body: bytes) -> Decoded:
         inputs = inputs_of(body)
         if holds_token_ids(inputs):
             raise BadInput(

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from leanserve.errors import BadInput, NotFound, NotReady, OutOfMemory, ServiceError
 from leanserve.memory import is_out_of_memory
 from leanserve.runtime.linux.denormals import flush_denormals
+from leanserve.serving.decoding import Decoders
 from leanserve.serving.opening import VariantPlan, WarmFleet
 from leanserve.serving.reload import LoadingThreads, Read, close_all, open_again
 from leanserve.serving.sequences import Sequences
@@ -62,6 +63,7 @@ class Fleet:
         self._split = normalize_weights(self._given_weights, self.opened)
         """As `weights`, but over all that were opened, so that a caller's key means the same while one is away."""
         self.weights: Mapping[str, float] = {}
+        self.decoders = Decoders(warm.decode_memory)
         self._threads = LoadingThreads()
         self._turn = asyncio.Lock()
         self._swaps: set[asyncio.Task[None]] = set()
@@ -208,6 +210,7 @@ class Fleet:
     def close(self) -> None:
         """End the lanes after what they still have to do, then close all backends."""
         self._threads.close()
+        self.decoders.close()
         self.device.close()
         for variant in self.variants.values():
             for backend in variant.running.opened:

@@ -22,6 +22,7 @@ from leanserve.runtime.lanes import LoadedVariant
 from leanserve.runtime.warm_up import warm_up
 from leanserve.serving.batcher import QueueLimits
 from leanserve.serving.company import Company, company_by
+from leanserve.serving.decoding import MEMORY
 from leanserve.serving.reload import Open, Read
 from leanserve.serving.sequences import SequenceLimits
 from leanserve.telemetry.observations import VariantFacts
@@ -103,6 +104,8 @@ class WarmFleet:
         self.traffic = traffic or TrafficPlan()
         self.post = post or PostChain((), base.spec, Path())
         """What becomes of the outputs before clients see them."""
+        self.decode_memory = MEMORY
+        """Bytes that decoding one body may take."""
         self.variants: dict[str, WarmVariant] = {}
         """Those that are open."""
 

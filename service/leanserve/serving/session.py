@@ -5,8 +5,9 @@
 A front (REST, gRPC, OpenAI's API) has a `Session` of its own, which says what was asked, and how that is read, decoded
 and answered in its wire format. All else is here, and whoever wants a say in every request (limits, tracing,
 experiments) gets it here.
-Bad input never reaches a queue. What would hold up the event loop is decoded and encoded on a thread, and not at all
-for a variant that could not take the request anyway.
+Bad input never reaches a queue. What would hold up the event loop is decoded and encoded apart from it (`decoding.py`),
+and not at all for a variant that could not take the request anyway. The time of a request begins when all of it is
+here: what decoding took of it is no longer there to queue.
 """
 
 from __future__ import annotations
@@ -15,25 +16,24 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar, TypeVarTuple
+from functools import partial
+from typing import Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 from leanserve.contracts import Arrays, Decoded, ModelSpec, SequenceStep
-from leanserve.errors import ClientGone, ServiceError
+from leanserve.errors import ClientGone, QueueTimeout, ServiceError
+from leanserve.memory import forget
 from leanserve.serving.batch_runner import Prediction
+from leanserve.serving.decoder_process import Decoding
+from leanserve.serving.decoding import Patience, Work, off_loop
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.incidents import unexpected_failure
 from leanserve.serving.length_groups import cut_to_length, length_groups
 from leanserve.serving.variant import Variant
 
-DECODER_THREADS = 2
-"""Threads of the loop's default executor, which decode and encode what would hold up the loop."""
 QUICK_BYTES = 64 * 2**10
 """Bytes of outputs up to which they are encoded on the event loop; a thread costs 50 microseconds."""
 
 Reply = TypeVar("Reply")
-_Args = TypeVarTuple("_Args")
-_Result = TypeVar("_Result")
-
 
 VariantChoice: TypeAlias = tuple[str | None, str | None]
 """Which variant a request asks for: by its name, else by the caller's key, else (both `None`) by the traffic split."""
@@ -109,6 +109,8 @@ class Session(ABC, Generic[Reply]):
     variant: Variant | None = None
     """Who answers, once that is chosen."""
     _choice: VariantChoice
+    _ended = ServiceError.code
+    """What became of it."""
 
     @abstractmethod
     def asked(self) -> VariantChoice:
@@ -122,13 +124,25 @@ class Session(ABC, Generic[Reply]):
         """What is known of its terms before it is decoded."""
         return DEFAULT_TERMS
 
+    def body_size(self) -> int:
+        """Bytes of the body."""
+        return len(self.body or b"")
+
     @abstractmethod
     def decodes_quickly(self) -> bool:
         """Whether decoding takes less than about half a millisecond."""
 
     @abstractmethod
+    def decoding(self, variant: Variant) -> Decoding[Any]:
+        """How the body becomes what `take` takes; anew where another variant must answer after all."""
+
+    @abstractmethod
+    def take(self, variant: Variant, made: Any) -> ModelRequest:
+        """The request of what was decoded, on any thread."""
+
     def decode(self, variant: Variant) -> ModelRequest:
-        """Check and decode the body, on any thread; again where another variant must answer after all."""
+        """Check and decode the body here and now."""
+        return self.take(variant, self.decoding(variant).prepare().finish())
 
     @abstractmethod
     def encode(self, answered: Answered) -> Reply:
@@ -141,7 +155,6 @@ class Session(ABC, Generic[Reply]):
             ServiceError: whatever kept it from being answered; it names the variant, where one was chosen.
         """
         started = time.perf_counter()
-        ended = ServiceError.code
         try:
             if self.is_chosen_by_body:
                 await self.read()
@@ -150,10 +163,10 @@ class Session(ABC, Generic[Reply]):
             if self.body is None:
                 variant = await self._read(variant)
             if self.decodes_quickly():
-                samples, groups, terms, sequence = request = self.decode(variant)
+                request = self.decode(variant)
             else:
                 variant, request = await self._decoded_apart(variant)
-                samples, groups, terms, sequence = request
+            samples, groups, terms, sequence = request
             if sequence is not None:
                 answered = await self._predict_in_sequence(variant, request, sequence)
             elif len(samples) > 1:
@@ -165,19 +178,26 @@ class Session(ABC, Generic[Reply]):
                 reply = self.encode(answered)
             else:
                 reply = await off_loop(self.encode, answered)
-            ended = "ok"
+            self._ended = "ok"
             return reply
         except asyncio.CancelledError:
-            ended = ClientGone.code
+            self._ended = ClientGone.code
             raise
         except Exception as error:
-            failure = error if isinstance(error, ServiceError) else unexpected_failure(error, "a request")
-            ended = failure.code
-            failure.variant = None if self.variant is None else self.variant.name
-            raise failure from None
+            # Without a name: it holds this frame, and both would stay until the garbage collector looks.
+            raise self._failure(error) from None
         finally:
             counted = self.fleet.metrics.unrouted if self.variant is None else self.variant.metrics
-            counted.request_done(ended, time.perf_counter() - started)
+            counted.request_done(self._ended, time.perf_counter() - started)
+
+    def _failure(self, error: Exception) -> ServiceError:
+        """What the client is told. Lets go of the body, which the frames of an error would hold."""
+        failure = error if isinstance(error, ServiceError) else unexpected_failure(error, "a request")
+        failure.variant = None if self.variant is None else self.variant.name
+        self._ended = failure.code
+        forget(error)
+        self.body = None
+        return failure
 
     async def _read(self, variant: Variant) -> Variant:
         """Read the body, unless its variant could not take the request anyway."""
@@ -192,13 +212,17 @@ class Session(ABC, Generic[Reply]):
         return self.variant
 
     async def _decoded_apart(self, variant: Variant) -> tuple[Variant, ModelRequest]:
-        """Decode on a thread; it counts as waiting meanwhile."""
+        """Decode apart from the loop; it counts as waiting meanwhile."""
+        arrived = time.perf_counter()
         while True:
-            with variant.expecting(self.terms(variant).priority):
-                asked = await off_loop(self.decode, variant)
+            terms = self.terms(variant)
+            patience = Patience(arrived + _time_of(terms, variant), self.is_disconnected)
+            with variant.expecting(terms.priority):
+                work = Work(self.decoding(variant), partial(self.take, variant), self.body_size())
+                asked = await self.fleet.decoders.run(work, patience)
             before, variant = variant, self._confirmed(variant)
             if variant is before or (variant.spec == before.spec and variant.codec == before.codec):
-                return variant, asked
+                return variant, asked._replace(terms=_what_is_left(asked.terms, variant, arrived))
 
     async def _predict_in_sequence(self, variant: Variant, request: ModelRequest, step: SequenceStep) -> Answered:
         """The prediction for one request of a sequence, by the variant that answered its first one."""
@@ -231,6 +255,20 @@ class Session(ABC, Generic[Reply]):
             raise
 
 
+def _time_of(terms: Terms, variant: Variant) -> float:
+    """Seconds that a request may take until it runs."""
+    longest = variant.batcher.limits.timeout_s
+    return longest if terms.timeout_s is None else min(terms.timeout_s, longest)
+
+
+def _what_is_left(terms: Terms, variant: Variant, arrived: float) -> Terms:
+    """The terms of a request for the queue, after it was decoded."""
+    took = time.perf_counter() - arrived
+    if took >= (allowed := _time_of(terms, variant)):
+        raise QueueTimeout(f"decoding took {took * 1000:.0f} ms; the request allows {allowed * 1000:.0f} ms")
+    return terms._replace(timeout_s=allowed - took)
+
+
 def refuse_unrouted(fleet: Fleet, error: ServiceError) -> NoReturn:
     """Refuse a prediction that no variant can answer, whatever it says: an unknown path, a wrong method. Counts it."""
     fleet.metrics.unrouted.request_done(error.code, 0.0)
@@ -243,8 +281,3 @@ def grouped_rows(decoded: Decoded, spec: ModelSpec) -> ModelRequest:
         return ModelRequest((decoded.inputs,))
     groups = length_groups(decoded.lengths, spec.rows)
     return ModelRequest([cut_to_length(decoded, spec, group) for group in groups], groups)
-
-
-async def off_loop(work: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
-    """Do work that takes more than a few hundred microseconds where it does not hold up the event loop."""
-    return await asyncio.to_thread(work, *args)  # which also takes the identity of the request there

@@ -98,6 +98,7 @@ class Variant:
         bucket = limits.bucket(length)
         level = limits.level(priority)
         self._admit(len(sample[0]), level, bucket, timeout_s)
+        limits.check(len(sample[0]))  # before hundreds of thousands of rows are cut into parts
         parts = cut(sample, limits.rows_per_batch(bucket))
         tickets = [self._ticket(part, now + timeout_s, is_disconnected, level, length) for part in parts]
         self._enqueue(tickets, now)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -17,18 +17,19 @@ from leanserve.api.bodies import HttpSession, how_headers
 from leanserve.api.endpoint import Declaration, Endpoint, OpenAiErrorReply, endpoint, in_body, one_of, which_variant
 from leanserve.api.openai.models import gives_embeddings, no_embeddings, refusal, served_models, variant_of
 from leanserve.api.service import Service
-from leanserve.codecs.openai import EmbeddingRequest, encode_reply, parse_request, token_rows
+from leanserve.codecs.openai import EmbeddingRequest, TokenIds, Tokens, encode_reply, parse_request, token_rows
 from leanserve.codecs.tensors import clip
-from leanserve.codecs.text import TextCodec
-from leanserve.contracts import Array
+from leanserve.codecs.text import CHARACTER_S, TextCodec
+from leanserve.contracts import Array, Json, Weighed
 from leanserve.errors import BackendFailed, BadInput, ConfigError
 from leanserve.http.messages import Request, Response, Route
+from leanserve.serving.decoder_process import Decoding
+from leanserve.serving.decoding import off_loop
 from leanserve.serving.length_groups import length_groups
 from leanserve.serving.session import (
     Answered,
     ModelRequest,
     VariantChoice,
-    off_loop,
     refuse_unrouted,
 )
 from leanserve.serving.variant import Variant
@@ -109,6 +110,19 @@ def embed(service: Service, request: Request) -> Awaitable[Response]:
     return _Embeddings(service, request).run()
 
 
+class EmbeddingDecoding(NamedTuple):
+    """The texts (or token ids) of a request, to be tokenized."""
+
+    codec: TextCodec
+    given: Json
+    token_ids: TokenIds
+
+    def prepare(self) -> Weighed[Tokens]:
+        """Count their characters."""
+        characters = sum(len(text) for text in self.given if isinstance(text, str | list))
+        return Weighed(characters * CHARACTER_S, partial(token_rows, self.given, self.codec, self.token_ids))
+
+
 class _Embeddings(HttpSession):
     is_chosen_by_body = True
 
@@ -145,10 +159,14 @@ class _Embeddings(HttpSession):
     def decodes_quickly(self) -> bool:
         return len(self.body or b"") <= SMALL
 
-    def decode(self, variant: Variant) -> ModelRequest:
+    def decoding(self, variant: Variant) -> Decoding[Tokens]:
         codec = variant.codec
         assert isinstance(codec, TextCodec)  # `gives_embeddings`; a pass changes what a text becomes, not what is sent
-        tokens = token_rows(self._asked.input, codec, self._service.config.embeddings.token_ids)
+        return EmbeddingDecoding(codec, self._asked.input, self._service.config.embeddings.token_ids)
+
+    def take(self, variant: Variant, made: Tokens) -> ModelRequest:
+        codec, tokens = variant.codec, made
+        assert isinstance(codec, TextCodec)
         self._tokens = sum(map(len, tokens))
         groups = length_groups(list(map(len, tokens)), variant.spec.rows)
         samples = [codec.arrays([tokens[row] for row in group]) for group in groups]

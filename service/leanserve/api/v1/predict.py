@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any
+from pickle import PickleBuffer
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field, WithJsonSchema, create_model
 
@@ -14,8 +15,10 @@ from leanserve.api.service import Service
 from leanserve.api.v1.answer_forms import DEFAULT_WISH, MOST_TOP, NPZ, AnswerForms, OutputRows, archive
 from leanserve.codecs.image_formats import FORMAT_NAMES, media_types
 from leanserve.codecs.postprocess.chain import PostChain
-from leanserve.contracts import Json, Place
+from leanserve.codecs.tensors import Buffer
+from leanserve.contracts import Codec, Decoded, Json, Place, Weighed
 from leanserve.http.messages import Request, Response, Route, json_response
+from leanserve.serving.decoder_process import Decoding
 from leanserve.serving.length_groups import in_order
 from leanserve.serving.session import Answered, ModelRequest, VariantChoice, grouped_rows
 from leanserve.serving.variant import Variant
@@ -99,6 +102,22 @@ def predict(service: Service, forms: AnswerForms, request: Request) -> Awaitable
     return _Predict(service, forms, request).run()
 
 
+class CodecDecoding(NamedTuple):
+    """A body for a codec."""
+
+    codec: Codec
+    content_type: str
+    body: Buffer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process: the body beside the rest, uncopied."""
+        return type(self), (self.codec, self.content_type, PickleBuffer(self.body))
+
+    def prepare(self) -> Weighed[Decoded]:
+        """Look at it."""
+        return self.codec.prepare(self.content_type, bytes(self.body))
+
+
 class CodecSession(HttpSession):
     """The session of a request whose body is one of the variant's codec."""
 
@@ -114,11 +133,13 @@ class CodecSession(HttpSession):
     def decodes_quickly(self) -> bool:
         return False  # an image takes milliseconds
 
-    def decode(self, variant: Variant) -> ModelRequest:
+    def decoding(self, variant: Variant) -> Decoding[Decoded]:
         content_type = self.http.header(b"content-type") or ""  # with its parameters: a form names its boundary there
-        decoded = variant.codec.decode(content_type, bytes(self.body or b""))
-        self.many, self.places, self.tells_places = decoded.many, decoded.places, decoded.tells_places
-        return grouped_rows(decoded, variant.spec)
+        return CodecDecoding(variant.codec, content_type, self.body or b"")
+
+    def take(self, variant: Variant, made: Decoded) -> ModelRequest:
+        self.many, self.places, self.tells_places = made.many, made.places, made.tells_places
+        return grouped_rows(made, variant.spec)
 
 
 class _Predict(CodecSession):

@@ -21,6 +21,8 @@ from leanserve.codecs.tensors import DATATYPES, Datatype, ports, to_binary
 from leanserve.contracts import Array, Arrays, Json, ModelSpec
 from leanserve.errors import BadInput
 
+_PIECE = 2**16
+"""Numbers that are converted at once."""
 ContentsForm = Literal["raw", "typed"]
 _CONTENTS = {
     "BOOL": "bool_contents",
@@ -109,7 +111,9 @@ def _pack(tensor: Any) -> bytes:
 
 def _array(datatype: Datatype, values: Any) -> Array:
     if datatype.name != "BYTES":
-        return np.array(list(values), dtype=datatype.wire)
+        # In pieces: Python's lock is held for each of them.
+        pieces = (values[start : start + _PIECE] for start in range(0, len(values), _PIECE))
+        return np.concatenate([np.empty(0, datatype.wire), *(np.array(piece, datatype.wire) for piece in pieces)])
     elements = np.empty(len(values), dtype=np.object_)
     elements[:] = list(values)
     return elements

@@ -25,11 +25,13 @@ from leanserve.api.v2.grpc_infer import GrpcInferDecoder, encode, form_of
 from leanserve.api.v2.grpc_messages import SERVICE, message, message_pool
 from leanserve.api.v2.open_inference import OpenInference, terms_of
 from leanserve.codecs.infer_plan import InferOptions
-from leanserve.contracts import Json, ModelSpec
+from leanserve.codecs.open_inference import InferRequest
+from leanserve.contracts import Json, ModelSpec, Weighed
 from leanserve.errors import NotReady, ServiceError, StartupError
 from leanserve.http.limits import HttpLimits
 from leanserve.http.messages import Role, clipped, error_headers
 from leanserve.request_identity import CURRENT_REQUEST, RequestIdentities
+from leanserve.serving.decoder_process import Decoding
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.incidents import unexpected_failure
 from leanserve.serving.session import UNKNOWN_TERMS, Answered, ModelRequest, Session, Terms, VariantChoice
@@ -304,6 +306,17 @@ def _infer(
     return _Infer(protocol, decoders, request, headers).run()
 
 
+class GrpcDecoding(NamedTuple):
+    """A message to be decoded. It was parsed already: no other process is sent it."""
+
+    decoder: GrpcInferDecoder
+    request: Any
+
+    def prepare(self) -> Weighed[InferRequest]:
+        """Nothing is to be looked at before."""
+        return Weighed(0.0, partial(self.decoder.decode, self.request))
+
+
 class _Infer(Session[Any]):
     """The session of a request in the messages of gRPC, which have come whole before it begins."""
 
@@ -334,18 +347,23 @@ class _Infer(Session[Any]):
     async def read(self) -> None:
         """Nothing is left to read."""
 
+    def body_size(self) -> int:
+        return int(self.body.ByteSize())
+
     def decodes_quickly(self) -> bool:
         raw = self.body.raw_input_contents
         return form_of(self.body) == "raw" and sum(map(len, raw)) <= SMALL_RAW
 
-    def decode(self, variant: Variant) -> ModelRequest:
+    def decoding(self, variant: Variant) -> Decoding[InferRequest]:
         decoder = self._decoders.get(variant.spec) or self._decoders.setdefault(
             variant.spec, GrpcInferDecoder(variant.spec)
         )
-        decoded = decoder.decode(self.body)
-        self._options = options = decoded.options
+        return GrpcDecoding(decoder, self.body)
+
+    def take(self, _: Variant, made: InferRequest) -> ModelRequest:
+        self._options = options = made.options
         self.encodes_quickly = not (options.is_postprocessed and self._protocol.service.post.costly)
-        return ModelRequest((decoded.inputs,), terms=terms_of(options), sequence=options.sequence)
+        return ModelRequest((made.inputs,), terms=terms_of(options), sequence=options.sequence)
 
     def encode(self, answered: Answered) -> Any:
         names, form = (self._protocol.name, answered.variant.name), form_of(self.body)

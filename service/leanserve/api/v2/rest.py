@@ -19,11 +19,19 @@ from leanserve.api.v2.described import IndexQuery, InferAnswer, SwapQuery, infer
 from leanserve.api.v2.open_inference import OpenInference, terms_of
 from leanserve.codecs.infer_plan import InferOptions
 from leanserve.codecs.json_body import json_object
-from leanserve.codecs.open_inference import JSON_LENGTH_HEADER, InferReply, encode_infer, parse_json_length
+from leanserve.codecs.open_inference import (
+    JSON_LENGTH_HEADER,
+    InferDecoding,
+    InferReply,
+    InferRequest,
+    encode_infer,
+    parse_json_length,
+)
 from leanserve.contracts import Json
 from leanserve.errors import BadInput, NotFound
 from leanserve.http.content_encoding import compress, encoding_of_reply
 from leanserve.http.messages import Request, Response, Role, Route, json_response
+from leanserve.serving.decoder_process import Decoding
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.session import UNKNOWN_TERMS, Answered, ModelRequest, Terms, VariantChoice
 from leanserve.serving.variant import Variant
@@ -205,12 +213,18 @@ class _Infer(HttpSession):
         parsed = len(body) if json_length is None or self._protocol.takes_strings else json_length
         return parsed <= SMALL and len(body) <= SMALL_BINARY
 
-    def decode(self, variant: Variant) -> ModelRequest:
-        decoded = self._protocol.decoders[variant.name].decode(self.body or b"", self._json_length)
-        self._options = options = decoded.options
+    def decoding(self, variant: Variant) -> Decoding[InferRequest]:
+        return InferDecoding(self._protocol.decoders[variant.name], self.body or b"", self._json_length)
+
+    def take(self, _: Variant, made: InferRequest) -> ModelRequest:
+        self._options = options = made.options
         if options.is_postprocessed and self._protocol.service.post.costly:
             self.encodes_quickly = False
-        return ModelRequest((decoded.inputs,), terms=terms_of(options), sequence=options.sequence)
+        return ModelRequest((made.inputs,), terms=terms_of(options), sequence=options.sequence)
+
+    def decode(self, variant: Variant) -> ModelRequest:
+        """Without a look at what it takes: `decodes_quickly` had one."""
+        return self.take(variant, self._protocol.decoders[variant.name].decode(self.body or b"", self._json_length))
 
     def encode(self, answered: Answered) -> Response:
         model, variant = self._protocol.name, answered.variant.name

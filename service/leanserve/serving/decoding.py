@@ -1,0 +1,226 @@
+"""Decoding beside the event loop, on a budget of seconds: who decodes what, when, and who is refused.
+
+A body of 600 bytes may ask for a second of work, so requests are not counted, but the seconds that their bytes and
+headers announce (`contracts.Weighed`). What takes up to `QUICK_S` is decoded by a thread. What takes longer is left
+to processes (`decoder_process.py`), of which a large body holds one while small ones pass by; there the cheapest goes
+first, unless others have waited long. A request's time begins with its arrival: who would be decoded after its
+deadline is refused at once with 429, and whose deadline passes all the same gets a 504 and is decoded no further.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from heapq import heappop, heappush
+from typing import Any, Generic, NamedTuple, TypeVar, TypeVarTuple
+
+from leanserve.contracts import Made
+from leanserve.errors import ClientGone, DeadlineUnreachable, QueueTimeout
+from leanserve.runtime.unused_memory import give_back
+from leanserve.serving.decoder_process import DecoderProcess, Decoding
+
+THREADS = 2
+"""Threads of the loop's default executor, which decode and encode what would hold up the loop."""
+PROCESSES = 2
+"""Processes for what is large. They run only while they are needed."""
+QUICK_S = 0.025
+"""Seconds of decoding that a thread may take; it may hold Python's lock for all of them."""
+PATIENCE = 10.0
+"""A job may be overtaken by one that takes a second less and came up to so many seconds later."""
+IDLE_S = 20.0
+"""After so long without work the processes end, and the memory of this one is given back."""
+MEMORY = 512 * 2**20
+"""Bytes that decoding one body may take in a process."""
+_LARGE = 8 * 2**20
+"""Bytes of bodies after which there may be memory to give back."""
+_SMOOTHING = 0.1
+
+_Args = TypeVarTuple("_Args")
+_Result = TypeVar("_Result")
+
+
+class Patience(NamedTuple):
+    """Until when (by `time.perf_counter`) a request is worth decoding, and whether its client has left before."""
+
+    deadline: float
+    is_disconnected: Callable[[], bool]
+
+
+class Work(NamedTuple, Generic[Made]):
+    """A body of `size` bytes to be decoded, and what is made of that, in this process and on any thread."""
+
+    decoding: Decoding[Any]
+    then: Callable[[Any], Made]
+    size: int
+
+
+@dataclass(order=True)
+class _Job:
+    order: float
+    number: int
+    seconds: float = field(compare=False)
+    work: Work[Any] = field(compare=False)
+    patience: Patience = field(compare=False)
+    result: asyncio.Future[Any] = field(compare=False)
+
+
+class _Quick(NamedTuple, Generic[Made]):
+    """What a thread made of a body, or what it would cost, and how long that took."""
+
+    made: Made | None
+    announced_s: float
+    took_s: float
+
+
+class Decoders:
+    """All that decodes, for the loop that it was made on."""
+
+    def __init__(self, memory: int = MEMORY) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._processes = [DecoderProcess[Any](memory) for _ in range(PROCESSES)]
+        self._free = list(self._processes)
+        self._feeders = ThreadPoolExecutor(PROCESSES, thread_name_prefix="decode-apart")
+        self._waiting: list[_Job] = []
+        self._running: list[_Job] = []
+        self._numbers = 0
+        self._in_threads = 0
+        self._thread_s = 0.001
+        """What a body took a thread lately, in the mean."""
+        self._took_s = self._announced_s = 1.0
+        """What bodies took processes, and were announced to take, lately."""
+        self._bytes = 0
+        self._used_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def run(self, work: Work[Made], patience: Patience) -> Made:
+        """Decode a body.
+
+        Raises:
+            DeadlineUnreachable: others come first, and it would be too late then.
+            QueueTimeout: it was too late.
+            ServiceError: whatever is wrong with the body.
+        """
+        self._require_time(self._in_threads * self._thread_s / THREADS, patience)
+        self._in_threads += 1
+        self._use(work.size)
+        try:
+            quick = await off_loop(_decode_quickly, work, patience)
+        finally:
+            self._in_threads -= 1
+        self._thread_s += _SMOOTHING * (quick.took_s - self._thread_s)
+        if quick.announced_s <= QUICK_S:
+            return quick.made  # type: ignore[return-value]
+        made: Made = await self._apart(work, quick.announced_s, patience)
+        return made
+
+    async def _apart(self, work: Work[Made], seconds: float, patience: Patience) -> Made:
+        now, self._numbers = time.perf_counter(), self._numbers + 1
+        job = _Job(now + PATIENCE * seconds, self._numbers, seconds, work, patience, self._loop.create_future())
+        before = sum(other.seconds for other in self._running)
+        before += sum(other.seconds for other in self._waiting if other < job and not other.result.done())
+        self._require_time(before / PROCESSES * self._took_s / self._announced_s, patience)
+        heappush(self._waiting, job)
+        self._feed()
+        try:
+            async with asyncio.timeout(max(0.0, patience.deadline - now)):
+                made: Made = await job.result
+        except TimeoutError:
+            raise _too_late() from None
+        return made
+
+    def _require_time(self, wait_s: float, patience: Patience) -> None:
+        late = time.perf_counter() + wait_s - patience.deadline
+        if late > 0:
+            text = f"predicted to wait {wait_s * 1000:.0f} ms to be decoded, longer than the request allows"
+            raise DeadlineUnreachable(text, retry_after_s=late)
+
+    def _feed(self) -> None:
+        """Give every free process the job that comes next."""
+        while self._free and self._waiting:
+            job = heappop(self._waiting)
+            if job.result.done():  # its time was up, or it was cancelled
+                continue
+            if job.patience.is_disconnected():
+                job.result.set_exception(ClientGone("the client left before its body was decoded"))
+                continue
+            process = self._free.pop()  # the last that worked: others may end
+            self._running.append(job)
+            began = time.perf_counter()
+            outcome = self._loop.run_in_executor(self._feeders, _decode_apart, process, job)
+            outcome.add_done_callback(partial(self._done, process, job, began))
+
+    def _done(self, process: DecoderProcess[Any], job: _Job, began: float, outcome: asyncio.Future[Any]) -> None:
+        self._free.append(process)
+        self._running.remove(job)
+        self._took_s += time.perf_counter() - began - _SMOOTHING * self._took_s
+        self._announced_s += job.seconds - _SMOOTHING * self._announced_s
+        self._use(0)
+        if not job.result.done():
+            if (error := outcome.exception()) is None:
+                job.result.set_result(outcome.result())
+            else:
+                job.result.set_exception(error)
+        else:
+            outcome.exception()  # nobody is there to be told
+        self._feed()
+
+    def _use(self, size: int) -> None:
+        self._bytes += size
+        self._used_at = self._loop.time()
+        if self._timer is None and (self._bytes > _LARGE or any(process.pid for process in self._processes)):
+            self._timer = self._loop.call_later(IDLE_S, self._rest)
+
+    def _rest(self) -> None:
+        """End what has had nothing to do, and give memory back; or look again when it may have."""
+        self._timer = None
+        left = self._used_at + IDLE_S - self._loop.time()
+        if left > 0 or self._running:
+            self._timer = self._loop.call_later(max(left, 0.1), self._rest)
+            return
+        self._bytes = 0
+        resting, self._free = self._free, []
+        rest = self._loop.run_in_executor(self._feeders, _end_all, resting)
+        rest.add_done_callback(lambda _: self._return(resting))
+
+    def _return(self, rested: list[DecoderProcess[Any]]) -> None:
+        self._free += rested
+        self._feed()
+
+    def close(self) -> None:
+        """End the processes."""
+        self._feeders.shutdown(wait=False, cancel_futures=True)
+        for process in self._processes:
+            process.end()
+
+
+def _decode_apart(process: DecoderProcess[Any], job: _Job) -> Any:
+    return job.work.then(process.run(job.work.decoding, job.patience.deadline))
+
+
+def _end_all(processes: list[DecoderProcess[Any]]) -> None:
+    for process in processes:
+        process.end()
+    give_back()
+
+
+def _decode_quickly(work: Work[Made], patience: Patience) -> _Quick[Made]:
+    """On a thread: what can be had at once."""
+    began = time.perf_counter()
+    if began > patience.deadline:
+        raise _too_late()
+    prepared = work.decoding.prepare()
+    made = work.then(prepared.finish()) if prepared.seconds <= QUICK_S else None
+    return _Quick(made, prepared.seconds, time.perf_counter() - began)
+
+
+def _too_late() -> QueueTimeout:
+    return QueueTimeout("the body was not decoded before the deadline of its request")
+
+
+async def off_loop(work: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
+    """Do work that takes more than a few hundred microseconds where it does not hold up the event loop."""
+    return await asyncio.to_thread(work, *args)  # which also takes the identity of the request there
