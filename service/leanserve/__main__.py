@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,6 +19,7 @@ from rich.markup import escape
 
 from leanserve import __version__
 from leanserve.context import AppContext
+from leanserve.disk import explained
 from leanserve.errors import StartupError
 from leanserve.request_identity import RequestInLog
 from leanserve.timing import MEASURE_S
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from leanserve.config.schema import ServiceConfig
     from leanserve.contracts import Base
 
+INTERRUPTED = 128 + signal.SIGINT
+"""Status of what was ended by Ctrl-C."""
 SHIPPED = Path("models/digits.yaml")
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The YAML file.", envvar="LEANSERVE_CONFIG")]
 CacheOption = Annotated[
@@ -95,6 +98,8 @@ def serve(
         raise typer.Exit(error.status) from None
     except Interrupted as error:
         start.close()
+        err.print(f"interrupted: {error}", highlight=False)
+        sys.stderr.flush()
         os._exit(128 + error.number)  # what the start was at cannot be ended otherwise; nothing is left to save
     finally:
         start.close()
@@ -199,7 +204,7 @@ def bench(
     config: ConfigOption = SHIPPED,
     cache: CacheOption = None,
     seconds: Annotated[float, typer.Option(help="Measuring time per variant and batch size.", min=0.1)] = 2.0,
-    rows: Annotated[list[int] | None, typer.Option(help="Batch sizes (repeat the option).")] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="Batch sizes (repeat the option).", min=1, max=65536)] = None,
 ) -> None:
     """Measure all variants side by side, interleaved on one device, and print ratios to the first."""
     from leanserve.bench import print_bench, run_bench
@@ -302,7 +307,7 @@ def _log_to_stderr() -> None:
 
 
 def main() -> None:
-    """Run the command line; a `StartupError` is printed without a stack and ends with status 2."""
+    """Run the command line; what is wrong with files, memory or settings is one line, without a stack, and status 2."""
     _log_to_stderr()
     logging.getLogger("leanserve").setLevel(logging.INFO)
     # It warns of every damaged form; the sender is told, and the log is not theirs to fill.
@@ -315,9 +320,22 @@ def main() -> None:
     try:
         app()
     except StartupError as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.stderr.flush()
-        os._exit(2)  # device threads may be stuck in a model; nothing is left to save
+        _end(str(error))
+    except OSError as error:  # what a file, a disk or a permission did where nobody expected it
+        logging.getLogger(__name__).debug("ended by", exc_info=True)
+        _end(explained(error))
+    except MemoryError as error:
+        _end(f"memory ran out ({error}); give it more, or ask for less: fewer or smaller rows, variants, lanes")
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            err.print("interrupted", highlight=False)
+        raise
+
+
+def _end(text: str) -> NoReturn:
+    err.print(f"[bold red]error:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    sys.stderr.flush()
+    os._exit(2)  # device threads may be stuck in a model; nothing is left to save
 
 
 if __name__ == "__main__":

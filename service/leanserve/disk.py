@@ -12,6 +12,23 @@ import os
 import stat
 from io import BufferedReader
 from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+_SHOWN = 200
+"""Characters of a name that are told."""
+_REMEDIES: Final = MappingProxyType(
+    {
+        errno.ENOSPC: "make room, or put it on another disk (the cache by --cache)",
+        errno.EDQUOT: "make room, or put it on another disk (the cache by --cache)",
+        errno.EROFS: "choose a place that can be written (the cache by --cache)",
+        errno.EACCES: "give this user the right to it, or choose another place",
+        errno.EPERM: "give this user the right to it, or choose another place",
+        errno.ENAMETOOLONG: "shorten it",
+        errno.EMFILE: "raise the limit of open files (ulimit -n)",
+        errno.EISDIR: "name a file",
+    }
+)
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -25,6 +42,14 @@ def open_regular(path: Path) -> BufferedReader:
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
     raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def explained(error: OSError) -> str:
+    """Which file, what is wrong with it, and what to do, on one line."""
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    where = ": ".join((*(name if len(name) <= _SHOWN else name[:_SHOWN] + " ..." for name in names), ""))
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{where}{error.strerror or error}{'' if remedy is None else f'; {remedy}'}"
 
 
 def sha256_of(path: Path) -> str:

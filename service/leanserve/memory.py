@@ -12,12 +12,15 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from leanserve.contracts import Arrays
 
 Outcome = TypeVar("Outcome")
 
+SHARE = 0.8
+"""Of the memory that is free, what an unknown model may take."""
 EXIT_STATUS = 3
 """Of a child in which memory ran out; the reason is the last line of its stderr."""
 _WORDS = re.compile(
@@ -36,6 +39,23 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def bound_memory(proc: Path = Path("/proc")) -> None:
+    """From now on this process gets no more than most of what is free, instead of having the kernel end processes.
+
+    On Linux; within a container the kernel's own bound may be lower, and ends this process alone.
+    """
+    if sys.platform != "linux":
+        return
+    import resource
+
+    lines = (proc / "meminfo").read_text().splitlines()
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    if free is not None:
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        wanted = round(SHARE * free)
+        resource.setrlimit(resource.RLIMIT_DATA, (wanted if most < 0 else min(wanted, most), most))
 
 
 def forget(error: BaseException | None) -> None:

@@ -7,6 +7,7 @@ preprocessing, input shapes) has a key here, and errors ask for it by that key. 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
@@ -19,6 +20,8 @@ from leanserve.codecs.images import CHANNELS, Mode
 from leanserve.config.section import Name, Section
 from leanserve.contracts import Json, Meaning, RowsTogether
 
+MOST_ELEMENTS = 2**28
+"""Numbers of a row: 1 GiB of float32."""
 Resize = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 
@@ -115,6 +118,12 @@ class TensorInput(Section):
 
     dtype: str = Field("float32", pattern="^(bool|u?int(8|16|32|64)|float(16|32|64))$", description="numpy's name")
     shape: tuple[Annotated[int, Field(ge=1)] | None, ...] = Field(description="of one row; null: any size")
+
+    @model_validator(mode="after")
+    def _a_row_fits_into_memory(self) -> Self:
+        if prod(size or 1 for size in self.shape) > MOST_ELEMENTS:
+            raise ValueError(f"shape: a row has at most {MOST_ELEMENTS} numbers; is the first axis, of rows, left out?")
+        return self
 
 
 class KeyedWeights(Section):

@@ -11,7 +11,7 @@ from leanserve.http.limits import HttpLimits
 class LimitsConfig(Section):
     """Bounds on what clients may send."""
 
-    body_bytes: int = Field(16 * 2**20, ge=1, description="largest request body")
+    body_bytes: int = Field(16 * 2**20, ge=1, le=2**31 - 1, description="largest request body")
     url_bytes: int = Field(8192, ge=64, description="longest URL")
     header_bytes: int = Field(65_536, ge=256, description="names and values of a request's headers, trailers included")
     headers: int = Field(100, ge=1, description="most headers of a request, trailers included")

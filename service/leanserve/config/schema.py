@@ -28,8 +28,8 @@ from leanserve.passes.composition import ModelState, find_violation, state_after
 MAX_BATCH_DEPENDENCE = 0.02
 """Change of an answer by the rows that share its batch, relative to the largest output, that is still taken for
 rounding: other kernels for other batch sizes add in another order, and 8 bits round what comes of it to their steps."""
-AtLeastOne = Annotated[int, Field(ge=1, strict=True)]
-"""Strict: in YAML `yes` is a truth value, which would pass for 1."""
+AtLeastOne = Annotated[int, Field(ge=1, le=4096, strict=True)]
+"""Threads, of which no machine has more. Strict: in YAML `yes` is a truth value, which would pass for 1."""
 
 
 class GateConfig(Section):
@@ -67,7 +67,9 @@ class BatchConfig(Section):
 
     max_rows: int = Field(32, ge=1, le=4096, description="most rows in a batch; larger requests are split")
     max_delay_ms: float = Field(0.0, ge=0, le=10_000, description="how long an idle device waits for more rows")
-    queue_rows: int = Field(512, ge=1, description="rows that may wait; beyond it requests are refused with 429")
+    queue_rows: int = Field(
+        512, ge=1, le=10**9, description="rows that may wait; beyond it requests are refused with 429"
+    )
     timeout_ms: float = Field(10_000.0, gt=0, description="longest wait in the queue; beyond it 504")
     priority_levels: int = Field(3, ge=1, le=16, description="priorities 1 (most urgent) to this one")
     default_priority: int | None = Field(None, ge=1, description="of requests that name none; the middle by default")
@@ -89,7 +91,7 @@ class BatchConfig(Section):
 class TrafficConfig(Section):
     """Which variant answers a request that names none."""
 
-    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+    weights: dict[str, Annotated[float, Field(ge=0, le=1e9)]] = Field(
         default_factory=dict, description="share per variant; all equal by default"
     )
     sticky_header: str = Field("x-caller-key", description="requests with the same value here get the same variant")

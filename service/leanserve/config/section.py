@@ -21,4 +21,4 @@ Name = Annotated[str, AfterValidator(_name)]
 class Section(BaseModel):
     """A part of the config file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -6,6 +6,7 @@ A child prints lines of JSON: how far it is, if it tells, and at last its result
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import tempfile
@@ -37,7 +38,7 @@ def in_fresh_process(module: str, *arguments: str, progress: Progress = nobody_t
     """Run `leanserve.evaluation.MODULE` with these arguments; what it printed last.
 
     Raises:
-        ChildEnded: it failed, or was killed.
+        ChildEnded: it failed, or was killed. OSError: a disk or a permission failed it.
     """
     command = child.command(f"leanserve.evaluation.{module}", *arguments)
     last: Json = None
@@ -50,5 +51,8 @@ def in_fresh_process(module: str, *arguments: str, progress: Progress = nobody_t
                     progress(last["share"], 1.0, last["note"])
         if running.returncode != 0:
             said.seek(0)
-            raise ChildEnded(running.returncode, said.read().strip())
+            text = said.read().strip()
+            if met := re.search(r"Error: \[Errno (\d+)\] ([^:\n]+)(?:: '(.+)')?$", text):
+                raise OSError(int(met[1]), met[2], met[3])  # a full disk says nothing of a model
+            raise ChildEnded(running.returncode, text)
     return last

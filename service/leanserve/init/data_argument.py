@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,10 +36,13 @@ def data_section(path: Path | None, spec: ModelSpec, folder: Path) -> dict[str, 
         return {"images": near}
     if not path.is_file():
         raise ConfigError(f"--data: there is nothing at {path}")
-    if path.suffix == ".npz":
-        return {"arrays": near, **_arrays(path, spec)}
-    if path.suffix in {".csv", ".tsv", ".jsonl"}:
-        return {"texts": near, **_columns(_head(path), classes=bool(spec.labels))}
+    try:
+        if path.suffix == ".npz":
+            return {"arrays": near, **_arrays(path, spec)}
+        if path.suffix in {".csv", ".tsv", ".jsonl"}:
+            return {"texts": near, **_columns(_head(path), classes=bool(spec.labels))}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error, csv.Error) as error:
+        raise ConfigError(f"--data {path}: not read as its name says: {str(error).splitlines()[0]}") from error
     raise ConfigError(f"--data {path}: give a folder of images, an .npz file, or texts as .csv, .tsv or .jsonl")
 
 

@@ -71,7 +71,7 @@ def _form(model: str, folder: Path) -> dict[str, Json]:
     if model in SHIPPED:
         return {"shipped": model}
     for form in ("timm", "transformers"):
-        if model.startswith(f"{form}:"):
+        if model.startswith(f"{form}:") and model != f"{form}:":
             name = model.removeprefix(f"{form}:")
             return {form: _near(name, folder) if Path(name).is_dir() else name}
     path = Path(model)

@@ -17,6 +17,7 @@ from leanserve.bases.opening import Origin, open_base
 from leanserve.bases.shipped import SHIPPED
 from leanserve.config.schema import read_config
 from leanserve.contracts import CLASSES, Json, Meaning, ModelSpec
+from leanserve.disk import open_regular
 from leanserve.errors import ConfigError
 from leanserve.hardware import this_hardware
 from leanserve.init.data_argument import SYNTHETIC, data_section
@@ -85,8 +86,11 @@ def write_config(model: str, path: Path, hints: Hints, data: Path | None) -> Wri
 
 def is_unfinished(path: Path) -> bool:
     """Whether a file was left with its first line to do by `leanserve init`, which may replace it."""
-    with path.open(encoding="utf-8") as stream:
-        return stream.readline().startswith(TODO)
+    try:
+        with open_regular(path) as stream:
+            return stream.readline(len(TODO) + 1).startswith(TODO.encode())
+    except OSError:
+        return False
 
 
 def _written(opened: LoadedBase, sections: Sections, path: Path) -> Written:

@@ -26,6 +26,7 @@ from leanserve.bases.datasets.tables import PreparedData, TableRows
 from leanserve.codecs.images import ImageCodec, stacked
 from leanserve.config.data_section import ArrayFileData
 from leanserve.contracts import Array, Arrays, Codec, ModelSpec, TensorSpec
+from leanserve.disk import open_regular
 from leanserve.errors import ConfigError
 
 
@@ -102,7 +103,7 @@ def headers(path: Path, key: str) -> dict[str, Header]:
         ConfigError: the file is missing, not of this format, or holds Python objects.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as stream, zipfile.ZipFile(stream) as archive:
             found = {name.removesuffix(".npy"): _header(archive, name) for name in archive.namelist()}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{key}: {path} is not a .npz file that can be read: {error}") from error
@@ -210,7 +211,7 @@ def _plain(image: Array) -> Array:
 
 def _load(path: Path, name: str) -> Array:
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open_regular(path) as stream, np.load(stream, allow_pickle=False) as stored:
             return np.asarray(stored[name])
     except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise ConfigError(f"data.arrays: the array '{name}' of {path} is damaged: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from leanserve.bases.datasets.arrays import open_arrays
@@ -17,6 +18,8 @@ from leanserve.errors import ConfigError
 
 SYNTHETIC_LENGTH = 32
 """Length of dynamic axes in synthetic rows."""
+MOST_DRAWN = 2**30
+"""Numbers of all synthetic rows of a split: 8 GiB while they are drawn."""
 SEEDS: dict[Split, int] = {"train": 1, "calibration": 2, "gate": 3, "test": 4}
 
 
@@ -30,7 +33,13 @@ def open_rows(
     """
     spec = spec or description.spec()
     if isinstance(data, SyntheticData):
-        return SyntheticRows(spec, data.synthetic, min(SYNTHETIC_LENGTH, spec.max_length))
+        rows = SyntheticRows(spec, data.synthetic, min(SYNTHETIC_LENGTH, spec.max_length))
+        if rows.elements > MOST_DRAWN:
+            most = MOST_DRAWN * rows.count // rows.elements
+            raise ConfigError(
+                f"data.synthetic: {rows.count} rows of this model are too many to draw; at most {most} are"
+            )
+        return rows
     if isinstance(data, ArrayFileData):
         return open_arrays(data, spec, codec, folder)
     if isinstance(data, ImageData):
@@ -57,6 +66,12 @@ class SyntheticRows:
     @property
     def unit(self) -> int:
         return 1
+
+    @property
+    def elements(self) -> int:
+        """Numbers of all rows of a split."""
+        sizes = [[self.length if size is None else size for size in item.shape] for item in self.spec.inputs]
+        return self.count * sum(map(prod, sizes))
 
     def split(self, split: Split, n: int | None) -> ArrayData:
         rows = self.count if n is None else min(n, self.count)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from leanserve.contracts import Json
+from leanserve.disk import open_regular
 from leanserve.errors import ConfigError
 
 FORMATS = (".csv", ".tsv", ".jsonl")
@@ -44,7 +45,8 @@ def read_lines(path: Path, columns: Sequence[ColumnName]) -> list[Line]:
 
 def _text(path: Path) -> str:
     try:
-        content = path.read_bytes()
+        with open_regular(path) as stream:
+            content = stream.read()
     except OSError as error:
         raise ConfigError(f"data.texts: cannot read {path}: {error.strerror}") from error
     try:

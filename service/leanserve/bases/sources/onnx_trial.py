@@ -23,10 +23,13 @@ from leanserve.bases.description import Probed, Tensor
 from leanserve.bases.probing import TOLERANCE, OutputPair, Run, differs, probe, spec_of_inputs
 from leanserve.contracts import Array, Arrays, ModelSpec, RowsTogether
 from leanserve.errors import ConfigError
+from leanserve.memory import bound_memory
 
 if TYPE_CHECKING:
     import onnxruntime
 
+TRIAL_S = 300.0
+"""How long all of it may take. A loop of a graph may be of 2^62 turns."""
 LOOSE_TOLERANCE = 0.1
 """Where activations are quantized while running, one scale serves all rows of a batch and moves their answers. What
 rows of token ids do to each other that way is left to `gate.max_batch_dependence`, which looks at the user's own."""
@@ -69,7 +72,11 @@ def tried(trial: Trial) -> Verdict:
         ConfigError: it does not run, answers otherwise than the original, or mixes up the rows.
     """
     command = child.command("leanserve.bases.sources.onnx_trial", trial.model_dump_json())
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TRIAL_S)
+    except subprocess.TimeoutExpired:
+        text = f"it does not answer a few rows within {TRIAL_S:.0f} s; a graph that loops without end is not served"
+        raise ConfigError(text) from None
     try:
         verdict = Verdict.model_validate_json(done.stdout.strip().rpartition("\n")[2])
     except ValidationError as error:
@@ -83,6 +90,7 @@ def tried(trial: Trial) -> Verdict:
 def main(request: str) -> None:
     """Try what the request says and print the verdict."""
     trial = Trial.model_validate_json(request)
+    bound_memory()
     try:
         verdict = _verdict(trial)
     except ConfigError as error:

@@ -104,7 +104,7 @@ class PythonSource:
                 raise ConfigError(f"base.python: the module {module_name} has no function {factory_name}")
             try:
                 module = factory(**self.declared.arguments)
-            except Exception as error:  # whatever the user's code raises
+            except (Exception, SystemExit) as error:  # whatever the user's code raises
                 reason = f"{type(error).__name__}: {error}"
                 raise ConfigError(f"base.python: {self.declared.python} failed: {reason}") from error
         if not isinstance(module, torch.nn.Module):
@@ -185,8 +185,9 @@ class PythonSource:
         try:
             return import_module(name)
         except SyntaxError as error:
-            raise ConfigError(f"base.python: {error.filename}:{error.lineno}: {error.msg}") from error
-        except Exception as error:  # a user's module may raise anything
+            place = f"{error.filename}:{error.lineno}" if error.filename else name
+            raise ConfigError(f"base.python: {place}: {error.msg}") from error
+        except (Exception, SystemExit) as error:  # a user's module may raise anything
             reason = f"{type(error).__name__}: {error}{_taken(error)}"
             raise ConfigError(f"base.python: importing {name} failed: {reason}") from error
 
@@ -204,6 +205,11 @@ class PythonSource:
             raise ConfigError(
                 f"base.python: {own} cannot be imported as {name}: a module of Python, of leanserve or of an installed "
                 f"package is called {owner}, too; give yours another name"
+            )
+        if name.partition(".")[0] in sys.stdlib_module_names:
+            raise ConfigError(
+                f"base.python: {name} is a module of Python's own, and nothing in it makes a torch module; name a "
+                "factory of yours as package.module:factory"
             )
         if found is None:
             raise ConfigError(f"base.python: there is no module {name}, neither in {self.folder} nor installed")
@@ -242,7 +248,7 @@ def _file_of(folder: Path, parts: Sequence[str]) -> Path | None:
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
-def _taken(error: Exception) -> str:
+def _taken(error: BaseException) -> str:
     """Why a module beside the config file was not found that has a place in a package called as one of ours."""
     owner = (getattr(error, "name", None) or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or owner not in child.PACKAGES:

@@ -8,6 +8,8 @@ file's header lists the other names. Views into one memory that are not the same
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,7 +26,11 @@ def write_tensors(state: Mapping[str, Any], path: Path, notes: Mapping[str, str]
     """Store the tensors of a state dict as safetensors, with `notes` in the header.
 
     What a module adds to its state dict besides tensors is left out: it comes with the module.
+
+    Raises:
+        OSError: the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: value.detach() for name, value in state.items() if isinstance(value, Tensor)}
@@ -37,7 +43,12 @@ def write_tensors(state: Mapping[str, Any], path: Path, notes: Mapping[str, str]
             memory = tensor.untyped_storage().data_ptr()
             kept[name] = tensor.clone().contiguous() if memory in memories else tensor.contiguous()
             memories.add(memory)
-    save_file(kept, path, {**(notes or {}), TIES: json.dumps(ties)})
+    try:
+        save_file(kept, path, {**(notes or {}), TIES: json.dumps(ties)})
+    except SafetensorError as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):  # a full disk, say: as Python would tell it
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
