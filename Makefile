@@ -14,7 +14,7 @@ install: .venv/.installed
 	python3 -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "torch>=2.11,<2.14"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$(ONNXRUNTIME),openvino,grpc,text,vision,dev,loadtest]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$(ONNXRUNTIME),openvino,grpc,text,vision,audio,dev,loadtest]"
 	touch $@
 
 serve: install

@@ -61,6 +61,8 @@ LAZY = {
     "optuna",
     "ray",
     "scipy",
+    "soundfile",
+    "soxr",
     "timm",
     "torch",
     "torch_pruning",

@@ -385,8 +385,9 @@ class Placement(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Which part of a recording a row is, in seconds from its beginning."""
+    """Which part of a recording a row is, in seconds from its beginning; `file` numbers those of a request."""
 
+    file: int
     start_s: float
     end_s: float
 

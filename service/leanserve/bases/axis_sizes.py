@@ -99,7 +99,7 @@ class _Search:
 
 
 def _stepped(spec: ModelSpec) -> Iterator[ModelSpec]:
-    return (replace(spec, step=step, least=least) for step, least in STEPS)
+    return (replace(spec, step=step, least=max(least, spec.least)) for step, least in STEPS)
 
 
 def _fixed(spec: ModelSpec, size: int, spared: Literal["none", "last"]) -> ModelSpec:

@@ -17,7 +17,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from leanserve.artifacts.sealed import seal, unseal
-from leanserve.config.base_section import ImageInput, TextInput
+from leanserve.config.base_section import AudioInput, ImageInput, TextInput
 from leanserve.contracts import Meaning, ModelSpec, RowsTogether, TensorSpec
 from leanserve.disk import may_write
 from leanserve.errors import ArtifactCorrupt, ConfigError
@@ -76,7 +76,8 @@ class Description(BaseModel):
     """Position of the output whose classes the labels name."""
     image: ImageInput | None = None
     text: TextInput | None = None
-    """Of the two, the one that says how a request becomes the inputs; neither: arrays as they are."""
+    audio: AudioInput | None = None
+    """Of the three, the one that says how a request becomes the inputs; none: arrays as they are."""
     max_length: int = 512
     """Longest dynamic axis that is served."""
     rows: RowsTogether = "any"

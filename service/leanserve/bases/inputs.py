@@ -8,12 +8,11 @@ from pathlib import Path
 
 from leanserve.bases.description import Description, Probed, Tensor
 from leanserve.bases.meanings import settled
+from leanserve.bases.probing import SizeBounds
 from leanserve.codecs.images import CHANNELS
-from leanserve.config.base_section import BroughtBase, ImageFiles, ImageInput, TextInput
+from leanserve.config.base_section import AudioInput, BroughtBase, ImageFiles, ImageInput, TextInput
 from leanserve.errors import ConfigError
 
-LONGEST = 512
-"""Largest size of a dynamic axis where nothing tells another."""
 LONGEST_NAME = 63
 MASKED_TEXT = (
     Tensor(name="input_ids", dtype="int64", shape=(None,)),
@@ -28,11 +27,19 @@ def image_tensor(image: ImageInput) -> Tensor:
     return Tensor(name="image", dtype="float32", shape=(CHANNELS[image.mode], height, width))
 
 
-def longest_input(declared: BroughtBase) -> int:
-    """The largest size that a dynamic axis of the inputs may have."""
+def audio_tensor(audio: AudioInput) -> Tensor:
+    """The input of a model of samples, float32."""
+    shapes = {"plain": (audio.samples,), "channel_first": (1, audio.samples), "channel_last": (audio.samples, 1)}
+    return Tensor(name="audio", dtype="float32", shape=shapes[audio.layout])
+
+
+def bounds_of(declared: BroughtBase) -> SizeBounds:
+    """Of the dynamic axes of the inputs, as far as the config tells."""
+    if declared.audio is not None:
+        return SizeBounds(declared.audio.longest, declared.audio.least_samples)
     if declared.text is not None:
-        return declared.text.max_length
-    return declared.image.max_side if isinstance(declared.image, ImageInput) else LONGEST
+        return SizeBounds(declared.text.max_length)
+    return SizeBounds(declared.image.max_side) if isinstance(declared.image, ImageInput) else SizeBounds()
 
 
 def image_input(declared: ImageFiles | None, own: Callable[[], ImageInput]) -> ImageInput:
@@ -43,11 +50,13 @@ def image_input(declared: ImageFiles | None, own: Callable[[], ImageInput]) -> I
 
 
 def declared_inputs(declared: BroughtBase) -> tuple[Tensor, ...] | None:
-    """The input tensors by `image`, `text` or `inputs`; `None` if the config has none of them."""
+    """The input tensors by `image`, `text`, `audio` or `inputs`; `None` if the config has none of them."""
     if isinstance(declared.image, ImageInput):
         return (image_tensor(declared.image),)
     if declared.text is not None:
         return MASKED_TEXT
+    if declared.audio is not None:
+        return (audio_tensor(declared.audio),)
     if declared.inputs is not None:
         return tuple(Tensor(name=name, dtype=item.dtype, shape=item.shape) for name, item in declared.inputs.items())
     return None
@@ -69,6 +78,7 @@ def described(declared: BroughtBase, folder: Path, name: str, found: Probed) -> 
         labelled=given.labelled,
         image=declared.image if isinstance(declared.image, ImageInput) else None,
         text=None if declared.text is None else resolved_text(declared.text, folder),
+        audio=declared.audio,
         max_length=found.max_length,
         rows=declared.rows,
         step=found.step,

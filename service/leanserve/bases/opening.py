@@ -23,6 +23,7 @@ from leanserve.bases.sources.timm_model import TimmSource
 from leanserve.bases.sources.transformers_model import TransformersSource
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.arrays import ArrayCodec
+from leanserve.codecs.audio import AudioCodec
 from leanserve.codecs.image_limits import DEFAULT_LIMITS, ImageLimits
 from leanserve.codecs.images import ImageCodec
 from leanserve.codecs.text import TextCodec
@@ -130,6 +131,7 @@ def open_base(origin: Origin, where: Where = "here") -> LoadedBase:
             "name": True,
             "text": {"tokenizer"},
             "image": {"formats"},
+            "audio": {"formats"},
             "outputs": {"__all__": {"evidence"}},
         }
     )
@@ -198,6 +200,9 @@ def codec_of(description: Description, spec: ModelSpec, images: ImageLimits = DE
     answers = AnswerEncoder(spec)
     if description.image is not None:
         return ImageCodec(answers=answers, limits=images, **(description.image.model_dump() | _sizes_of(spec)))
+    if description.audio is not None:
+        audio = description.audio
+        return AudioCodec(audio.rate, answers, audio.hop, audio.formats, audio.max_seconds)
     if description.text is not None:
         return TextCodec(description.text.tokenizer, min(description.text.max_length, spec.max_length), answers)
     return ArrayCodec(answers)

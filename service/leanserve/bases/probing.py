@@ -55,9 +55,16 @@ class OutputPair(NamedTuple):
     other: Array
 
 
-def spec_of_inputs(inputs: Sequence[Tensor], rows: RowsTogether, longest: int = 512) -> ModelSpec:
+class SizeBounds(NamedTuple):
+    """The largest and the smallest size that dynamic axes may have."""
+
+    longest: int = 512
+    least: int = 1
+
+
+def spec_of_inputs(inputs: Sequence[Tensor], rows: RowsTogether, longest: int = 512, least: int = 1) -> ModelSpec:
     """What takes these inputs, as far as it is known."""
-    return ModelSpec(tuple(item.field() for item in inputs), (), max_length=longest, rows=rows)
+    return ModelSpec(tuple(item.field() for item in inputs), (), max_length=longest, rows=rows, least=least)
 
 
 def probe(run: Run, spec: ModelSpec, names: Sequence[str], tolerance: float = TOLERANCE) -> Probed:

@@ -1,4 +1,4 @@
-"""Image files inside another format: the parts of a form, and base64 in JSON.
+"""Files of images and sounds inside another format: the parts of a form, and base64 in JSON.
 
 Forms are `multipart/form-data` as browsers, `curl -F` and HTTP libraries send them; every part is one file, whatever
 its field is called. In JSON a file is `{"b64": "..."}`, or a `data:` URL in that place or alone.
@@ -45,7 +45,7 @@ def files_of_form(content_type: str, body: bytes, max_parts: int) -> list[Encode
     if not parts.ended:
         raise BadInput("the form is cut short: its last boundary is missing")
     if not parts.files:
-        raise BadInput("the form has no part; send each image as one")
+        raise BadInput("the form has no part; send each file as one")
     return parts.files
 
 
@@ -70,7 +70,7 @@ def file_of_json(value: Json, where: str) -> EncodedImage:
         media_type, *parameters = (item.strip().lower() for item in header.split(";"))
         if not comma or "base64" not in parameters:
             raise BadInput(
-                f"{where}: a data URL must be data:image/png;base64,... or the same with the type of another image"
+                f"{where}: a data URL must be data:image/png;base64,... or the same with the type of another file"
             )
     try:
         # Encoders break lines; anything else that is not base64 is a mistake.

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
+from leanserve.codecs.audio_files import AUDIO_FORMATS, AudioFormat
 from leanserve.codecs.geometry import Anchor, ImageFit
 from leanserve.codecs.image_files import Orientation
 from leanserve.codecs.image_formats import FORMAT_NAMES, FormatName
@@ -106,6 +107,41 @@ AnyImage = Annotated[
 ]
 
 
+class AudioInput(Section):
+    """How a recording becomes the model's input: samples from -1 to 1, mono."""
+
+    rate: int = Field(ge=1000, le=384_000, description="samples per second that the model was trained on")
+    samples: Annotated[int, Field(ge=1, le=2**24)] | None = Field(
+        description="of the model's input; null: any number, a recording is one row"
+    )
+    layout: Literal["plain", "channel_first", "channel_last"] = Field(
+        "plain", description="of a row: [samples], [1, samples] or [samples, 1]"
+    )
+    hop: int | None = Field(
+        None,
+        ge=1,
+        description="with samples: those from the beginning of one frame to that of the next; all by default",
+    )
+    least_samples: int = Field(1, ge=1, description="without samples: shorter recordings are filled up with silence")
+    max_seconds: float = Field(
+        600.0, gt=0, le=7200, description="longest recording, all those of a request together; without samples of a row"
+    )
+    formats: tuple[AudioFormat, ...] = Field(AUDIO_FORMATS, min_length=1, description="of files that are decoded")
+
+    @model_validator(mode="after")
+    def _every_key_has_an_effect(self) -> Self:
+        if self.samples is None and self.hop is not None:
+            raise ValueError("hop has no effect without samples: a recording is one row")
+        if self.samples is not None and self.least_samples > 1:
+            raise ValueError("least_samples has no effect beside samples")
+        return self
+
+    @property
+    def longest(self) -> int:
+        """Samples of the longest row."""
+        return self.samples or int(self.rate * self.max_seconds)
+
+
 class TextInput(Section):
     """How a text becomes token ids."""
 
@@ -175,6 +211,7 @@ class BroughtBase(Section):
         None, description="for a model of images; `orientation` and `formats` alone where the model brings the rest"
     )
     text: TextInput | None = Field(None, description="for a model of token ids with a mask")
+    audio: AudioInput | None = Field(None, description="for a model of samples of sound")
     inputs: Mapping[str, TensorInput] | None = Field(
         None, description="for any other model, in the order it takes them"
     )
@@ -191,9 +228,9 @@ class BroughtBase(Section):
 
     @model_validator(mode="after")
     def _one_kind_of_input(self) -> Self:
-        given = [key for key in ("image", "text", "inputs") if getattr(self, key) is not None]
+        given = [key for key in ("image", "text", "audio", "inputs") if getattr(self, key) is not None]
         if len(given) > 1:
-            raise ValueError(f"only one of image, text and inputs can be given, not {' and '.join(given)}")
+            raise ValueError(f"only one of image, text, audio and inputs can be given, not {' and '.join(given)}")
         return self
 
 

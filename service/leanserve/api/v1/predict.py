@@ -13,6 +13,7 @@ from leanserve.api.bodies import HttpSession, how_headers
 from leanserve.api.endpoint import Declaration, Endpoint, endpoint, in_query, which_variant
 from leanserve.api.service import Service
 from leanserve.api.v1.answer_forms import DEFAULT_WISH, MOST_TOP, NPZ, AnswerForms, OutputRows, archive
+from leanserve.codecs.audio_files import AUDIO_FORMATS, audio_types
 from leanserve.codecs.image_formats import FORMAT_NAMES, media_types
 from leanserve.codecs.postprocess.chain import PostChain
 from leanserve.codecs.tensors import Buffer
@@ -27,6 +28,7 @@ PREDICT = "/v1/predict"
 _FILE: Json = {"type": "string", "format": "binary"}
 _BODIES: Mapping[str, Json] = {
     **{kind: {"schema": _FILE} for kind in (*media_types(FORMAT_NAMES), "image/*", "application/octet-stream")},
+    **{kind: {"schema": _FILE} for kind in (*audio_types(AUDIO_FORMATS), "audio/*")},
     "multipart/form-data": {
         "schema": {
             "type": "object",
@@ -56,6 +58,7 @@ class RowAnswer(BaseModel):
     embedding: list[float] | None = None
     outputs: dict[str, Any] | None = None
     image: PlacedImage | None = None
+    file: int | None = None
     start_s: float | None = None
     end_s: float | None = None
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from leanserve.bases.axis_sizes import with_sizes
 from leanserve.bases.checkpoints import file_digest
 from leanserve.bases.description import Description, Tensor
-from leanserve.bases.inputs import declared_inputs, described, longest_input, served_name
+from leanserve.bases.inputs import bounds_of, declared_inputs, described, served_name
 from leanserve.bases.meanings import proven
 from leanserve.bases.probing import probe, spec_of_inputs
 from leanserve.bases.sources.exported_archive import safe_copy
@@ -49,7 +49,7 @@ class ExportedSource:
         program = self._program()
         inputs = self._settled(_inputs(program, self._path, self.declared.rows))
         module, names = _module(program), _output_names(program)
-        spec = spec_of_inputs(inputs, self.declared.rows, longest_input(self.declared))
+        spec = spec_of_inputs(inputs, self.declared.rows, *bounds_of(self.declared))
         try:
             spec, sizes = with_sizes(runner(module), spec, names)
             found = probe(runner(module), spec, names)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from leanserve.bases.checkpoints import file_digest
 from leanserve.bases.description import Description
-from leanserve.bases.inputs import described, longest_input, served_name
+from leanserve.bases.inputs import bounds_of, described, served_name
 from leanserve.bases.meanings import proven
 from leanserve.bases.sources.onnx_preparation import Prepared, candidates, fix_sizes
 from leanserve.bases.sources.onnx_reading import files_of, nodes_of, read_onnx
@@ -111,7 +111,7 @@ class OnnxSource:
             scaled_by_batch=any(node.op_type.startswith(SCALED_BY_BATCH) for node in nodes_of(ready.model.graph)),
             rows=self.declared.rows,
             whole=ready.whole,
-            longest=longest_input(self.declared),
+            bounds=bounds_of(self.declared),
         )
         found = tried(trial)
         if found.inputs != ready.inputs:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from leanserve.bases.description import Tensor
-from leanserve.bases.inputs import image_tensor
+from leanserve.bases.inputs import audio_tensor, image_tensor
 from leanserve.bases.meanings import LastOperator
 from leanserve.bases.sources.onnx_reading import LEAST_OPSET, last_nodes, modern, opset_of
 from leanserve.bases.sources.onnx_whole import LoneAxes, add_axis_of_rows, sizes_of_whole
@@ -69,7 +69,7 @@ def _ways(graph: GraphProto, declared: BroughtBase) -> tuple[Way, ...]:
     if declared.rows != "one":
         return (prepared,)
     whole = tuple(partial(prepared_whole, lone=lone) for lone in ("named", "unknown"))
-    if isinstance(declared.image, ImageInput) or declared.text is not None:
+    if isinstance(declared.image, ImageInput) or declared.text is not None or declared.audio is not None:
         return (prepared,)
     firsts = {_first_size(item) for item in graph.input}
     wishes = declared.inputs or {}
@@ -202,6 +202,12 @@ def _wishes(declared: BroughtBase, names: Sequence[str]) -> DeclaredBase:
         if len(names) != 1:
             raise ConfigError(f"base.image: the model takes {len(names)} inputs ({', '.join(names)}), not one image")
         return {names[0]: image_tensor(declared.image)}
+    if declared.audio is not None:
+        if len(names) != 1:
+            raise ConfigError(
+                f"base.audio: the model takes {len(names)} inputs ({', '.join(names)}), not one of samples"
+            )
+        return {names[0]: audio_tensor(declared.audio)}
     if declared.inputs is None:
         return {}
     if set(declared.inputs) != set(names):

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from leanserve import child
 from leanserve.bases.axis_sizes import with_sizes
 from leanserve.bases.description import Probed, Tensor
-from leanserve.bases.probing import TOLERANCE, OutputPair, Run, differs, probe, spec_of_inputs
+from leanserve.bases.probing import TOLERANCE, OutputPair, Run, SizeBounds, differs, probe, spec_of_inputs
 from leanserve.contracts import Array, Arrays, ModelSpec, RowsTogether
 from leanserve.errors import ConfigError
 from leanserve.memory import bound_memory
@@ -52,8 +52,8 @@ class Trial(BaseModel):
     """Which rows may share a batch."""
     whole: bool
     """Whether a row of the candidate is all that the original takes at once."""
-    longest: int
-    """The largest size that a dynamic axis may have."""
+    bounds: SizeBounds
+    """Of dynamic axes."""
 
 
 class Verdict(Probed):
@@ -103,7 +103,7 @@ def _verdict(trial: Trial) -> Verdict:
     tolerance = LOOSE_TOLERANCE if trial.scaled_by_batch else TOLERANCE
     original, candidate = (_runner(_session(path), trial) for path in (trial.original, trial.candidate))
     try:
-        spec, sizes = with_sizes(candidate, spec_of_inputs(trial.inputs, trial.rows, trial.longest), trial.outputs)
+        spec, sizes = with_sizes(candidate, spec_of_inputs(trial.inputs, trial.rows, *trial.bounds), trial.outputs)
         found = probe(candidate, spec, trial.outputs, tolerance)
         _compare(original, candidate, trial, spec, tolerance)
     except ConfigError as error:

@@ -31,7 +31,7 @@ from leanserve import child
 from leanserve.bases.checkpoints import file_digest, load_weights
 from leanserve.bases.description import Description, Tensor
 from leanserve.bases.fitting import shortened
-from leanserve.bases.inputs import declared_inputs, described, longest_input
+from leanserve.bases.inputs import bounds_of, declared_inputs, described
 from leanserve.bases.probing import spec_of_inputs
 from leanserve.bases.sources.python_imports import Imports, make_torchvision_importable, spec_of
 from leanserve.bases.tracing import sized, traced
@@ -71,7 +71,7 @@ class PythonSource:
 
         inputs = declared_inputs(self.declared) or self._declared_beside_factory()
         module, caveats = self._module()
-        spec, sizes = sized(module, spec_of_inputs(inputs, self.declared.rows, longest_input(self.declared)))
+        spec, sizes = sized(module, spec_of_inputs(inputs, self.declared.rows, *bounds_of(self.declared)))
         found = traced(self._checked(module), spec)
         drawn = unlike(self._first[0].inside, self._held(self._module(SEED + 1)[0]).inside)
         if drawn:
