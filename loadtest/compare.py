@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest.tally import Tally
-from loadtest.target import Content, TargetError, serving_variants
+from loadtest.target import TargetError, serving_variants
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = ("variant", "req/s", "gain", "p50 ms", "p95 ms", "p99 ms", "errors", "right %")
@@ -35,7 +35,7 @@ class Load:
     host: str
     users: int
     seconds: float
-    content: Content = "png"
+    rows: str = "auto"
 
 
 def measure(load: Load, variant: str) -> Tally:
@@ -48,7 +48,7 @@ def measure(load: Load, variant: str) -> Tally:
             "--spawn-rate": load.users,
             "--run-time": f"{max(1, round(load.seconds))}s",
             "--variants": variant,
-            "--content": load.content,
+            "--rows": load.rows,
             "--summary-json": file,
         }
         command = [sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py", "--headless", "--only-summary"]
@@ -82,8 +82,7 @@ def _row(name: str, tallies: list[Tally], reference: list[Tally]) -> tuple[str, 
         whole.add(tally)
     percentiles = (f"{whole.percentile(share):.2f}" for share in (0.5, 0.95, 0.99))
     rate = statistics.median(tally.rate for tally in tallies)
-    right = f"{100 * whole.right_share:.2f}"
-    return (name, f"{rate:.1f}", _gain(tallies, reference), *percentiles, str(whole.errors), right)
+    return (name, f"{rate:.1f}", _gain(tallies, reference), *percentiles, str(whole.errors), whole.right_percent)
 
 
 def _gain(tallies: list[Tally], reference: list[Tally]) -> str:
@@ -99,7 +98,7 @@ def markdown(rows: Sequence[Sequence[str]], load: Load, rounds: int) -> str:
     """The table as GitHub markdown, with the load that it was measured under."""
     lines = [COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1), *rows]
     body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    note = f"{load.users} users in a closed loop, {load.content}, {rounds} interleaved rounds of {load.seconds:g} s."
+    note = f"{load.users} users in a closed loop, rows: {load.rows}, {rounds} interleaved rounds of {load.seconds:g} s."
     return f"{body}\n\n{note} Gain: requests per second against the reference, median (range) over rounds.\n"
 
 
@@ -120,7 +119,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--users", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=10.0, help="duration of one measurement")
-    parser.add_argument("--content", choices=["png", "json"], default="png")
+    parser.add_argument("--rows", default="auto", help="see loadtest/rows.py")
     parser.add_argument("--markdown", type=Path, help="file for the table as markdown")
     return parser.parse_args(argv)
 
@@ -128,7 +127,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write the table; 2 if the server or the choice of variants is not usable."""
     options = _arguments(argv)
-    load = Load(options.host, options.users, options.seconds, options.content)
+    load = Load(options.host, options.users, options.seconds, options.rows)
     try:
         wanted = [name.strip() for name in options.variants.split(",") if name.strip()]
         variants = serving_variants(load.host, wanted)

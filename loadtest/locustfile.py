@@ -1,7 +1,8 @@
-"""Locust users who send handwritten digits to every variant in turn and check the answers; variants show apart.
+"""Locust users who send rows to every variant in turn and check the answers; variants show apart.
 
     locust -f loadtest/locustfile.py --host http://localhost:8000                            # with locust's page
     locust -f loadtest/locustfile.py --host http://localhost:8000 --headless -u 16 -r 16 -t 30s
+    locust -f loadtest/locustfile.py --host http://localhost:8000 --rows photos/             # see loadtest/rows.py
 
 Run from the repository root. Every user asks one variant after the other, so all variants meet the same load and any
 number of users loads all of them; their throughput alone is what `compare.py` measures. One locust process makes a few
@@ -19,6 +20,7 @@ import logging
 import random
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,13 @@ from locust.runners import MasterRunner, WorkerRunner
 from rich.console import Console
 from rich.table import Table
 
+from loadtest.rows import LoadRow, rows_for
 from loadtest.tally import Tally
-from loadtest.target import Digit, TargetError, digits, serving_variants
+from loadtest.target import TargetError, digits, serving_variants
 
 log = logging.getLogger("leanserve.loadtest")
 # Encoded on import: before the run time starts to count, and once for all worker processes, which are forks.
-DIGITS = {"png": digits("png"), "json": digits("json")}
+digits("png")
 
 
 class Run:
@@ -46,11 +49,19 @@ class Run:
         self.options = Namespace()
         self.names: list[str] = []
         self.tallies: dict[str, Tally] = {}
+        self.rows: list[LoadRow] = []
+        self._rows_of = ""
+
+    def load(self, host: str) -> None:
+        """Read what is sent there, once. Raises `TargetError`."""
+        if self._rows_of != host:
+            self.rows, self._rows_of = rows_for(host, self.options.rows), host
 
     def start(self, host: str) -> None:
         """Look up the variants that this test is to load. Raises `TargetError`."""
         wanted = [name.strip() for name in self.options.variants.split(",") if name.strip()]
         self.names = serving_variants(host, wanted)
+        self.load(host)
         self.tallies = {name: Tally() for name in self.names}
 
     def conclude(self) -> None:
@@ -72,7 +83,7 @@ RUN = Run()
 @events.init_command_line_parser.add_listener
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--variants", default="", help="comma-separated names; default: all that are serving")
-    parser.add_argument("--content", choices=["png", "json"], default="png", help="how a digit is sent")
+    parser.add_argument("--rows", default="auto", help="what is sent: auto, digits, random, a file or a folder")
     parser.add_argument("--wait-ms", type=float, default=0.0, help="pause of a user between two requests")
     parser.add_argument("--summary-json", default="", help="file for the numbers of each variant")
 
@@ -82,6 +93,9 @@ def prepare(environment: Environment, **_: Any) -> None:
     RUN.options = environment.parsed_options or Namespace()
     if isinstance(environment.runner, MasterRunner):
         environment.runner.register_message("tallies", collect)
+    if environment.host and RUN.options.headless and not isinstance(environment.runner, MasterRunner):
+        with suppress(TargetError):  # which the start of the test will meet again, and tell
+            RUN.load(environment.host)  # before the run time starts to count
     gevent.sleep(0)  # lets gevent's clock catch up with the import, or the run time would end that much early
 
 
@@ -124,13 +138,13 @@ def summary(tallies: dict[str, Tally]) -> Table:
         table.add_column(column, justify="right")
     for name, tally in tallies.items():
         percentiles = [f"{tally.percentile(share):.2f}" for share in (0.5, 0.95, 0.99)]
-        requests, right = tally.answers + tally.errors, f"{100 * tally.right_share:.2f}"
-        table.add_row(name, str(requests), f"{tally.rate:.1f}", *percentiles, str(tally.errors), right)
+        requests = str(tally.answers + tally.errors)
+        table.add_row(name, requests, f"{tally.rate:.1f}", *percentiles, str(tally.errors), tally.right_percent)
     return table
 
 
 class Visitor(FastHttpUser):
-    """A caller who sends one digit after the other."""
+    """A caller who sends one row after the other."""
 
     def on_start(self) -> None:
         self.turns = RUN.turns()
@@ -141,24 +155,25 @@ class Visitor(FastHttpUser):
 
     @task
     def predict(self) -> None:
-        name, digit = next(self.turns), random.choice(DIGITS[RUN.options.content])
-        headers = {"content-type": digit.media_type, "x-variant": name}
-        body: Any = digit.body  # bytes, which locust's documentation allows and its types forget
+        name, row = next(self.turns), random.choice(RUN.rows)
+        headers = {**row.headers, "x-variant": name}
+        body: Any = row.body  # bytes, which locust's documentation allows and its types forget
+        path = row.path.format(variant=name)
         with self.client.post(
-            "/v1/predict", name=f"predict {name}", data=body, headers=headers, catch_response=True
+            path, name=f"predict {name}", data=body, headers=headers, catch_response=True
         ) as response:
-            judge(response, name, digit)
+            judge(response, name, row)
 
 
-def judge(response: ResponseContextManager, name: str, digit: Digit) -> None:
+def judge(response: ResponseContextManager, name: str, row: LoadRow) -> None:
     """Count a response for its variant; what is not an answer of that variant is an error to locust, too."""
     began, milliseconds = response.request_meta["start_time"], response.request_meta["response_time"]
     try:
         response.raise_for_status()
-        answer = json.loads(response.content)
-        if answer["variant"] != name:
-            raise ValueError(f"answered by {answer['variant']!r}")
-        right = str(answer["label"]) == digit.label
+        variant = None if response.headers is None else response.headers.get("x-variant")
+        if variant != name:
+            raise ValueError(f"answered by {variant!r}")
+        right = None if row.label is None else str(json.loads(response.content).get("label")) == row.label
     except Exception as error:  # whatever is wrong with an answer, this test is there to count it
         RUN.tallies[name].error(began)
         response.failure(error)

@@ -20,16 +20,19 @@ class Tally:
     """Answers and errors of one variant; `began` and `ended` (epoch seconds) span its first to its last request."""
 
     right: int = 0
+    judged: int = 0
+    """Answers to rows whose true label is known."""
     errors: int = 0
     began: float = math.inf
     ended: float = -math.inf
     latencies: Counter[int] = field(default_factory=Counter)
     """Bucket -> answers; bucket b stands for 1.01 ** b milliseconds."""
 
-    def answer(self, began: float, milliseconds: float, *, right: bool) -> None:
-        """Count an answer to a request that was sent at `began` (epoch seconds)."""
+    def answer(self, began: float, milliseconds: float, *, right: bool | None) -> None:
+        """Count an answer to a request that was sent at `began` (epoch seconds); `right`: `None` if nobody knows."""
         self.latencies[round(math.log(max(milliseconds, 1e-3)) / _STEP)] += 1
-        self.right += right
+        self.right += right is True
+        self.judged += right is not None
         self._span(began, began + milliseconds / 1e3)
 
     def error(self, began: float) -> None:
@@ -44,6 +47,7 @@ class Tally:
         """Count what the other one counted, too."""
         self.latencies.update(other.latencies)
         self.right += other.right
+        self.judged += other.judged
         self.errors += other.errors
         self._span(other.began, other.ended)
 
@@ -59,8 +63,13 @@ class Tally:
 
     @property
     def right_share(self) -> float:
-        """Share (0-1) of the answers that name the true label; NaN without answers."""
-        return self.right / self.answers if self.answers else math.nan
+        """Share (0-1) of the answers that name the true label; NaN where none is known."""
+        return self.right / self.judged if self.judged else math.nan
+
+    @property
+    def right_percent(self) -> str:
+        """That share for a table."""
+        return f"{100 * self.right_share:.2f}" if self.judged else "-"
 
     def percentile(self, share: float) -> float:
         """Milliseconds within which `share` (0-1) of the answers came, to 0.5 %; NaN without answers."""
@@ -75,11 +84,11 @@ class Tally:
         """The numbers as JSON-able values."""
         latencies = {str(bucket): count for bucket, count in self.latencies.items()}
         span = [self.began, self.ended] if self.ended >= self.began else None
-        return {"right": self.right, "errors": self.errors, "span": span, "latencies": latencies}
+        return {"right": self.right, "judged": self.judged, "errors": self.errors, "span": span, "latencies": latencies}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Tally:
         """The inverse of `to_json`."""
         began, ended = data["span"] or (math.inf, -math.inf)
         latencies = Counter({int(bucket): count for bucket, count in data["latencies"].items()})
-        return cls(data["right"], data["errors"], began, ended, latencies)
+        return cls(data["right"], data["judged"], data["errors"], began, ended, latencies)

@@ -6,7 +6,8 @@ import io
 import json
 import urllib.request
 from collections.abc import Collection
-from typing import Literal, NamedTuple
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 Content = Literal["png", "json"]
 
@@ -23,17 +24,25 @@ class Digit(NamedTuple):
     label: str
 
 
+def asked(host: str, path: str) -> dict[str, Any]:
+    """What a server says of itself. Raises `TargetError` if it cannot be asked."""
+    url = f"{host.rstrip('/')}{path}"
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            told = json.load(response)
+    except (OSError, ValueError) as error:
+        raise TargetError(f"cannot read {url}: {error!r}; is leanserve ready there?") from error
+    if not isinstance(told, dict):
+        raise TargetError(f"{url} answers something else than leanserve does")
+    return told
+
+
 def serving_variants(host: str, wanted: Collection[str] = ()) -> list[str]:
     """Names of the variants that the server at `host` serves, only the `wanted` ones if any are named.
 
     Raises `TargetError` if the server cannot be asked, serves nothing, or does not serve a wanted variant.
     """
-    url = f"{host.rstrip('/')}/v1/variants"
-    try:
-        with urllib.request.urlopen(url, timeout=10) as response:
-            states = {entry["name"]: entry["state"] for entry in json.load(response)["variants"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TargetError(f"cannot read the variants from {url}: {error!r}; is leanserve ready there?") from error
+    states = {entry["name"]: entry["state"] for entry in asked(host, "/v1/variants")["variants"]}
     serving = [name for name, state in states.items() if state == "serving"]
     for name in wanted:
         if name not in serving:
@@ -44,6 +53,7 @@ def serving_variants(host: str, wanted: Collection[str] = ()) -> list[str]:
     return [name for name in serving if name in wanted or not wanted]
 
 
+@cache
 def digits(content: Content) -> list[Digit]:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey values 0-255, as request bodies.
 

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
@@ -26,9 +28,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from fakes import live_server
 from loadtest import compare
+from loadtest.rows import LoadRow, rows_for
 from loadtest.tally import Tally
 from loadtest.target import TargetError, digits, serving_variants
+from text_fleet import live_texts
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = [
@@ -50,7 +55,7 @@ class FakeServer:
         self.app = Starlette(routes=routes)
 
     async def variants(self, request: Request) -> JSONResponse:
-        return JSONResponse({"variants": VARIANTS})
+        return JSONResponse({"model": "digits", "variants": VARIANTS})
 
     async def predict(self, request: Request) -> JSONResponse:
         name, media_type, body = request.headers["x-variant"], request.headers["content-type"], await request.body()
@@ -63,7 +68,7 @@ class FakeServer:
             pixels = Image.open(io.BytesIO(body)).tobytes()
         else:
             pixels = bytes(value for row in json.loads(body)["inputs"] for value in row)
-        return JSONResponse({"label": self.labels[pixels], "variant": name})
+        return JSONResponse({"label": self.labels[pixels], "variant": name}, headers={"x-variant": name})
 
 
 @pytest.fixture
@@ -114,7 +119,7 @@ def test_locust_loads_every_variant_apart_and_checks_the_answers(
 def test_locust_in_several_processes_with_json_and_a_subset(server: tuple[FakeServer, str], tmp_path: Path) -> None:
     fake, host = server
     file = tmp_path / "summary.json"
-    options = ["--processes", "2", "--variants", "float", "--content", "json", "--wait-ms", "80"]
+    options = ["--processes", "2", "--variants", "float", "--rows", "digits-json", "--wait-ms", "80"]
     done = locust(host, *options, "--summary-json", str(file))
     assert set(fake.seen) == {("float", "application/json")}
     tally = Tally.from_json(json.loads(file.read_text())["float"])
@@ -203,3 +208,76 @@ def test_an_empty_tally_has_no_numbers() -> None:
     assert (empty.answers, empty.rate) == (0, 0.0)
     assert math.isnan(empty.percentile(0.5))
     assert math.isnan(empty.right_share)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Iterator[str]:
+    with live_server() as live:
+        yield f"http://{live.http}"
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with live_texts(tmp_path_factory.mktemp("words")) as live:
+        yield f"http://{live.http}"
+
+
+def sent_to(host: str, row: LoadRow, variant: str) -> httpx.Response:
+    return httpx.post(f"{host}{row.path.format(variant=variant)}", content=row.body, headers=row.headers)
+
+
+def test_rows_of_any_base_come_from_its_description(pixels: str) -> None:
+    rows = rows_for(pixels, "auto")
+    assert len(rows) > 8
+    assert len({row.body for row in rows}) == len(rows)
+    reply = sent_to(pixels, rows[0], "a")
+    assert (reply.status_code, reply.headers["x-variant"]) == (200, "a"), reply.text
+
+
+def test_rows_come_from_folders_arrays_and_the_data_of_a_config(pixels: str, tmp_path: Path) -> None:
+    for label in ("one", "two"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        Image.new("L", (4, 4), 9).save(tmp_path / "photos" / label / "x.png")
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    rows = rows_for(pixels, str(tmp_path / "photos"))
+    assert [(row.headers["content-type"], row.label) for row in rows] == [("image/png", "one"), ("image/png", "two")]
+    np.savez(tmp_path / "tensors.npz", image=np.random.default_rng(0).random((3, 1, 2, 2), np.float32))
+    np.savez(tmp_path / "pixels.npz", x=np.zeros((5, 2, 2), np.uint8))
+    (tmp_path / "leanserve.yaml").write_text("data: {images: {train: nowhere, gate: photos}}")
+    for source, count in (("tensors.npz", 3), ("pixels.npz", 5), ("leanserve.yaml", 2), ("photos", 2)):
+        rows = rows_for(pixels, str(tmp_path / source))
+        assert len(rows) == count
+        assert sent_to(pixels, rows[-1], "b").status_code == 200
+
+
+def test_texts_come_from_tables(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('"a, b",1\nc,2\n')
+    (tmp_path / "h.tsv").write_text("n\ttext\n1\tx\n")
+    (tmp_path / "l.jsonl").write_text('{"text": "y"}\n"z"\n')
+    (tmp_path / "c.yaml").write_text("data: {texts: h.tsv, text: text}")
+    found = {name: [json.loads(row.body)["inputs"] for row in rows_for("", str(tmp_path / name))] for name in NAMES}
+    assert found == {"t.csv": ["a, b", "c"], "l.jsonl": ["y", "z"], "c.yaml": ["x"]}
+
+
+NAMES = ("t.csv", "l.jsonl", "c.yaml")
+
+
+@pytest.mark.parametrize(("source", "said"), [("nowhere", "there is no nowhere; rows are"), ("empty", "no rows in")])
+def test_a_source_without_rows_says_so(tmp_path: Path, source: str, said: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TargetError, match=said):
+        rows_for("", str(tmp_path / source) if source == "empty" else source)
+
+
+@pytest.mark.parametrize(("base", "rows"), [("pixels", "auto"), ("words", "words.csv")])
+def test_locust_loads_bases_that_are_no_digits(
+    request: pytest.FixtureRequest, tmp_path: Path, base: str, rows: str
+) -> None:
+    file = tmp_path / "summary.json"
+    (tmp_path / "words.csv").write_text("one two\nthree\n")
+    host, source = request.getfixturevalue(base), str(tmp_path / rows) if "." in rows else rows
+    done = locust(host, "-t", "1s", "--variants", "a,b", "--rows", source, "--summary-json", str(file))
+    tallies = [Tally.from_json(numbers) for numbers in json.loads(file.read_text()).values()]
+    assert done.returncode == 0, done.stderr
+    assert [tally.errors for tally in tallies] == [0, 0]
+    assert all(tally.answers > 1 and math.isnan(tally.right_share) for tally in tallies)
