@@ -87,6 +87,7 @@ CONSTRUCTORS = {
     "str",
     "cache",
     "AfterValidator",
+    "audio_types",
     "BeforeValidator",
     "column",
     "Column",

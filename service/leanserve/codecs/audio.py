@@ -25,7 +25,7 @@ from leanserve.codecs.audio_files import (
     UNTOLD_AUDIO,
     AudioFormat,
     EncodedSound,
-    Recording,
+    OpenedSound,
     audio_format_of,
     audio_types,
     mono_at,
@@ -115,7 +115,7 @@ class AudioCodec:
         windows = np.lib.stride_tricks.sliding_window_view(padded, frame)[::hop][:count]
         return np.ascontiguousarray(windows)
 
-    def _decoded(self, recordings: Iterable[Recording]) -> Decoded:
+    def _decoded(self, recordings: Iterable[OpenedSound]) -> Decoded:
         waiting = self._bounded(recordings)
         rows: list[Array] = []
         places: list[Span] = []
@@ -138,9 +138,9 @@ class AudioCodec:
             end = min(start + frame, samples)
             yield Span(file, round(start / self.rate, 6), round(end / self.rate, 6))
 
-    def _bounded(self, recordings: Iterable[Recording]) -> deque[Recording]:
+    def _bounded(self, recordings: Iterable[OpenedSound]) -> deque[OpenedSound]:
         """The recordings, none of them decoded; refuses what would take too much memory or time."""
-        waiting: deque[Recording] = deque()
+        waiting: deque[OpenedSound] = deque()
         seconds, decoded, longest = 0.0, 0, 0
         rows = 0
         for recording in recordings:
@@ -156,12 +156,12 @@ class AudioCodec:
             self._require(made_of_all <= self.max_elements, waiting, told)
         return waiting
 
-    def _require(self, fits: bool, waiting: Sequence[Recording], told: str) -> None:  # noqa: FBT001 - as of assert
+    def _require(self, fits: bool, waiting: Sequence[OpenedSound], told: str) -> None:  # noqa: FBT001 - as of assert
         if not fits:
             what = "the recording has" if len(waiting) == 1 else f"{len(waiting)} recordings have together"
             raise BodyTooLarge(f"{waiting[-1].where}: {what} {told} are taken")
 
-    def _made_of(self, recording: Recording) -> _Made:
+    def _made_of(self, recording: OpenedSound) -> _Made:
         samples = ceil(recording.seconds * self.rate)
         frame = self.frame
         if frame is not None:
@@ -172,10 +172,10 @@ class AudioCodec:
             raise BodyTooLarge(f"{recording.where} lasts {told}")
         return _Made(1, self.answers.spec.size(samples))
 
-    def _opened(self, file: EncodedSound) -> Recording:
+    def _opened(self, file: EncodedSound) -> OpenedSound:
         return opened_sound(file, self.formats)
 
-    def _from_json(self, inputs: Json) -> Iterable[Recording]:
+    def _from_json(self, inputs: Json) -> Iterable[OpenedSound]:
         many = isinstance(inputs, list) and bool(inputs) and isinstance(inputs[0], list | dict | str)
         values = inputs if many else [inputs]
         if len(values) > MOST_FILES:
@@ -188,14 +188,14 @@ class AudioCodec:
             else:
                 yield self._samples(value, where)
 
-    def _samples(self, value: Json, where: str) -> Recording:
+    def _samples(self, value: Json, where: str) -> OpenedSound:
         sizes = sizes_of(value)
         found = array_of(value, np.dtype(np.float32), sizes) if len(sizes) == 1 and sizes[0] else None
         if found is None:
             raise BadInput(
                 f'{where}: expected a file ({{"b64": ...}}) or a list of samples from -1 to 1, {self.rate} per second'
             )
-        return Recording(found, where, len(found), self.rate)
+        return OpenedSound(found, where, len(found), self.rate)
 
 
 def _frames_of(samples: int, frame: int, hop: int) -> int:

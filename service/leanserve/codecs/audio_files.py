@@ -52,7 +52,7 @@ class EncodedSound(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Recording:
+class OpenedSound:
     """A sound whose length is known: of `frames` samples per channel at `rate` per second.
 
     `source` is an opened file of which nothing is decoded, or the samples themselves.
@@ -75,7 +75,7 @@ class Recording:
         return self.frames * self.channels
 
 
-def opened_sound(file: EncodedSound, names: Collection[AudioFormat]) -> Recording:
+def opened_sound(file: EncodedSound, names: Collection[AudioFormat]) -> OpenedSound:
     """The recording with its header read and no sample decoded.
 
     Raises:
@@ -95,10 +95,10 @@ def opened_sound(file: EncodedSound, names: Collection[AudioFormat]) -> Recordin
         raise BadInput(f"{file.where} has {told}; taken are {RATES[0]} to {RATES[1]} in at most {MOST_CHANNELS}")
     if not 0 < found.frames < 2**40:
         raise BadInput(f"{file.where}: its header does not tell how long it is, or tells that it is empty")
-    return Recording(found, file.where, found.frames, found.samplerate, found.channels)
+    return OpenedSound(found, file.where, found.frames, found.samplerate, found.channels)
 
 
-def mono_at(recording: Recording, rate: int) -> Array:
+def mono_at(recording: OpenedSound, rate: int) -> Array:
     """The samples, float32 in -1..1: the mean of all channels, at `rate` per second.
 
     Raises:
@@ -112,7 +112,7 @@ def mono_at(recording: Recording, rate: int) -> Array:
     return np.asarray(resampling_library().resample(samples, recording.rate, rate, quality="HQ"), np.float32)
 
 
-def _decoded(recording: Recording) -> Array:
+def _decoded(recording: OpenedSound) -> Array:
     samples = np.empty(recording.frames, np.float32)
     read = 0
     try:
