@@ -18,7 +18,7 @@ from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.audio import AudioCodec
 from leanserve.config.base_section import AudioInput
 from leanserve.contracts import Array, ModelSpec, Span, TensorSpec
-from leanserve.errors import BadInput, BodyTooLarge, UnsupportedMediaType
+from leanserve.errors import BadInput, BodyTooLarge, ConfigError, UnsupportedMediaType
 
 RATE = 16_000
 RANDOM = np.random.default_rng(0)
@@ -245,3 +245,17 @@ def test_formats_can_be_switched_off_and_others_are_named() -> None:
 def test_keys_without_effect_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         AudioInput.model_validate({"rate": 16_000} | options)
+
+
+def test_the_cost_is_told_before_a_sample_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = encoded(np.zeros((48_000 * 50, 2), np.int16), "FLAC", rate=48_000)
+    monkeypatch.setattr("leanserve.codecs.audio.mono_at", lambda *_: pytest.fail("decoded"))
+    weighed = codec(None).prepare("audio/flac", content)
+    assert 0.03 < weighed.seconds < 0.2
+    assert codec(None).prepare("audio/wav", wav(pcm(1600))).seconds < 0.001
+
+
+def test_without_the_extra_a_base_of_sounds_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leanserve.codecs.audio_files.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"leanserve\[audio\]"):
+        codec(None)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from typing import NamedTuple
 
@@ -30,15 +31,21 @@ from leanserve.codecs.audio_files import (
     audio_types,
     mono_at,
     opened_sound,
+    require_libraries,
 )
 from leanserve.codecs.json_body import inputs_of
+from leanserve.codecs.json_weight import json_seconds
 from leanserve.codecs.nested import array_of, sizes_of
 from leanserve.codecs.uploads import FORM, file_of_json, files_of_form, holds_file
-from leanserve.contracts import Array, Arrays, Decoded, Json, Span, TensorSpec
+from leanserve.contracts import Array, Arrays, Decoded, Json, Span, TensorSpec, Weighed
 from leanserve.errors import BadInput, BodyTooLarge, UnsupportedMediaType
 
 JSON = "application/json"
 MOST_FILES = 256
+SAMPLE_S = 7e-9
+"""Seconds to decode a sample of FLAC, and to resample one; WAV takes a quarter of it."""
+PARSED_AT_ONCE_S = 2e-3
+"""Seconds that parsing JSON may take to find the files in it, whose headers tell what else it takes."""
 
 
 class _Made(NamedTuple):
@@ -65,6 +72,9 @@ class AudioCodec:
     max_decoded: int = 2**26
     max_elements: int = 2**24
 
+    def __post_init__(self) -> None:
+        require_libraries()
+
     @property
     def media_types(self) -> tuple[str, ...]:
         return (*audio_types(self.formats), *filter(None, UNTOLD_AUDIO), FORM, JSON)
@@ -80,6 +90,21 @@ class AudioCodec:
         shape = self.field.shape
         return None if None in shape else max(size for size in shape if size is not None)
 
+    def prepare(self, media_type: str, body: bytes) -> Weighed[Decoded]:
+        """Read the headers of all recordings; of a large body of JSON only count what is in it. Raises as `decode`."""
+        kind = media_type.partition(";")[0].strip().lower()
+        if kind == JSON:
+            seconds = json_seconds(body)
+            parse = partial(self._of_json, body)
+            return Weighed(seconds, lambda: parse().finish()) if seconds > PARSED_AT_ONCE_S else parse()
+        if kind == FORM:
+            files = files_of_form(media_type, body, MOST_FILES)
+            sounds = (EncodedSound(file.media_type, file.content, file.where) for file in files)
+            return self._looked_at(map(self._opened, sounds))
+        if kind not in UNTOLD_AUDIO and audio_format_of(kind) not in self.formats:
+            raise UnsupportedMediaType(f"content type {media_type!r} is none of {', '.join(self.media_types)}")
+        return self._looked_at([self._opened(EncodedSound(kind, body, "the body"))])
+
     def decode(self, media_type: str, body: bytes) -> Decoded:
         """Body -> float32 samples, one row per frame or per recording.
 
@@ -88,16 +113,7 @@ class AudioCodec:
             BodyTooLarge: the recordings are longer than is taken.
             UnsupportedMediaType: none of `media_types`.
         """
-        kind = media_type.partition(";")[0].strip().lower()
-        if kind == JSON:
-            return self._decoded(self._from_json(inputs_of(body)))
-        if kind == FORM:
-            files = files_of_form(media_type, body, MOST_FILES)
-            sounds = (EncodedSound(file.media_type, file.content, file.where) for file in files)
-            return self._decoded(map(self._opened, sounds))
-        if kind not in UNTOLD_AUDIO and audio_format_of(kind) not in self.formats:
-            raise UnsupportedMediaType(f"content type {media_type!r} is none of {', '.join(self.media_types)}")
-        return self._decoded([self._opened(EncodedSound(kind, body, "the body"))])
+        return self.prepare(media_type, body).finish()
 
     def encode(self, outputs: Arrays, most: int | None = None) -> list[dict[str, Json]]:
         """One answer per row, see `leanserve.codecs.answers`."""
@@ -115,8 +131,17 @@ class AudioCodec:
         windows = np.lib.stride_tricks.sliding_window_view(padded, frame)[::hop][:count]
         return np.ascontiguousarray(windows)
 
-    def _decoded(self, recordings: Iterable[OpenedSound]) -> Decoded:
+    def _of_json(self, body: bytes) -> Weighed[Decoded]:
+        return self._looked_at(self._from_json(inputs_of(body)))
+
+    def _looked_at(self, recordings: Iterable[OpenedSound]) -> Weighed[Decoded]:
         waiting = self._bounded(recordings)
+        made = [self._made_of(recording) for recording in waiting]
+        samples = sum(recording.work + recording.frames for recording in waiting)
+        samples += sum(item.rows * item.length for item in made)
+        return Weighed(samples * SAMPLE_S, partial(self._decoded, waiting))
+
+    def _decoded(self, waiting: deque[OpenedSound]) -> Decoded:
         rows: list[Array] = []
         places: list[Span] = []
         for number in range(len(waiting)):

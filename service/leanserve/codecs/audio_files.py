@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.util import find_spec
 from io import BytesIO
 from typing import Any, Final, Literal, NamedTuple, get_args
 
@@ -82,9 +83,11 @@ def opened_sound(file: EncodedSound, names: Collection[AudioFormat]) -> OpenedSo
         BadInput: it is not what its media type says, no sound at all, of none of the formats with these `names`, or of
             a kind that is not decoded.
     """
+    import soundfile
+
     kind = _kind(file, names)
     try:
-        found = sound_library().SoundFile(BytesIO(file.content))
+        found = soundfile.SoundFile(BytesIO(file.content))
     except Exception as error:  # the library's errors share no base class with those of a damaged stream
         raise BadInput(f"{file} cannot be read as {MEDIA_TYPES[kind][0]}: {_reason(error)}") from error
     if found.subtype not in SUBTYPES:
@@ -109,7 +112,9 @@ def mono_at(recording: OpenedSound, rate: int) -> Array:
         raise BadInput(f"{recording.where} holds samples that are no finite numbers")
     if recording.rate == rate:
         return samples
-    return np.asarray(resampling_library().resample(samples, recording.rate, rate, quality="HQ"), np.float32)
+    import soxr
+
+    return np.asarray(soxr.resample(samples, recording.rate, rate, quality="HQ"), np.float32)
 
 
 def _decoded(recording: OpenedSound) -> Array:
@@ -129,22 +134,10 @@ def _decoded(recording: OpenedSound) -> Array:
     return samples
 
 
-def sound_library() -> Any:
-    """soundfile. Raises `ConfigError` without the extra."""
-    try:
-        import soundfile
-    except (ModuleNotFoundError, OSError) as error:  # the latter where libsndfile itself is missing
-        raise ConfigError("a model of sounds needs the extra 'audio': pip install 'leanserve[audio]'") from error
-    return soundfile
-
-
-def resampling_library() -> Any:
-    """soxr. Raises `ConfigError` without the extra."""
-    try:
-        import soxr
-    except ModuleNotFoundError as error:
-        raise ConfigError("a model of sounds needs the extra 'audio': pip install 'leanserve[audio]'") from error
-    return soxr
+def require_libraries() -> None:
+    """Raise `ConfigError` without the extra; nothing is imported."""
+    if find_spec("soundfile") is None or find_spec("soxr") is None:
+        raise ConfigError("base.audio: a model of sounds needs the extra 'audio': pip install 'leanserve[audio]'")
 
 
 def audio_types(names: Collection[AudioFormat]) -> tuple[str, ...]:
