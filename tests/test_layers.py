@@ -40,6 +40,8 @@ LAYERS = {
     "start": 8,
     "init": 8,
     "bench": 8,
+    "export": 8,
+    "upkeep": 8,
     "__main__": 9,
 }
 """One row per package: it imports from packages with a smaller number, and from itself; files of row 0 also from each

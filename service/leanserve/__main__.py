@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from leanserve.api.access import Key
     from leanserve.api.service import Service
     from leanserve.artifacts.manifest import VariantReport
+    from leanserve.artifacts.store import ArtifactStore
     from leanserve.config.schema import ServiceConfig
     from leanserve.contracts import Base
 
@@ -240,6 +241,55 @@ def key(
 
 
 @app.command()
+def export(
+    variant: Annotated[str, typer.Argument(help="Name of the variant.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
+    config: ConfigOption = SHIPPED,
+    cache: CacheOption = None,
+    form: Annotated[
+        Literal["onnx", "torch", "openvino"] | None,
+        typer.Option("--format", help="By default OpenVINO's where it is served from that, else ONNX."),
+    ] = None,
+) -> None:
+    """Write a built variant into a folder, with a script that runs it without leanserve."""
+    from leanserve.export.writing import export_variant
+
+    work = AppContext(config, cache)
+    _require_built(work, config)
+    files = export_variant(work, variant, output, form)
+    err.print(f"wrote {output}: {', '.join(files)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def cache(
+    action: Annotated[Literal["list", "verify", "prune"], typer.Argument(help="What to do.")],
+    config: Annotated[list[Path] | None, typer.Option("--config", "-c", help="Keep what it needs (repeat it).")] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--cache", help="The store; by default that of the first config.", envvar="LEANSERVE_CACHE"),
+    ] = None,
+    older_than: Annotated[float | None, typer.Option(help="Prune only what was made so many days ago.", min=0)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")] = False,  # noqa: FBT002
+) -> None:
+    """Look after an artifact store: list it, verify it (status 1 if something is damaged), prune what is not needed."""
+    from leanserve import upkeep
+
+    store = _store(config or [], folder)
+    if action == "list":
+        for item in upkeep.stored_artifacts(store):
+            text = f"{item.key}  {item.bytes / 2**20:8.1f} MiB  {item.days:6.1f} days  {item.words}"
+            out.print(escape(text), highlight=False, soft_wrap=True)
+    elif action == "verify":
+        found = upkeep.faults(store)
+        for fault in found:
+            out.print(escape(fault), highlight=False, soft_wrap=True)
+        out.print(f"{store.root}: {len(found)} damaged", highlight=False, soft_wrap=True)
+        raise typer.Exit(int(bool(found)))
+    else:
+        _prune(store, config or [], older_than, dry_run=dry_run)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
@@ -256,6 +306,34 @@ def _tell_gate(report: VariantReport, caveats: str) -> None:
     for position, manifest in enumerate(report.ancestry[1:], start=1):
         if manifest.change in {"no gain", "slower"}:
             err.print(f"  pass {position} ({manifest.kind}): {manifest.change}", highlight=False, soft_wrap=True)
+
+
+def _store(configs: list[Path], folder: Path | None) -> ArtifactStore:
+    """The store that is meant; it must be there."""
+    from leanserve.artifacts.store import ArtifactStore
+    from leanserve.config.schema import read_config
+
+    if folder is None and not configs:
+        raise StartupError("say which cache: --cache FOLDER, or --config FILE for that of a config")
+    root = folder or read_config(configs[0]).cache
+    if not (root / "artifacts").is_dir():
+        raise StartupError(f"{root} is no cache folder of leanserve")
+    return ArtifactStore(root)
+
+
+def _prune(store: ArtifactStore, configs: list[Path], older_than: float | None, *, dry_run: bool) -> None:
+    from leanserve import upkeep
+
+    if not configs and older_than is None:
+        raise StartupError("say what to keep: --config FILE for each config in use, or --older-than DAYS")
+    if not store.writable:
+        raise StartupError(f"{store.root} is read-only")
+    kept = {key for config in configs for key in AppContext(config, store.root).plan.keys}
+    pruned = upkeep.prune(store, kept, (older_than or 0.0) * upkeep.DAY_S, dry_run=dry_run)
+    for item in pruned.artifacts:
+        out.print(escape(f"{item.key}  {item.words}"), highlight=False, soft_wrap=True)
+    told = f"{len(pruned.artifacts)} artifacts, {pruned.bytes / 2**20:.1f} MiB"
+    err.print(f"{'would remove' if dry_run else 'removed'} {told}", highlight=False, soft_wrap=True)
 
 
 def _require_built(work: AppContext, config: Path) -> None:

@@ -79,6 +79,27 @@ def export_onnx(model: TorchModel, path: Path) -> OnnxModel:
     return exported
 
 
+def exported_program(model: TorchModel) -> torch.export.ExportedProgram:
+    """The module as a program of torch.export that answers the same for any number of rows.
+
+    Raises:
+        PassFailed: it cannot be exported, or answers differently.
+    """
+    spec = model.spec
+    example = tuple(torch.from_numpy(array) for array in spec.example(spec.most_rows(EXAMPLE_ROWS)))
+    shapes = tuple(dict.fromkeys(_dynamic_axes(item, spec.rows), torch.export.Dim.AUTO) for item in spec.inputs)
+    with _quiet(), recurrent_shapes(), torch.no_grad():
+        try:
+            program = torch.export.export(model.module, example, dynamic_shapes=shapes)
+            ours, theirs = model.module, program.module()
+            for rows, length in CHECKS:
+                batch = [torch.from_numpy(array) for array in spec.example(spec.most_rows(rows), length, seed=rows)]
+                torch.testing.assert_close(theirs(*batch), ours(*batch), rtol=TOLERANCE, atol=TOLERANCE)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise PassFailed(f"the model cannot be exported as a program: {_reason(error)}") from error
+    return program
+
+
 def open_session(model: Path | onnx.ModelProto, threads: int = 1) -> onnxruntime.InferenceSession:
     """A CPU session for building, silent and without idle spinning; serving uses the backend."""
     options = onnxruntime.SessionOptions()

@@ -1,0 +1,1 @@
+"""`leanserve export`: a variant as files that run without leanserve."""
