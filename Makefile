@@ -28,7 +28,7 @@ bench: install
 	$(BIN)/leanserve bench --config $(CONFIG)
 
 # What measures nothing runs on two cores at once; all else (timing, sockets, whole processes) has the machine to itself.
-TOGETHER := artifacts bases build codecs config deploy experiments init models passes report \
+TOGETHER := artifacts bases build codecs config deploy experiments export init models passes report \
 	runtime/test_toy_format.py test_zoo.py test_caveats_end_to_end.py \
 	test_example_checkpoints.py test_example_onnx_file.py test_example_python_module.py
 test: install
