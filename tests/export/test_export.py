@@ -22,6 +22,7 @@ from leanserve.context import AppContext
 from leanserve.contracts import Array
 from leanserve.errors import StartupError
 from leanserve.evaluation.quality import GateOutputs
+from leanserve.evaluation.speed import Stopwatch
 from leanserve.export.writing import ExportForm, export_variant
 from measurements import measurement
 
@@ -65,23 +66,24 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers and speed are measured in other tests."""
 
-    def measure(_store: Any, _base: Any, _recipe: Any, _reference: Any, hardware: Any) -> Any:
-        machine = {"cpu": hardware.cpu, "threads": hardware.threads}
-        return measurement().model_copy(update=machine), GateOutputs((), None)
+    def measure(_store: Any, base: Any, _recipe: Any, _reference: Any, hardware: Any) -> Any:
+        here = {"cpu": hardware.cpu, "threads": hardware.threads, "score_digest": base.score_digest}
+        return measurement().model_copy(update=here), GateOutputs((), None)
 
-    def benchmark(_store: Any, _base: Any, anchor: str, keys: list[str], hardware: Any) -> list[BenchmarkResult]:
+    def beside_anchor(stopwatch: Stopwatch, anchor: str, keys: list[str]) -> list[BenchmarkResult]:
         one = {1: RatioInterval(median=1.0, low=1.0, high=1.0)}
-        times = {"latency_ms": {1: 1.0}, "anchor_ms": {1: 1.0}, "ratios": one}
-        machine = {"anchor": anchor, "cpu": hardware.cpu, "threads": hardware.threads}
-        return [BenchmarkResult(key=key, **machine, **times) for key in keys]
+        machine = {"cpu": stopwatch.hardware.cpu, "threads": stopwatch.hardware.threads, "rounds": 7, "waited": 0.0}
+        times: Any = {"latency_ms": {1: 1.0}, "anchor_ms": {1: 1.0}, "ratios": one, **machine}
+        return [BenchmarkResult(key=key, anchor=anchor, **times) for key in keys]
 
-    def lanes(_store: Any, _base: Any, results: list[BenchmarkResult], hardware: Any) -> list[LaneRates]:
-        rates = {1: 100.0, hardware.threads: 100.0}
-        return [LaneRates(key=item.key, cpu=hardware.cpu, threads=hardware.threads, rates=rates) for item in results]
+    def lanes(stopwatch: Stopwatch, results: list[BenchmarkResult]) -> list[LaneRates]:
+        machine: Any = {"cpu": stopwatch.hardware.cpu, "threads": stopwatch.hardware.threads}
+        rates = {1: 100.0, stopwatch.hardware.threads: 100.0}
+        return [LaneRates(key=item.key, rates=rates, **machine) for item in results]
 
     monkeypatch.setattr(build, "measure", measure)
-    monkeypatch.setattr(build, "benchmark", benchmark)
-    monkeypatch.setattr(build, "benchmark_lanes", lanes)
+    monkeypatch.setattr(Stopwatch, "beside_anchor", beside_anchor)
+    monkeypatch.setattr(Stopwatch, "lanes", lanes)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pretend(patch)
         work = AppContext(folder / "config.yaml", folder / "cache")
         with BuildProgress(Console(quiet=True), len(work.plan.keys) + 1).running() as progress:
-            work.build(progress)
+            work.build(progress, 0.0)
     return work
 
 
