@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import sys
 from collections import OrderedDict, defaultdict
@@ -18,7 +19,7 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from leanserve.bases.checkpoints import load_weights, read_state
+from leanserve.bases.checkpoints import load_weights, read_state, weights_digest
 from leanserve.errors import ConfigError
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
@@ -304,6 +305,46 @@ def test_weights_under_a_key_that_nobody_knows_are_found_by_what_fits(tmp_path: 
     torch.save({"net_g": STATE, "net_h": AVERAGE}, tmp_path / "c.pt")
     with pytest.raises(ConfigError, match=r"base.weights_key can choose others of this file: net_g, net_h$"):
         loaded(tmp_path / "c.pt")
+
+
+SHARDS = {"one-00001-of-00002": {"weight": STATE["weight"]}, "one-00002-of-00002": {"bias": STATE["bias"]}}
+
+
+@pytest.mark.parametrize("named", ["the index", "the first shard", "the folder"])
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+def test_shards_are_one_checkpoint(tmp_path: Path, ending: str, named: str) -> None:
+    for name, state in SHARDS.items():
+        path = tmp_path / f"{name}{ending}"
+        save_file(state, path) if ending == ".safetensors" else torch.save({"model": state}, path)
+    index = tmp_path / f"one{ending}.index.json"
+    index.write_text(json.dumps({"weight_map": {key: f"{name}{ending}" for name, s in SHARDS.items() for key in s}}))
+    first = tmp_path / f"one-00001-of-00002{ending}"
+    asked = {"the index": index, "the first shard": first, "the folder": tmp_path}[named]
+    module = nn.Linear(3, 2)
+    assert load_weights(module, asked) == ()
+    assert torch.equal(module.weight, STATE["weight"])
+    assert torch.equal(module.bias, STATE["bias"])
+    before = weights_digest(asked)
+    second = first.with_name(f"one-00002-of-00002{ending}")
+    second.write_bytes(second.read_bytes() + b" ")
+    assert weights_digest(asked) != before
+    second.unlink()
+    with pytest.raises(ConfigError, match=r"cut into 2 files, of which one-00002-of-00002.* is not beside it"):
+        load_weights(module, asked)
+
+
+def test_shards_that_cannot_be_told_are_refused(tmp_path: Path) -> None:
+    index = tmp_path / "m.safetensors.index.json"
+    for content, said in (("[]", "is no index"), ('{"weight_map": {"a": "../x"}}', "does not lie beside it")):
+        index.write_text(content)
+        with pytest.raises(ConfigError, match=said):
+            load_weights(nn.Linear(2, 2), index)
+    index.unlink()
+    with pytest.raises(ConfigError, match="not exactly one file with weights"):
+        load_weights(nn.Linear(2, 2), tmp_path)
+    (tmp_path / "__0_0.distcp").touch()
+    with pytest.raises(ConfigError, match="distributed checkpoint; make one file of it"):
+        load_weights(nn.Linear(2, 2), tmp_path)
 
 
 def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from pydantic import ValidationError
@@ -17,8 +19,9 @@ from safetensors.torch import save_file
 from leanserve.bases.opening import Origin, open_base, open_source, reopen_base
 from leanserve.bases.sources import python_module
 from leanserve.config.base_section import PythonBase
-from leanserve.contracts import TensorSpec
+from leanserve.contracts import TensorSpec, TorchModel
 from leanserve.errors import ConfigError
+from leanserve.passes.toolkit.lowering import export_onnx
 
 SOURCE = """
 import torch
@@ -63,6 +66,16 @@ def broken():
 
 def number():
     return 5
+
+def optional():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+        def forward(self, x, mask=None, shift=None):
+            y = self.layer(x if mask is None else x * mask)
+            return y if shift is None else y - shift
+    return Optional()
 
 def small(rows):
     class Small(nn.Module):
@@ -294,3 +307,17 @@ def test_what_cannot_be_found_out_is_asked_for(folder: Path) -> None:
     (folder / "bring_model.py").write_text("def linear(:\n")
     with pytest.raises(ConfigError, match=r"bring_model\.py:1"):
         open_base(origin(folder, "linear", **VECTOR))
+
+
+def test_optional_inputs_may_be_left_out_and_are_given_by_name(folder: Path, tmp_path: Path) -> None:
+    both = {"inputs": {"shift": {"shape": [4]}, "x": {"shape": [3]}}}
+    base = open_base(origin(folder, "optional", **both))
+    assert [item.name for item in base.spec.inputs] == ["shift", "x"], "in the order of the config"
+    module = base.torch_module()
+    shift, x = torch.ones(2, 4), torch.randn(2, 3)
+    wanted = open_base(origin(folder, "optional", inputs={"x": {"shape": [3]}})).torch_module()(x) - 1
+    torch.testing.assert_close(module(shift, x), wanted)
+    graph = export_onnx(TorchModel(copy.deepcopy(module), base.spec), tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(graph.path)
+    given = session.run(None, {"shift": shift.numpy(), "x": x.numpy()})
+    np.testing.assert_allclose(np.asarray(given[0]), wanted.detach(), rtol=1e-5, atol=1e-6)

@@ -6,13 +6,14 @@ made to be served and scores better, so it is taken where there is one; it is to
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanserve.bases.fitting import closest, copy_weights, fits_whole, shortened
-from leanserve.bases.weight_files import SAVE, read_file
+from leanserve.bases.weight_files import SAVE, read_weights, shards_of
 from leanserve.disk import sha256_of
 from leanserve.errors import ConfigError
 
@@ -72,7 +73,7 @@ def read_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
     Raises:
         ConfigError: missing, damaged, of a refused format, without tensors, or without any under `key`.
     """
-    content = read_file(path)
+    content = read_weights(path)
     everything = dict(_named(content))
     if not everything:
         keys = shortened(list(map(str, content)))
@@ -116,6 +117,12 @@ def load_weights(module: nn.Module, path: Path, key: str | None = None) -> tuple
     others = elsewhere or checkpoint.places_of(wanted) or list(checkpoint.others)
     remedy = f". base.weights_key can choose others of this file: {shortened(others)}" if others else ""
     raise ConfigError(f"base.weights: {path} does not fit the model: {'; '.join(problems)}{remedy}")
+
+
+def weights_digest(path: Path) -> str:
+    """sha256 (hex) of the content of a file with weights, or of all its shards. Raises `ConfigError`."""
+    digests = [file_digest(file) for file in shards_of(path)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -3,15 +3,18 @@
 safetensors holds tensors and nothing else. torch's own format is a pickle: torch's restricted unpickler reads it, which
 knows tensors and plain containers. Training scripts keep more beside the weights (their arguments, the best accuracy
 as a number of numpy, a configuration); of the usual types nothing is read. Any other type is refused by its name.
+
+Large checkpoints are cut into shards, with an index that says which file has which tensor, or numbered by their names.
 """
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,9 @@ POINTER = b"version https://git-lfs"
 """Begins the file that git leaves in place of a large one that was not fetched."""
 SAVE = "Where it was made, save the weights alone: safetensors.torch.save_model(model, FILE)"
 
+INDEX = ".index.json"
+NUMBERED = re.compile(r"(?P<start>.+-)\d+-of-(?P<total>\d+)(?P<ending>\.\w+)")
+"""How the shards of a checkpoint are called."""
 UNREAD = (
     *(f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "frozenset", "int", "list", "range", "slice")),
     *("builtins.str", "builtins.tuple", "typing.Any", "argparse.Namespace", "types.SimpleNamespace"),
@@ -50,12 +56,83 @@ class Unread:
         pass
 
 
-def read_file(path: Path) -> Mapping[Any, Any]:
-    """What a file with weights holds: tensors by name, in torch's format perhaps in mappings within mappings.
+def shards_of(path: Path) -> tuple[Path, ...]:
+    """The files that hold the weights which a path names: itself, those of an index or of a folder, numbered ones.
 
     Raises:
-        ConfigError: missing, damaged, of a refused format, or with more in it than can be read without running code.
+        ConfigError: one is missing, or it cannot be told which they are.
     """
+    if path.is_dir():
+        path = _of_folder(path)
+    if path.name.endswith(INDEX):
+        files = tuple(path.parent / name for name in _indexed(path))
+    elif found := NUMBERED.fullmatch(path.name):
+        start, total, ending = found["start"], found["total"], found["ending"]
+        numbers = range(1, int(total) + 1)
+        files = tuple(path.with_name(f"{start}{number:0{len(total)}}-of-{total}{ending}") for number in numbers)
+    else:
+        return (path,)
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ConfigError(
+            f"base.weights: {path} is cut into {len(files)} files, of which {missing[0]} is not beside it"
+        )
+    return files
+
+
+def _of_folder(folder: Path) -> Path:
+    """The index or the only file with weights in a folder, safetensors first."""
+    if any(folder.glob("*.distcp")):
+        raise ConfigError(
+            f"base.weights: {folder} is a distributed checkpoint; make one file of it: python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pt"
+        )
+    for pattern in (f"*.safetensors{INDEX}", f"*{INDEX}", "*.safetensors", "*.bin", "*.pt", "*.pth"):
+        found = sorted(folder.glob(pattern))
+        if len({NUMBERED.sub(r"\g<start>", file.name) for file in found}) == 1:
+            return found[0]
+        if found:
+            break
+    names = ", ".join(sorted(file.name for file in folder.iterdir())[:4])
+    raise ConfigError(
+        f"base.weights: {folder} has no index and not exactly one file with weights ({names}); name the file"
+    )
+
+
+def _indexed(path: Path) -> list[str]:
+    """The names of the files in an index; they lie beside it."""
+    try:
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"base.weights: {path} is no index of weights: {error}") from error
+    if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise ConfigError(f"base.weights: {path} names {outside[0]!r}, which does not lie beside it")
+    return names
+
+
+def read_weights(path: Path) -> Mapping[Any, Any]:
+    """What a file with weights holds, or all shards of one together: tensors by name, in torch's format perhaps in
+    mappings within mappings.
+
+    Raises:
+        ConfigError: a file is missing, damaged, of a refused format, or has more in it than can be read without running
+            code; or it cannot be told which the files are.
+    """
+    first, *others = map(read_file, shards_of(path))
+    return _joined(first, others) if others else first
+
+
+def _joined(first: Mapping[Any, Any], others: Iterable[Mapping[Any, Any]]) -> dict[Any, Any]:
+    """Of mappings within mappings, those of the same name become one."""
+    joined = dict(first)
+    for content in others:
+        for key, value in content.items():
+            both = isinstance(value, Mapping) and isinstance(joined.get(key), Mapping)
+            joined[key] = _joined(joined[key], [value]) if both else value
+    return joined
+
+
+def read_file(path: Path) -> Mapping[Any, Any]:
+    """What one file holds; as `read_weights`."""
     if not path.is_file():
         raise ConfigError(f"base.weights: there is no file {path}")
     if path.suffix in REFUSED:

@@ -68,11 +68,13 @@ class PythonSource:
 
     def describe(self) -> Description:
         from leanserve.bases.modules.held_state import unlike
+        from leanserve.bases.modules.named_inputs import take_by_name
 
         inputs = declared_inputs(self.declared) or self._declared_beside_factory()
         module, caveats = self._module()
+        take_by_name(self._checked(module), [item.name for item in inputs])
         spec, sizes = sized(module, spec_of_inputs(inputs, self.declared.rows, *bounds_of(self.declared)))
-        found = traced(self._checked(module), spec)
+        found = traced(module, spec)
         drawn = unlike(self._first[0].inside, self._held(self._module(SEED + 1)[0]).inside)
         if drawn:
             caveats += (f"weights drawn at random ({shortened(drawn)})",)
@@ -87,9 +89,10 @@ class PythonSource:
         """
         import torch
 
+        from leanserve.bases.modules.named_inputs import take_by_name
         from leanserve.bases.modules.tensor_outputs import give_tensors
 
-        module = self._checked(self._module()[0])
+        module = take_by_name(self._checked(self._module()[0]), [item.name for item in spec.inputs])
         example = map(torch.from_numpy, spec.example(spec.most_rows(2)))
         return TorchModel(give_tensors(module, *example), spec)
 

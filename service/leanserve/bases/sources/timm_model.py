@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanserve.bases.checkpoints import file_digest, load_weights, read_state
+from leanserve.bases.checkpoints import load_weights, read_state, weights_digest
 from leanserve.bases.description import Description
 from leanserve.bases.inputs import described, image_input, image_tensor
 from leanserve.bases.probing import spec_of_inputs
@@ -52,7 +52,9 @@ class TimmSource:
         except metadata.PackageNotFoundError as error:
             raise _extra_is_missing() from error
         path = self._file()
-        weights = f"random {UNTRAINED_SEED}" if path is None else file_digest(path) + (self.declared.weights_key or "")
+        weights = (
+            f"random {UNTRAINED_SEED}" if path is None else weights_digest(path) + (self.declared.weights_key or "")
+        )
         return hashlib.sha256(" ".join((self.declared.timm, weights, *versions)).encode()).hexdigest()
 
     def describe(self) -> Description:
