@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.opening import Origin, open_base
-from leanserve.contracts import Array, OnnxModel
-from leanserve.errors import ConfigError
+from leanserve.contracts import Array, BuildContext, OnnxModel
+from leanserve.errors import ConfigError, PassFailed
+from leanserve.hardware import this_hardware
 from leanserve.init.model_argument import Hints
 from leanserve.init.writing import write_config
+from leanserve.passes.base import Pass
+from leanserve.passes.families.quantize.quantize_dynamic import QuantizeDynamic
+from leanserve.passes.families.quantize.quantize_static import QuantizeStatic
+from leanserve.runtime.formats.onnx_size import graph_size
 from tiny_graphs import cnn, graph, random, write
 
 STREAM = """
@@ -34,6 +40,7 @@ agraph (float[batch, samples] audio, float[2, batch, 4] state, int64 rate)
     speech = MatMul (summed, weight)
 }
 """
+DENSE = "agraph (float[N, 64] x) => (float[N, 64] y) { y = MatMul (x, w) }"
 STREAM_WEIGHTS = {"weight": random(4, 1), "kilo": np.array(16000), "first": np.array([0])}
 
 
@@ -228,3 +235,91 @@ def test_half_precision_in_and_out(tmp_path: Path) -> None:
     model.graph.initializer.append(weight)
     base = opened(write(tmp_path / "m.onnx", model))
     assert (base.spec.inputs[0].dtype, base.spec.outputs[0].dtype) == ("float16", "float16")
+
+
+def quantized(base: LoadedBase, folder: Path, step: Pass) -> Path:
+    evaluate: Any = None
+    context = BuildContext(base, 0, this_hardware(), folder, lambda *_: None, evaluate)
+    made = step.apply(base.model(), context).model
+    assert isinstance(made, OnnxModel)
+    return made.path
+
+
+@pytest.mark.parametrize("step", [QuantizeDynamic(), QuantizeStatic()], ids=["dynamic", "static"])
+def test_shared_weights_and_names_that_quantizers_want_survive(tmp_path: Path, step: Pass) -> None:
+    """A weight and a bias of two layers, and tensors called as quantizers call theirs."""
+    text = """agraph (float[N, 32] x) => (float[N, 32] y, float[N, 32] w_quantized) {
+        x_scale = MatMul (x, w)
+        w_quantized = Add (x_scale, w_bias)
+        w_zero_point = Relu (w_quantized)
+        x_quantized = MatMul (w_zero_point, w)
+        y = Add (x_quantized, w_bias)
+    }"""
+    path = write(tmp_path / "m.onnx", graph(text, {"w": random(32, 32) / 6, "w_bias": random(32)}))
+    x = random(8, 32)
+    made = quantized(opened(path), tmp_path, step)
+    assert any(node.op_type in {"MatMulInteger", "QuantizeLinear"} for node in onnx.load(made).graph.node)
+    for one, other in zip(answers(made, x), answers(path, x), strict=True):
+        assert float((one * other).sum() / np.linalg.norm(one) / np.linalg.norm(other)) > 0.99
+
+
+def test_a_model_that_is_quantized_already_is_served_and_not_quantized_again(tmp_path: Path) -> None:
+    source = opened(write(tmp_path / "m.onnx", graph(DENSE, {"w": random(64, 64) / 8})))
+    shutil.copyfile(quantized(source, tmp_path, QuantizeDynamic()), tmp_path / "int8.onnx")
+    base = opened(tmp_path / "int8.onnx")
+    x = random(3, 64)
+    np.testing.assert_allclose(
+        answers(prepared_file(base), x)[0], answers(tmp_path / "int8.onnx", x)[0], rtol=1e-5, atol=1e-6
+    )
+    with pytest.raises(PassFailed, match="would quantize nothing"):
+        quantized(base, tmp_path, QuantizeDynamic())
+
+
+def test_symbolic_names_of_any_kind_are_dynamic_axes(tmp_path: Path) -> None:
+    """Exporters write formulas where names belong."""
+    model = graph("agraph (float[N, L] x) => (float[N, L] y) { y = Relu (x) }")
+    for value in (*model.graph.input, *model.graph.output):
+        first, second = value.type.tensor_type.shape.dim
+        first.dim_param, second.dim_param = "unk__12", "floor(L/2 - 1) + 7"
+    base = opened(write(tmp_path / "m.onnx", model))
+    assert base.spec.inputs[0].shape == (None,)
+    assert answers(prepared_file(base), random(3, 9))[0].shape == (3, 9)
+
+
+def test_loops_and_branches_with_weights_inside_run_for_any_number_of_rows(tmp_path: Path) -> None:
+    text = """agraph (float[N, 4] x) => (float[N, 4] y) {
+        three = Constant <value = int64 {3}> ()
+        yes = Constant <value = bool {1}> ()
+        y = Loop (three, yes, x) <body = step (int64 i, bool go, float[N, 4] before) => (bool on, float[N, 4] after) {
+            on = Identity (go)
+            half = Constant <value = float {0.5}> ()
+            smaller = Mul (before, half)
+            after = Add (smaller, x)
+        }>
+    }"""
+    path = write(tmp_path / "m.onnx", graph(text, opset=17))
+    base = opened(path)
+    x = random(5, 4)
+    np.testing.assert_array_equal(answers(prepared_file(base), x)[0], answers(path, x)[0])
+
+
+def test_weights_in_nodes_count_as_parameters(tmp_path: Path) -> None:
+    model = graph(DENSE, {"w": random(64, 64)})
+    weight = model.graph.initializer.pop()
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=weight))
+    base = opened(write(tmp_path / "m.onnx", model))
+    assert graph_size(prepared_file(base)).parameters == 64 * 64
+
+
+def test_a_fault_of_our_copy_is_not_laid_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from leanserve.bases.sources import onnx_preparation
+
+    def spoilt(model: onnx.ModelProto) -> onnx.ModelProto:
+        model.graph.node[0].op_type = "Neg"
+        return model
+
+    monkeypatch.setattr(onnx_preparation, "_tidied", spoilt)
+    path = write(tmp_path / "m.onnx", graph("agraph (float[N, 4] x) => (float[N, 4] y) { y = Relu (x) }"))
+    with pytest.raises(ConfigError, match="as leanserve prepared it, it answers otherwise than the file") as refused:
+        opened(path)
+    assert "Export it again" not in str(refused.value)

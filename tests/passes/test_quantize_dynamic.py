@@ -234,6 +234,32 @@ def test_a_torch_model_is_exported(tmp_path: Path) -> None:
     assert applied.facts == {"int8_nodes": 2, "float_layers": 0}
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(16, 32, 2, batch_first=True, bidirectional=True)
+        self.gru, self.head = nn.GRU(64, 24, batch_first=True), nn.Linear(24, 5)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        tags: torch.Tensor = self.head(self.gru(self.lstm(frames)[0])[0])
+        return tags
+
+
+def test_lstms_of_any_length_are_quantized_and_grus_stay_float(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    frames, tags = TensorSpec("frames", "float32", (None, 16)), TensorSpec("tags", "float32", (None, 5))
+    spec = ModelSpec((frames,), (tags,), rows="one_length")
+    exported = export_onnx(TorchModel(Recurrent().eval(), spec), tmp_path / "float.onnx")
+    int8 = quantize(exported, tmp_path, ops=("LSTM",), scale="tensor")
+    operators = [node.op_type for node in onnx.load(int8.path).graph.node]
+    assert (operators.count("DynamicQuantizeLSTM"), operators.count("LSTM"), operators.count("GRU")) == (2, 0, 1)
+    for length in (3, 20):
+        rows = spec.example(2, length, seed=length)
+        assert cosine(answers(int8, *rows), answers(exported, *rows)) > 0.99
+    with pytest.raises(ValidationError, match=r"one scale for all rows of a batch: say scale: tensor"):
+        QuantizeDynamic.model_validate({"ops": ["LSTM"]})
+
+
 def test_convolutions_are_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="convolution is slower than a float32 one; use quantize_static"):
         QuantizeDynamic.model_validate({"ops": ["MatMul", "Conv"]})

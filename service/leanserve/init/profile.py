@@ -35,6 +35,8 @@ class ModelProfile:
     convolves: bool
     multiplies: bool
     """Whether there are linear layers, or matrix products in a graph."""
+    recurs: bool
+    """Whether there are LSTMs."""
     caveats: tuple[str, ...]
     tensors: tuple[Tensor, ...]
     """Its outputs, with the evidence for what they mean."""
@@ -59,13 +61,10 @@ def inspect(base: LoadedBase, form: str) -> ModelProfile:
         seen = _seen_in_graph(cast("OnnxModel", model))
     else:
         seen = _seen_in_module(cast("TorchModel", model), form)
-    shape, parameters, norms, convolves, multiplies = seen
-    return ModelProfile(
-        base.name, base.spec, shape, parameters, norms, convolves, multiplies, base.caveats, base.outputs
-    )
+    return ModelProfile(base.name, base.spec, *seen, base.caveats, base.outputs)
 
 
-def _seen_in_module(model: TorchModel, form: str) -> tuple[RowShape, int, bool, bool, bool]:
+def _seen_in_module(model: TorchModel, form: str) -> tuple[RowShape, int, bool, bool, bool, bool]:
     from torch import nn
 
     layers: Counter[str] = Counter()
@@ -75,8 +74,8 @@ def _seen_in_module(model: TorchModel, form: str) -> tuple[RowShape, int, bool, 
     norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.module.modules())
     convolves, multiplies = layers["Conv2d"] > 0, layers["Linear"] > 0
     if form == "torch_export":
-        return "program", parameters, False, True, True
-    return _shape_of(model.module, model.spec), parameters, norms, convolves, multiplies
+        return "program", parameters, False, True, True, False
+    return _shape_of(model.module, model.spec), parameters, norms, convolves, multiplies, layers["LSTM"] > 0
 
 
 def _shape_of(module: nn.Module, spec: ModelSpec) -> RowShape:
@@ -92,14 +91,14 @@ def _shape_of(module: nn.Module, spec: ModelSpec) -> RowShape:
     return "attention" if sequence or normed else "dense"
 
 
-def _seen_in_graph(model: OnnxModel) -> tuple[RowShape, int, bool, bool, bool]:
+def _seen_in_graph(model: OnnxModel) -> tuple[RowShape, int, bool, bool, bool, bool]:
     import onnx
 
     graph = onnx.load(model.path, load_external_data=False).graph
     operators = Counter(node.op_type for node in graph.node)
     parameters = sum(math.prod(weight.dims) for weight in graph.initializer)
     multiplies = bool(operators["MatMul"] + operators["Gemm"])
-    return "graph", parameters, False, operators["Conv"] > 0, multiplies
+    return "graph", parameters, False, operators["Conv"] > 0, multiplies, operators["LSTM"] > 0
 
 
 def likely_state(spec: ModelSpec) -> dict[str, str]:

@@ -26,6 +26,7 @@ STATIC: Json = {"kind": "quantize_static", "observer": "mse"}
 CAUTIOUS: Json = {"kind": "quantize_static", "observer": "percentile"}
 WIDE: Json = {"kind": "quantize_static", "observer": "minmax"}
 DYNAMIC: Json = {"kind": "quantize_dynamic"}
+RECURRENT: Json = {"kind": "quantize_dynamic", "ops": ["MatMul", "Gemm", "LSTM"], "scale": "tensor"}
 BFLOAT: Json = {"kind": "cast", "dtype": "bf16"}
 LAYOUT: Json = {"kind": "channels_last"}
 ASLEEP_EXPECT = "the same answers, later on idle cores, but sooner where other processes keep cores busy"
@@ -57,6 +58,9 @@ def suggest(profile: ModelProfile, hardware: Hardware, *, trainable: bool) -> tu
         "graph": _graph,
         "program": _program,
     }[profile.shape](profile, fast)
+    if profile.recurs:
+        expect = f"{fast}LSTMs in int8: 1.5-3x the variant onnx, one scale for all rows of a batch"
+        suggestions = (*suggestions, Suggestion("int8-lstm", (RECURRENT, RUNTIME), expect))
     if trainable and profile.shape == "convolutional":
         suggestions = (*suggestions, *_trained(profile))
     return tuple(

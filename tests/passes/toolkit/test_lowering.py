@@ -220,3 +220,53 @@ def test_exporting_is_silent_even_where_logs_are_shown(
     caplog.set_level("INFO")
     export_onnx(net, tmp_path / "model.onnx")
     assert not [record.name for record in caplog.records if record.name.startswith(("onnx", "torch.onnx"))]
+
+
+class Tied(nn.Module):
+    """A layer that is called twice, a weight that two layers share, two outputs in a mapping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mixed = self.mix(self.mix(self.words(ids)).relu())
+        return self.head(mixed), mixed
+
+
+BUILDING = {
+    "a 1-d convolution, grouped": (nn.Sequential(nn.Conv1d(4, 8, 3, groups=2), nn.ReLU()), (4, 12)),
+    "a 1-d transposed one": (nn.ConvTranspose1d(4, 6, 3, stride=2), (4, 12)),
+    "a 2-d transposed one, grouped": (nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (4, 5, 6)),
+    "a 3-d convolution": (nn.Sequential(nn.Conv3d(2, 4, 3), nn.BatchNorm3d(4)), (2, 5, 6, 7)),
+    "a 3-d transposed one": (nn.ConvTranspose3d(2, 4, 2), (2, 3, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("case", BUILDING)
+def test_convolutions_of_every_kind_are_exported_for_any_number_of_rows(case: str, tmp_path: Path) -> None:
+    module, shape = BUILDING[case]
+    module = module.eval()
+    with torch.no_grad():
+        given = module(torch.zeros(1, *shape)).shape[1:]
+    spec = ModelSpec((TensorSpec("x", "float32", shape),), (TensorSpec("y", "float32", tuple(given)),))
+    session = open_session(export_onnx(TorchModel(module, spec), tmp_path / "m.onnx").path)
+    for rows in (1, 5):
+        batch = spec.example(rows, seed=rows)
+        with torch.no_grad():
+            wanted = module(torch.from_numpy(batch[0])).numpy()
+        np.testing.assert_allclose(session.run(None, feeds(spec, batch))[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_tied_and_shared_modules_are_exported_with_their_weights_once(tmp_path: Path) -> None:
+    outputs = (TensorSpec("scores", "float32", (None, 20)), TensorSpec("mixed", "float32", (None, 8)))
+    spec = ModelSpec((TensorSpec("ids", "int64", (None,)),), outputs)
+    module = Tied().eval()
+    path = export_onnx(TorchModel(module, spec), tmp_path / "m.onnx").path
+    ids = np.arange(14).reshape(2, 7)
+    with torch.no_grad():
+        wanted = [item.numpy() for item in module(torch.from_numpy(ids))]
+    for one, other in zip(open_session(path).run(None, {"ids": ids}), wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    assert path.stat().st_size < 4 * (20 * 8 + 8 * 8 + 8) + 8000, "what is shared is stored once"

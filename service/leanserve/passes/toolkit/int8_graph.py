@@ -145,7 +145,7 @@ def quantized(
 
 
 def dynamically_quantized(graph: Graph, chosen: Nodes, weights: Weights, bits: Bits) -> onnx.ModelProto:
-    """The graph with int8 weights in the chosen Gemm and MatMul nodes, their inputs quantized while running."""
+    """The graph with int8 weights in the chosen Gemm, MatMul and LSTM nodes, their inputs quantized while running."""
     names = [f"{node.name}_MatMul" if node.op_type == "Gemm" else node.name for node in chosen]
     quantizer = ONNXQuantizer(
         copy.deepcopy(graph.model),
@@ -158,7 +158,7 @@ def dynamically_quantized(graph: Graph, chosen: Nodes, weights: Weights, bits: B
         tensors_range=None,
         nodes_to_quantize=names,  # it first writes every Gemm as a MatMul of this name and an Add
         nodes_to_exclude=[],
-        op_types_to_quantize=["MatMul"],
+        op_types_to_quantize=["MatMul", "LSTM"],
         extra_options={"MatMulConstBOnly": True},
     )
     quantizer.quantize_model()

@@ -121,6 +121,12 @@ class Graph:
     def layers(self) -> tuple[onnx.NodeProto, ...]:
         return tuple(node for node in self.nodes if node.op_type in LAYERS and self._has_weights(node))
 
+    @cached_property
+    def recurrent(self) -> tuple[onnx.NodeProto, ...]:
+        """LSTMs with constant weights, in the layout that quantizers know: time first."""
+        found = (node for node in self.nodes if node.op_type == "LSTM" and {*node.input[1:3]} <= self.constants.keys())
+        return tuple(node for node in found if not any(item.name == "layout" and item.i for item in node.attribute))
+
     def _has_weights(self, node: onnx.NodeProto) -> bool:
         weights = self.constants.get(node.input[1])
         if weights is None or node.input[0] not in self.shapes:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 ASSUMED_LENGTHS = (16, 32, 64, 256)
 """Sizes of dynamic axes: the first as for torch models, or the next on which the graph runs."""
-OPAQUE = frozenset({"LSTM", "GRU", "RNN", "Einsum", "If", "Loop", "Scan"})
+OPAQUE = frozenset({"LSTM", "DynamicQuantizeLSTM", "GRU", "RNN", "Einsum", "If", "Loop", "Scan"})
 """Operators with arithmetic that shapes alone do not tell."""
 
 

@@ -7,14 +7,15 @@ over each activation, which a matrix product outweighs and a convolution does no
 slower than float32, so convolutional nets are refused.
 
 One scale per tensor, as in onnxruntime's own kernel, costs less. But a tensor holds the rows of a whole batch, and one
-stranger's large value then wipes out the answers of all others.
+stranger's large value then wipes out the answers of all others. LSTMs have no other kernel: onnxruntime finds one scale
+for the frames of a whole batch, so that they are quantized only where `scale: tensor` says so.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from leanserve.contracts import BuildContext, Model, OnnxModel
 from leanserve.errors import PassFailed
@@ -23,7 +24,7 @@ from leanserve.passes.base import EXPORTED, Applied, Pass, Stage, Tag
 if TYPE_CHECKING:
     from leanserve.passes.toolkit.onnx_graph import Graph
 
-Operator = Literal["MatMul", "Gemm", "Conv"]
+Operator = Literal["MatMul", "Gemm", "LSTM", "Conv"]
 Scale = Literal["row", "tensor"]
 
 SLOW_CONV = "a dynamically quantized convolution is slower than a float32 one; use quantize_static"
@@ -34,7 +35,8 @@ class QuantizeDynamic(Pass):
 
     kind: Literal["quantize_dynamic"] = "quantize_dynamic"
     ops: tuple[Operator, ...] = Field(default=("MatMul", "Gemm"), min_length=1)
-    """Operator types to quantize. `nn.Linear` is Gemm on [rows, features], MatMul on more axes. Conv is refused."""
+    """Operator types to quantize. `nn.Linear` is Gemm on [rows, features], MatMul on more axes. LSTM asks for `scale:
+    tensor`. Conv is refused."""
     weights: Literal["per_channel", "per_tensor"] = "per_channel"
     """One scale per output feature, or one per layer: smaller tables, lower accuracy."""
     scale: Scale = "row"
@@ -59,6 +61,12 @@ class QuantizeDynamic(Pass):
             raise ValueError(SLOW_CONV)
         return ops
 
+    @model_validator(mode="after")
+    def _recurrence_by_tensor(self) -> Self:
+        if "LSTM" in self.ops and self.scale == "row":
+            raise ValueError("onnxruntime quantizes an LSTM with one scale for all rows of a batch: say scale: tensor")
+        return self
+
     def apply(self, model: Model, context: BuildContext) -> Applied:
         import onnx
 
@@ -69,10 +77,11 @@ class QuantizeDynamic(Pass):
         graph = fused_graph(model, context.scratch)
         _refuse_convolutional(graph)
         kept = graph.matching(self.keep_float)
-        able = [node for node in graph.layers if node.op_type in self.ops and is_plain(node)]
+        layers = (*graph.layers, *graph.recurrent)
+        able = [node for node in layers if node.op_type in self.ops and is_plain(node)]
         chosen = [node for node in able if node.name not in kept]
         names = {node.name for node in chosen}
-        left = [node.name for node in graph.layers if node.name not in names]
+        left = [node.name for node in layers if node.name not in names]
         if not chosen:
             raise PassFailed(
                 f"quantize_dynamic would quantize nothing: ops {', '.join(self.ops)} and keep_float leave every layer "
