@@ -256,7 +256,8 @@ def test_convolutions_of_every_kind_are_exported_for_any_number_of_rows(case: st
         batch = spec.example(rows, seed=rows)
         with torch.no_grad():
             wanted = module(torch.from_numpy(batch[0])).numpy()
-        np.testing.assert_allclose(session.run(None, feeds(spec, batch))[0], wanted, rtol=1e-4, atol=1e-5)
+        given = np.asarray(session.run(None, feeds(spec, batch))[0])
+        np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_tied_and_shared_modules_are_exported_with_their_weights_once(tmp_path: Path) -> None:
@@ -268,5 +269,5 @@ def test_tied_and_shared_modules_are_exported_with_their_weights_once(tmp_path: 
     with torch.no_grad():
         wanted = [item.numpy() for item in module(torch.from_numpy(ids))]
     for one, other in zip(open_session(path).run(None, {"ids": ids}), wanted, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(np.asarray(one), other, rtol=1e-4, atol=1e-5)
     assert path.stat().st_size < 4 * (20 * 8 + 8 * 8 + 8) + 8000, "what is shared is stored once"

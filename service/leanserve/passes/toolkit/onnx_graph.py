@@ -20,6 +20,8 @@ from leanserve.errors import PassFailed
 from leanserve.passes.toolkit.lowering import as_onnx
 
 LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
+QUANTIZERS = ("_scale", "_zero_point", "_quantized", "_QuantizeLinear", "_DequantizeLinear", "_output_quantized")
+"""How the names end that quantizers give."""
 ASSUMED_LENGTH = 16
 """Size of a dynamic axis when arithmetic is counted."""
 
@@ -41,10 +43,29 @@ def fused_graph(model: Model, scratch: Path) -> Graph:
     fused = onnx.shape_inference.infer_shapes(onnx.load(scratch / "fused.onnx"))
     for position, node in enumerate(fused.graph.node):
         node.name = node.name or f"{node.op_type}_fused_{position}"
+    _leave_names(fused.graph)
     _pool_by_average(fused.graph)
     _part_biases(fused.graph)
     _forget_constants(fused.graph)
     return Graph(fused)
+
+
+def _leave_names(graph: onnx.GraphProto) -> None:
+    """Call tensors inside the graph otherwise that are called as quantizers call what they add: they ask nobody.
+
+    Those of graphs in branches and loops keep their names, for no quantizer looks into these.
+    """
+    ends = {item.name for item in (*graph.input, *graph.output)}
+    inner = {name for node in graph.node for name in node.output} | {item.name for item in graph.initializer}
+    named = [name for name in sorted(inner - ends) if name.endswith(QUANTIZERS)]
+    if not named or any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
+        return
+    others = {name: f"{name}_of_model" for name in named}
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [others.get(name, name) for name in names]
+    for item in (*graph.initializer, *graph.value_info):
+        item.name = others.get(item.name, item.name)
 
 
 def _forget_constants(graph: onnx.GraphProto) -> None:
