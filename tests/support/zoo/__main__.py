@@ -25,6 +25,9 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Names of models (repeat the option).")] = None,
     again: Annotated[bool, typer.Option("--again", help="Also those whose results are stored.")] = False,  # noqa: FBT002
     keep: Annotated[Path | None, typer.Option(help="Folder that keeps configs, caches and logs.")] = None,
+    measure_s: Annotated[
+        float, typer.Option("--measure-seconds", help="Timing per model; 60 for speeds to quote.")
+    ] = 5.0,
     markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
 ) -> None:
     """Try the models, and end with status 1 if one that was tried is not served right."""
@@ -35,7 +38,7 @@ def main(
         task = progress.add_task("zoo", total=len(models))
         for model in models:
             progress.update(task, description=model.name)
-            outcomes.append(_outcome(model, keep, fresh=again))
+            outcomes.append(_outcome(model, keep, measure_s, fresh=again))
             progress.advance(task)
     out.print(_table(models, outcomes))
     wrong = [outcome for outcome in outcomes if not outcome.right]
@@ -46,7 +49,7 @@ def main(
     raise typer.Exit(int(bool(wrong)))
 
 
-def _outcome(model: ZooModel, keep: Path | None, *, fresh: bool) -> Outcome:
+def _outcome(model: ZooModel, keep: Path | None, measure_s: float, *, fresh: bool) -> Outcome:
     path = cache_folder() / "results" / f"{model.name}.json"
     known = None if fresh else stored(path)
     if known is not None and known.right:
@@ -54,12 +57,12 @@ def _outcome(model: ZooModel, keep: Path | None, *, fresh: bool) -> Outcome:
     path.parent.mkdir(parents=True, exist_ok=True)
     if keep is None:
         with tempfile.TemporaryDirectory(prefix="leanserve-zoo-") as temporary:
-            outcome = try_out(model, Path(temporary))
+            outcome = try_out(model, Path(temporary), measure_s)
     else:
         folder = keep.resolve() / model.name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        outcome = try_out(model, folder)
+        outcome = try_out(model, folder, measure_s)
     path.write_text(outcome.model_dump_json(), encoding="utf-8")
     return outcome
 
