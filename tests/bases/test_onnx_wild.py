@@ -236,6 +236,27 @@ def test_half_precision_in_and_out(tmp_path: Path) -> None:
     assert (base.spec.inputs[0].dtype, base.spec.outputs[0].dtype) == ("float16", "float16")
 
 
+def test_a_graph_is_tried_on_rows_of_the_users_own(tmp_path: Path) -> None:
+    """Of values that it can look up, and of a size that nobody would guess."""
+    text = """agraph (float[N, L] x) => (float[N, 2, 73] y) {
+        large = Mul (x, thousand)
+        places = Cast <to = 7> (large)
+        found = Gather (table, places)
+        y = Reshape (found, to)
+    }"""
+    weights = {"thousand": np.array(1000, np.float32), "table": random(5), "to": np.array([0, 2, 73])}
+    path = write(tmp_path / "m.onnx", graph(text, weights, 17))
+    with pytest.raises(ConfigError, match=r"does not run on \[1, 16\]"):
+        opened(path)
+    rows = np.random.default_rng(0).integers(0, 5, (40, 146)).astype(np.float32) / 1000 + 1e-4
+    np.savez(tmp_path / "rows.npz", x=rows.astype(np.float32))
+    asked = {"base": {"onnx": path.name}, "data": {"arrays": "rows.npz"}, "folder": tmp_path}
+    base = open_base(Origin.model_validate(asked))
+    assert base.spec.inputs[0].shape == (146,)
+    assert "takes x as [146], the first sizes on which it ran (base.inputs)" in base.caveats
+    np.testing.assert_array_equal(answers(prepared_file(base), rows[:3])[0], answers(path, rows[:3])[0])
+
+
 def quantized(base: LoadedBase, folder: Path, step: Pass) -> Path:
     evaluate: Any = None
     context = BuildContext(base, 0, this_hardware(), folder, lambda *_: None, evaluate)

@@ -51,11 +51,11 @@ def described_apart(origin: Origin) -> Description:
 
 def main(request: str) -> None:
     """Describe the base of an `Origin` and print what was found out."""
-    from leanserve.bases.opening import Origin, open_source
+    from leanserve.bases.opening import Origin, source_of
 
     origin = Origin.model_validate_json(request)
     try:
-        answer = _Answer(description=open_source(origin.base, origin.folder).describe())
+        answer = _Answer(description=source_of(origin).describe())
     except ConfigError as error:
         answer = _Answer(error=str(error))
     sys.stdout.write(answer.model_dump_json() + "\n")

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Literal, NamedTuple
 
-from leanserve.bases.probing import Run, attempt, two_lengths
+from leanserve.bases.probing import Run, SampledSpec, attempt, two_lengths
 from leanserve.contracts import ModelSpec
 from leanserve.errors import ConfigError
 from leanserve.runtime.assembly import dynamic_axes
@@ -93,9 +94,15 @@ class _Search:
         return next(tried, replace(spec, max_length=least))
 
     def lone(self, spec: ModelSpec) -> ModelSpec | None:
-        """With one size for all dynamic axes."""
-        tried = (_fixed(spec, size, "none") for size in LONE_SIZES)
+        """With one size for all dynamic axes; before all others, with the sizes of the user's own rows."""
+        own = [_shaped(spec, spec.own_shapes)] if isinstance(spec, SampledSpec) else []
+        tried = chain(own, (_fixed(spec, size, "none") for size in LONE_SIZES))
         return next((one for one in tried if self.runs(one, 1)), None)
+
+
+def _shaped(spec: ModelSpec, shapes: Sequence[tuple[int, ...]]) -> ModelSpec:
+    pairs = zip(spec.inputs, shapes, strict=True)
+    return replace(spec, inputs=tuple(replace(item, shape=shape) for item, shape in pairs))
 
 
 def _stepped(spec: ModelSpec) -> Iterator[ModelSpec]:

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, Protocol, Self
 
 from leanserve.bases.apart import described_apart
 from leanserve.bases.checkpoints import file_digest
+from leanserve.bases.datasets.arrays import shapes_told
 from leanserve.bases.datasets.opening import open_rows
 from leanserve.bases.datasets.refitted import RefittedRows
 from leanserve.bases.description import Description, remembered
@@ -37,7 +38,7 @@ from leanserve.config.base_section import (
     TorchExportBase,
     TransformersBase,
 )
-from leanserve.config.data_section import AnyData
+from leanserve.config.data_section import AnyData, ArrayFileData
 from leanserve.config.section import Section
 from leanserve.contracts import Codec, Model, ModelSpec, RowsTogether
 from leanserve.errors import ConfigError
@@ -113,9 +114,7 @@ def open_base(origin: Origin, where: Where = "here") -> LoadedBase:
     Raises:
         ConfigError: it cannot be opened; the text names the key. Or it is not the one that was opened before.
     """
-    source = open_source(origin.base, origin.folder)
-    if isinstance(source, PythonSource):
-        source = replace(source, known=origin.fingerprint)
+    source = source_of(origin)
     fingerprint = source.fingerprint()
     describe = source.describe
     # To tell their fingerprint, these have been loaded already, or nothing heavy is.
@@ -167,6 +166,8 @@ def _description_key(origin: Origin, fingerprint: str) -> str:
     labels = origin.base.labels if isinstance(origin.base, BroughtBase) else None
     if isinstance(labels, Path):
         total.update(file_digest(origin.folder / labels).encode())
+    if isinstance(origin.base, OnnxBase) and isinstance(origin.data, ArrayFileData):
+        total.update(shapes_told(origin.data, origin.folder).encode())
     return total.hexdigest()
 
 
@@ -182,6 +183,16 @@ def _bounded(spec: ModelSpec, codec: Codec) -> ModelSpec:
     if not isinstance(codec, TextCodec):
         return spec
     return replace(spec, inputs=tuple(replace(item, values=codec.values_of(item)) for item in spec.inputs))
+
+
+def source_of(origin: Origin) -> Source:
+    """What reads the model of a base, with what it may know beforehand."""
+    source = open_source(origin.base, origin.folder)
+    if isinstance(source, PythonSource):
+        return replace(source, known=origin.fingerprint)
+    if isinstance(source, OnnxSource) and isinstance(origin.data, ArrayFileData):
+        return replace(source, data=origin.data)
+    return source
 
 
 def open_source(base: ShippedBase | BroughtBase, folder: Path) -> Source:

@@ -1,16 +1,17 @@
 """What a model that runs gives back, found out by running it: its outputs, and whether rows stay out of each other.
 
-Whatever a file or a class declares, only a run tells. A row is run alone, several times, then in company: beside rows
-of its own length, one of which is ten thousand times as large, and padded to a longer row. A model whose answer to
-that row changes (a softmax over the batch, statistics or a scale of the batch, padding that no mask hides, dropout
-left on) would let strangers change each other's answers, so it is refused before anybody waits for a build, unless
-the config says that such rows never share a batch (`base.rows`). What only rounds otherwise in another number of rows
-is served, with a caveat.
+Whatever a file or a class declares, only a run tells, on rows of the user's own where there are some. A row is run
+alone, several times, then in company: beside rows of its own length, one of which is ten thousand times as large, and
+padded to a longer row. A model whose answer to that row changes (a softmax over the batch, statistics or a scale of
+the batch, padding that no mask hides, dropout left on) would let strangers change each other's answers, so it is
+refused before anybody waits for a build, unless the config says that such rows never share a batch (`base.rows`). What
+only rounds otherwise in another number of rows is served, with a caveat.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from leanserve.bases.description import Probed, Tensor
 from leanserve.bases.meanings import guessed
 from leanserve.comparison import largest_difference, largest_finite
-from leanserve.contracts import Array, Arrays, ModelSpec, RowsTogether
+from leanserve.contracts import Array, Arrays, ModelSpec, RowsTogether, TensorSpec
 from leanserve.errors import ConfigError
 from leanserve.runtime.assembly import dynamic_axes, join, trim
 
@@ -60,6 +61,46 @@ class SizeBounds(NamedTuple):
 
     longest: int = 512
     least: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SampledSpec(ModelSpec):
+    """A spec of which examples are rows of the user's own: of their size, or cut or repeated to another."""
+
+    sample: Arrays = ()
+    """Per input, some rows [rows, ...] whose fixed axes are those of the spec."""
+
+    def example(self, rows: int, length: int = 16, seed: int = 0) -> Arrays:
+        size = self.size(length)
+        return tuple(_resized(*pair, rows, size, seed) for pair in zip(self.inputs, self.sample, strict=True))
+
+    @property
+    def own_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Sizes of a row per input."""
+        return tuple(array.shape[1:] for array in self.sample)
+
+
+def _resized(item: TensorSpec, array: Array, rows: int, size: int, seed: int) -> Array:
+    found = array[(np.arange(rows) + seed * rows) % len(array)]
+    for axis, wanted in enumerate(item.shape, start=1):
+        if wanted is None:
+            found = np.take(found, np.arange(size) % found.shape[axis], axis)
+    return np.ascontiguousarray(found, item.dtype)
+
+
+def sampled(spec: ModelSpec, sample: Sequence[Array]) -> ModelSpec:
+    """The spec with these rows for examples, if they fit its inputs."""
+    fitting = len(sample) == len(spec.inputs) and all(map(_fits, spec.inputs, sample))
+    if not fitting:
+        return spec
+    given = {item.name: getattr(spec, item.name) for item in fields(ModelSpec)}
+    return SampledSpec(**given, sample=tuple(sample))
+
+
+def _fits(item: TensorSpec, array: Array) -> bool:
+    sizes = array.shape[1:]
+    same = len(sizes) == len(item.shape) and all(map(lambda has, want: want in {None, has}, sizes, item.shape))
+    return same and array.size > 0 and np.can_cast(array.dtype, item.dtype, "safe")
 
 
 def spec_of_inputs(inputs: Sequence[Tensor], rows: RowsTogether, longest: int = 512, least: int = 1) -> ModelSpec:

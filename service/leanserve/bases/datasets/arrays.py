@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -56,6 +56,35 @@ def open_arrays(declared: ArrayFileData, spec: ModelSpec, codec: Codec, folder: 
         split: _opened(path, f"data.arrays.{split}", declared, labels, spec, codec) for split, path in paths.items()
     }
     return TableRows("data.arrays", tables, declared.splits, declared.seed)
+
+
+def first_rows(declared: ArrayFileData, names: Sequence[str], folder: Path, rows: int = 8) -> list[Array] | None:
+    """The first rows of the arrays for inputs of these names, in their order, before anything is known of the inputs.
+
+    `None` where there are none for all of them; what is wrong with the file is told when it is opened.
+    """
+    path = _first_file(declared, folder)
+    named = declared.inputs if isinstance(declared.inputs, dict) else {}
+    wanted = [declared.inputs] if isinstance(declared.inputs, str) else [named.get(name, name) for name in names]
+    try:
+        found = headers(path, "data.arrays")
+        return [_load(path, name)[:rows] for name in wanted] if found.keys() >= set(wanted) else None
+    except ConfigError:
+        return None
+
+
+def shapes_told(declared: ArrayFileData, folder: Path) -> str:
+    """Names and shapes of the arrays of which `first_rows` reads some; empty where there is no file."""
+    try:
+        found = headers(_first_file(declared, folder), "data.arrays")
+    except ConfigError:
+        return ""
+    return f"{declared.inputs} {sorted((name, str(header)) for name, header in found.items())}"
+
+
+def _first_file(declared: ArrayFileData, folder: Path) -> Path:
+    files = declared.arrays
+    return folder / (files if isinstance(files, Path) else next(iter(files.values())))
 
 
 def _labels(paths: Iterable[Path], declared: ArrayFileData, spec: ModelSpec) -> LabelFiles | None:

@@ -11,12 +11,16 @@ import hashlib
 import shutil
 import tempfile
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from leanserve.bases.checkpoints import file_digest
+from leanserve.bases.datasets.arrays import first_rows
 from leanserve.bases.description import Description
 from leanserve.bases.inputs import bounds_of, described, served_name
 from leanserve.bases.meanings import proven
@@ -24,6 +28,7 @@ from leanserve.bases.sources.onnx_preparation import Prepared, candidates, fix_s
 from leanserve.bases.sources.onnx_reading import files_of, nodes_of, read_onnx
 from leanserve.bases.sources.onnx_trial import Trial, Verdict, tried
 from leanserve.config.base_section import OnnxBase
+from leanserve.config.data_section import ArrayFileData
 from leanserve.contracts import ModelSpec, OnnxModel
 from leanserve.errors import ConfigError
 from leanserve.hardware import library_version
@@ -46,6 +51,8 @@ class OnnxSource:
 
     declared: OnnxBase
     folder: Path
+    data: ArrayFileData | None = None
+    """Where rows of the user's own are, on which the graph is tried."""
 
     def fingerprint(self) -> str:
         """sha256 (hex) over the file, those that hold its tensors, and the versions of what prepares and runs it."""
@@ -97,6 +104,17 @@ class OnnxSource:
             raise first
         raise ConfigError(f"base.onnx: {self._path} cannot be served: {first}") from first
 
+    def _sample(self, names: Sequence[str]) -> Path | None:
+        """The first rows of the user's own in a file, if they are arrays for inputs of these names."""
+        if self.data is None or self.declared.image is not None:
+            return None
+        rows = first_rows(self.data, names, self.folder)
+        if rows is None:
+            return None
+        path = self._workplace / "sample.npz"
+        np.savez(path, *rows)
+        return path
+
     def _tried(self, ready: Prepared, original: Path) -> _Chosen:
         import onnx
 
@@ -112,6 +130,7 @@ class OnnxSource:
             rows=self.declared.rows,
             whole=ready.whole,
             bounds=bounds_of(self.declared),
+            sample=self._sample([item.name for item in ready.inputs]),
         )
         found = tried(trial)
         if found.inputs != ready.inputs:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from leanserve import child
 from leanserve.bases.axis_sizes import with_sizes
 from leanserve.bases.description import Probed, Tensor
-from leanserve.bases.probing import TOLERANCE, OutputPair, Run, SizeBounds, differs, probe, spec_of_inputs
+from leanserve.bases.probing import TOLERANCE, OutputPair, Run, SizeBounds, differs, probe, sampled, spec_of_inputs
 from leanserve.contracts import Array, Arrays, ModelSpec, RowsTogether
 from leanserve.errors import ConfigError
 from leanserve.memory import bound_memory
@@ -54,6 +54,8 @@ class Trial(BaseModel):
     """Whether a row of the candidate is all that the original takes at once."""
     bounds: SizeBounds
     """Of dynamic axes."""
+    sample: Path | None = None
+    """A `.npz` file with some of the user's rows, in the order of the inputs; `None`: random ones."""
 
 
 class Verdict(Probed):
@@ -103,7 +105,11 @@ def _verdict(trial: Trial) -> Verdict:
     tolerance = LOOSE_TOLERANCE if trial.scaled_by_batch else TOLERANCE
     original, candidate = (_runner(_session(path), trial) for path in (trial.original, trial.candidate))
     try:
-        spec, sizes = with_sizes(candidate, spec_of_inputs(trial.inputs, trial.rows, *trial.bounds), trial.outputs)
+        asked = spec_of_inputs(trial.inputs, trial.rows, *trial.bounds)
+        if trial.sample is not None:
+            with np.load(trial.sample, allow_pickle=False) as stored:
+                asked = sampled(asked, [stored[name] for name in stored.files])
+        spec, sizes = with_sizes(candidate, asked, trial.outputs)
         found = probe(candidate, spec, trial.outputs, tolerance)
         _compare(original, candidate, trial, spec, tolerance)
     except ConfigError as error:
