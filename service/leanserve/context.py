@@ -72,8 +72,6 @@ class AppContext:
         self.hardware: Hardware = this_hardware(threads, visible_gpus())
         self.plan: Plan = plan(self.config, self.base, self.hardware)
         require_machine(self.config, os.environ.get("CXX", "g++"))
-        self.spare = self.threads < budget
-        """Whether the lanes leave a core of those that may be used."""
         if self.config.lanes != "auto" and self.config.lanes > self.threads:
             line = read_yaml(path).place(["lanes"])
             raise ConfigError(
@@ -153,7 +151,7 @@ class AppContext:
         reports = self.reports()
         startup = startup or Startup(report.name for report in reports)
         _tell_verdicts(reports, startup)
-        device = Device("cpu", self.threads, self.lanes(reports), spare=self.spare)
+        device = Device("cpu", self.threads, self.lanes(reports))
         warm = WarmFleet(self.base, serving_plans(self.config, reports), device, traffic_plan(self.config), self.post)
         warm.decode_memory = self.config.limits.decode_mb * 2**20
         alone = sum(report.state == "serving" for report in reports) == 1
@@ -204,6 +202,7 @@ def serving_plans(config: ServiceConfig, reports: Sequence[VariantReport]) -> li
             _batch_limits(config.batch_of(sections[report.name])),
             MeasuredLimits(report.quality.batch_dependence <= MAX_BATCH_DEPENDENCE, report.quality.memory_rows),
             report.spec,
+            sections[report.name].device_share,
         )
         for report in reports
     ]

@@ -21,7 +21,7 @@ from leanserve.codecs.arrays import ArrayCodec
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Arrays, ModelSpec, Result, TensorSpec
 from leanserve.runtime.device import Device
-from leanserve.serving.scheduler import SHORT_S
+from leanserve.serving.short_batches import SHORT_S
 
 SPEC = ModelSpec(
     (TensorSpec("step", "float32", (1,)), TensorSpec("total", "float32", (2,), next_from="next")),

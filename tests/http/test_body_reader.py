@@ -219,7 +219,7 @@ def test_the_place_in_the_queue_is_asked_for_before_the_body_is_here(
     """The default level waits too long, the most urgent one does not."""
     request = infer(1, 10, "binary", parameters=parameters)
     client.ask(request)
-    monkeypatch.setattr(Variant, "wait_s", lambda _, __, level, *___: 0.001 if level == 1 else 1e6)
+    monkeypatch.setattr(Variant, "wait_s", lambda _, level, *__: 0.001 if level == 1 else 1e6)
     client.send(request[:-1])
     if status == 200:
         client.socket.settimeout(0.2)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from leanserve.runtime.device import Afterwards, Device, Lane
+from leanserve.runtime.device import Device, Lane
 
 
 @pytest.fixture
@@ -150,17 +150,6 @@ def test_a_free_lane_can_be_borrowed_and_its_thread_waits_meanwhile(device: Devi
     assert ran.wait(5)
 
 
-def test_others_work_where_any_lane_but_the_asking_one_does(device: Device) -> None:
-    lane = device.borrow()
-    assert lane is not None
-    assert not device.others_work(lane)
-    other = device.borrow()
-    assert other is not None
-    assert device.others_work(lane)
-    lane.held.release()
-    other.held.release()
-
-
 def test_no_lane_is_borrowed_before_jobs_that_wait(device: Device) -> None:
     leave = threading.Event()
 
@@ -176,18 +165,18 @@ def test_no_lane_is_borrowed_before_jobs_that_wait(device: Device) -> None:
     leave.set()
 
 
-def test_a_lane_widens_only_where_no_other_works_and_holds_them_until_it_narrows(device: Device) -> None:
+def test_a_lane_widens_only_where_no_other_works_and_holds_them_until_it_is_given_back(device: Device) -> None:
     lane = device.borrow()
     other = device.borrow()
     assert lane is not None
     assert other is not None
     assert not device.widen(lane)
-    other.held.release()
+    device.give_back(other)
     assert device.widen(lane)
     assert other.held.locked()
-    device.narrow(lane)
+    device.give_back(lane)
     assert not other.held.locked()
-    lane.held.release()
+    assert not lane.held.locked()
 
 
 def test_a_lane_that_cannot_have_all_others_lets_those_go_that_it_has() -> None:
@@ -208,66 +197,3 @@ def test_a_call_returns_what_the_function_does_or_raises(device: Device) -> None
     assert device.call(lambda lane: lane.threads) == 2
     with pytest.raises(ZeroDivisionError):
         device.call(lambda lane: 1 // 0)
-
-
-def test_what_is_still_done_at_the_end_may_be_done_aside() -> None:
-    device = Device("test", 1, 1)
-    began, go_on, done = threading.Event(), threading.Event(), threading.Event()
-
-    def wait(_: Lane) -> None:
-        began.set()
-        assert go_on.wait(5)
-
-    device.post(wait)
-    assert began.wait(5)
-    device.post(lambda _: device.aside(done.set))
-    closing = threading.Thread(target=device.close)
-    closing.start()
-    time.sleep(0.02)
-    go_on.set()
-    closing.join(5)
-    assert done.is_set()
-
-
-@pytest.mark.parametrize(
-    ("finishes", "order"),
-    [
-        ("within", ["first", "second begins", "left", "second ends"]),
-        ("never", ["first", "second begins", "second ends", "left"]),
-    ],
-)
-def test_what_a_job_leaves_is_done_when_the_next_one_says_so_or_has_ended(finishes: str, order: list[str]) -> None:
-    device, done = Device("test", 1, 1), list[str]()
-    second_waits = threading.Event()
-
-    def first(_: Lane) -> Afterwards:
-        assert second_waits.wait(5)
-        done.append("first")
-        return lambda: done.append("left")
-
-    def second(lane: Lane) -> None:
-        done.append("second begins")
-        if finishes == "within":
-            lane.finish()
-            lane.finish()  # once is enough
-        done.append("second ends")
-
-    device.post(first)
-    device.post(second)
-    second_waits.set()
-    device.close()
-    assert done == order
-
-
-def test_what_a_job_leaves_does_not_wait_where_no_job_does(device: Device) -> None:
-    left = threading.Event()
-    device.post(lambda lane: left.set)
-    assert left.wait(5)
-
-
-def test_a_lane_outlives_what_fails_afterwards(caplog: pytest.LogCaptureFixture) -> None:
-    device = Device("test", 1, 1)
-    device.post(lambda lane: lambda: 1 // 0)
-    assert device.call(lambda lane: lane.index) == 0
-    device.close()
-    assert "left to do failed" in caplog.text

@@ -327,16 +327,6 @@ def test_a_batch_holds_one_company(arrivals: list[tuple[str, int, int]], batches
     assert (batcher.waiting_rows, batcher.waiting_requests()) == (0, 0)
 
 
-def test_what_is_joined_ahead_is_of_one_company_too() -> None:
-    batcher: Batcher[str] = Batcher(QueueLimits(max_rows=2, queue_rows=100))
-    for name, company in (("a", 1), ("b", 2), ("c", 1), ("d", 2)):
-        item = ticket(name)
-        item.company = company
-        batcher.offer([item], 0.0)
-    assert names(batcher.next_full(1.0)) == ["a", "c"] == names(batcher.take(1.0).batch)
-    assert names(batcher.next_full(1.0)) == ["b", "d"] == names(batcher.take(1.0).batch)
-
-
 def test_who_left_or_came_too_late_is_found_among_those_passed_over() -> None:
     batcher: Batcher[str] = Batcher(QueueLimits(max_rows=4, queue_rows=100))
     arrivals = [

@@ -36,13 +36,13 @@ def answered(requests: int, seconds: float) -> CompletedBatch:
 def test_a_group_is_waited_for(requests: int, seconds: float, waiting: int, later: float, pause: float) -> None:
     group = Cohort(most=8)
     assert group.pause(1, 100.0) == 0.0
-    group.answered(answered(requests, seconds), 0, 100.0)
+    group.answered([answered(requests, seconds)], 0, 100.0)
     assert group.pause(waiting, 100.0 + later) == pytest.approx(pause)
 
 
 def test_who_came_meanwhile_belongs_to_the_group() -> None:
     group = Cohort(most=8)
-    group.answered(answered(2, 1.0), 2, 100.0)
+    group.answered([answered(2, 1.0)], 2, 100.0)
     assert group.pause(3, 100.0) == pytest.approx(SHARE)
     assert group.pause(4, 100.0) == 0.0
 

@@ -17,7 +17,7 @@ from leanserve.runtime.device import Device
 from leanserve.serving.batch_runner import Prediction
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.opening import TrafficPlan, VariantPlan, WarmFleet
-from leanserve.serving.scheduler import SHORT_S
+from leanserve.serving.short_batches import SHORT_S
 from leanserve.telemetry.observations import VariantFacts
 from scripted import NoCodec
 

@@ -125,16 +125,16 @@ def test_a_variant_may_be_closed_for_the_default_and_open_for_a_more_urgent_requ
 
 def test_admission_counts_what_is_left_of_the_batch_that_runs() -> None:
     async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
-        assert variant.wait_s(1, level=1) == 0.0
+        assert variant.wait_s(level=1) == 0.0
         first = await hold(variant, backend)
-        assert 0.5 < variant.wait_s(1, level=1) <= 1.0
+        assert 0.5 < variant.wait_s(level=1) <= 1.0
         with pytest.raises(DeadlineUnreachable):
             await variant.predict(sample(1), stay, timeout_s=0.2)
         backend.gate.set()
         await first
-        assert variant.wait_s(1, level=1) == 0.0
+        assert variant.wait_s(level=1) == 0.0
         with pytest.raises(BackendFailed):
             await variant.predict(sample(-1), stay)
-        assert variant.wait_s(1, level=1) == 0.0
+        assert variant.wait_s(level=1) == 0.0
 
     play(scenario, QueueLimits(4, 100), seconds=1.0)

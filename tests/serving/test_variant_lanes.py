@@ -14,12 +14,13 @@ from leanserve.errors import BackendFailed
 from leanserve.runtime.costs import Costs, CostTable
 from leanserve.runtime.device import Device, Lane
 from leanserve.runtime.lanes import LanePlacement, LoadedVariant
-from leanserve.serving.batch_runner import BatchRunner, Prediction
+from leanserve.serving.batch_runner import Prediction
 from leanserve.serving.batcher import QueueLimits
-from leanserve.serving.scheduler import SHORT_S
+from leanserve.serving.idle_lanes import IdleLanes
+from leanserve.serving.short_batches import SHORT_S
 from leanserve.serving.variant import Variant
 from leanserve.telemetry.observations import VariantFacts, VariantMetrics
-from scripted import SPEC, ScriptedBackend, Slow, act, play, sample, stay, warm_variant
+from scripted import ScriptedBackend, Slow, act, play, sample, stay, warm_variant
 
 
 def test_a_second_lane_runs_what_waits_while_the_first_is_busy() -> None:
@@ -31,7 +32,7 @@ def test_a_second_lane_runs_what_waits_while_the_first_is_busy() -> None:
                 await asyncio.sleep(0.001)
         await asyncio.sleep(0.02)
         assert variant.waiting_rows() == 2
-        assert variant.wait_s(2, level=1) == pytest.approx(1.0 + 1.0 / 2, abs=0.2), "two lanes drain the queue"
+        assert variant.wait_s(level=1) == pytest.approx(1.0 + 1.0 / 2, abs=0.2), "two lanes drain the queue"
         backend.gate.set()
         predictions = await asyncio.gather(*tasks)
         assert [prediction.outputs[0][0, 0] for prediction in predictions] == [2 * i for i in range(6)]
@@ -79,8 +80,7 @@ def test_an_idle_lane_takes_its_share_if_that_is_as_quick(
     way = LanePlacement(backend, Costs([CostTable({8: wide_s})])) if wide_s else None
     running = LoadedVariant(device, (backend,) * 4, Costs([CostTable({size: 0.01 * size for size in (1, 8)}, 8)]), way)
     running.costs.tables[0].knee = 8
-    execution = BatchRunner("v", SPEC, running)
-    assert execution.portion(0, rows) == portion
+    assert IdleLanes(running).portion(0, rows) == portion
 
 
 def test_lanes_count_every_batch_and_no_answer_goes_astray() -> None:

@@ -29,7 +29,7 @@ from leanserve.hardware import this_hardware
 from leanserve.runtime.device import Device
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.opening import WarmFleet
-from leanserve.serving.scheduler import SHORT_S
+from leanserve.serving.short_batches import SHORT_S
 from leanserve.telemetry.startup import Startup
 from report_samples import classes
 

@@ -1,9 +1,10 @@
 """`python rule_fleet.py FOLDER PORT CONFIG`: a real server process, with drain and all, over scripted variants.
 
-The kind of a variant is its name up to a digit: `rule` obeys its rows, `slow` takes 10 ms more per batch, `onnx` is a
-float network in onnxruntime, `large` one of four times the size. `dynamic` and `tensor` are the float network in 8
-bits, quantized while running by one scale per row and per tensor. CONFIG is a service config as JSON. FOLDER holds the
-gate file and the networks.
+The kind of a variant is its name up to a digit: `rule` obeys its rows, as do `light`, `slow`, `middle` and `heavy`,
+which take 0.6, 10, 30 and 100 ms more per batch, and `short`, which the event loop runs itself. `onnx` is a float
+network in onnxruntime, `large` one of four times the size. `dynamic` and `tensor` are the float network in 8 bits,
+quantized while running by one scale per row and per tensor. CONFIG is a service config as JSON. FOLDER holds the gate
+file and the networks.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from leanserve.http.listening import listen
 from leanserve.runtime.backends.onnx_runtime import OnnxRuntimeBackend
 from leanserve.runtime.device import Device
 from leanserve.serving.opening import MeasuredLimits, WarmFleet
-from leanserve.serving.scheduler import SHORT_S
+from leanserve.serving.short_batches import SHORT_S
 from rules import SPEC, WIDTH, RuleBackend
 
 HIDDEN = {"onnx": 1024, "large": 2048}
 SCALES = {"dynamic": "row", "tensor": "tensor"}
-LANE_BATCH_S, SLOW_BATCH_S = 2 * SHORT_S, 0.01
-"""Both are more than what the event loop would run itself."""
+BATCH_S = {"rule": 2 * SHORT_S, "light": 0.0006, "slow": 0.01, "middle": 0.03, "heavy": 0.1, "short": 0.0}
+"""All but the last are more than what the event loop would run itself."""
 
 
 class RuleBase(PixelBase):
@@ -86,7 +87,7 @@ def loader(name: str, folder: Path) -> Callable[[int], Backend]:
     kind = name.rstrip("0123456789")
     if kind in HIDDEN | SCALES:
         return lambda threads: OnnxRuntimeBackend(OnnxModel(folder / f"{kind}.onnx", SPEC), threads)
-    return lambda threads: RuleBackend(folder, {"rule": LANE_BATCH_S, "slow": SLOW_BATCH_S}[kind])
+    return lambda threads: RuleBackend(folder, BATCH_S[kind])
 
 
 def main(folder: Path, port: int, config: ServiceConfig) -> None:

@@ -92,12 +92,10 @@ def play(
     backend: ScriptedBackend | None = None,
     seconds: float | Callable[[int], float] = 0.001,
     lanes: int = 1,
-    *,
-    spare: bool = False,
 ) -> Variant:
     """Run a scenario against a variant whose batches are believed to cost `seconds`; all lanes share the backend."""
     backend = backend or ScriptedBackend()
-    device = Device("test", lanes, lanes, spare=spare)
+    device = Device("test", lanes, lanes)
     sizes = (1, 2, limits.max_rows)
     costs = Costs([CostTable({rows: seconds(rows) if callable(seconds) else seconds for rows in sizes})])
     warm = warm_variant(LoadedVariant(device, (backend,) * lanes, costs), limits)

@@ -18,7 +18,7 @@ from leanserve.codecs.text import TextCodec
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Arrays, ModelSpec, Result, TensorSpec
 from leanserve.runtime.device import Device
-from leanserve.serving.scheduler import SHORT_S
+from leanserve.serving.short_batches import SHORT_S
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "one", "two", "three", "four", "five"]
 CLS, SEP, A, B = 2, 3, 4, 5

@@ -168,6 +168,9 @@ class VariantConfig(Section):
     passes: tuple[AnyPass, ...] = ()
     gate: GateConfig | None = Field(None, description="overrides the common gate")
     batch: BatchConfig | None = Field(None, description="overrides the common batch settings")
+    device_share: float = Field(
+        1.0, ge=0.01, le=100, description="its part of the device's time while others want it too, beside theirs"
+    )
 
     @property
     def parent_names(self) -> tuple[str, ...]:

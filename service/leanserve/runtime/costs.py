@@ -121,10 +121,6 @@ class Costs:
             return self.tables[0].drain_seconds(rows[0])
         return sum(table.drain_seconds(count) for table, count in zip(self.tables, rows, strict=True) if count)
 
-    def turns(self, rows: Sequence[int]) -> int:
-        """The number of batches that these rows per length bucket make."""
-        return sum(-(-count // table.knee) for table, count in zip(self.tables, rows, strict=True))
-
     def turn_seconds(self, rows: Sequence[int]) -> float:
         """Predicted seconds of the costliest batch among these rows per length bucket."""
         batches = ((table, min(count, table.knee)) for table, count in zip(self.tables, rows, strict=True) if count)

@@ -2,22 +2,24 @@
 
 A device runs `lanes` batches at a time, each with its share of the device's threads. One lane of all threads answers a
 lone request soonest; several narrow lanes leave fewer threads waiting for each other within a batch and yield more
-rows per second (docs/decisions/005-lanes.md). All lanes take their work from one first-in-first-out queue, in the
-moment they are free, so variants that share the device take turns batch by batch and contention shows in queue time.
+rows per second (docs/decisions/005-lanes.md). All lanes take their work from one queue, in the moment they are free.
+Variants take turns there by the seconds that they have had (`turns.py`), so that contention shows in queue time alone.
 Of several idle lanes the one goes that was last at work: its core is awake, and has its thread and its stack at hand.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
+
+from leanserve.runtime.turns import DeviceShare, Rival, Turns
 
 logger = logging.getLogger(__name__)
 
@@ -27,61 +29,47 @@ class Lane:
     """One thread of a device and the cores it may use.
 
     Whoever runs something there has `held` meanwhile. `due_at` is when the batch that runs now should be done by its
-    measured cost (seconds of `time.perf_counter`); whoever runs a batch sets it, and sets it back to 0 afterwards.
+    measured cost (seconds of `time.perf_counter`), else 0, and `batch` is that batch (`Device.begin`, `Device.end`).
     """
 
     index: int
     threads: int
     due_at: float = 0.0
+    batch: BatchOnLane | None = None
+    widened: list[Lane] = field(default_factory=list, repr=False)
+    """The other lanes that its job holds."""
+    is_given_up: bool = False
+    """Its job does not end, and another lane has taken its place."""
     held: threading.Lock = field(default_factory=threading.Lock, repr=False)
     called: SimpleQueue[Job] = field(default_factory=SimpleQueue, repr=False)
     """The job for which it is woken, if it was idle."""
-    left: list[Afterwards] = field(default_factory=list, repr=False)
-    """What its last job left to do, if that was not done yet."""
-
-    def finish(self) -> None:
-        """Do what the last job left to do, if anything. Callable from any thread; never raises."""
-        try:
-            left = self.left.pop()
-        except IndexError:
-            return
-        try:
-            left()
-        except BaseException:
-            logger.exception("what a job on lane %d left to do failed", self.index)
 
 
-Afterwards = Callable[[], object]
-Job: TypeAlias = Callable[[Lane], Afterwards | None]
-"""What a lane does. It may return what is left to do when the lane is free again, such as telling what came of it.
+class BatchOnLane(NamedTuple):
+    """What runs: whose it is, and the tickets in it, which mean nothing here."""
 
-A job that waits already goes first: whoever is told would be in the way of its first steps, with Python's lock in hand.
-It calls `Lane.finish` when it needs the lock no more; else that is called when the job is done.
-"""
+    share: DeviceShare
+    tickets: Sequence[object]
+
+
+Job: TypeAlias = Callable[[Lane], object]
 _Result = TypeVar("_Result")
 
 
 class Device:
     """A named device of `threads` threads, shared out among its lanes."""
 
-    def __init__(self, name: str, threads: int, lanes: int = 1, *, spare: bool = False) -> None:
-        """`spare`: there is a core besides, for what is done `aside`."""
+    def __init__(self, name: str, threads: int, lanes: int = 1) -> None:
         self.name = name
         self.threads = threads
-        self.spare = spare
         self.lanes = tuple(Lane(index, max(1, threads // lanes)) for index in range(lanes))
-        self._jobs: deque[Job] = deque()
+        self._turns: Turns[Job] = Turns()
+        self._nobodys = DeviceShare()  # of jobs that serve no variant: none of them waits for the turn of another
         self._idle: list[Lane] = []
         self._waiting = 0  # those and the called lanes' jobs; counted, for it is asked before every short batch
         self._handing = threading.Lock()
         self._posting = threading.Lock()
-        self._aside = ThreadPoolExecutor(1, f"device-{name}-aside")
-        self._threads = [
-            threading.Thread(target=self._work, args=(lane,), name=f"device-{name}-{lane.index}", daemon=True)
-            for lane in self.lanes
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads = [self._start(lane) for lane in self.lanes]
 
     @property
     def lane_threads(self) -> int:
@@ -93,62 +81,101 @@ class Device:
         due_at = min([lane.due_at for lane in self.lanes])
         return max(0.0, due_at - time.perf_counter()) if due_at else 0.0
 
-    def post(self, job: Job) -> None:
-        """Queue a job behind all others, for the next free lane. Callable from any thread; the job must not raise."""
+    def post(self, job: Job, share: DeviceShare | None = None) -> None:
+        """Queue a job for the next free lane, in turn with those of other shares; without a share it goes next.
+
+        Callable from any thread; the job must not raise.
+        """
+        share = share or self._nobodys
         with self._handing:
             self._waiting += 1
             if not self._idle:
-                self._jobs.append(job)
+                self._turns.add(job, share)
                 return
+            self._turns.begin(share)
             lane = self._idle.pop()
         lane.called.put(job)
 
-    def borrow(self) -> Lane | None:
+    def borrow(self, share: DeviceShare | None = None) -> Lane | None:
         """A free lane whose part the calling thread may take for one short job; `None` if all work or jobs wait.
 
-        The caller releases `held` afterwards.
+        The caller gives it back afterwards.
         """
         if self.waiting():
             return None
-        return next((lane for lane in self.lanes if lane.held.acquire(blocking=False)), None)
+        lane = next((lane for lane in self.lanes if lane.held.acquire(blocking=False)), None)
+        if lane is not None and share is not None:
+            with self._handing:
+                self._turns.begin(share)
+        return lane
+
+    def begin(self, lanes: Sequence[Lane], batch: BatchOnLane, seconds: float, now: float) -> None:
+        """A batch begins on these lanes, the first of which runs it, and should take so many seconds."""
+        with self._handing:
+            batch.share.charge(seconds * len(lanes))
+        lanes[0].batch = batch
+        for lane in lanes:
+            lane.due_at = now + seconds
+
+    def end(self, lanes: Sequence[Lane], batch: BatchOnLane, late_s: float) -> None:
+        """It has ended, so many seconds later than it should."""
+        if not lanes[0].is_given_up:
+            lanes[0].batch = None
+            for lane in lanes:
+                lane.due_at = 0.0
+        with self._handing:
+            batch.share.charge(late_s * len(lanes))
+
+    def wait_s(self, own_s: float, own: DeviceShare, rivals: Iterable[Rival] = ()) -> float:
+        """Predicted seconds of a request in the queue, behind `own_s` lane-seconds of its own variant."""
+        seconds = self._turns.seconds_before(own_s, own, rivals, len(self.lanes), time.perf_counter())
+        return self.remaining_s() + seconds
 
     def widen(self, lane: Lane) -> bool:
         """Hold all other lanes, too, if none of them works; then the job on this lane may use all threads.
 
-        It calls `narrow` afterwards.
+        They are let go with this one.
         """
-        held: list[Lane] = []
         for other in self.lanes:
             if other is not lane:
                 if not other.held.acquire(blocking=False):
-                    _release(held)
+                    self._narrow(lane)
                     return False
-                held.append(other)
+                lane.widened.append(other)
         return True
 
-    def narrow(self, lane: Lane) -> None:
-        """Let the other lanes go."""
-        _release([other for other in self.lanes if other is not lane])
+    def give_back(self, lane: Lane) -> None:
+        """Let go of a lane that was borrowed, and of all that it holds."""
+        if lane.widened:
+            self._narrow(lane)
+        lane.held.release()
+
+    def _narrow(self, lane: Lane) -> None:
+        with self._handing:
+            while lane.widened:
+                lane.widened.pop().held.release()
+
+    def give_up(self, lane: Lane) -> None:
+        """Start another lane in place of one whose job does not end, and let go of all that it holds.
+
+        Should the job end after all, its thread ends with it. Until then it keeps what it has of the cores.
+        """
+        fresh = Lane(lane.index, lane.threads)
+        with self._handing:
+            lane.is_given_up = True
+            self.lanes = tuple(fresh if each is lane else each for each in self.lanes)
+        for other in lane.widened:
+            other.due_at = 0.0
+        self._narrow(lane)
+        self._threads[lane.index] = self._start(fresh)
 
     def idle(self) -> int:
         """Lanes that run nothing now and have no job waiting for them."""
         return max(0, sum([not lane.held.locked() for lane in self.lanes]) - self.waiting())
 
-    def others_work(self, lane: Lane) -> bool:
-        """Whether any lane but this one runs something."""
-        return any(other.held.locked() for other in self.lanes if other is not lane)
-
-    def busy(self) -> bool:
-        """Whether every lane runs something."""
-        return all(lane.held.locked() for lane in self.lanes)
-
     def waiting(self) -> int:
         """Jobs that no lane has taken yet."""
         return self._waiting
-
-    def aside(self, job: Callable[[], None]) -> None:
-        """Do something beside the lanes, on one thread that is there from the first such job on."""
-        self._aside.submit(job)
 
     def call(self, function: Callable[[Lane], _Result]) -> _Result:
         """Run a function on the next free lane and wait for it. Raises what it raises."""
@@ -181,54 +208,47 @@ class Device:
 
     def close(self) -> None:
         """Finish the queued jobs and end the threads."""
+        last = DeviceShare()
+        last.tag = math.inf
         for _ in self._threads:
-            self.post(_end)
+            self.post(_end, last)
         for thread in self._threads:
             thread.join()
-        self._aside.shutdown()  # the last jobs of the lanes may have used it
 
     def _next_job(self, lane: Lane) -> Job:
-        while True:
-            with self._handing:
-                if self._jobs:
-                    self._waiting -= 1
-                    return self._jobs.popleft()
-                if not lane.left:
-                    self._idle.append(lane)
-                    break
-            lane.finish()
+        with self._handing:
+            if self._turns:
+                self._waiting -= 1
+                return self._turns.next()
+            self._idle.append(lane)
         job = lane.called.get()
         with self._handing:
             self._waiting -= 1
         return job
 
+    def _start(self, lane: Lane) -> threading.Thread:
+        thread = threading.Thread(target=self._work, args=(lane,), name=f"device-{self.name}-{lane.index}", daemon=True)
+        thread.start()
+        return thread
+
     def _work(self, lane: Lane) -> None:
-        while (job := self._next_job(lane)) is not _end:
+        while not lane.is_given_up and (job := self._next_job(lane)) is not _end:
             self._do(job, lane)
             del job  # nothing of a batch is kept while the lane waits for the next one
-        lane.finish()
 
     def _do(self, job: Job, lane: Lane) -> None:
+        lane.held.acquire()
         try:
-            with lane.held:
-                left = job(lane)
-            lane.finish()
-            if left is not None:
-                lane.left.append(left)
-            if not self._jobs:
-                lane.finish()
+            job(lane)
         except BaseException:
             # The thread outlives any job: a lost lane would hang what waits for it, the last one all variants.
             logger.exception("a job on lane %d of device %s failed", lane.index, self.name)
+        finally:
+            self.give_back(lane)
 
 
 def _end(_: Lane) -> None:
     """The last job of a lane; it is not done, the lane ends there."""
-
-
-def _release(lanes: Iterable[Lane]) -> None:
-    for lane in lanes:
-        lane.held.release()
 
 
 def _fulfil(future: Future[_Result], function: Callable[[Lane], _Result], lane: Lane) -> None:

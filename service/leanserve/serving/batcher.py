@@ -41,7 +41,7 @@ class Ticket(Generic[Pending]):
 
     `length` is the longest dynamic axis of its rows, 0 if there is none; the queue finds its length `bucket`. `level`
     is its priority from 1, the most urgent, to the `levels` of the queue. Only those of equal `company` share a batch.
-    `identity` names the request in the log.
+    `identity` names the request in the log. `predicted_s` is the wait that it was told, 0 if none.
     """
 
     __slots__ = (
@@ -53,6 +53,7 @@ class Ticket(Generic[Pending]):
         "is_disconnected",
         "length",
         "level",
+        "predicted_s",
         "reply",
         "rows",
         "sample",
@@ -79,6 +80,7 @@ class Ticket(Generic[Pending]):
         self.company: Hashable = ()
         self.bucket = 0
         self.enqueued_at = 0.0
+        self.predicted_s = 0.0
 
 
 @dataclass(slots=True)
@@ -207,24 +209,6 @@ class Batcher(Generic[Pending]):
                 self._fill(formed, bucket, most, now)
             formed.more = self._claimed = self._waiting > 0
         return formed
-
-    def next_full(self, now: float) -> list[Ticket[Pending]]:
-        """The batch that `take` would form now, if it would be a full one. All of it stays in the queue."""
-        batch: list[Ticket[Pending]] = []
-        rows = 0
-        with self._lock:
-            if not self._waiting:
-                return []
-            bucket = self._foremost()
-            most = self.limits.rows_per_batch(bucket)
-            for ticket in (ticket for queues in self._queues for ticket in queues[bucket]):
-                if ticket.is_disconnected() or ticket.deadline <= now or (batch and ticket.company != batch[0].company):
-                    continue
-                if batch and rows + ticket.rows > most:
-                    return batch
-                batch.append(ticket)
-                rows += ticket.rows
-        return batch if rows >= most else []
 
     def expire(self, now: float) -> tuple[list[Ticket[Pending]], float]:
         """Remove what waited past its deadline; also the earliest deadline among the rest (inf if none)."""

@@ -7,6 +7,8 @@ never waits for anybody.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from leanserve.serving.batch_runner import CompletedBatch
 
 SHARE, TICK_S = 0.05, 0.001
@@ -24,8 +26,11 @@ class Cohort:
         self._most = most
         self._last = (0, 0.0)  # rows, and until when they are waited for
 
-    def answered(self, batch: CompletedBatch, waiting_rows: int, now: float) -> None:
-        """This batch is answered, while others are waiting: all of them are the group now."""
+    def answered(self, batches: Sequence[CompletedBatch], waiting_rows: int, now: float) -> None:
+        """A batch is answered, while others are waiting: all of them are the group now, unless it ran in parts."""
+        if len(batches) != 1:
+            return
+        [batch] = batches
         if len(batch.tickets) > 1 and batch.infer_s * SHARE >= TICK_S:
             self._last = (min(batch.rows + waiting_rows, self._most), now + batch.infer_s * SHARE)
 

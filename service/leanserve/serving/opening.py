@@ -61,6 +61,8 @@ class VariantPlan:
     measured: MeasuredLimits = field(default_factory=MeasuredLimits)
     spec: ModelSpec | None = None
     """What its artifact takes and gives; `None`: what the base does."""
+    device_share: float = 1.0
+    """Its part of the device's seconds, beside those of others that want them at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,8 @@ class WarmVariant(NamedTuple):
     """Which requests may share a batch: those of which it says the same; `None`: any may."""
     read: Read | None = None
     """The first part of loading it again."""
+    device_share: float = 1.0
+    """Its part of the device, beside those of others that want it at the same time."""
 
 
 class WarmFleet:
@@ -129,7 +133,9 @@ class WarmFleet:
         company = company_by(spec, trusts_rows=plan.measured.trusts_rows)
         limits = _queue_limits(plan.batch, running.costs)
         codec = self.base.codec if spec == self.base.spec else self.base.codec_for(spec)
-        self.variants[name] = WarmVariant(name, spec, codec, running, limits, company, read or (lambda: load))
+        self.variants[name] = WarmVariant(
+            name, spec, codec, running, limits, company, read or (lambda: load), plan.device_share
+        )
 
     def _warm_up(self, plan: VariantPlan, load: Open, spec: ModelSpec) -> LoadedVariant:
         max_rows = spec.most_rows(plan.batch.max_rows)

@@ -1,7 +1,11 @@
-"""From a variant's queue to the device and back: who comes for the next batch, when, and how much of the queue goes.
+"""From a variant's queue to the device and back: who comes for the next batch, when, and what is done with it.
 
-A lane takes a batch in the moment it can run it, and wakes the event loop once per batch. Batches of microseconds are
-run by the loop itself, in the part of a free lane (docs/decisions/008-short-batches.md).
+    take -> assemble -> run -> split -> complete
+
+is one round, on a lane that takes its batch in the moment it can run it, and wakes the event loop once afterwards.
+Whose round is next is for the device to say (`runtime/turns.py`). Around it are policies, each of them called in one
+line that can be removed, for what it brings (docs/measurements/policies.md): `short_batches.py`, `cohort.py`,
+`wide_lanes.py`, `idle_lanes.py`.
 """
 
 from __future__ import annotations
@@ -10,21 +14,25 @@ import asyncio
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
-from leanserve.contracts import Arrays
-from leanserve.runtime.device import Afterwards, Lane
-from leanserve.runtime.lanes import LoadedVariant
-from leanserve.runtime.linux.loop_waker import LoopWaker
-from leanserve.serving.batch_runner import BatchRunner, CompletedBatch, PendingResult
-from leanserve.serving.batcher import Batcher, Formed, Portion
+from leanserve.runtime.device import BatchOnLane, Lane
+from leanserve.runtime.turns import DeviceShare
+from leanserve.serving.batch_runner import BatchPlace, BatchRunner, CompletedBatch, PendingResult, Timed, count_rows
+from leanserve.serving.batcher import Batcher, Formed, Portion, Ticket
 from leanserve.serving.cohort import Cohort
-from leanserve.serving.deferred_metrics import DeferredMetrics
-from leanserve.serving.prefetcher import Prefetcher
+from leanserve.serving.idle_lanes import IdleLanes
+from leanserve.serving.short_batches import ShortBatches
+from leanserve.serving.wide_lanes import WideLanes
 
-SHORT_S, LONG_S = 50e-6, 300e-6
-"""The loop itself runs a variant whose largest batch took no longer at warm-up, until it turns out to take much longer:
-to wake a lane and be woken by it costs about as much."""
-Settle = Callable[[Formed[PendingResult], list[CompletedBatch], float], None]
+
+class Round(NamedTuple):
+    """What was taken from the queue at that time, and what became of it."""
+
+    lane: Lane
+    formed: Formed[PendingResult]
+    taken: float
+    batches: list[CompletedBatch]
 
 
 class Scheduler:
@@ -33,31 +41,28 @@ class Scheduler:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        running: LoadedVariant,
-        execution: BatchRunner,
+        runner: BatchRunner,
         batcher: Batcher[PendingResult],
-        settle: Settle,
-        tally: DeferredMetrics,
+        share: DeviceShare,
+        complete: Callable[[Round], None],
     ) -> None:
-        """`settle` is called on the loop, once per batch, with what was taken, what became of it, and when it began."""
+        """`complete` is called on the loop, once per round; `share` is what the variant has of its device."""
         self._loop = loop
-        self._waker = LoopWaker(loop)
-        self._running = running
-        self._execution = execution
         self._batcher = batcher
-        self._settle = settle
-        self._tally = tally
-        # Decided by the warm-up, once: what is learnt beside a busy loop, or loaded anew, does not take it back.
-        self._short = all(table.seconds(table.knee) <= SHORT_S for table in running.costs.tables)
+        self._share = share
+        self._complete = complete
         self._cohort = Cohort(batcher.limits.max_rows)
         self._gathering: asyncio.TimerHandle | None = None
-        self._ahead = Prefetcher(running, execution, batcher)
+        self.reopen(runner)
 
-    def reopen(self, running: LoadedVariant, execution: BatchRunner) -> None:
+    def reopen(self, runner: BatchRunner) -> None:
         """Go on with backends that were loaded anew; nothing is queued or run meanwhile."""
-        self._running = running
-        self._execution = execution
-        self._ahead = Prefetcher(running, execution, self._batcher)
+        running = runner.running
+        self._runner = runner
+        self._device = running.device
+        self._short = ShortBatches(running, self._share, self.turn_s)
+        self._wide = WideLanes(running)
+        self._idle = IdleLanes(running)
 
     def offered(self, *, unclaimed: bool) -> None:
         """Something was queued, and nobody is on the way for it if that is `unclaimed`."""
@@ -66,12 +71,10 @@ class Scheduler:
         elif self._gathering is not None and not self._pause():
             self._gathering.cancel()
             self._begin()
-        else:
-            self._ahead.look()
 
     def turn_s(self) -> float:
         """Predicted seconds of one lane for one batch of the queue, the costliest if their lengths differ."""
-        return self._running.costs.turn_seconds(self._batcher.rows_by_length(self._batcher.limits.levels))
+        return self._runner.running.costs.turn_seconds(self._batcher.rows_by_length(self._batcher.limits.levels))
 
     def _summon(self) -> None:
         """See to it that a lane comes for the queue: now, or when enough have come or were waited for."""
@@ -98,69 +101,65 @@ class Scheduler:
         return max(self._batcher.due(now), self._cohort.pause(self._batcher.waiting_rows, now))
 
     def _begin(self) -> None:
-        """Run the next batch here if it is short and a lane is free; else have a lane come for it."""
+        """Retry the next batch here if it is short and a lane is free; else have a lane come for it."""
         self._gathering = None
-        device = self._running.device
-        lane = device.borrow() if self._short and self.turn_s() <= LONG_S else None
+        lane = self._short.borrow()
         if lane is None:
-            device.post(self._run_next)
+            self._device.post(self._come, self._share)
             return
         try:
-            formed, taken, joined = self._take()
-            if formed.more:
-                self._summon()
-            batches = self._execution.run(lane, formed.batch, taken, joined)
+            self._complete(self._round(lane, self._summon))
         finally:
-            lane.held.release()
-        self._done(formed, batches, taken)
+            self._device.give_back(lane)
 
-    def _run_next(self, lane: Lane) -> Afterwards:
-        """On a lane: form a batch, have the next lane come for what is left, run it; wake the loop once, afterwards.
-
-        But where this lane, or another, has just answered a group that will ask again, the loop waits for it first:
-        taken alone, a few that came between would keep the group waiting, and stay apart from it ever after.
-        """
+    def _come(self, lane: Lane) -> None:
+        """On a lane: one round, and another one if there is more; but not before a group is together again."""
         if self._cohort.pause(self._batcher.waiting_rows, time.perf_counter()):
-            return partial(self._tell, lane, self._summon)
-        device = self._running.device
-        portion = self._execution.portion if len(device.lanes) > 1 else None
-        formed, taken, joined = self._take(portion)
-        if formed.more and self._batcher.limits.max_delay_s == 0:
-            device.post(self._go_on)
-        elif formed.more:
-            self._tell(lane, self._summon)
+            self._tell(self._summon)
+            return
+        done = self._round(lane, self._go_on, self._idle.portion)
+        self._cohort.answered(done.batches, self._batcher.waiting_rows, time.perf_counter())
+        self._tell(self._complete, done)
+
+    def _go_on(self) -> None:
+        """On a lane that has yet to run what it took: have any lane come for the rest, when it is its turn."""
+        if self._batcher.limits.max_delay_s == 0:
+            self._device.post(self._come, self._share)
+        else:
+            self._tell(self._summon)
+
+    def _tell(self, callback: Callable[..., object], *arguments: object) -> None:
+        """From a lane: have the loop call this."""
+        self._loop.call_soon_threadsafe(callback, *arguments)
+
+    def _round(self, lane: Lane, go_on: Callable[[], object], portion: Portion | None = None) -> Round:
+        """Take a batch, see to it that somebody will `go_on` if there is more, and run it."""
+        taken = time.perf_counter()
+        formed = self._batcher.take(taken, portion)
         if formed.more:
-            self._ahead.look()
-        batches = self._execution.run(lane, formed.batch, taken, joined)
-        if len(batches) == 1:
-            self._cohort.answered(batches[0], self._batcher.waiting_rows, time.perf_counter())
-        return partial(self._tell, lane, self._done, formed, batches, taken)
+            go_on()
+        batches: list[CompletedBatch] = []
+        if formed.batch:
+            place = self._wide.place(lane, formed.batch, taken)
+            batches = self._run(place, formed.batch, taken)
+        return Round(lane, formed, taken, batches)
 
-    def _take(self, portion: Portion | None = None) -> tuple[Formed[PendingResult], float, Arrays | None]:
-        """The next batch, when it was taken, and the rows of it if they were joined ahead."""
-        formed = self._batcher.take(time.perf_counter(), portion)
-        return formed, time.perf_counter(), self._ahead.taken(formed.batch)
-
-    def _go_on(self, lane: Lane) -> Afterwards | None:
-        """On a lane: run the next batch of a queue that has just had its turn, but let the others have theirs first.
-
-        This was posted before the batch of that turn was run, for any lane that would be idle otherwise; a neighbour
-        whose request arrived since has waited longer for a turn.
-        """
-        device = self._running.device
-        if device.waiting():
-            device.post(self._run_next)
-            return None
-        return self._run_next(lane)
-
-    def _tell(self, lane: Lane, callback: Callable[..., object], *arguments: object) -> None:
-        """From a lane: have the loop call this, without disturbing other lanes that work."""
-        if self._running.device.others_work(lane):
-            self._waker.wake_by_pipe(callback, *arguments)
-        else:  # any core will do, and another one than that of this lane is quicker
-            self._waker.wake_threadsafe(callback, *arguments)
-
-    def _done(self, formed: Formed[PendingResult], batches: list[CompletedBatch], taken: float) -> None:
-        """Once per batch: hand out the outcomes, and remember what is to be counted."""
-        self._settle(formed, batches, taken)
-        self._tally.add(batches)
+    def _run(self, place: BatchPlace, tickets: list[Ticket[PendingResult]], taken: float) -> list[CompletedBatch]:
+        """Assemble, run and split a batch; where it fails, again in parts, which is when there are several. Never
+        raises."""
+        runner, device, on_lane = self._runner, self._device, BatchOnLane(self._share, tickets)
+        try:
+            batch, padded = runner.assemble(tickets, place)
+            costs = place.way.costs.tables[tickets[0].bucket]
+            started, expected_s = time.perf_counter(), costs.seconds(padded)
+            device.begin(place.lanes, on_lane, expected_s, started)
+            try:
+                outputs, facts = place.way.backend.run(batch)
+            finally:
+                ended = time.perf_counter()
+                device.end(place.lanes, on_lane, ended - started - expected_s)
+            replies = runner.split(outputs, tickets, padded)
+        except BaseException as error:  # a panic in a native library is no Exception, and these clients wait
+            return runner.run_apart(error, tickets, place, partial(self._run, place, taken=taken))
+        timed = Timed(taken, started, ended, time.perf_counter(), padded, len(place.lanes), costs, facts)
+        return [CompletedBatch(tickets, replies, count_rows(tickets), ended - started, timed)]

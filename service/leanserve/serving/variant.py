@@ -1,7 +1,7 @@
 """A variant at work: `predict` is the hot path from decoded arrays to a prediction.
 
-A request is admitted or refused, queued as tickets, and answered once per batch; `dispatch.py` says who runs it and
-when, `execution.py` how.
+A request is admitted or refused, queued as tickets, and answered once per batch; `scheduler.py` says who runs it, when
+and how.
 """
 
 from __future__ import annotations
@@ -16,19 +16,17 @@ from leanserve.errors import BadInput, ClientGone, DeadlineUnreachable, QueueFul
 from leanserve.request_identity import CURRENT_REQUEST
 from leanserve.runtime.assembly import cut, dynamic_axes, longest, rejoin
 from leanserve.runtime.lanes import LoadedVariant
-from leanserve.serving.batch_runner import BatchRunner, CompletedBatch, PendingResult, Prediction
-from leanserve.serving.batcher import Batcher, Formed, Ticket
+from leanserve.runtime.turns import DeviceShare, Rival
+from leanserve.serving.admission_margin import AdmissionMargin
+from leanserve.serving.batch_runner import BatchRunner, PendingResult, Prediction
+from leanserve.serving.batcher import Batcher, Ticket
 from leanserve.serving.deferred_metrics import DeferredMetrics
 from leanserve.serving.expiry import ExpiryTimer
 from leanserve.serving.in_flight import InFlightCount
 from leanserve.serving.opening import WarmVariant
-from leanserve.serving.scheduler import Scheduler
+from leanserve.serving.scheduler import Round, Scheduler
 from leanserve.telemetry.observations import VariantMetrics
 
-ADMISSION_MARGIN = 1.12
-"""Admission expects waits longer than predicted by this factor. Under overload those who are admitted are predicted to
-wait almost as long as they may: at the prediction's word 4 % of them waited a little longer and got a 504, and batches
-take up to a tenth longer on cores that refuse hundreds of large requests a second meanwhile."""
 IsDisconnected = Callable[[], bool]
 
 
@@ -49,15 +47,17 @@ class Variant:
         self._company = warm.company
         self._axes = dynamic_axes(warm.spec.inputs)
         self._device = warm.running.device
+        self._margin = AdmissionMargin()
+        self._share = DeviceShare(warm.name, warm.device_share)
         self._loop = loop = asyncio.get_running_loop()
         self._sweep = ExpiryTimer(loop, self._expire)
         self._unsettled = InFlightCount()
         self._expected = [0] * warm.limits.levels
         """Requests that are being decoded, by level."""
-        tally = DeferredMetrics(loop, metrics)
-        metrics.catch_up = tally.catch_up
+        self._tally = DeferredMetrics(loop, metrics)
+        metrics.catch_up = self._tally.catch_up
         metrics.queue_rows, metrics.queue_requests = self.waiting_rows, self.batcher.waiting_requests
-        self._scheduler = Scheduler(loop, warm.running, self._execution(), self.batcher, self._settle, tally)
+        self._scheduler = Scheduler(loop, self._runner(), self.batcher, self._share, self._complete)
 
     @property
     def backend(self) -> Backend:
@@ -71,9 +71,9 @@ class Variant:
     def reopen(self, running: LoadedVariant) -> None:
         """Go on with backends that were loaded anew."""
         self.running = running
-        self._scheduler.reopen(running, self._execution())
+        self._scheduler.reopen(self._runner())
 
-    def _execution(self) -> BatchRunner:
+    def _runner(self) -> BatchRunner:
         return BatchRunner(self.name, self.spec, self.running)
 
     async def predict(
@@ -97,10 +97,11 @@ class Variant:
         length = self._length(sample) if self._axes else 0
         bucket = limits.bucket(length)
         level = limits.level(priority)
-        self._admit(len(sample[0]), level, bucket, timeout_s)
+        predicted = self._admit(level, bucket, timeout_s)
         limits.check(len(sample[0]))  # before hundreds of thousands of rows are cut into parts
         parts = cut(sample, limits.rows_per_batch(bucket))
         tickets = [self._ticket(part, now + timeout_s, is_disconnected, level, length) for part in parts]
+        tickets[0].predicted_s = predicted
         self._enqueue(tickets, now)
         if len(tickets) == 1:
             outputs, queue_s, infer_s, batch_size = await tickets[0].reply
@@ -122,7 +123,7 @@ class Variant:
             raise self._full(f"all {limits.queue_rows} rows of the queue are taken")
         level = 1 if priority is None else limits.level(priority)
         expected = sum(self._expected[:level])
-        self._admit(1, level, 0, limits.timeout_s if timeout_s is None else min(limits.timeout_s, timeout_s), expected)
+        self._admit(level, 0, limits.timeout_s if timeout_s is None else min(limits.timeout_s, timeout_s), expected)
 
     @contextmanager
     def expecting(self, priority: int | None = 0) -> Iterator[None]:
@@ -146,31 +147,23 @@ class Variant:
         """Rows in the queue now."""
         return self.batcher.waiting_rows
 
-    def backlog_s(self) -> float:
-        """Predicted seconds of one lane for the rows in this variant's queue."""
-        return self.costs.drain_seconds(self.batcher.rows_by_length(self.batcher.limits.levels))
-
-    def wait_s(self, rows: int, level: int, bucket: int = 0, expected: int = 0) -> float:
-        """Predicted queue time of a request of `rows` rows in a length bucket.
+    def wait_s(self, level: int, bucket: int = 0, expected: int = 0) -> float:
+        """Predicted queue time of a request in a length bucket.
 
         Until a lane is free, and what the lanes do together before: the own queue up to this level with what is
         `expected` there, and turns of the neighbours in between.
         """
-        asked = [other for other in self.neighbours if other.batcher.waiting_rows]
+        asked = [other.as_rival() for other in self.neighbours if other.batcher.waiting_rows]
         if not asked and not self.batcher.waiting_rows and not expected:
             return self._device.remaining_s()
         before = self.batcher.rows_by_length(level)
         before[bucket] += expected
-        seconds = self.costs.drain_seconds(before)
-        if asked:
-            before[bucket] += rows
-            turns = self.costs.turns(before)
-            seconds += sum(min(other.backlog_s(), turns * other.turn_s()) for other in asked)
-        return self._device.remaining_s() + seconds / len(self._device.lanes)
+        return self._device.wait_s(self.costs.drain_seconds(before), self._share, asked)
 
-    def turn_s(self) -> float:
-        """Predicted seconds of one lane for one batch of the queue, the costliest if their lengths differ."""
-        return self._scheduler.turn_s()
+    def as_rival(self) -> Rival:
+        """What a neighbour has to know of this variant's queue."""
+        rows = self.batcher.rows_by_length(self.batcher.limits.levels)
+        return Rival(self._share, self.costs.drain_seconds(rows), self.costs.turn_seconds(rows))
 
     def _length(self, sample: Arrays) -> int:
         length = longest(sample, self._axes)
@@ -189,11 +182,14 @@ class Variant:
                 name = self.spec.inputs[position].name
                 raise BadInput(f"axis {axis} of '{name}' has size {size}; this model takes {allowed}{at_least}")
 
-    def _admit(self, rows: int, level: int, bucket: int, timeout_s: float, expected: int = 0) -> None:
-        wait = self.wait_s(rows, level, bucket, expected) * ADMISSION_MARGIN
+    def _admit(self, level: int, bucket: int, timeout_s: float, expected: int = 0) -> float:
+        """The predicted wait; refuse whoever allows less."""
+        predicted = self.wait_s(level, bucket, expected)
+        wait = predicted * self._margin.factor
         if wait > timeout_s:
             text = f"predicted to wait {wait * 1000:.0f} ms in the queue; the request allows {timeout_s * 1000:.0f} ms"
             raise DeadlineUnreachable(text, retry_after_s=wait - timeout_s)
+        return predicted
 
     def _ticket(
         self, sample: Arrays, deadline: float, is_disconnected: IsDisconnected, level: int, length: int
@@ -219,11 +215,14 @@ class Variant:
         self._sweep.by(tickets[0].deadline)
 
     def _full(self, text: str) -> QueueFull:
-        return QueueFull(text, retry_after_s=self.wait_s(0, self.batcher.limits.levels))
+        return QueueFull(text, retry_after_s=self.wait_s(self.batcher.limits.levels))
 
-    def _settle(self, formed: Formed[PendingResult], batches: list[CompletedBatch], taken: float) -> None:
-        """Hand every ticket its outcome."""
+    def _complete(self, done: Round) -> None:
+        """Once per batch: hand every ticket its outcome, and remember what is to be counted."""
+        _, formed, taken, batches = done
         for batch in batches:
+            first = batch.tickets[0]
+            self._margin.waited(first.predicted_s, taken - first.enqueued_at)
             for ticket, outcome in zip(batch.tickets, batch.outcomes, strict=True):
                 if ticket.reply.done():
                     continue
@@ -236,6 +235,7 @@ class Variant:
             if not ticket.reply.done():
                 ticket.reply.set_exception(ClientGone("the client left before its rows were executed"))
         self._unsettled.settle(len(formed.batch) + len(formed.expired) + len(formed.left))
+        self._tally.add(batches)
 
     def _expire(self, now: float) -> float:
         """Refuse what has waited too long by now; the earliest deadline of the others."""
@@ -248,5 +248,6 @@ class Variant:
         for ticket in tickets:
             if not ticket.reply.done():
                 waited = time.perf_counter() - ticket.enqueued_at
+                self._margin.waited(ticket.predicted_s, waited)
                 text = f"waited {waited * 1000:.0f} ms in the queue of '{self.name}', longer than its timeout"
                 ticket.reply.set_exception(QueueTimeout(text))
