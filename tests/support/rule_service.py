@@ -118,8 +118,8 @@ async def until(happened: Callable[[], bool], seconds: float = 20) -> None:
 
 
 @contextmanager
-def serving(folder: Path, *variants: str, **config: Any) -> Iterator[RuleService]:
-    """Start a server process over these variants and stop it with SIGTERM, which it must obey with status 0."""
+def serving(folder: Path, *variants: str, exit_status: int = 0, **config: Any) -> Iterator[RuleService]:
+    """Start a server process over these variants and stop it with SIGTERM, by which it must end with this status."""
     folder.mkdir(exist_ok=True)
     port = _free_port()
     named = {"base": "rules", "variants": [{"name": name} for name in variants], "drain": {"delay_s": 0}}
@@ -134,7 +134,7 @@ def serving(folder: Path, *variants: str, **config: Any) -> Iterator[RuleService
             _wait_until_ready(service)
             yield service
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(20) == exit_status
     finally:
         process.kill()
         process.wait()

@@ -42,7 +42,8 @@ def create_app(service: Service) -> HotPath:
         app.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
 
     async def healthz() -> Json:
-        """200 while the process lives."""
+        """200 while the process lives; 503 once every variant has failed, which only a new process can mend."""
+        fleet.check_live()
         return {"live": True}
 
     async def readyz() -> Json:

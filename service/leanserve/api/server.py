@@ -217,7 +217,9 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="decode"))
         try:
-            service = Service(Fleet(warm), warm.base, self._settings, self._access, warm.post)
+            service = Service(
+                Fleet(warm, self._settings.watchdog.patience), warm.base, self._settings, self._access, warm.post
+            )
             self._front.serve(create_app(service))
             if self._grpc is not None:
                 self._grpc.serve(service)

@@ -19,6 +19,7 @@ from leanserve.config.errors import describe, kind_of
 from leanserve.config.limits_section import LimitsConfig
 from leanserve.config.lineage import building_order, parents_fault
 from leanserve.config.section import Name, Section
+from leanserve.config.watchdog_section import WatchdogConfig
 from leanserve.config.yaml import read_yaml
 from leanserve.errors import ConfigError
 from leanserve.passes import ALL, AnyPass
@@ -201,6 +202,7 @@ class ServiceConfig(Section):
     auth: AuthConfig = AuthConfig()
     tls: TlsConfig | None = Field(None, description="certificate of both ports; none: plain text")
     drain: DrainConfig = DrainConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     model_control: Literal["none", "explicit"] = Field("none", description="explicit: clients may load and unload")
 
     @model_validator(mode="after")

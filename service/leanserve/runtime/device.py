@@ -46,10 +46,10 @@ class Lane:
 
 
 class BatchOnLane(NamedTuple):
-    """What runs: whose it is, and the tickets in it, which mean nothing here."""
+    """What runs: whose it is, and what was taken from its queue for it, which means nothing here."""
 
     share: DeviceShare
-    tickets: Sequence[object]
+    formed: object
 
 
 Job: TypeAlias = Callable[[Lane], object]

@@ -210,6 +210,17 @@ class Batcher(Generic[Pending]):
             formed.more = self._claimed = self._waiting > 0
         return formed
 
+    def empty(self) -> list[Ticket[Pending]]:
+        """Remove all that waits."""
+        with self._lock:
+            waiting = [ticket for queues in self._queues for queue in queues for ticket in queue]
+            for ticket in waiting:
+                self._forget(ticket)
+            for queues in self._queues:
+                for queue in queues:
+                    queue.clear()
+            return waiting
+
     def expire(self, now: float) -> tuple[list[Ticket[Pending]], float]:
         """Remove what waited past its deadline; also the earliest deadline among the rest (inf if none)."""
         with self._lock:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from leanserve.errors import BadInput, NotFound, NotReady, OutOfMemory, ServiceError
 from leanserve.memory import is_out_of_memory
+from leanserve.runtime.device import BatchOnLane, Lane
 from leanserve.runtime.linux.denormals import flush_denormals
 from leanserve.serving.decoding import Decoders
 from leanserve.serving.opening import VariantPlan, WarmFleet
@@ -23,6 +24,7 @@ from leanserve.serving.reload import LoadingThreads, Read, close_all, open_again
 from leanserve.serving.sequences import Sequences
 from leanserve.serving.traffic import choose_variant, normalize_weights
 from leanserve.serving.variant import Variant
+from leanserve.serving.watchdog import Patience, Watchdog
 from leanserve.telemetry.metrics import Metrics
 from leanserve.telemetry.observations import VariantFacts, VariantState
 
@@ -39,8 +41,11 @@ class VariantStatus(NamedTuple):
 class Fleet:
     """The variants that serve, those that do not and why, and the traffic split among them (`weights`)."""
 
-    def __init__(self, warm: WarmFleet) -> None:
-        """Serve what was opened, on the running loop; all methods but `close` belong to its thread."""
+    def __init__(self, warm: WarmFleet, patience: Patience | None = None) -> None:
+        """Serve what was opened, on the running loop; all methods but `close` belong to its thread.
+
+        With `patience` neither a batch that hangs nor a loop that does is waited for any longer.
+        """
         flush_denormals()  # as on the lanes: the loop runs short batches itself
         self.name = warm.base.name
         self.plans = warm.plans
@@ -50,10 +55,11 @@ class Fleet:
         self.metrics = Metrics(self.name, caveats=warm.base.caveats, ready=self.is_ready, threads=warm.device.threads)
         self.opened: dict[str, Variant] = {}
         """All that passed their gate, whether they serve now or not."""
+        isolates = patience is not None and patience.on_stuck == "isolate"
         for name, plan in warm.plans.items():
             metrics = self.metrics.add(name, _facts(plan, warm))
             if name in warm.variants:
-                self.opened[name] = Variant(warm.variants[name], metrics)
+                self.opened[name] = Variant(warm.variants[name], metrics, lanes_only=isolates)
         self.variants = dict(self.opened)
         """Those that serve now."""
         self.status_of = {name: VariantStatus(plan.facts.state, plan.facts.reason) for name, plan in warm.plans.items()}
@@ -69,6 +75,7 @@ class Fleet:
         self._swaps: set[asyncio.Task[None]] = set()
         self._listeners: list[Callable[[], None]] = []
         self._share_out()
+        self._watchdog = Watchdog(self.device, patience, self.isolate) if patience else None
 
     def choose(self, name: str | None, caller_key: str | None) -> Variant:
         """Explicit name, then sticky key, then weights.
@@ -103,6 +110,25 @@ class Fleet:
     def is_ready(self) -> bool:
         """Whether requests are answered, and will be for a while."""
         return not self.draining and bool(self.variants)
+
+    def is_live(self) -> bool:
+        """Whether requests may be answered again without a new process: not if every variant has failed."""
+        return not self.opened or any(self.status_of[name].state != "failed" for name in self.opened)
+
+    def check_live(self) -> None:
+        """Raise `NotReady` where only a new process can help."""
+        if not self.is_live():
+            raise NotReady("every variant has failed; the process has to be started again")
+
+    def isolate(self, lane: Lane, batch: BatchOnLane) -> None:
+        """Give up a lane and the variant whose batch hangs there, unless it has ended meanwhile; all others go on."""
+        if lane.is_given_up or lane.batch is not batch:
+            return
+        name = batch.share.name
+        self.metrics.variants[name].stuck_batches += 1
+        self._enter(name, "failed", "a batch of it did not end")
+        self.opened[name].fail(batch.formed, f"variant '{name}' has failed: a batch of it did not end")
+        self.device.give_up(lane)  # last, or the new lane would run what waits
 
     def check_ready(self) -> None:
         """Raise `NotReady` while draining, and while no variant is loaded."""
@@ -209,6 +235,8 @@ class Fleet:
 
     def close(self) -> None:
         """End the lanes after what they still have to do, then close all backends."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
         self._threads.close()
         self.decoders.close()
         self.device.close()

@@ -45,12 +45,18 @@ class Scheduler:
         batcher: Batcher[PendingResult],
         share: DeviceShare,
         complete: Callable[[Round], None],
+        *,
+        lanes_only: bool = False,
     ) -> None:
-        """`complete` is called on the loop, once per round; `share` is what the variant has of its device."""
+        """`complete` is called on the loop, once per round; `share` is what the variant has of its device.
+
+        `lanes_only`: the loop runs no batch itself, however short.
+        """
         self._loop = loop
         self._batcher = batcher
         self._share = share
         self._complete = complete
+        self._lanes_only = lanes_only
         self._cohort = Cohort(batcher.limits.max_rows)
         self._gathering: asyncio.TimerHandle | None = None
         self.reopen(runner)
@@ -60,7 +66,7 @@ class Scheduler:
         running = runner.running
         self._runner = runner
         self._device = running.device
-        self._short = ShortBatches(running, self._share, self.turn_s)
+        self._short = ShortBatches(running, self._share, self.turn_s, lanes_only=self._lanes_only)
         self._wide = WideLanes(running)
         self._idle = IdleLanes(running)
 
@@ -141,25 +147,27 @@ class Scheduler:
         batches: list[CompletedBatch] = []
         if formed.batch:
             place = self._wide.place(lane, formed.batch, taken)
-            batches = self._run(place, formed.batch, taken)
+            batches = self._run(place, BatchOnLane(self._share, formed), taken, formed.batch)
         return Round(lane, formed, taken, batches)
 
-    def _run(self, place: BatchPlace, tickets: list[Ticket[PendingResult]], taken: float) -> list[CompletedBatch]:
+    def _run(
+        self, place: BatchPlace, whole: BatchOnLane, taken: float, tickets: list[Ticket[PendingResult]]
+    ) -> list[CompletedBatch]:
         """Assemble, run and split a batch; where it fails, again in parts, which is when there are several. Never
         raises."""
-        runner, device, on_lane = self._runner, self._device, BatchOnLane(self._share, tickets)
+        runner, device = self._runner, self._device
         try:
             batch, padded = runner.assemble(tickets, place)
             costs = place.way.costs.tables[tickets[0].bucket]
             started, expected_s = time.perf_counter(), costs.seconds(padded)
-            device.begin(place.lanes, on_lane, expected_s, started)
+            device.begin(place.lanes, whole, expected_s, started)
             try:
                 outputs, facts = place.way.backend.run(batch)
             finally:
                 ended = time.perf_counter()
-                device.end(place.lanes, on_lane, ended - started - expected_s)
+                device.end(place.lanes, whole, ended - started - expected_s)
             replies = runner.split(outputs, tickets, padded)
         except BaseException as error:  # a panic in a native library is no Exception, and these clients wait
-            return runner.run_apart(error, tickets, place, partial(self._run, place, taken=taken))
+            return runner.run_apart(error, tickets, place, partial(self._run, place, whole, taken))
         timed = Timed(taken, started, ended, time.perf_counter(), padded, len(place.lanes), costs, facts)
         return [CompletedBatch(tickets, replies, count_rows(tickets), ended - started, timed)]

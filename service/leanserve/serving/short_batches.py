@@ -20,13 +20,16 @@ to wake a lane and be woken by it costs about as much."""
 class ShortBatches:
     """Of one variant."""
 
-    def __init__(self, running: LoadedVariant, share: DeviceShare, turn_s: Callable[[], float]) -> None:
-        """`turn_s` predicts the next batch."""
+    def __init__(
+        self, running: LoadedVariant, share: DeviceShare, turn_s: Callable[[], float], *, lanes_only: bool = False
+    ) -> None:
+        """`turn_s` predicts the next batch. With `lanes_only` none is short enough: a batch that hangs on the loop
+        takes it along."""
         self._device = running.device
         self._share = share
         self._turn_s = turn_s
         # Decided by the warm-up, once: what is learnt beside a busy loop, or loaded anew, does not take it back.
-        self._short = all(table.seconds(table.knee) <= SHORT_S for table in running.costs.tables)
+        self._short = not lanes_only and all(table.seconds(table.knee) <= SHORT_S for table in running.costs.tables)
 
     def borrow(self) -> Lane | None:
         """A free lane in whose part the loop runs the next batch; `None` where a lane is to do it."""

@@ -7,19 +7,20 @@ and how.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from leanserve.contracts import Arrays, Backend
-from leanserve.errors import BadInput, ClientGone, DeadlineUnreachable, QueueFull, QueueTimeout
+from leanserve.errors import BadInput, ClientGone, DeadlineUnreachable, NotReady, QueueFull, QueueTimeout
 from leanserve.request_identity import CURRENT_REQUEST
 from leanserve.runtime.assembly import cut, dynamic_axes, longest, rejoin
 from leanserve.runtime.lanes import LoadedVariant
 from leanserve.runtime.turns import DeviceShare, Rival
 from leanserve.serving.admission_margin import AdmissionMargin
 from leanserve.serving.batch_runner import BatchRunner, PendingResult, Prediction
-from leanserve.serving.batcher import Batcher, Ticket
+from leanserve.serving.batcher import Batcher, Formed, Ticket
 from leanserve.serving.deferred_metrics import DeferredMetrics
 from leanserve.serving.expiry import ExpiryTimer
 from leanserve.serving.in_flight import InFlightCount
@@ -27,14 +28,19 @@ from leanserve.serving.opening import WarmVariant
 from leanserve.serving.scheduler import Round, Scheduler
 from leanserve.telemetry.observations import VariantMetrics
 
+logger = logging.getLogger(__name__)
+
 IsDisconnected = Callable[[], bool]
 
 
 class Variant:
     """One warm variant at work on its device: `predict`."""
 
-    def __init__(self, warm: WarmVariant, metrics: VariantMetrics) -> None:
-        """Serve it on the running loop; `metrics` are told of every batch, and of the queue when they are asked."""
+    def __init__(self, warm: WarmVariant, metrics: VariantMetrics, *, lanes_only: bool = False) -> None:
+        """Serve it on the running loop; `metrics` are told of every batch, and of the queue when they are asked.
+
+        `lanes_only`: the loop runs no batch itself, however short.
+        """
         self.name = warm.name
         self.spec = warm.spec
         self.codec = warm.codec
@@ -57,7 +63,9 @@ class Variant:
         self._tally = DeferredMetrics(loop, metrics)
         metrics.catch_up = self._tally.catch_up
         metrics.queue_rows, metrics.queue_requests = self.waiting_rows, self.batcher.waiting_requests
-        self._scheduler = Scheduler(loop, self._runner(), self.batcher, self._share, self._complete)
+        self._scheduler = Scheduler(
+            loop, self._runner(), self.batcher, self._share, self._complete, lanes_only=lanes_only
+        )
 
     @property
     def backend(self) -> Backend:
@@ -72,6 +80,15 @@ class Variant:
         """Go on with backends that were loaded anew."""
         self.running = running
         self._scheduler.reopen(self._runner())
+
+    def fail(self, formed: object, text: str) -> None:
+        """Refuse with this text who waits, and who is in what was taken from the queue for a batch that is given up."""
+        assert isinstance(formed, Formed)
+        given_up = [*formed.batch, *formed.expired, *formed.left, *self.batcher.empty()]
+        for ticket in given_up:
+            if not ticket.reply.done():
+                ticket.reply.set_exception(NotReady(text))
+        self._unsettled.settle(len(given_up))
 
     def _runner(self) -> BatchRunner:
         return BatchRunner(self.name, self.spec, self.running)
@@ -219,7 +236,10 @@ class Variant:
 
     def _complete(self, done: Round) -> None:
         """Once per batch: hand every ticket its outcome, and remember what is to be counted."""
-        _, formed, taken, batches = done
+        lane, formed, taken, batches = done
+        if lane.is_given_up:
+            logger.warning("a batch of variant '%s' that was given up has ended after all", self.name)
+            return  # its tickets have been refused
         for batch in batches:
             first = batch.tickets[0]
             self._margin.waited(first.predicted_s, taken - first.enqueued_at)

@@ -136,6 +136,9 @@ TRAFFIC = (
     ),
     Family("leanserve_queue_rows", "gauge", "Rows in the queue now.", lambda v: _only(v.queue_rows())),
     Family("leanserve_device_busy_seconds", "counter", "Seconds in which lanes of the device ran the variant.", _busy),
+    Family(
+        "leanserve_stuck_batches", "counter", "Batches given up, as they did not end.", lambda v: _only(v.stuck_batches)
+    ),
     Family("leanserve_backend_facts", "counter", "What backends told of their batches, summed.", _backend_facts),
     Family("leanserve_sequences", "gauge", "Sequences that are open now.", lambda v: _only(v.sequences)),
     Family("leanserve_sequences_ended", "counter", "Sequences that are over, by how they ended.", _sequence_ends),

@@ -36,8 +36,9 @@ SequenceEnd = Literal["ended", "expired", "restarted", "unloaded", "failed"]
 """How a sequence ends: as the client wishes, idle for too long, by another start of the same id, with its variant, or
 because its first request failed."""
 SEQUENCE_ENDS: tuple[SequenceEnd, ...] = get_args(SequenceEnd)
-VariantState = Literal["serving", "loading", "unloading", "unloaded", "excluded"]
-"""Excluded: by its gate, since the start. The others have passed it and are loaded, or not, or on the way."""
+VariantState = Literal["serving", "loading", "unloading", "unloaded", "failed", "excluded"]
+"""Failed: a batch of it did not end. Excluded: by its gate, since the start. The others have passed it and are
+loaded, or not, or on the way."""
 
 
 class BucketCounts:
@@ -147,6 +148,7 @@ class VariantMetrics:
         "rows",
         "sequences",
         "sequences_ended",
+        "stuck_batches",
     )
 
     def __init__(self, name: str, facts: VariantFacts) -> None:
@@ -165,6 +167,7 @@ class VariantMetrics:
         self.backend_facts: dict[str, float] = {}
         self.last_batch_at = 0.0
         self.lane_s = 0.0
+        self.stuck_batches = 0
         self.sequences = 0
         self.sequences_ended: dict[SequenceEnd, int] = dict.fromkeys(SEQUENCE_ENDS, 0)
         # Summed over requests, as Triton counts: every request of a batch spent the whole batch's time.

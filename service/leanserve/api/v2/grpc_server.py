@@ -257,7 +257,7 @@ class _Calls:
 
         self._fleet: Fleet | None = None
         self._health = {
-            "ServerLive": _described("ServerLive", lambda _: {"live": True}),
+            "ServerLive": _described("ServerLive", lambda _: {"live": self.live()}),
             "ServerReady": _described("ServerReady", lambda _: {"ready": self.ready()}),
         }
         self._answers: dict[str, GrpcAnswer] = dict.fromkeys(METHODS, refuse) | self._health
@@ -265,6 +265,10 @@ class _Calls:
     async def answer(self, name: str, request: Any, context: Context) -> Any:
         """The reply to a call of that name."""
         return await self._answers[name](request, context)
+
+    def live(self) -> bool:
+        """Whether the service lives, as a starting one does."""
+        return self._fleet is None or self._fleet.is_live()
 
     def ready(self) -> bool:
         """Whether the service is ready: the one place where that is known on this side."""

@@ -112,6 +112,10 @@ class OpenInference:
         """Both keys in one body, because clients differ in which one they read, whatever they asked."""
         return {"live": True, "ready": self.fleet.is_ready()}
 
+    def check_live(self) -> None:
+        """Raise `NotReady` where only a new process can help."""
+        self.fleet.check_live()
+
     def check_ready(self, model: str | None = None, version: str | None = None) -> None:
         """Raise `NotReady` while draining, for a version that does not serve, and while none does."""
         if model is not None:

@@ -52,7 +52,7 @@ def open_inference_endpoints(service: Service) -> list[Endpoint]:
     return [
         endpoint("/v2", metadata, Declaration("Server metadata")),
         endpoint("/v2/", metadata),
-        endpoint("/v2/health/live", _described(protocol.health, "open"), Declaration("Is the process alive")),
+        endpoint("/v2/health/live", _described(partial(_live, protocol), "open"), Declaration("Is the process alive")),
         endpoint(
             "/v2/health/ready",
             _described(partial(_ready, protocol), "open"),
@@ -144,6 +144,11 @@ def _described(describe: Callable[[], Json], role: Role = "read") -> Route:
         return json_response(describe())
 
     return Route("GET", role, answer)
+
+
+def _live(protocol: OpenInference) -> Json:
+    protocol.check_live()
+    return protocol.health()
 
 
 def _ready(protocol: OpenInference) -> Json:
