@@ -16,7 +16,7 @@ from leanserve.runtime.turns import DeviceShare
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.opening import VariantPlan, WarmFleet
 from leanserve.serving.variant import Variant
-from leanserve.serving.watchdog import EXIT_STATUS, OnStuck, Patience, Watchdog
+from leanserve.serving.watchdog import EXIT_STATUS, OnStuck, Watchdog, WatchdogLimits
 from scripted import SPEC, NoCodec, ScriptedBackend, sample, stay
 
 
@@ -47,7 +47,7 @@ def play(scene: Callable[[Fleet, Hanging], Awaitable[None]], lanes: int) -> None
     fleets = []
 
     async def body() -> None:
-        fleets.append(Fleet(warm, Patience(0.1, 20.0, "isolate")))
+        fleets.append(Fleet(warm, WatchdogLimits(0.1, 20.0, "isolate")))
         await scene(fleets[0], sick)
 
     try:
@@ -132,14 +132,14 @@ def test_with_isolation_the_loop_runs_no_batch_itself() -> None:
     warm = WarmFleet(Base(), [VariantPlan("v")], device)  # type: ignore[arg-type]
     warm.open("v", lambda _: Where())
 
-    async def body(patience: Patience | None) -> set[str]:
+    async def body(limits: WatchdogLimits | None) -> set[str]:
         threads.clear()
-        variant: Variant = Fleet(warm, patience).variants["v"]
+        variant: Variant = Fleet(warm, limits).variants["v"]
         await variant.predict(sample(1), stay)
         return set(threads)
 
-    assert asyncio.run(body(Patience(on_stuck="isolate"))) == {"device-test-0"}
-    assert asyncio.run(body(Patience(on_stuck="exit"))) == {"MainThread"}
+    assert asyncio.run(body(WatchdogLimits(on_stuck="isolate"))) == {"device-test-0"}
+    assert asyncio.run(body(WatchdogLimits(on_stuck="exit"))) == {"MainThread"}
     device.close()
 
 
@@ -148,7 +148,7 @@ def test_a_hanging_batch_ends_the_process_where_that_is_wanted(caplog: pytest.Lo
 
     async def body() -> None:
         lane = device.lanes[0]
-        watchdog = Watchdog(device, Patience(0.1, 20.0, "exit"), lambda *_: pytest.fail("isolated"), ended.append)
+        watchdog = Watchdog(device, WatchdogLimits(0.1, 20.0, "exit"), lambda *_: pytest.fail("isolated"), ended.append)
         lane.batch = BatchOnLane(DeviceShare("tiny"), None)
         await until(lambda: bool(ended))
         await asyncio.sleep(0.1)
@@ -167,7 +167,9 @@ def test_a_loop_that_does_not_turn_ends_the_process(on_stuck: OnStuck, caplog: p
     ended: list[int] = []
 
     async def body() -> None:
-        watchdog = Watchdog(device, Patience(20.0, 0.1, on_stuck), lambda *_: pytest.fail("isolated"), ended.append)
+        watchdog = Watchdog(
+            device, WatchdogLimits(20.0, 0.1, on_stuck), lambda *_: pytest.fail("isolated"), ended.append
+        )
         await asyncio.sleep(0.3)
         assert not ended, "it turns"
         device.lanes[0].batch = BatchOnLane(DeviceShare("tiny"), None)
@@ -187,7 +189,7 @@ def test_batches_that_end_in_time_are_let_alone() -> None:
     async def body() -> None:
         isolated = list[Lane]()
         watchdog = Watchdog(
-            device, Patience(0.2, 20.0, "isolate"), lambda lane, _: isolated.append(lane), lambda _: None
+            device, WatchdogLimits(0.2, 20.0, "isolate"), lambda lane, _: isolated.append(lane), lambda _: None
         )
         for _ in range(40):
             device.lanes[0].batch = BatchOnLane(DeviceShare("v"), None)

@@ -218,7 +218,7 @@ class Server(uvicorn.Server):
         loop.set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="decode"))
         try:
             service = Service(
-                Fleet(warm, self._settings.watchdog.patience), warm.base, self._settings, self._access, warm.post
+                Fleet(warm, self._settings.watchdog.limits), warm.base, self._settings, self._access, warm.post
             )
             self._front.serve(create_app(service))
             if self._grpc is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from leanserve.config.section import Section
-from leanserve.serving.watchdog import OnStuck, Patience
+from leanserve.serving.watchdog import OnStuck, WatchdogLimits
 
 
 class WatchdogConfig(Section):
@@ -20,6 +20,6 @@ class WatchdogConfig(Section):
     )
 
     @property
-    def patience(self) -> Patience:
+    def limits(self) -> WatchdogLimits:
         """The same for the watchdog."""
-        return Patience(self.batch_s, self.loop_s, self.on_stuck)
+        return WatchdogLimits(self.batch_s, self.loop_s, self.on_stuck)

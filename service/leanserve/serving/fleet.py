@@ -24,7 +24,7 @@ from leanserve.serving.reload import LoadingThreads, Read, close_all, open_again
 from leanserve.serving.sequences import Sequences
 from leanserve.serving.traffic import choose_variant, normalize_weights
 from leanserve.serving.variant import Variant
-from leanserve.serving.watchdog import Patience, Watchdog
+from leanserve.serving.watchdog import Watchdog, WatchdogLimits
 from leanserve.telemetry.metrics import Metrics
 from leanserve.telemetry.observations import VariantFacts, VariantState
 
@@ -41,10 +41,10 @@ class VariantStatus(NamedTuple):
 class Fleet:
     """The variants that serve, those that do not and why, and the traffic split among them (`weights`)."""
 
-    def __init__(self, warm: WarmFleet, patience: Patience | None = None) -> None:
+    def __init__(self, warm: WarmFleet, watched: WatchdogLimits | None = None) -> None:
         """Serve what was opened, on the running loop; all methods but `close` belong to its thread.
 
-        With `patience` neither a batch that hangs nor a loop that does is waited for any longer.
+        With `watched` neither a batch that hangs nor a loop that does is waited for any longer.
         """
         flush_denormals()  # as on the lanes: the loop runs short batches itself
         self.name = warm.base.name
@@ -55,7 +55,7 @@ class Fleet:
         self.metrics = Metrics(self.name, caveats=warm.base.caveats, ready=self.is_ready, threads=warm.device.threads)
         self.opened: dict[str, Variant] = {}
         """All that passed their gate, whether they serve now or not."""
-        isolates = patience is not None and patience.on_stuck == "isolate"
+        isolates = watched is not None and watched.on_stuck == "isolate"
         for name, plan in warm.plans.items():
             metrics = self.metrics.add(name, _facts(plan, warm))
             if name in warm.variants:
@@ -75,7 +75,7 @@ class Fleet:
         self._swaps: set[asyncio.Task[None]] = set()
         self._listeners: list[Callable[[], None]] = []
         self._share_out()
-        self._watchdog = Watchdog(self.device, patience, self.isolate) if patience else None
+        self._watchdog = Watchdog(self.device, watched, self.isolate) if watched else None
 
     def choose(self, name: str | None, caller_key: str | None) -> Variant:
         """Explicit name, then sticky key, then weights.

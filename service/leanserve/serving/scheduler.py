@@ -26,7 +26,7 @@ from leanserve.serving.short_batches import ShortBatches
 from leanserve.serving.wide_lanes import WideLanes
 
 
-class Round(NamedTuple):
+class CompletedRound(NamedTuple):
     """What was taken from the queue at that time, and what became of it."""
 
     lane: Lane
@@ -44,7 +44,7 @@ class Scheduler:
         runner: BatchRunner,
         batcher: Batcher[PendingResult],
         share: DeviceShare,
-        complete: Callable[[Round], None],
+        complete: Callable[[CompletedRound], None],
         *,
         lanes_only: bool = False,
     ) -> None:
@@ -138,7 +138,7 @@ class Scheduler:
         """From a lane: have the loop call this."""
         self._loop.call_soon_threadsafe(callback, *arguments)
 
-    def _round(self, lane: Lane, go_on: Callable[[], object], portion: Portion | None = None) -> Round:
+    def _round(self, lane: Lane, go_on: Callable[[], object], portion: Portion | None = None) -> CompletedRound:
         """Take a batch, see to it that somebody will `go_on` if there is more, and run it."""
         taken = time.perf_counter()
         formed = self._batcher.take(taken, portion)
@@ -148,7 +148,7 @@ class Scheduler:
         if formed.batch:
             place = self._wide.place(lane, formed.batch, taken)
             batches = self._run(place, BatchOnLane(self._share, formed), taken, formed.batch)
-        return Round(lane, formed, taken, batches)
+        return CompletedRound(lane, formed, taken, batches)
 
     def _run(
         self, place: BatchPlace, whole: BatchOnLane, taken: float, tickets: list[Ticket[PendingResult]]

@@ -25,7 +25,7 @@ from leanserve.serving.deferred_metrics import DeferredMetrics
 from leanserve.serving.expiry import ExpiryTimer
 from leanserve.serving.in_flight import InFlightCount
 from leanserve.serving.opening import WarmVariant
-from leanserve.serving.scheduler import Round, Scheduler
+from leanserve.serving.scheduler import CompletedRound, Scheduler
 from leanserve.telemetry.observations import VariantMetrics
 
 logger = logging.getLogger(__name__)
@@ -234,7 +234,7 @@ class Variant:
     def _full(self, text: str) -> QueueFull:
         return QueueFull(text, retry_after_s=self.wait_s(self.batcher.limits.levels))
 
-    def _complete(self, done: Round) -> None:
+    def _complete(self, done: CompletedRound) -> None:
         """Once per batch: hand every ticket its outcome, and remember what is to be counted."""
         lane, formed, taken, batches = done
         if lane.is_given_up:

@@ -31,7 +31,7 @@ LOOKS = 20
 OnStuck = Literal["exit", "isolate"]
 
 
-class Patience(NamedTuple):
+class WatchdogLimits(NamedTuple):
     """Seconds for which a batch may run and the loop may not turn, and what is done then."""
 
     batch_s: float = 60.0
@@ -51,12 +51,12 @@ class Watchdog:
     """Watches the lanes of a device and the loop on which it was made, until it is stopped."""
 
     def __init__(
-        self, device: Device, patience: Patience, isolate: Isolate, end: Callable[[int], None] | None = None
+        self, device: Device, limits: WatchdogLimits, isolate: Isolate, end: Callable[[int], None] | None = None
     ) -> None:
         """`isolate` is called on the loop with a lane and what it is stuck in; `end` ends the process."""
         self._loop = asyncio.get_running_loop()
         self._device = device
-        self._patience = patience
+        self._limits = limits
         self._isolate = isolate
         self._end = end or end_process
         self._stopped = threading.Event()
@@ -72,7 +72,7 @@ class Watchdog:
         self._stopped.set()
 
     def _watch(self) -> None:
-        while not self._stopped.wait(self._patience.look_s):
+        while not self._stopped.wait(self._limits.look_s):
             try:
                 self.look()
             except RuntimeError:  # the loop is closed
@@ -91,8 +91,8 @@ class Watchdog:
             self._loop.call_soon_threadsafe(self._turn)
             return
         self._still += 1
-        if self._still == self._looks(self._patience.loop_s):
-            self._give_up(f"the event loop has not turned for {self._patience.loop_s:g} s{self._short_batch()}")
+        if self._still == self._looks(self._limits.loop_s):
+            self._give_up(f"the event loop has not turned for {self._limits.loop_s:g} s{self._short_batch()}")
 
     def _turn(self) -> None:
         self._turned = True
@@ -102,17 +102,17 @@ class Watchdog:
         before, looks = self._seen.get(lane.index, (None, 0))
         looks = looks + 1 if batch is before else 0
         self._seen[lane.index] = (batch, looks)
-        if batch is None or looks != self._looks(self._patience.batch_s):
+        if batch is None or looks != self._looks(self._limits.batch_s):
             return
-        what = f"a batch of variant '{batch.share.name}' has run for more than {self._patience.batch_s:g} s"
-        if self._patience.on_stuck == "exit":
+        what = f"a batch of variant '{batch.share.name}' has run for more than {self._limits.batch_s:g} s"
+        if self._limits.on_stuck == "exit":
             self._give_up(what)
             return
         logger.critical("%s on lane %d: the lane is given up, the variant fails", what, lane.index)
         self._loop.call_soon_threadsafe(self._isolate, lane, batch)
 
     def _looks(self, seconds: float) -> int:
-        return math.ceil(seconds / self._patience.look_s)
+        return math.ceil(seconds / self._limits.look_s)
 
     def _short_batch(self) -> str:
         """Whose batch holds the loop up, if one that it runs itself does."""
