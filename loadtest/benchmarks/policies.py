@@ -1,6 +1,6 @@
 """What each small policy of the scheduler brings: answers per second with it by those without, in one process.
 
-    python -m loadtest.benchmarks.policies FOLDER [--rounds 8] [--seconds 0.5] [POLICY ...]
+    python -m loadtest.benchmarks.policies FOLDER [--rounds 6] [--seconds 0.4] [POLICY ...]
 
 Clients in a closed loop call `Variant.predict` itself. Each burns `HTTP_S` of Python before it asks again, in place of
 the parsing and writing that a server does on the same thread. A policy is switched on the running variant, so that
@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,12 +31,9 @@ from leanserve.serving.opening import WarmVariant
 from leanserve.serving.variant import Variant
 from leanserve.telemetry.observations import VariantFacts, VariantMetrics
 from loadtest.peers import network
-from loadtest.peers.quiet import CORES, busy_s
 
 HTTP_S = 25e-6
 """Python per request on the loop's thread besides the scheduler's own."""
-DISTURBED, TRIES = 0.1, 5
-"""Rounds in which others took more of the cores are done again, this many times as many in all; the quietest count."""
 THREADS = 2
 """Of the device, a lane each."""
 
@@ -120,49 +119,41 @@ def _no_gathering(variant: Variant) -> Callable[[], None]:
     return _replaced(scheduler, _gather=lambda _: scheduler._begin())
 
 
-def _no_cohort(variant: Variant) -> Callable[[], None]:
-    return _replaced(variant._scheduler._cohort, pause=lambda *_: 0.0)
-
-
 def _no_wide(variant: Variant) -> Callable[[], None]:
     return _replaced(variant.running.device, widen=lambda _: False)
-
-
-def _no_portion(variant: Variant) -> Callable[[], None]:
-    return _replaced(variant._scheduler._idle, portion=None)
-
-
-class _Oldest(list):  # type: ignore[type-arg]
-    def pop(self, _: int = 0) -> object:  # type: ignore[override]
-        return super().pop(0)
-
-
-def _no_last_lane(variant: Variant) -> Callable[[], None]:
-    device = variant.running.device
-    with device._handing:
-        back = list(device._idle)
-        device._idle = _Oldest(back)
-
-    def again() -> None:
-        with device._handing:
-            device._idle = list(device._idle)
-
-    return again
 
 
 POLICIES = {
     "short batches on the loop": Policy(_no_short, ("mlp", "mlp256"), (1, 8, 32)),
     "gathering turn by turn": Policy(_no_gathering, ("mlp", "digits"), (8, 32)),
-    "cohort": Policy(_no_cohort, ("digits", "encoder"), (8, 32)),
     "wide lanes": Policy(_no_wide, ("digits", "encoder")),
-    "sharing among idle lanes": Policy(_no_portion, ("digits", "encoder"), (8, 32)),
-    "the lane that was last at work": Policy(_no_last_lane, ("digits", "encoder")),
 }
 
 
-async def _clients(variant: Variant, sample: Arrays, connections: int, seconds: float) -> float:
-    """Answers per second."""
-    end = time.perf_counter() + seconds
+class Rate(NamedTuple):
+    """Answers per second of the clock, and of the process's CPU time, in which other programs have no part."""
+
+    by_clock: float
+    by_cpu: float
+
+
+@contextmanager
+def _before_others() -> Iterator[None]:
+    """At the least real-time priority, where that is allowed: other programs wait, for the short time of a round."""
+    _schedule(os.SCHED_RR, 1)
+    try:
+        yield
+    finally:
+        _schedule(os.SCHED_OTHER, 0)
+
+
+def _schedule(kind: int, priority: int) -> None:
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(PermissionError, ProcessLookupError):
+            os.sched_setscheduler(int(task.name), kind, os.sched_param(priority))
+
+
+async def _clients(variant: Variant, sample: Arrays, connections: int, seconds: float) -> Rate:
     answered = 0
 
     async def client() -> None:
@@ -173,54 +164,41 @@ async def _clients(variant: Variant, sample: Arrays, connections: int, seconds: 
             await variant.predict(sample, lambda: False)
             answered += 1
 
-    started = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(connections)))
-    return answered / (time.perf_counter() - started)
+    with _before_others():
+        started, used = time.perf_counter(), time.process_time()
+        end = started + seconds
+        await asyncio.gather(*(client() for _ in range(connections)))
+        return Rate(answered / (time.perf_counter() - started), answered / (time.process_time() - used))
 
 
-async def _ratios(warm: WarmVariant, policy: Policy, net: Net, rounds: int, seconds: float) -> dict[int, list[float]]:
-    """By connections: the rate with the policy by the rate without, round by round."""
+async def _ratios(warm: WarmVariant, policy: Policy, net: Net, rounds: int, seconds: float) -> dict[int, list[Rate]]:
+    """By connections: the rates with the policy by those without, round by round."""
     variant, sample = Variant(warm, VariantMetrics("v", VariantFacts())), net.example()
-    found: dict[int, list[float]] = {}
+    found: dict[int, list[Rate]] = {}
     for connections in policy.connections:
         ask = partial(_clients, variant, sample, connections)
-        await ask(0.3)
-        quiet, disturbed = list[tuple[float, float]](), list[tuple[float, float]]()
-        for number in range(TRIES * rounds):
-            rates, others = {}, _Others()
+        await ask(seconds)
+        found[connections] = []
+        for number in range(rounds):
+            rates = {}
             for on in (number % 2 == 0, number % 2 == 1):
                 back = None if on else policy.off(variant)
                 rates[on] = await ask(seconds)
                 if back is not None:
                     back()
-            taken = others.share()
-            (quiet if taken <= DISTURBED else disturbed).append((taken, rates[True] / rates[False]))
-            if len(quiet) == rounds:
-                break
-        kept = sorted(quiet + sorted(disturbed)[: rounds - len(quiet)])
-        found[connections] = [ratio for _, ratio in kept]
+                await asyncio.sleep(seconds)  # for others on the machine
+            found[connections].append(Rate(*(a / b for a, b in zip(rates[True], rates[False], strict=True))))
     return found
 
 
-class _Others:
-    """What other processes take of the cores, from now on."""
-
-    def __init__(self) -> None:
-        self._began, self._busy, self._own = time.perf_counter(), busy_s(), time.process_time()
-
-    def share(self) -> float:
-        """0..1 so far."""
-        taken = busy_s() - self._busy - (time.process_time() - self._own)
-        return taken / (time.perf_counter() - self._began) / CORES
-
-
-def measure(policy: Policy, net: Net, rounds: int, seconds: float) -> dict[int, list[float]]:
+def measure(policy: Policy, net: Net, rounds: int, seconds: float) -> dict[int, list[Rate]]:
     """Warm the network up as the service does, and measure."""
     device = Device("cpu", THREADS, THREADS)
     try:
-        running = warm_up(
-            device, lambda threads: OnnxRuntimeBackend(OnnxModel(net.path, net.spec), threads), net.spec, 32
-        )
+        with _before_others():
+            running = warm_up(
+                device, lambda threads: OnnxRuntimeBackend(OnnxModel(net.path, net.spec), threads), net.spec, 32
+            )
         knee = running.costs.tables[0].knee
         warm = WarmVariant("v", net.spec, None, running, QueueLimits(knee, 512))  # type: ignore[arg-type]
         return uvloop.run(_ratios(warm, policy, net, rounds, seconds))
@@ -229,22 +207,24 @@ def measure(policy: Policy, net: Net, rounds: int, seconds: float) -> dict[int, 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a row of Markdown per policy and network."""
+    """Print a row of Markdown per policy, network and number of connections."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("policy", nargs="*", default=list(POLICIES))
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=0.5)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--seconds", type=float, default=0.4)
     given = parser.parse_args(arguments)
     made = nets(given.folder)
     for name in given.policy:
         for network_name in POLICIES[name].networks:
             found = measure(POLICIES[name], made[network_name], given.rounds, given.seconds)
-            shown = ", ".join(
-                f"{connections}: {statistics.median(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})"
-                for connections, ratios in found.items()
-            )
-            print(f"| {name} | {network_name} | {shown} |", flush=True)
+            for connections, ratios in found.items():
+                clock, cpu = (_shown(values) for values in zip(*ratios, strict=True))
+                print(f"| {name} | {network_name} | {connections} | {clock} | {cpu} |", flush=True)
+
+
+def _shown(ratios: Sequence[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 if __name__ == "__main__":

@@ -16,11 +16,10 @@ from leanserve.runtime.device import Device, Lane
 from leanserve.runtime.lanes import LanePlacement, LoadedVariant
 from leanserve.serving.batch_runner import Prediction
 from leanserve.serving.batcher import QueueLimits
-from leanserve.serving.idle_lanes import IdleLanes
 from leanserve.serving.short_batches import SHORT_S
 from leanserve.serving.variant import Variant
 from leanserve.telemetry.observations import VariantFacts, VariantMetrics
-from scripted import ScriptedBackend, Slow, act, play, sample, stay, warm_variant
+from scripted import ScriptedBackend, act, play, sample, stay, warm_variant
 
 
 def test_a_second_lane_runs_what_waits_while_the_first_is_busy() -> None:
@@ -39,48 +38,6 @@ def test_a_second_lane_runs_what_waits_while_the_first_is_busy() -> None:
 
     variant = play(scenario, QueueLimits(2, 100), seconds=1.0, lanes=2)
     assert (variant.metrics.rows.total, variant.metrics.rows.count) == (6, 3)
-
-
-@pytest.mark.parametrize(("shared", "batches"), [(0.9, [3, 3]), (0.1, [6])], ids=["by the row", "by the batch"])
-def test_what_waits_is_divided_among_idle_lanes_if_a_batch_costs_by_its_rows(shared: float, batches: list[int]) -> None:
-    backend = Slow(0.05)
-
-    async def scenario(variant: Variant, _: ScriptedBackend) -> None:
-        predictions = await asyncio.gather(*(variant.predict(sample(i), stay) for i in range(6)))
-        assert [prediction.outputs[0][0, 0] for prediction in predictions] == [2 * i for i in range(6)]
-
-    play(scenario, QueueLimits(8, 100), backend, lambda rows: 0.01 * rows**shared, lanes=2)
-    assert backend.ran == batches
-
-
-@pytest.mark.parametrize(
-    ("rows", "lanes", "wide_s", "portion"),
-    [
-        (8, 2, None, 4),
-        (5, 2, None, 3),
-        (9, 4, None, 3),
-        (8, 1, None, 8),
-        (1, 2, None, 1),
-        (16, 2, None, 16),
-        (8, 2, 0.035, 8),
-        (8, 2, 0.039, 4),
-        (8, 2, 0.045, 4),
-    ],
-    ids=["even", "odd", "four lanes", "one is idle", "one row", "enough for all", "wide is quicker", "alike", "slower"],
-)
-def test_an_idle_lane_takes_its_share_if_that_is_as_quick(
-    rows: int, lanes: int, wide_s: float | None, portion: int
-) -> None:
-    device = Device("test", 4, 4)
-    device.close()
-    for lane in device.lanes[lanes:]:
-        lane.held.acquire()
-    device.lanes[0].held.acquire()  # the one that asks
-    backend = ScriptedBackend()
-    way = LanePlacement(backend, Costs([CostTable({8: wide_s})])) if wide_s else None
-    running = LoadedVariant(device, (backend,) * 4, Costs([CostTable({size: 0.01 * size for size in (1, 8)}, 8)]), way)
-    running.costs.tables[0].knee = 8
-    assert IdleLanes(running).portion(0, rows) == portion
 
 
 def test_lanes_count_every_batch_and_no_answer_goes_astray() -> None:

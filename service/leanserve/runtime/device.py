@@ -111,8 +111,7 @@ class Device:
 
     def begin(self, lanes: Sequence[Lane], batch: BatchOnLane, seconds: float, now: float) -> None:
         """A batch begins on these lanes, the first of which runs it, and should take so many seconds."""
-        with self._handing:
-            batch.share.charge(seconds * len(lanes))
+        batch.share.charge(seconds * len(lanes))
         lanes[0].batch = batch
         for lane in lanes:
             lane.due_at = now + seconds
@@ -123,8 +122,7 @@ class Device:
             lanes[0].batch = None
             for lane in lanes:
                 lane.due_at = 0.0
-        with self._handing:
-            batch.share.charge(late_s * len(lanes))
+        batch.share.charge(late_s * len(lanes))
 
     def wait_s(self, own_s: float, own: DeviceShare, rivals: Iterable[Rival] = ()) -> float:
         """Predicted seconds of a request in the queue, behind `own_s` lane-seconds of its own variant."""
@@ -168,10 +166,6 @@ class Device:
             other.due_at = 0.0
         self._narrow(lane)
         self._threads[lane.index] = self._start(fresh)
-
-    def idle(self) -> int:
-        """Lanes that run nothing now and have no job waiting for them."""
-        return max(0, sum([not lane.held.locked() for lane in self.lanes]) - self.waiting())
 
     def waiting(self) -> int:
         """Jobs that no lane has taken yet."""

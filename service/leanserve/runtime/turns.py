@@ -34,7 +34,8 @@ class DeviceShare:
         self._used_s = self._seen_s = self._seen_at = self._rate = 0.0
 
     def charge(self, seconds: float) -> None:
-        """It has had so many seconds of a lane; below 0 to give some back."""
+        """It has had so many seconds of a lane; below 0 to give some back. From any thread: Python switches between
+        statements such as these, not within."""
         self.tag += seconds / self.weight
         self._used_s += seconds
 

@@ -33,7 +33,6 @@ def _never_gone() -> bool:
 
 
 Pending = TypeVar("Pending")
-Portion = Callable[[int, int], int]
 
 
 class Ticket(Generic[Pending]):
@@ -190,10 +189,8 @@ class Batcher(Generic[Pending]):
             oldest = (queue[0].enqueued_at for queues in self._queues for queue in queues if queue)
             return max(0.0, min(oldest, default=now) + self.limits.max_delay_s - now) if self._waiting else 0.0
 
-    def take(self, now: float, portion: Portion | None = None) -> Formed[Pending]:
+    def take(self, now: float) -> Formed[Pending]:
         """Form the next batch: the most urgent live tickets, of these the oldest, at most `rows_per_batch` rows.
-
-        Or at most `portion(bucket, rows)`, of so many waiting rows of that length bucket, where that is less.
 
         The foremost ticket always goes, and only those of its length bucket and company with it: others are passed
         over, but none of the same for a later one that would still fit. A single larger ticket goes alone. If `more`
@@ -204,8 +201,6 @@ class Batcher(Generic[Pending]):
             while not formed.batch and self._waiting:
                 bucket = self._foremost()
                 most = self.limits.rows_per_batch(bucket)
-                if portion is not None:
-                    most = min(most, portion(bucket, sum([rows[bucket] for rows in self._rows])))
                 self._fill(formed, bucket, most, now)
             formed.more = self._claimed = self._waiting > 0
         return formed

@@ -4,8 +4,7 @@
 
 is one round, on a lane that takes its batch in the moment it can run it, and wakes the event loop once afterwards.
 Whose round is next is for the device to say (`runtime/turns.py`). Around it are policies, each of them called in one
-line that can be removed, for what it brings (docs/measurements/policies.md): `short_batches.py`, `cohort.py`,
-`wide_lanes.py`, `idle_lanes.py`.
+line that can be removed, for what it brings (docs/measurements/policies.md): `short_batches.py`, `wide_lanes.py`.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ from typing import NamedTuple
 from leanserve.runtime.device import BatchOnLane, Lane
 from leanserve.runtime.turns import DeviceShare
 from leanserve.serving.batch_runner import BatchPlace, BatchRunner, CompletedBatch, PendingResult, Timed, count_rows
-from leanserve.serving.batcher import Batcher, Formed, Portion, Ticket
-from leanserve.serving.cohort import Cohort
-from leanserve.serving.idle_lanes import IdleLanes
+from leanserve.serving.batcher import Batcher, Formed, Ticket
 from leanserve.serving.short_batches import ShortBatches
 from leanserve.serving.wide_lanes import WideLanes
 
@@ -57,7 +54,6 @@ class Scheduler:
         self._share = share
         self._complete = complete
         self._lanes_only = lanes_only
-        self._cohort = Cohort(batcher.limits.max_rows)
         self._gathering: asyncio.TimerHandle | None = None
         self.reopen(runner)
 
@@ -68,7 +64,6 @@ class Scheduler:
         self._device = running.device
         self._short = ShortBatches(running, self._share, self.turn_s, lanes_only=self._lanes_only)
         self._wide = WideLanes(running)
-        self._idle = IdleLanes(running)
 
     def offered(self, *, unclaimed: bool) -> None:
         """Something was queued, and nobody is on the way for it if that is `unclaimed`."""
@@ -102,9 +97,8 @@ class Scheduler:
             self._begin()
 
     def _pause(self) -> float:
-        """Seconds for which it is worth waiting for company: `max_delay_s`, and until a group is together again."""
-        now = time.perf_counter()
-        return max(self._batcher.due(now), self._cohort.pause(self._batcher.waiting_rows, now))
+        """Seconds for which it is worth waiting for company, by `max_delay_s`."""
+        return self._batcher.due(time.perf_counter())
 
     def _begin(self) -> None:
         """Retry the next batch here if it is short and a lane is free; else have a lane come for it."""
@@ -119,13 +113,8 @@ class Scheduler:
             self._device.give_back(lane)
 
     def _come(self, lane: Lane) -> None:
-        """On a lane: one round, and another one if there is more; but not before a group is together again."""
-        if self._cohort.pause(self._batcher.waiting_rows, time.perf_counter()):
-            self._tell(self._summon)
-            return
-        done = self._round(lane, self._go_on, self._idle.portion)
-        self._cohort.answered(done.batches, self._batcher.waiting_rows, time.perf_counter())
-        self._tell(self._complete, done)
+        """On a lane: one round."""
+        self._tell(self._complete, self._round(lane, self._go_on))
 
     def _go_on(self) -> None:
         """On a lane that has yet to run what it took: have any lane come for the rest, when it is its turn."""
@@ -138,10 +127,10 @@ class Scheduler:
         """From a lane: have the loop call this."""
         self._loop.call_soon_threadsafe(callback, *arguments)
 
-    def _round(self, lane: Lane, go_on: Callable[[], object], portion: Portion | None = None) -> CompletedRound:
+    def _round(self, lane: Lane, go_on: Callable[[], object]) -> CompletedRound:
         """Take a batch, see to it that somebody will `go_on` if there is more, and run it."""
         taken = time.perf_counter()
-        formed = self._batcher.take(taken, portion)
+        formed = self._batcher.take(taken)
         if formed.more:
             go_on()
         batches: list[CompletedBatch] = []

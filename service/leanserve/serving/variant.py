@@ -242,7 +242,8 @@ class Variant:
             return  # its tickets have been refused
         for batch in batches:
             first = batch.tickets[0]
-            self._margin.waited(first.predicted_s, taken - first.enqueued_at)
+            if first.predicted_s:
+                self._margin.waited(first.predicted_s, taken - first.enqueued_at)
             for ticket, outcome in zip(batch.tickets, batch.outcomes, strict=True):
                 if ticket.reply.done():
                     continue

@@ -16,13 +16,17 @@ class WideLanes:
 
     def __init__(self, running: LoadedVariant) -> None:
         self._running = running
+        self._narrow = [BatchPlace((lane,), running.placement(lane)) for lane in running.device.lanes]
 
     def place(self, lane: Lane, tickets: list[Ticket[PendingResult]], taken: float) -> BatchPlace:
         """Where to run this batch: on this lane, or on all, if no other works and nothing waits."""
         running = self._running
         wide, device = running.wide, running.device
         if wide is None or _waited(wide, tickets, taken) or device.waiting() or not device.widen(lane):
-            return BatchPlace((lane,), running.placement(lane))
+            place = self._narrow[lane.index]
+            if place.lanes[0] is not lane:  # it has taken the place of one that was given up
+                place = self._narrow[lane.index] = BatchPlace((lane,), running.placement(lane))
+            return place
         return BatchPlace((lane, *lane.widened), wide)
 
 
