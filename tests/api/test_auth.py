@@ -33,7 +33,7 @@ from leanserve.api.pages import OPEN
 from leanserve.api.routes import endpoints_of
 from leanserve.api.v2.grpc_messages import SERVICE, message
 from leanserve.api.v2.grpc_server import METHODS, REFLECTION
-from leanserve.errors import Forbidden, RateLimited, ServiceError, Unauthorized, UnsupportedMediaType
+from leanserve.errors import Unauthorized
 
 PREDICT, READ, ADMIN, SLOW, ALL = "predict-" + "p" * 32, "read-" + "r" * 32, "admin-" + "a" * 32, "slow-key", "all-key"
 INFER = "/v2/models/pixels/infer"
@@ -405,10 +405,3 @@ def test_what_it_costs() -> None:
     times = timeit.repeat(lambda: access.admit_over_http("predict", headers), number=2000, repeat=20)
     assert min(times) / 2000 < 3e-6
     assert not Access(local=True).keyed
-
-
-@pytest.mark.parametrize("error", [Forbidden, RateLimited, Unauthorized, UnsupportedMediaType])
-def test_refusals_have_a_status_of_their_own_in_grpc(error: type[ServiceError]) -> None:
-    from leanserve.api.v2.grpc_server import _STATUS
-
-    assert error.status in _STATUS

@@ -25,11 +25,11 @@ from fakes import POOR, Live, PixelBackend, live_server, open_variants
 from leanserve.api.access import Access
 from leanserve.api.v2.grpc_infer import GrpcInferDecoder, encode
 from leanserve.api.v2.grpc_messages import PROTOCOL, SERVICE, message
-from leanserve.api.v2.grpc_server import METHODS, GrpcPort, model_answers, start_grpc
+from leanserve.api.v2.grpc_server import METHODS, GrpcPort, grpc_status, model_answers, start_grpc
 from leanserve.api.v2.open_inference import OpenInference
 from leanserve.config.limits_section import LimitsConfig
 from leanserve.contracts import ModelSpec, TensorSpec
-from leanserve.errors import BadInput, StartupError
+from leanserve.errors import BadInput, ServiceError, StartupError
 from leanserve.telemetry.startup import BuildNews, Startup
 
 LIMITS = LimitsConfig(body_bytes=2**20).http
@@ -386,3 +386,31 @@ def test_a_descriptor_is_that_of_its_proto_file(tmp_path: Path, name: str) -> No
     subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *source], check=True, timeout=60)
     read = FileDescriptorSet.FromString
     assert read(made.read_bytes()) == read((PROTOCOL / f"{name}.binpb").read_bytes())
+
+
+GRPC_STATUS = {
+    400: "INVALID_ARGUMENT",
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    405: "UNIMPLEMENTED",
+    413: "RESOURCE_EXHAUSTED",
+    415: "INVALID_ARGUMENT",
+    429: "RESOURCE_EXHAUSTED",
+    499: "CANCELLED",
+    500: "INTERNAL",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+"""What gRPC says where REST says that status; `ServiceError`s have no other."""
+
+
+def every_error(family: type[ServiceError] = ServiceError) -> Iterator[type[ServiceError]]:
+    yield family
+    for child in family.__subclasses__():
+        yield from every_error(child)
+
+
+@pytest.mark.parametrize("error", sorted(set(every_error()), key=str))
+def test_every_error_is_told_over_grpc_as_over_rest(error: type[ServiceError]) -> None:
+    assert grpc_status(error.status).name == GRPC_STATUS[error.status]

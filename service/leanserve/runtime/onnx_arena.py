@@ -13,6 +13,7 @@ from functools import cache
 import numpy as np
 import onnxruntime
 
+from leanserve.runtime.formats.onnx_session import onnx_session
 from leanserve.runtime.linux.spin_control import RELU
 
 ERRORS_ONLY = 3
@@ -44,7 +45,7 @@ def _smallest_session() -> onnxruntime.InferenceSession:
     options.intra_op_num_threads, options.inter_op_num_threads = 1, 1
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     _use_it(options)
-    return onnxruntime.InferenceSession(RELU, options, providers=["CPUExecutionProvider"])
+    return onnx_session(RELU, options)
 
 
 def _use_it(options: onnxruntime.SessionOptions) -> None:

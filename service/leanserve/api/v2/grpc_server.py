@@ -69,6 +69,7 @@ _STATUS = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
+    405: grpc.StatusCode.UNIMPLEMENTED,
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     415: grpc.StatusCode.INVALID_ARGUMENT,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -219,11 +220,16 @@ async def _answered(door: _Door, call: _Call, answer: GrpcAnswer, request: Any, 
     return await _refuse(failure, context)
 
 
+def grpc_status(status: int) -> grpc.StatusCode:
+    """What gRPC calls that status of HTTP."""
+    return _STATUS.get(status, grpc.StatusCode.INTERNAL)
+
+
 async def _refuse(failure: ServiceError, context: Context) -> Any:
     identity = CURRENT_REQUEST.get() or ()
     told = [(name.decode(), value.decode()) for name, value in identity]
     context.set_trailing_metadata((*told, *error_headers(failure).items()))
-    return await context.abort(_STATUS.get(failure.status, grpc.StatusCode.INTERNAL), clipped(str(failure)))
+    return await context.abort(grpc_status(failure.status), clipped(str(failure)))
 
 
 class _Door:

@@ -24,6 +24,7 @@ from leanserve.bases.probing import TOLERANCE, OutputPair, Run, SizeBounds, diff
 from leanserve.contracts import Array, Arrays, ModelSpec, RowsTogether
 from leanserve.errors import ConfigError
 from leanserve.memory import bound_memory
+from leanserve.runtime.formats.onnx_session import onnx_session
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -146,7 +147,7 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnx_session(str(path), options)
     except Exception as error:  # its own errors share no base class
         raise ConfigError(f"onnxruntime does not load it: {str(error).splitlines()[0]}") from error
 

@@ -29,6 +29,7 @@ from leanserve.contracts import Arrays, Model, ModelSpec, OnnxModel, RowsTogethe
 from leanserve.errors import PassFailed
 from leanserve.passes.toolkit.recurrent_shapes import recurrent_shapes
 from leanserve.runtime.formats.expected import onnx_model, torch_model
+from leanserve.runtime.formats.onnx_session import onnx_session
 
 OPSET = 20
 """First with a whole `Gelu`; every operator of it has a kernel in all supported runtimes."""
@@ -107,7 +108,7 @@ def open_session(model: Path | onnx.ModelProto, threads: int = 1) -> onnxruntime
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return onnx_session(source, options)
 
 
 def _exported(model: TorchModel) -> onnx.ModelProto:

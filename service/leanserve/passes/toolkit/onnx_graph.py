@@ -18,6 +18,7 @@ import onnxruntime
 from leanserve.contracts import Model
 from leanserve.errors import PassFailed
 from leanserve.passes.toolkit.lowering import as_onnx
+from leanserve.runtime.formats.onnx_session import onnx_session
 
 LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
 QUANTIZERS = ("_scale", "_zero_point", "_quantized", "_QuantizeLinear", "_DequantizeLinear", "_output_quantized")
@@ -39,7 +40,7 @@ def fused_graph(model: Model, scratch: Path) -> Graph:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(scratch / "fused.onnx")
     path = as_onnx(model, scratch / "float.onnx").path
-    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    onnx_session(str(path), options)
     fused = onnx.shape_inference.infer_shapes(onnx.load(scratch / "fused.onnx"))
     for position, node in enumerate(fused.graph.node):
         node.name = node.name or f"{node.op_type}_fused_{position}"

@@ -19,6 +19,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 from leanserve.contracts import Arrays, Json, OnnxModel, Result
 from leanserve.errors import BadInput, StartupError
+from leanserve.runtime.formats.onnx_session import onnx_session
 from leanserve.runtime.linux.denormals import flush_denormals
 from leanserve.runtime.linux.spin_control import spin_us
 from leanserve.runtime.onnx_arena import ERRORS_ONLY, share_arena
@@ -55,10 +56,10 @@ class OnnxRuntimeBackend:
         self._device: str = settings.get("provider", device)
         provider = PROVIDERS[self._device]
         _require(provider, onnxruntime.get_available_providers())
-        self._session = onnxruntime.InferenceSession(
+        self._session = onnx_session(
             str(model.path),
             _options(settings, threads, alone=alone),
-            providers=list(dict.fromkeys([provider, PROVIDERS["cpu"]])),
+            list(dict.fromkeys([provider, PROVIDERS["cpu"]])),
         )
         _require(provider, self._session.get_providers())
         flush_denormals()

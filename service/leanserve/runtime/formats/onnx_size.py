@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from leanserve.contracts import ModelSize
+from leanserve.runtime.formats.onnx_session import onnx_session
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
@@ -66,7 +67,7 @@ def _folded(model: ModelProto) -> ModelProto:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     with TemporaryDirectory(prefix="leanserve-size-") as folder:
         options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
-        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        onnx_session(model.SerializeToString(), options)
         return onnx.shape_inference.infer_shapes(onnx.load(options.optimized_model_filepath), data_prop=True)
 
 

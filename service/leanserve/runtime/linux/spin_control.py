@@ -14,6 +14,8 @@ from pathlib import Path
 
 import onnxruntime
 
+from leanserve.runtime.formats.onnx_session import onnx_session
+
 ASKED_US = 500
 """What is asked for to see what comes of it."""
 STEP_S, STEPS = 0.005, 20
@@ -40,7 +42,7 @@ def _stretch() -> float:
     options.intra_op_num_threads, options.inter_op_num_threads = 2, 1
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(ASKED_US))
     before = set(_TASKS.iterdir())
-    session = onnxruntime.InferenceSession(RELU, options, providers=["CPUExecutionProvider"])
+    session = onnx_session(RELU, options)
     new = set(_TASKS.iterdir()) - before
     spun = _rest(new.pop()) if len(new) == 1 else 0.0  # others began meanwhile: whose is which?
     del session
