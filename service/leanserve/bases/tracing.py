@@ -21,7 +21,7 @@ from leanserve.memory import is_out_of_memory
 if TYPE_CHECKING:
     from torch import nn
 
-DECLARE = "Its inputs are declared by base.image, base.text or base.inputs"
+DECLARE = "Its inputs are declared by base.image, base.text, base.audio or base.inputs"
 OPERATORS: Final[Mapping[str, LastOperator]] = {
     "SoftmaxBackward": "softmax",
     "LogSoftmaxBackward": "log_softmax",

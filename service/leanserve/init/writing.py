@@ -30,6 +30,7 @@ TODO = "# TODO:"
 KEYS: Mapping[str, str] = {
     "image": "{size: [224, 224], mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]} # TODO: as in training",
     "text": "{tokenizer: tokenizer.json} # TODO: the file of the model",
+    "audio": "{rate: 16000, samples: 16000} # TODO: as in training",
     "inputs": "{NAME: {dtype: float32, shape: [SIZES OF ONE ROW]}} # TODO: one per input",
     "labels": "labels.txt # TODO: one class name per line",
     "outputs": "{NAME: logits} # TODO: what each means",

@@ -176,8 +176,8 @@ class PythonSource:
         declared = getattr(self._imported(), "INPUTS", None)
         if declared is None:
             raise ConfigError(
-                "base: the input of the model is not known; declare base.image (images), base.text (token ids) or "
-                f"base.inputs (any tensors), or INPUTS in {self._names()[0]}"
+                "base: the input of the model is not known; declare base.image (images), base.text (token ids), "
+                f"base.audio (samples) or base.inputs (any tensors), or INPUTS in {self._names()[0]}"
             )
         return tuple(Tensor.model_validate(item) for item in declared)
 
