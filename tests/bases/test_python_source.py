@@ -235,7 +235,7 @@ def test_a_module_may_import_torchvision(folder: Path) -> None:
         (
             "linear",
             {"inputs": {"x": {"shape": [7]}}},
-            r"does not run on x \[3, 7\].*base\.image, base\.text or base\.inputs",
+            r"does not run on x \[3, 7\].*base\.image, base\.text, base\.audio or base\.inputs",
         ),
         ("total", VECTOR, "the first axis must count the rows"),
         ("broken", VECTOR, "bring_model:broken failed: RuntimeError: no such luck"),
