@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from heapq import heappop, heappush
@@ -35,7 +36,9 @@ IDLE_S = 20.0
 """After so long without work the processes end, and the memory of this one is given back."""
 MEMORY = 512 * 2**20
 """Bytes that decoding one body may take in a process."""
-_LARGE = 8 * 2**20
+LARGE = 2**20
+"""Bytes of a body that is looked at on a thread of its own: to count what is in it may take as long as an image."""
+_LARGE_SUM = 8 * 2**20
 """Bytes of bodies after which there may be memory to give back."""
 _SMOOTHING = 0.1
 
@@ -76,6 +79,27 @@ class _Quick(NamedTuple, Generic[Made]):
     took_s: float
 
 
+class _Line:
+    """Bodies before so many threads, and what each takes them."""
+
+    def __init__(self, threads: int, on_thread: Callable[..., Awaitable[Any]]) -> None:
+        self._threads = threads
+        self._on_thread = on_thread
+        self._bodies = 0
+        self._mean_s = 0.001
+
+    async def decode(self, work: Work[Made], patience: Patience) -> _Quick[Made]:
+        """Decode what is quick, weigh what is not. Raises as `Decoders.run`."""
+        _require_time(self._bodies * self._mean_s / self._threads, patience)
+        self._bodies += 1
+        try:
+            quick: _Quick[Made] = await self._on_thread(_decode_quickly, work, patience)
+        finally:
+            self._bodies -= 1
+        self._mean_s += _SMOOTHING * (quick.took_s - self._mean_s)
+        return quick
+
+
 class Decoders:
     """All that decodes, for the loop that it was made on."""
 
@@ -84,12 +108,12 @@ class Decoders:
         self._processes = [DecoderProcess[Any](memory) for _ in range(PROCESSES)]
         self._free = list(self._processes)
         self._feeders = ThreadPoolExecutor(PROCESSES, thread_name_prefix="decode-apart")
+        self._looker = ThreadPoolExecutor(1, thread_name_prefix="decode-large")
         self._waiting: list[_Job] = []
         self._running: list[_Job] = []
         self._numbers = 0
-        self._in_threads = 0
-        self._thread_s = 0.001
-        """What a body took a thread lately, in the mean."""
+        self._small = _Line(THREADS, off_loop)
+        self._large = _Line(1, self._on_the_other_thread)
         self._took_s = self._announced_s = 1.0
         """What bodies took processes, and were announced to take, lately."""
         self._bytes = 0
@@ -104,25 +128,23 @@ class Decoders:
             QueueTimeout: it was too late.
             ServiceError: whatever is wrong with the body.
         """
-        self._require_time(self._in_threads * self._thread_s / THREADS, patience)
-        self._in_threads += 1
         self._use(work.size)
-        try:
-            quick = await off_loop(_decode_quickly, work, patience)
-        finally:
-            self._in_threads -= 1
-        self._thread_s += _SMOOTHING * (quick.took_s - self._thread_s)
+        quick = await (self._large if work.size > LARGE else self._small).decode(work, patience)
         if quick.announced_s <= QUICK_S:
             return quick.made  # type: ignore[return-value]
         made: Made = await self._apart(work, quick.announced_s, patience)
         return made
+
+    async def _on_the_other_thread(self, look: Callable[[*_Args], _Result], *args: *_Args) -> _Result:
+        """Where large bodies are looked at and small ones decoded, of which many may come in one body's time."""
+        return await self._loop.run_in_executor(self._looker, copy_context().run, look, *args)
 
     async def _apart(self, work: Work[Made], seconds: float, patience: Patience) -> Made:
         now, self._numbers = time.perf_counter(), self._numbers + 1
         job = _Job(now + PATIENCE * seconds, self._numbers, seconds, work, patience, self._loop.create_future())
         before = sum(other.seconds for other in self._running)
         before += sum(other.seconds for other in self._waiting if other < job and not other.result.done())
-        self._require_time(before / PROCESSES * self._took_s / self._announced_s, patience)
+        _require_time(before / PROCESSES * self._took_s / self._announced_s, patience)
         heappush(self._waiting, job)
         self._feed()
         try:
@@ -131,12 +153,6 @@ class Decoders:
         except TimeoutError:
             raise _too_late() from None
         return made
-
-    def _require_time(self, wait_s: float, patience: Patience) -> None:
-        late = time.perf_counter() + wait_s - patience.deadline
-        if late > 0:
-            text = f"predicted to wait {wait_s * 1000:.0f} ms to be decoded, longer than the request allows"
-            raise DeadlineUnreachable(text, retry_after_s=late)
 
     def _feed(self) -> None:
         """Give every free process the job that comes next."""
@@ -171,7 +187,7 @@ class Decoders:
     def _use(self, size: int) -> None:
         self._bytes += size
         self._used_at = self._loop.time()
-        if self._timer is None and (self._bytes > _LARGE or any(process.pid for process in self._processes)):
+        if self._timer is None and (self._bytes > _LARGE_SUM or any(process.pid for process in self._processes)):
             self._timer = self._loop.call_later(IDLE_S, self._rest)
 
     def _rest(self) -> None:
@@ -192,9 +208,17 @@ class Decoders:
 
     def close(self) -> None:
         """End the processes."""
-        self._feeders.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._feeders, self._looker):
+            threads.shutdown(wait=False, cancel_futures=True)
         for process in self._processes:
             process.end()
+
+
+def _require_time(wait_s: float, patience: Patience) -> None:
+    late = time.perf_counter() + wait_s - patience.deadline
+    if late > 0:
+        text = f"predicted to wait {wait_s * 1000:.0f} ms to be decoded, longer than the request allows"
+        raise DeadlineUnreachable(text, retry_after_s=late)
 
 
 def _decode_apart(process: DecoderProcess[Any], job: _Job) -> Any:
