@@ -74,8 +74,10 @@ class ServiceStart:
         if work.missing:
             logger.info("%s; building what is missing, GET /readyz tells how far it is", work.missing)
             self._build_in_child(work.store.root)
-        elif work.elsewhere:
-            self._warn(work.elsewhere)
+        else:
+            work.store.sweep()
+            if work.elsewhere:
+                self._warn(work.elsewhere)
         self.startup.all_built()
         return work.open_variants(self.startup)
 

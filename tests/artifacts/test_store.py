@@ -246,6 +246,25 @@ def test_what_dead_builders_left_is_swept_and_what_live_ones_do_is_not(tmp_path:
     assert [path.name for path in (tmp_path / "scratch").iterdir()] == [other], "an interrupted pass resumes"
 
 
+def test_a_checkpoint_that_nobody_went_on_from_is_swept(tmp_path: Path) -> None:
+    store, other = ArtifactStore(tmp_path), "b" * 64
+    for key, days in ((KEY, 31), (other, 29)):
+        checkpoint = store.scratch(key) / "checkpoint"
+        checkpoint.write_bytes(b"epoch 3")
+        for path in (checkpoint, checkpoint.parent):
+            os.utime(path, (time.time() - days * 86_400,) * 2)
+    store.sweep()
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == [other]
+
+
+def test_what_cannot_be_told_to_be_stale_stays(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    (tmp_path / "tmp" / f"{KEY}.left").mkdir()
+    (tmp_path / "locks" / KEY).mkdir()
+    store.sweep()
+    assert (tmp_path / "tmp" / f"{KEY}.left").exists()
+
+
 def test_others_may_read_what_was_published(tmp_path: Path) -> None:
     """A cache is built by one user and served by another."""
     before = os.umask(0o022)

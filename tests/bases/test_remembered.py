@@ -67,4 +67,4 @@ def test_what_json_does_not_have_is_refused_when_it_is_written(tmp_path: Path) -
     odd = described().model_copy(update={"image": ImageInput(size=(1, 1), mode="L", mean=(float("nan"),), std=(1,))})
     with pytest.raises(ConfigError, match=r"image\.mean\[0\] is nan"):
         remembered(tmp_path, "a", lambda: odd)
-    assert not list((tmp_path / "bases").iterdir())
+    assert not [*(tmp_path / "bases").iterdir(), *(tmp_path / "tmp").iterdir()]

@@ -25,6 +25,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,6 +41,8 @@ from leanserve.disk import may_write, sha256_of
 from leanserve.errors import ArtifactCorrupt, PassFailed, StartupError
 from leanserve.runtime.formats import format_named
 
+ABANDONED_S = 30 * 86_400.0
+"""Since a training wrote its last checkpoint: its pass is in no config any more, or was changed."""
 FOLDERS = ("artifacts", "bases", "failures", "locks", "tmp", "scratch", "benchmarks")
 
 
@@ -251,13 +254,17 @@ class ArtifactStore:
             self._bury(self.folder(key), key)
 
     def sweep(self) -> None:
-        """Remove what dead builders left behind: temporary files whose lock is free, checkpoints of finished passes."""
+        """Remove what dead builders left behind: temporary files whose lock is free, checkpoints of finished passes
+        and those that nobody went on from for a month."""
+        if not self.writable:
+            return
         with self._writing():
             for stale in (self.root / "tmp").iterdir():
                 if self._is_free(stale.name.partition(".")[0]):
                     _remove(stale)
             for stale in (self.root / "scratch").iterdir():
-                if self.folder(stale.name).exists() and self._is_free(stale.name):
+                finished = self.folder(stale.name).exists() or _age_s(stale) > ABANDONED_S
+                if finished and self._is_free(stale.name):
                     _remove(stale)
 
     def _benchmark(self, key: str, anchor: str, cpu: str, threads: int) -> Path:
@@ -291,7 +298,10 @@ class ArtifactStore:
         return os.open(self.root / "locks" / key, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
 
     def _is_free(self, key: str) -> bool:
-        descriptor = self._open_lock(key)
+        try:
+            descriptor = self._open_lock(key)
+        except OSError:  # something else stands in its place, or it is another user's
+            return False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -359,6 +369,12 @@ def _seal(path: Path, key: str, document: BaseModel) -> None:
 
 def _digest(words: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+
+def _age_s(folder: Path) -> float:
+    """Seconds since anything in a folder was written."""
+    written = [path.lstat().st_mtime for path in (folder, *folder.rglob("*"))]
+    return time.time() - max(written)
 
 
 def _remove(path: Path) -> None:

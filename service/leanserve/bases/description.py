@@ -125,9 +125,10 @@ def remembered(folder: Path | None, key: str, describe: Callable[[], Description
 
 def _remember(path: Path, key: str, description: Description) -> None:
     """Put it in its place in one step, whatever stands there. It can be found out again, so a full disk is no error."""
-    half = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    half = path.parents[1] / "tmp" / f"{path.name}.{secrets.token_hex(8)}"  # the store sweeps what stays there
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (path.parent, half.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         seal(half, key, description)
         if path.is_dir():
             shutil.rmtree(path)
