@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from leanserve.bases import description
-from leanserve.bases.description import Description, remembered
-from leanserve.config.base_section import ImageInput
+from leanserve.bases.description import Description, Tensor, remembered
 from leanserve.errors import ConfigError
 
 
@@ -64,7 +63,8 @@ def test_a_folder_that_cannot_be_written_is_left_alone(tmp_path: Path, monkeypat
 
 
 def test_what_json_does_not_have_is_refused_when_it_is_written(tmp_path: Path) -> None:
-    odd = described().model_copy(update={"image": ImageInput(size=(1, 1), mode="L", mean=(float("nan"),), std=(1,))})
-    with pytest.raises(ConfigError, match=r"image\.mean\[0\] is nan"):
+    padded = Tensor(name="x", dtype="float32", shape=(None,), pad=float("nan"))
+    odd = described().model_copy(update={"inputs": (padded,)})
+    with pytest.raises(ConfigError, match=r"inputs\[0\]\.pad is nan"):
         remembered(tmp_path, "a", lambda: odd)
     assert not [*(tmp_path / "bases").iterdir(), *(tmp_path / "tmp").iterdir()]

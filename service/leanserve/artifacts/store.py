@@ -233,6 +233,7 @@ class ArtifactStore:
         """
         with self._writing():
             for path in folder.rglob("*"):
+                _open_as(path, folder)
                 _flush(path)
             _seal(folder / "manifest.json", recipe.key, recipe)
             _flush(folder)
@@ -384,6 +385,13 @@ def _remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def _open_as(path: Path, folder: Path) -> None:
+    """Have a file read by whoever may read the folder, as the builder's umask has it; some writers allow only the owner
+    (safetensors), and a cache is built by one user and served by another."""
+    if not path.is_dir():
+        path.chmod(folder.stat().st_mode & 0o666)
 
 
 def _flush(path: Path) -> None:
