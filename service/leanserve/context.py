@@ -61,6 +61,7 @@ class AppContext:
         origin = Origin(
             base=self.config.base,
             data=self.config.data,
+            score=self.config.score,
             folder=path.resolve().parent,
             images=ImageLimits(self.config.limits.image_pixels, self.config.limits.image_side),
             cache=root.resolve() if make_cache else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -176,3 +177,11 @@ def test_a_failing_pass_names_variant_position_and_option(tmp_path: Path) -> Non
     config = config.model_copy(update={"gate": GateConfig(on_fail="abort")})
     with pytest.raises(PassFailed, match=r"variant 'v0', pass 1 \(quantize_static\): .*keep_float"):
         constructed(ArtifactStore(tmp_path), config, image_base(Residual()))
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_pass_that_asks_how_good_candidates_are_says_so(kind: str) -> None:
+    """The score decides what it makes, and so is part of its key."""
+    pass_ = KINDS[kind]
+    asks = ".evaluate(" in Path(inspect.getfile(pass_)).read_text(encoding="utf-8")
+    assert asks == (pass_.evaluates is not Pass.evaluates)

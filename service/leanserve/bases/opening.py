@@ -16,6 +16,7 @@ from leanserve.bases.datasets.opening import open_rows
 from leanserve.bases.datasets.refitted import RefittedRows
 from leanserve.bases.description import Description, remembered
 from leanserve.bases.loaded import LoadedBase, Rows
+from leanserve.bases.scores.opening import open_score
 from leanserve.bases.shipped import BaseModule, ModuleRows, ModuleSource, borrowed, shipped_module
 from leanserve.bases.sources.exported_program import ExportedSource
 from leanserve.bases.sources.onnx_file import OnnxSource
@@ -39,6 +40,7 @@ from leanserve.config.base_section import (
     TransformersBase,
 )
 from leanserve.config.data_section import AnyData, ArrayFileData
+from leanserve.config.score_section import AnyScore
 from leanserve.config.section import Section
 from leanserve.contracts import Codec, Model, ModelSpec, RowsTogether
 from leanserve.errors import ConfigError
@@ -86,6 +88,7 @@ class Origin(Section):
 
     base: AnyBase
     data: AnyData | None = None
+    score: AnyScore | None = None
     folder: Path = Path()
     """To which the paths in both are relative: that of the config file."""
     images: ImageLimits = DEFAULT_LIMITS
@@ -229,20 +232,29 @@ def _rows_for(origin: Origin, rows: Rows, description: Description, spec: ModelS
     """The rows of a base for a model whose passes have changed what it takes."""
     if origin.data is None:
         return RefittedRows(rows, spec)
-    return open_rows(origin.data, description, codec_of(description, spec), origin.folder, spec)
+    own = _own_labels(origin, description)
+    return open_rows(origin.data, description, codec_of(description, spec), origin.folder, spec, own_labels=own)
+
+
+def _own_labels(origin: Origin, description: Description) -> bool:
+    """Whether labels are of a form that only the configured score understands; names of classes are always read."""
+    return origin.score is not None and not description.labels
 
 
 def _rows_and_score(origin: Origin, source: Source, description: Description, codec: Codec) -> tuple[Rows, Scoring]:
     own = source.module if isinstance(source, ModuleSource) else None
+    spec = description.spec()
+    declared = None if origin.score is None else open_score(origin.score, spec, origin.folder)
     if own is not None and origin.data is None:
-        return ModuleRows(own), _own_score(own)
+        return ModuleRows(own), declared or _own_score(own)
     if origin.data is None:
         raise ConfigError(
             "data: this base comes without rows, and the report, the gate and calibration need some; add `data:` with "
             "images, arrays or texts like those it will be asked about (synthetic: 64 for a first look at speed)"
         )
-    rows = open_rows(origin.data, description, codec, origin.folder)
-    return rows, score_of(description.spec(), rows.unit) if own is None else _own_score(own)
+    labels = _own_labels(origin, description)
+    rows = open_rows(origin.data, description, codec, origin.folder, own_labels=labels)
+    return rows, declared or (score_of(spec, rows.unit) if own is None else _own_score(own))
 
 
 def _own_score(module: BaseModule) -> Scoring:

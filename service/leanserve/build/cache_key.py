@@ -71,7 +71,10 @@ class _Recipes:
         steps = {step.key: step for line in lines for step in line}
         parents = tuple(line[-1].key for line in lines)
         for position, pass_ in enumerate(variant.passes, start=1):
-            key = _digest(_ingredients(pass_, parents, self._seed, self._hardware))
+            ingredients = _ingredients(pass_, parents, self._seed, self._hardware)
+            if pass_.evaluates and self._base.score_digest:
+                ingredients |= {"score": self._base.score_digest}
+            key = _digest(ingredients)
             steps[key] = RecipeStep(key, parents, pass_, position, variant.name)
             parents = (key,)
         return tuple(steps.values())

@@ -14,6 +14,7 @@ from leanserve.codecs.postprocess import STEPS
 from leanserve.config.base_section import FORMS as BASE_FORMS
 from leanserve.config.base_section import IMAGE_FORMS
 from leanserve.config.data_section import DATA_FORMS
+from leanserve.config.score_section import SCORE_FORMS
 from leanserve.config.yaml import PathStep, YamlSource
 from leanserve.passes import ALL
 from leanserve.passes.base import Pass
@@ -90,7 +91,7 @@ def _steps(value: Any, item: ErrorDetails) -> tuple[PathStep, ...]:
 
 def _text(item: ErrorDetails, steps: tuple[PathStep, ...], root: type[BaseModel]) -> str:
     kind, context = item["type"], item.get("ctx", {})
-    if kind in {"base_form", "data_form"}:
+    if kind in {"base_form", "data_form", "score_form"}:
         return item["msg"]
     if kind == "model_type":
         return f"must be a mapping with the keys {', '.join(_keys_at(item['loc'], root))}{_got(item)}"
@@ -148,7 +149,7 @@ def _got(item: ErrorDetails) -> str:
 
 def _is_form(step: PathStep) -> bool:
     """Tags of the forms of `base` and `data` look like `base.timm`."""
-    return isinstance(step, str) and step.startswith(("base.", "data."))
+    return isinstance(step, str) and step.startswith(("base.", "data.", "score."))
 
 
 def _near(wrong: str, known: list[str], otherwise: str) -> str:
@@ -196,6 +197,7 @@ def kind_of(pass_: type[Pass]) -> str:
 FORMS: dict[str, type[BaseModel]] = {
     **{f"base.{form.kind}": form for form in BASE_FORMS},
     **{f"data.{form.kind}": form for form in DATA_FORMS},
+    **{f"score.{form.kind}": form for form in SCORE_FORMS},
     **IMAGE_FORMS,
 }
 KINDS: dict[str, type[Pass]] = {kind_of(pass_): pass_ for pass_ in ALL}

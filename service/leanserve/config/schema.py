@@ -18,6 +18,7 @@ from leanserve.config.data_section import AnyData
 from leanserve.config.errors import describe, kind_of
 from leanserve.config.limits_section import LimitsConfig
 from leanserve.config.lineage import building_order, parents_fault
+from leanserve.config.score_section import AnyScore
 from leanserve.config.section import Name, Section
 from leanserve.config.watchdog_section import WatchdogConfig
 from leanserve.config.yaml import read_yaml
@@ -184,6 +185,9 @@ class ServiceConfig(Section):
 
     base: AnyBase = Field(description="the model that the variants compress")
     data: AnyData | None = Field(None, description="rows for calibration, training and the gate")
+    score: AnyScore | None = Field(
+        None, description="how answers are judged against labels; by default by what the model gives"
+    )
     variants: tuple[VariantConfig, ...] = Field(min_length=1)
     postprocess: tuple[AnyStep, ...] = Field((), description="what becomes of outputs before clients see them")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every pass that draws random numbers")

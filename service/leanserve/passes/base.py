@@ -114,6 +114,11 @@ class Pass(BaseModel):
     `rebuild_joined` where it changes the structure."""
 
     @property
+    def evaluates(self) -> bool:
+        """Whether it asks `BuildContext.evaluate`, so that the score decides what it makes."""
+        return False
+
+    @property
     def needs(self) -> frozenset[Need]:
         """What this pass cannot do without, given its options; checked before any work (`leanserve.build.needs`)."""
         return frozenset()

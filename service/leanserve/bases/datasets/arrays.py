@@ -20,7 +20,7 @@ from PIL import Image
 
 from leanserve.bases.checkpoints import file_digest
 from leanserve.bases.datasets.class_labels import LabelColumn
-from leanserve.bases.datasets.labels import LabelFiles, require_target, understanding
+from leanserve.bases.datasets.labels import LabelFiles, as_given, require_target, understanding
 from leanserve.bases.datasets.splits import RowSource
 from leanserve.bases.datasets.tables import PreparedData, TableRows
 from leanserve.codecs.images import ImageCodec, stacked
@@ -40,18 +40,21 @@ class Header(NamedTuple):
         return f"{self.dtype} {list(self.shape)}"
 
 
-def open_arrays(declared: ArrayFileData, spec: ModelSpec, codec: Codec, folder: Path) -> TableRows:
-    """The arrays that the config declares.
+def open_arrays(
+    declared: ArrayFileData, spec: ModelSpec, codec: Codec, folder: Path, *, own_labels: bool = False
+) -> TableRows:
+    """The arrays that the config declares; `own_labels`: the configured score takes the labels as they are.
 
     Raises:
         ConfigError: a file is missing or damaged, lacks an array, or an array does not fit the model.
     """
     if isinstance(declared.arrays, Path):
         path = folder / declared.arrays
-        table = _opened(path, "data.arrays", declared, _labels([path], declared, spec), spec, codec)
+        labels = _labels([path], declared, spec, own_labels=own_labels)
+        table = _opened(path, "data.arrays", declared, labels, spec, codec)
         return TableRows("data.arrays", table, declared.splits, declared.seed)
     paths = {split: folder / path for split, path in declared.arrays.items()}
-    labels = _labels(paths.values(), declared, spec)
+    labels = _labels(paths.values(), declared, spec, own_labels=own_labels)
     tables = {
         split: _opened(path, f"data.arrays.{split}", declared, labels, spec, codec) for split, path in paths.items()
     }
@@ -87,10 +90,10 @@ def _first_file(declared: ArrayFileData, folder: Path) -> Path:
     return folder / (files if isinstance(files, Path) else next(iter(files.values())))
 
 
-def _labels(paths: Iterable[Path], declared: ArrayFileData, spec: ModelSpec) -> LabelFiles | None:
+def _labels(paths: Iterable[Path], declared: ArrayFileData, spec: ModelSpec, *, own_labels: bool) -> LabelFiles | None:
     if declared.labels is None:
         return None
-    understood = understanding(spec, "data.labels")
+    understood = as_given if own_labels else understanding(spec, "data.labels")
     return LabelFiles({path: partial(_column, path, declared.labels) for path in paths}, understood)
 
 
@@ -106,7 +109,7 @@ def _opened(
     lengths = {name: (*header.shape, 0)[0] for name, header in used.items()}
     if len(set(lengths.values())) > 1:
         raise ConfigError(f"{key}: the arrays of {path} differ in length: {lengths}")
-    if declared.labels is not None:
+    if declared.labels is not None and labels is not None and labels.understood is not as_given:
         _require_labels(found[declared.labels], spec, f"data.labels: the array '{declared.labels}' of {path}")
     pixels = codec if isinstance(codec, ImageCodec) and _are_pixels(found[names[0]]) else None
     if pixels is None:

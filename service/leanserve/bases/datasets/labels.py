@@ -15,13 +15,16 @@ from leanserve.contracts import Array, ModelSpec
 from leanserve.errors import ConfigError
 from leanserve.scoring import regressed
 
+Understanding = Callable[[Sequence[LabelColumn]], Sequence[Array]]
+"""Makes of the columns of all files together the labels of each."""
+
 
 @dataclass(frozen=True)
 class LabelFiles:
     """Label columns by their file, and what makes class numbers, or numbers to be hit, of them together."""
 
     columns: Mapping[Path, Callable[[], LabelColumn]]
-    understood: Callable[[Sequence[LabelColumn]], Sequence[Array]]
+    understood: Understanding
 
     def of(self, path: Path) -> Array:
         """The labels of one file, per row.
@@ -37,7 +40,7 @@ class LabelFiles:
         return dict(zip(self.columns, self.understood(columns), strict=True))
 
 
-def understanding(spec: ModelSpec, key: str) -> Callable[[Sequence[LabelColumn]], Sequence[Array]]:
+def understanding(spec: ModelSpec, key: str) -> Understanding:
     """How labels are read that belong to this model: as its classes, or as the numbers that it should give.
 
     Raises:
@@ -51,6 +54,11 @@ def understanding(spec: ModelSpec, key: str) -> Callable[[Sequence[LabelColumn]]
         f"{key}: the rows have labels, but the model has neither classes with names (base.labels) nor an output whose "
         f"values could be compared with them; its outputs are {_shown(spec)} (base.outputs says what they mean)"
     )
+
+
+def as_given(columns: Sequence[LabelColumn]) -> list[Array]:
+    """Labels that only the configured score understands: numbers of any shape per row, or texts."""
+    return [column.values for column in columns]
 
 
 def targets(columns: Sequence[LabelColumn]) -> list[NDArray[np.float64]]:

@@ -24,9 +24,17 @@ SEEDS: dict[Split, int] = {"train": 1, "calibration": 2, "gate": 3, "test": 4}
 
 
 def open_rows(
-    data: AnyData, description: Description, codec: Codec, folder: Path, spec: ModelSpec | None = None
+    data: AnyData,
+    description: Description,
+    codec: Codec,
+    folder: Path,
+    spec: ModelSpec | None = None,
+    *,
+    own_labels: bool = False,
 ) -> Rows:
     """The rows that the config declares, prepared by `codec` for a model of `spec` (by default the described one).
+
+    `own_labels`: they are what the configured score takes, of whatever form.
 
     Raises:
         ConfigError: files are missing or damaged, or do not suit the model; the text names the key.
@@ -41,13 +49,13 @@ def open_rows(
             )
         return rows
     if isinstance(data, ArrayFileData):
-        return open_arrays(data, spec, codec, folder)
+        return open_arrays(data, spec, codec, folder, own_labels=own_labels)
     if isinstance(data, ImageData):
         if description.image is None:
             raise ConfigError("data.images: the model takes no images; if it does, say how with base.image")
         return open_images(data, description.labels, description.image, codec, folder)
     if isinstance(data, TextData):
-        return open_texts(data, spec, codec, folder)
+        return open_texts(data, spec, codec, folder, own_labels=own_labels)
     raise ConfigError(f"data.{data.kind}")
 
 

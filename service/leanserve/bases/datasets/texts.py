@@ -17,7 +17,7 @@ import numpy as np
 
 from leanserve.bases.checkpoints import file_digest
 from leanserve.bases.datasets.class_labels import LabelColumn
-from leanserve.bases.datasets.labels import LabelFiles, require_target, targets, understanding
+from leanserve.bases.datasets.labels import LabelFiles, Understanding, as_given, require_target, targets, understanding
 from leanserve.bases.datasets.splits import RowSource as Numbers
 from leanserve.bases.datasets.tables import TableRows
 from leanserve.bases.datasets.text_files import FORMATS, Line, read_lines
@@ -27,27 +27,30 @@ from leanserve.contracts import Array, Batch, Codec, Data, ModelSpec, Split
 from leanserve.errors import BadInput, ConfigError
 
 
-def open_texts(declared: TextData, spec: ModelSpec, codec: Codec, folder: Path) -> TextRows:
-    """The texts that the config declares, for a model of these outputs and labels.
+def open_texts(
+    declared: TextData, spec: ModelSpec, codec: Codec, folder: Path, *, own_labels: bool = False
+) -> TextRows:
+    """The texts that the config declares, for a model of these outputs and labels; `own_labels` as for `open_arrays`.
 
     Raises:
         ConfigError: a file is missing or of an unknown format, or the columns do not suit the model.
     """
     if not isinstance(codec, TextCodec):
         raise ConfigError("data.texts: the model takes no texts; if it does, name its tokenizer in base.text")
-    _require_labels(declared, spec)
+    understood = as_given if own_labels else _understanding(declared, spec)
     # Requests are bounded; a training set need not be.
     codec = replace(codec, max_characters=sys.maxsize, max_total=sys.maxsize, max_rows=sys.maxsize)
     unit = 1 if declared.pair is None else 2
     if isinstance(declared.texts, Path):
-        [table] = _tables({"data.texts": folder / declared.texts}, declared, spec, codec)
+        [table] = _tables({"data.texts": folder / declared.texts}, declared, understood, codec)
         return TextRows(TableRows("data.texts", table, declared.splits, declared.seed), unit)
     paths = {f"data.texts.{split}": folder / path for split, path in declared.texts.items()}
-    tables = dict(zip(declared.texts, _tables(paths, declared, spec, codec), strict=True))
+    tables = dict(zip(declared.texts, _tables(paths, declared, understood, codec), strict=True))
     return TextRows(TableRows("data.texts", tables, declared.splits, declared.seed), unit)
 
 
-def _require_labels(declared: TextData, spec: ModelSpec) -> None:
+def _understanding(declared: TextData, spec: ModelSpec) -> Understanding:
+    """How labels are read, which must suit the model."""
     if declared.pair is not None:
         if spec.labels:
             raise ConfigError("data.pair: the model classifies single texts; pairs are for models of embeddings")
@@ -56,12 +59,18 @@ def _require_labels(declared: TextData, spec: ModelSpec) -> None:
                 "data.label: the similarity of a pair is compared with that of embeddings, and the model gives none; "
                 "base.outputs says what its outputs mean"
             )
-    elif declared.label is not None and not spec.labels:
-        understanding(spec, "data.label")
+        return targets
+    if declared.label is None:
+        return as_given  # there are none
+    understood = understanding(spec, "data.label")
+    if not spec.labels:
         require_target(spec, (), "data.label")
+    return understood
 
 
-def _tables(paths: Mapping[str, Path], declared: TextData, spec: ModelSpec, codec: TextCodec) -> list[TextTable]:
+def _tables(
+    paths: Mapping[str, Path], declared: TextData, understood: Understanding, codec: TextCodec
+) -> list[TextTable]:
     """A table per file, by the key that names it; the labels of all of them are read in the same way."""
     for key, path in paths.items():
         if path.suffix not in FORMATS:
@@ -71,7 +80,6 @@ def _tables(paths: Mapping[str, Path], declared: TextData, spec: ModelSpec, code
     files = [TextFile(path, declared) for path in paths.values()]
     labels = None
     if declared.label is not None:
-        understood = targets if declared.pair is not None else understanding(spec, "data.label")
         labels = LabelFiles({file.path: file.column for file in files}, understood)
     return [TextTable(file, labels, codec) for file in files]
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ast
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -108,6 +108,33 @@ def spec_of(name: str) -> ModuleSpec | None:
         return next((spec for spec in found if spec is not None), None)
     except (ImportError, ValueError, AttributeError):
         return None
+
+
+def make_findable(name: str, folder: Path, key: str) -> None:
+    """Make sure that a module can be imported, and that it is the one in `folder`, that of the config, if any.
+
+    Raises:
+        ConfigError: there is none, or another one of the same name comes first; the text starts with `key`.
+    """
+    folder = folder.resolve()
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    spec = spec_of(name)
+    found = None if spec is None or spec.origin is None else Path(spec.origin)
+    own = _file_of(folder, name.split("."))
+    if own is not None and (found is None or found.resolve() != own.resolve()):
+        owner = name.partition(".")[0]
+        raise ConfigError(
+            f"{key}: {own} cannot be imported as {name}: a module of Python, of leanserve or of an installed "
+            f"package is called {owner}, too; give yours another name"
+        )
+    if found is None:
+        raise ConfigError(f"{key}: there is no module {name}, neither in {folder} nor installed")
+
+
+def _file_of(folder: Path, parts: Sequence[str]) -> Path | None:
+    path = folder.joinpath(*parts)
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
 def _parents(name: str) -> list[str]:

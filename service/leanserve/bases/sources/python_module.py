@@ -17,7 +17,7 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,7 +33,7 @@ from leanserve.bases.description import Description, Tensor
 from leanserve.bases.fitting import shortened
 from leanserve.bases.inputs import bounds_of, declared_inputs, described
 from leanserve.bases.probing import spec_of_inputs
-from leanserve.bases.sources.python_imports import Imports, make_torchvision_importable, spec_of
+from leanserve.bases.sources.python_imports import Imports, make_findable, make_torchvision_importable
 from leanserve.bases.tracing import sized, traced
 from leanserve.config.base_section import PythonBase
 from leanserve.contracts import Json, ModelSpec, TorchModel
@@ -195,27 +195,14 @@ class PythonSource:
             raise ConfigError(f"base.python: importing {name} failed: {reason}") from error
 
     def _find(self) -> None:
-        """Make sure that the factory's module can be imported, and that it is the one beside the config, if any."""
+        """Make sure that the factory's module can be imported, and is no module of Python's."""
         name = self._names()[0]
-        folder = self.folder.resolve()
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
-        spec = spec_of(name)
-        found = None if spec is None or spec.origin is None else Path(spec.origin)
-        own = _file_of(folder, name.split("."))
-        if own is not None and (found is None or found.resolve() != own.resolve()):
-            owner = name.partition(".")[0]
-            raise ConfigError(
-                f"base.python: {own} cannot be imported as {name}: a module of Python, of leanserve or of an installed "
-                f"package is called {owner}, too; give yours another name"
-            )
+        make_findable(name, self.folder, "base.python")
         if name.partition(".")[0] in sys.stdlib_module_names:
             raise ConfigError(
                 f"base.python: {name} is a module of Python's own, and nothing in it makes a torch module; name a "
                 "factory of yours as package.module:factory"
             )
-        if found is None:
-            raise ConfigError(f"base.python: there is no module {name}, neither in {self.folder} nor installed")
 
     def _names(self) -> tuple[str, str]:
         module, _, factory = self.declared.python.partition(":")
@@ -244,11 +231,6 @@ def _seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(of_python)
             np.random.set_state(of_numpy)
-
-
-def _file_of(folder: Path, parts: Sequence[str]) -> Path | None:
-    path = folder.joinpath(*parts)
-    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
 def _taken(error: BaseException) -> str:

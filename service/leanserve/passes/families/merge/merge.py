@@ -47,6 +47,10 @@ class Merge(Pass):
     def needs(self) -> frozenset[Need]:
         return frozenset({"calibration"})
 
+    @property
+    def evaluates(self) -> bool:
+        return self.method == "greedy"
+
     def join(self, models: Sequence[Model], context: BuildContext) -> Applied:
         order: Sequence[int] = range(len(models))
         if self.method == "average":
