@@ -35,7 +35,7 @@ test: install
 	$(BIN)/pytest --numprocesses 2 --dist loadfile $(TOGETHER:%=tests/%)
 	$(BIN)/pytest $(TOGETHER:%=--ignore=tests/%)
 
-# What takes minutes: bombs at their full size, floods. Prints figures as those in docs/measurements/.
+# What takes minutes: bombs at their full size, floods, builds beside other work. Prints figures as those in docs/measurements/.
 soak: install
 	$(BIN)/pytest -m soak -s
 

@@ -37,7 +37,25 @@ if TYPE_CHECKING:
 INTERRUPTED = 128 + signal.SIGINT
 """Status of what was ended by Ctrl-C."""
 SHIPPED = Path("models/digits.yaml")
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The YAML file.", envvar="LEANSERVE_CONFIG")]
+USUAL = Path("leanserve.yaml")
+
+
+def _usual_config() -> Path:
+    """What `leanserve init` wrote in the working folder, else the shipped example."""
+    return USUAL if USUAL.is_file() else SHIPPED
+
+
+ConfigOption = Annotated[
+    Path,
+    typer.Option(
+        "--config",
+        "-c",
+        default_factory=_usual_config,
+        help="The YAML file.",
+        show_default="leanserve.yaml here, else the shipped example",
+        envvar="LEANSERVE_CONFIG",
+    ),
+]
 CacheOption = Annotated[
     Path | None, typer.Option(help="Artifact store; overrides the file's `cache`.", envvar="LEANSERVE_CACHE")
 ]
@@ -59,7 +77,7 @@ out = Console()
 
 @app.command()
 def serve(
-    config: ConfigOption = SHIPPED,
+    config: ConfigOption,
     cache: CacheOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
@@ -108,7 +126,7 @@ def serve(
 
 @app.command()
 def build(
-    config: ConfigOption = SHIPPED,
+    config: ConfigOption,
     cache: CacheOption = None,
     measure_s: MeasureOption = MEASURE_S,
     tell: Annotated[int | None, typer.Option(hidden=True, help="File descriptor for `serve` to hear of it.")] = None,
@@ -126,9 +144,14 @@ def build(
 
 
 @app.command()
-def check(config: ConfigOption = SHIPPED) -> None:
+def check(
+    config: ConfigOption,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="Also make every variant on a few rows.")] = False,  # noqa: FBT002
+) -> None:
     """Validate the config (keys, values, pass order, names, whether this machine suits the passes); build nothing."""
     work = AppContext(config, None, make_cache=False)
+    if rehearse:
+        _rehearse(work)
     passes = sum(len(variant.passes) for variant in work.config.variants)
     out.print(f"{config}: {len(work.config.variants)} variants, {passes} passes, no problem found", highlight=False)
 
@@ -136,8 +159,12 @@ def check(config: ConfigOption = SHIPPED) -> None:
 @app.command()
 def init(
     model: Annotated[str, typer.Argument(help="timm:NAME, transformers:NAME, FILE.onnx, FILE.pt2, module:factory ...")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The config to write.")] = Path("leanserve.yaml"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The config to write.")] = USUAL,
     data: Annotated[Path | None, typer.Option(help="Folder of images, .npz, .csv, .tsv or .jsonl.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column of the texts in it.")] = None,
+    pair: Annotated[str | None, typer.Option(help="Column of the second texts.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column, or array, of the labels.")] = None,
+    inputs: Annotated[list[str] | None, typer.Option(help="Array of an input: INPUT=ARRAY.")] = None,
     weights: Annotated[str | None, typer.Option(help="A checkpoint, or: hub, random.")] = None,
     weights_key: Annotated[str | None, typer.Option(help="Of several weights in it, such as state_dict_ema.")] = None,
     task: Annotated[str | None, typer.Option(help="Of transformers: classification or embedding.")] = None,
@@ -149,7 +176,7 @@ def init(
     meaning: Annotated[list[str] | None, typer.Option(help="Gives NAME=logits, NAME=probabilities ...")] = None,
 ) -> None:
     """Look at a model and write a commented config with variants worth trying on this machine."""
-    from leanserve.init.data_argument import data_seen
+    from leanserve.init.data_argument import Columns, data_seen
     from leanserve.init.model_argument import Hints
     from leanserve.init.writing import is_unfinished, write_config
 
@@ -158,7 +185,8 @@ def init(
     lists = (tuple(given or ()) for given in (shape, argument, meaning))
     hints = Hints(weights, weights_key, task, labels, image, tokenizer, *lists)
     with err.status(f"looking at {escape(model)} ..."):
-        profile, suggestions, left, remarks = write_config(model, output, hints, data)
+        columns = Columns(text, pair, label, tuple(inputs or ()))
+        profile, suggestions, left, remarks = write_config(model, output, hints, data, columns)
     err.print(f"{profile.name}: {escape(profile.inputs)} -> {escape(profile.outputs)}", highlight=False, soft_wrap=True)
     if (seen := data_seen(data)) is not None:
         err.print(f"data: {escape(seen)}", highlight=False, soft_wrap=True)
@@ -183,7 +211,7 @@ def schema() -> None:
 
 @app.command()
 def report(
-    config: ConfigOption = SHIPPED,
+    config: ConfigOption,
     cache: CacheOption = None,
     html: Annotated[Path | None, typer.Option(help="Also write a self-contained page.")] = None,
 ) -> None:
@@ -202,7 +230,7 @@ def report(
 
 @app.command()
 def bench(
-    config: ConfigOption = SHIPPED,
+    config: ConfigOption,
     cache: CacheOption = None,
     seconds: Annotated[float, typer.Option(help="Measuring time per variant and batch size.", min=0.1)] = 2.0,
     rows: Annotated[list[int] | None, typer.Option(help="Batch sizes (repeat the option).", min=1, max=65536)] = None,
@@ -293,6 +321,15 @@ def cache(
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
+
+
+def _rehearse(work: AppContext) -> None:
+    from leanserve.init.rehearsal import refused
+
+    with err.status("making every variant on a few rows ..."):
+        left = refused(work.base, work.config)
+    if left:
+        raise StartupError("\n".join(f"variant '{item.name}' cannot be made: {item.reason}" for item in left))
 
 
 def _tell_gate(report: VariantReport, caveats: str) -> None:

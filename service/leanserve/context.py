@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
     from leanserve.artifacts.manifest import VariantReport
     from leanserve.artifacts.store import ArtifactStore
+    from leanserve.bases.loaded import LoadedBase
     from leanserve.bases.opening import Where
     from leanserve.build.plan import Plan
     from leanserve.build.progress import BuildProgress
     from leanserve.config.schema import BatchConfig, ServiceConfig
-    from leanserve.contracts import Backend, Base
+    from leanserve.contracts import Backend
     from leanserve.hardware import Hardware
     from leanserve.serving.opening import BatchLimits, TrafficPlan, VariantPlan, WarmFleet
     from leanserve.telemetry.observations import VariantFacts
@@ -66,7 +67,7 @@ class AppContext:
             images=ImageLimits(self.config.limits.image_pixels, self.config.limits.image_side),
             cache=root.resolve() if make_cache else None,
         )
-        self.base: Base = open_base(origin, where)
+        self.base: LoadedBase = open_base(origin, where)
         self.post = PostChain(self.config.postprocess, self.base.spec, origin.folder)
         budget = thread_budget()
         threads = budget if self.config.threads == "auto" else self.config.threads

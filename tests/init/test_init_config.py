@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,15 +16,19 @@ import torch
 import yaml
 from PIL import Image
 
+from leanserve.bases.opening import Origin, open_base
+from leanserve.config.data_section import SyntheticData
 from leanserve.config.schema import ServiceConfig, read_config
 from leanserve.contracts import ModelSpec, TensorSpec
 from leanserve.errors import ConfigError
+from leanserve.evaluation.intervals import paired_difference
 from leanserve.hardware import Hardware
-from leanserve.init.data_argument import data_seen
+from leanserve.init.data_argument import Columns, data_section, data_seen
 from leanserve.init.model_argument import Hints, base_section
 from leanserve.init.profile import likely_state
-from leanserve.init.suggestions import suggest
-from leanserve.init.writing import is_unfinished, write_config
+from leanserve.init.rehearsal import refused
+from leanserve.init.suggestions import Suggestion, suggest
+from leanserve.init.writing import GATE_ROWS, MAX_DROP, is_unfinished, write_config
 from tiny_graphs import graph, write
 
 SOURCE = """
@@ -134,13 +139,18 @@ def test_data_is_looked_at_before_it_is_written_down(folder: Path) -> None:
         "arrays": "rows.npz",
         "inputs": "photos",
         "labels": "y",
+        "splits": {"gate": GATE_ROWS},
     }
+    text = (folder / "c.yaml").read_text()
+    assert re.search(r"# The gate split has \d+ rows: a loss below some \d+\.\d points cannot be told", text)
     assert config.gate.max_drop is not None
     assert "pruned-int8" in kinds(config)
     np.savez(folder / "wrong.npz", photos=rows[..., :2], y=np.arange(40))
-    with pytest.raises(ConfigError, match="photos"):
+    with pytest.raises(ConfigError, match=r"photos.*d\.yaml has a TODO for it, and random rows"):
         write_config("init_model:images", folder / "d.yaml", hints, folder / "wrong.npz")
-    assert not (folder / "d.yaml").exists()
+    assert (folder / "d.yaml").read_text().startswith("# TODO: data: ")
+    assert is_unfinished(folder / "d.yaml")
+    assert read_config(folder / "d.yaml").data == SyntheticData(synthetic=64), "nothing is missing but what is to do"
 
 
 def test_what_the_outputs_mean_is_written_with_the_evidence(folder: Path) -> None:
@@ -231,13 +241,93 @@ def test_columns_of_tables_are_guessed(
     classes: Literal[True, False],
     columns: list[str | int | None],
 ) -> None:
-    from leanserve.contracts import ModelSpec, TensorSpec
-    from leanserve.init.data_argument import data_section
-
     (tmp_path / name).write_text(text)
     spec = ModelSpec((), (TensorSpec("x", "float32", (2,)),), ("a", "b") if classes else ())
     section = data_section(tmp_path / name, spec, tmp_path)
     assert [section.get(key) for key in ("text", "pair", "label")] == columns
+
+
+REVIEWS = "id,remark,review,stars\n1,of no interest whatsoever to any,good,5\n2,another that is long enough,bad,1\n"
+
+
+@pytest.mark.parametrize(
+    ("told", "columns"),
+    [
+        (Columns(), ["review", None, "stars"]),
+        (Columns(text="remark", label="id"), ["remark", None, "id"]),
+        (Columns(text="remark", pair="review"), ["remark", "review", "stars"]),
+    ],
+)
+def test_columns_are_matched_by_name_and_may_be_told(tmp_path: Path, told: Columns, columns: list[str | None]) -> None:
+    (tmp_path / "a.csv").write_text(REVIEWS)
+    spec = ModelSpec((), (TensorSpec("x", "float32", (2,)),))
+    section = data_section(tmp_path / "a.csv", spec, tmp_path, told)
+    assert [section.get(key) for key in ("text", "pair", "label")] == columns
+    with pytest.raises(ConfigError, match="--label grade: there is no such column; the file has id, remark, review"):
+        data_section(tmp_path / "a.csv", spec, tmp_path, Columns(label="grade"))
+
+
+TWO = ModelSpec((TensorSpec("input_ids", "float32", (2,)), TensorSpec("mask", "float32", (2,))), ())
+
+
+@pytest.mark.parametrize(
+    ("names", "told", "inputs"),
+    [
+        (("input_ids", "mask", "y"), Columns(), None),
+        (("InputIds", "mask"), Columns(), {"input_ids": "InputIds", "mask": "mask"}),
+        (("tokens", "mask", "label"), Columns(), {"input_ids": "tokens", "mask": "mask"}),
+        (("a", "b"), Columns(inputs=("input_ids=b", "mask=a")), {"input_ids": "b", "mask": "a"}),
+    ],
+    ids=["the same", "other letters", "the one that is left", "as told"],
+)
+def test_arrays_are_matched_with_inputs(
+    tmp_path: Path, names: tuple[str, ...], told: Columns, inputs: dict[str, str] | None
+) -> None:
+    np.savez(tmp_path / "a.npz", **dict.fromkeys(names, np.zeros((4, 2), np.float32)))  # type: ignore[arg-type]
+    assert data_section(tmp_path / "a.npz", TWO, tmp_path, told).get("inputs") == inputs
+
+
+def test_arrays_that_match_nothing_ask_to_be_told(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", a=np.zeros((4, 2)), b=np.zeros((4, 2)))
+    with pytest.raises(ConfigError, match=r"has the arrays a, b, the model takes input_ids, mask; .* --inputs"):
+        data_section(tmp_path / "a.npz", TWO, tmp_path)
+    with pytest.raises(ConfigError, match="give INPUT=ARRAY for each"):
+        data_section(tmp_path / "a.npz", TWO, tmp_path, Columns(inputs=("a",)))
+
+
+def test_a_gain_is_scaled_by_what_a_pass_reaches(folder: Path) -> None:
+    told = Suggestion("int8", (), "{gain} the variant onnx", (2, 2.5))
+    assert told.expect == "2-2.5x the variant onnx"
+    assert told._replace(reached=0.5).expect == "1.3-1.4x the variant onnx; 8 bits reach 50% of the arithmetic"
+    assert told._replace(reached=1.0).expect == "2-2.5x the variant onnx; 8 bits reach 100% of the arithmetic"
+    text = "agraph (float[N, 4] x) => (float[N, 4] y) <float[4, 4] w = {0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, "
+    text += "1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6}> { a = MatMul (x, w) b = Mul (a, a) y = MatMul (b, w) }"
+    seen = write_config(str(write(folder / "m.onnx", graph(text))), folder / "c.yaml", Hints(), None)
+    int8 = next(item for item in seen.suggestions if item.name == "int8")
+    assert int8.reached == 1.0
+    assert "8 bits reach 100% of the arithmetic" in (folder / "c.yaml").read_text()
+
+
+def test_gate_rows_are_enough_for_the_limit_that_is_written() -> None:
+    rows = np.zeros(GATE_ROWS, bool)
+    half = round(GATE_ROWS * 0.01)
+    ours, theirs = rows.copy(), rows.copy()
+    ours[:half], theirs[half : 2 * half] = True, True
+    assert paired_difference(theirs, ours).high == pytest.approx(MAX_DROP, rel=0.15)
+
+
+def test_a_config_is_rehearsed_before_it_is_believed(folder: Path) -> None:
+    (folder / "c.yaml").write_text(
+        "base: {python: init_model:dense, inputs: {x: {shape: [6]}}}\ndata: {synthetic: 64}\nvariants:\n"
+        "  - {name: float}\n  - {name: onnx, passes: [{kind: onnxruntime}]}\n"
+        "  - {name: thin, passes: [{kind: lowrank_linear, macs: 0.001}]}\n"
+        "  - {name: thinner, parent: thin, passes: [{kind: onnxruntime}]}\n"
+    )
+    config = read_config(folder / "c.yaml")
+    base = open_base(Origin(base=config.base, data=config.data, folder=folder))
+    left = refused(base, config)
+    assert [item.name for item in left] == ["thin", "thinner"]
+    assert "cannot be reached" in left[0].reason
 
 
 def test_a_folder_of_images_is_counted_and_named(folder: Path) -> None:
@@ -249,7 +339,10 @@ def test_a_folder_of_images_is_counted_and_named(folder: Path) -> None:
     (folder / "labels.txt").write_text("a\nb\nc\n")
     hints = Hints(image="16x16", labels=folder / "labels.txt")
     config = written(folder / "c.yaml", "init_model:images", hints, folder / "photos")
-    assert yaml.safe_load((folder / "c.yaml").read_text())["data"] == {"images": "photos"}
+    assert yaml.safe_load((folder / "c.yaml").read_text())["data"] == {
+        "images": "photos",
+        "splits": {"gate": GATE_ROWS},
+    }
     assert config.gate.max_drop is not None
     seen = "12 images in 3 folders (a, b, c): 6 .jpg, 6 .png; 1 other files are skipped: 1 .txt"
     assert data_seen(folder / "photos") == seen
@@ -275,6 +368,10 @@ def test_the_command_writes_a_file_once_and_checks_out(tmp_path: Path) -> None:
     assert "next: leanserve serve --config mine.yaml" in first.stderr
     checked = leanserve("check", "--config", "mine.yaml")
     assert "no problem found" in checked.stdout, checked.stderr
+    assert (tmp_path / "mine.yaml").rename(tmp_path / "leanserve.yaml")
+    usual = leanserve("check")
+    assert "leanserve.yaml: " in usual.stdout, "what init writes is every command's default"
+    assert (tmp_path / "leanserve.yaml").rename(tmp_path / "mine.yaml")
     again = leanserve("init", "digits", "--output", "mine.yaml")
     assert again.returncode == 2
     assert "mine.yaml exists and is not replaced" in again.stderr

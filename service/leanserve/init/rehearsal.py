@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import NamedTuple
 from pydantic import TypeAdapter
 
 from leanserve.bases.loaded import LoadedBase, Rows
-from leanserve.contracts import BuildContext, Data, Json, Model, Share, Split
+from leanserve.config.schema import ServiceConfig, VariantConfig
+from leanserve.contracts import BuildContext, Data, Json, Model, OnnxModel, Share, Split
 from leanserve.evaluation.candidates import CandidateEvaluator
 from leanserve.hardware import this_hardware, thread_budget
 from leanserve.init.suggestions import Suggestion
@@ -66,17 +67,37 @@ class Rehearsed(NamedTuple):
     left: tuple[LeftOut, ...]
 
 
-def rehearsed(base: LoadedBase, suggestions: Iterable[Suggestion]) -> Rehearsed:
-    """Try every variant; training is left to the build. What libraries warn of is told by the build, too."""
+def refused(base: LoadedBase, config: ServiceConfig) -> tuple[LeftOut, ...]:
+    """The variants of a config that cannot be made of the base, or not be run; those that join others are not tried."""
+    named = {variant.name: variant for variant in config.variants}
+
+    def line(variant: VariantConfig) -> Iterator[Pass]:
+        if variant.parent is not None:
+            yield from line(named[variant.parent])
+        yield from variant.passes
+
+    tried = []
+    for variant in config.variants:
+        passes = tuple(step.model_dump(mode="json") for step in line(variant))
+        if not variant.parents and not any(_PASS.validate_python(step).joins for step in passes):
+            tried.append(Suggestion(variant.name, passes, ""))
+    return rehearsed(base, tried, spare=()).left
+
+
+def rehearsed(base: LoadedBase, suggestions: Iterable[Suggestion], spare: Sequence[Set[str]] = OPTIONAL) -> Rehearsed:
+    """Try every variant, then without the passes that may be spared; training is left to the build.
+
+    What libraries warn of is told by the build, too.
+    """
     kept: list[Suggestion] = []
     left: list[LeftOut] = []
     with TemporaryDirectory(prefix="leanserve-init-") as folder, _quiet():
         stage = _Stage(replace(base, rows=FewRows(base.rows)), Path(folder))
         for suggestion in suggestions:
             reasons = []
-            for attempt in _attempts(suggestion):
+            for attempt in _attempts(suggestion, spare):
                 if (reason := stage.failure_of(attempt.passes)) is None:
-                    kept.append(attempt)
+                    kept.append(attempt._replace(reached=stage.reached(attempt.passes)))
                     break
                 reasons.append(reason)
             else:
@@ -94,10 +115,10 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _attempts(suggestion: Suggestion) -> Iterator[Suggestion]:
+def _attempts(suggestion: Suggestion, spare: Sequence[Set[str]]) -> Iterator[Suggestion]:
     """The variant, then without passes that it can do without: of some networks no batch norm follows a layer."""
     yield suggestion
-    for spared in OPTIONAL:
+    for spared in spare:
         others = tuple(step for step in suggestion.passes if step["kind"] not in spared)
         if others and len(others) < len(suggestion.passes):
             yield suggestion._replace(passes=others)
@@ -126,6 +147,15 @@ class _Stage:
         if key not in self._made:
             self._made[key] = self._applied(passes) if passes else self._base.model()
         return self._made[key]
+
+    def reached(self, passes: tuple[Json, ...]) -> float | None:
+        """Share of the arithmetic that these passes, which were tried, bring to 8 bits; `None`: not known."""
+        from leanserve.runtime.formats.onnx_size import quantized_share
+
+        if not any(str(step["kind"]).startswith("quantize") for step in passes):
+            return None
+        model = self.made(passes)
+        return quantized_share(model.path) if isinstance(model, OnnxModel) else None
 
     def run(self, model: Model) -> None:
         """Open the model as a server does, and answer one row."""

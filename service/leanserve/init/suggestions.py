@@ -37,7 +37,25 @@ class Suggestion(NamedTuple):
 
     name: str
     passes: tuple[Json, ...]
-    expect: str
+    words: str
+    """`{gain}` stands for what to expect where 8 bits reach all of the arithmetic."""
+    gain: tuple[float, float] = (1.0, 1.0)
+    reached: float | None = None
+    """Share (0..1) of the arithmetic that 8 bits reach in this model; `None`: not known."""
+
+    @property
+    def expect(self) -> str:
+        """What to expect; less by as much as a part of the arithmetic stays as it was (Amdahl 1967)."""
+        share = 1.0 if self.reached is None else self.reached
+        low, high = (1 / (1 - share + share / gain) for gain in self.gain)
+        told = self.words.format(gain=f"{_factor(low)}-{_factor(high)}x")
+        if self.reached is None or "{gain}" not in self.words:
+            return told
+        return f"{told}; 8 bits reach {share:.0%} of the arithmetic"
+
+
+def _factor(gain: float) -> str:
+    return f"{gain:.1f}".removesuffix(".0")
 
 
 def suggest(profile: ModelProfile, hardware: Hardware, *, trainable: bool) -> tuple[Suggestion, ...]:
@@ -75,7 +93,9 @@ def _convolutional(profile: ModelProfile, fast: str) -> tuple[Suggestion, ...]:
     return (
         Suggestion("float", (), "the baseline: torch, float32, as brought"),
         Suggestion("onnx", (*fold, RUNTIME), "the same answers, 1.5-2.5x torch"),
-        Suggestion("int8", (*fold, STATIC, RUNTIME), f"{fast}2-2.5x the variant onnx, a quarter of its size"),
+        Suggestion(
+            "int8", (*fold, STATIC, RUNTIME), f"{fast}{{gain}} the variant onnx, a quarter of its size", (2, 2.5)
+        ),
         Suggestion(
             "lowrank-int8",
             ({"kind": "lowrank_conv", "macs": 0.6}, *fold, STATIC, RUNTIME),
@@ -93,7 +113,10 @@ def _depthwise(profile: ModelProfile, fast: str) -> tuple[Suggestion, ...]:
         Suggestion("channels-last", (*fold, LAYOUT), "the same answers, about 1.2x torch"),
         Suggestion("onnx", (*fold, RUNTIME), "the same answers, 1.5-2.5x torch"),
         Suggestion(
-            "int8", (*fold, STATIC, RUNTIME), f"{fast}1.5-2.5x the variant onnx; depthwise layers are easily hurt"
+            "int8",
+            (*fold, STATIC, RUNTIME),
+            f"{fast}{{gain}} the variant onnx; depthwise layers are easily hurt",
+            (1.5, 2.5),
         ),
         Suggestion("int8-percentile", (*fold, CAUTIOUS, RUNTIME), "the same speed, ranges without outliers"),
         Suggestion("bf16", (*fold, BFLOAT, LAYOUT), "1.5-4x torch, most at larger batches; nearly the same answers"),
@@ -105,7 +128,9 @@ def _linear(profile: ModelProfile, fast: str) -> tuple[Suggestion, ...]:
     return (
         Suggestion("float", (), "the baseline: torch, float32, as brought"),
         Suggestion("onnx", (*fold, RUNTIME), "the same answers, 1.2-2x torch"),
-        Suggestion("int8", (*fold, DYNAMIC, RUNTIME), f"{fast}1.5-1.8x the variant onnx, no calibration needed"),
+        Suggestion(
+            "int8", (*fold, DYNAMIC, RUNTIME), f"{fast}{{gain}} the variant onnx, no calibration needed", (1.5, 1.8)
+        ),
         Suggestion(
             "int8-static", (*fold, STATIC, RUNTIME), "ranges fixed by calibration data, not found while running"
         ),
@@ -136,7 +161,7 @@ def _program(profile: ModelProfile, fast: str) -> tuple[Suggestion, ...]:
 
 
 def _quantized(profile: ModelProfile, fast: str) -> Iterable[Suggestion]:
-    yield Suggestion("int8", (STATIC, RUNTIME), f"{fast}2-2.5x float, a quarter of its size")
+    yield Suggestion("int8", (STATIC, RUNTIME), f"{fast}{{gain}} float, a quarter of its size", (2, 2.5))
     yield Suggestion("int8-percentile", (CAUTIOUS, RUNTIME), "the same speed, ranges without outliers")
     yield Suggestion("int8-minmax", (WIDE, RUNTIME), "the same speed, ranges of all that was seen")
     if profile.multiplies and not profile.convolves:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from leanserve.contracts import CLASSES, Json, Meaning, ModelSpec
 from leanserve.disk import open_regular
 from leanserve.errors import ConfigError
 from leanserve.hardware import this_hardware
-from leanserve.init.data_argument import SYNTHETIC, data_section
+from leanserve.init.data_argument import SYNTHETIC, Columns, data_section
 from leanserve.init.model_argument import Hints, base_section
 from leanserve.init.profile import ModelProfile, inspect, likely_state
 from leanserve.init.rehearsal import LeftOut, rehearsed
@@ -53,6 +54,14 @@ WHY: Mapping[Evidence, str] = {
 }
 
 
+MAX_DROP = 0.01
+"""What a first gate allows of a score."""
+DISAGREEMENT = 0.02
+"""Share of rows on which a good variant and its base are not both right or both wrong: what 8 bits usually leave."""
+GATE_ROWS = math.ceil(DISAGREEMENT * (1.96 / MAX_DROP) ** 2)
+"""From which on the 95 % interval of no loss at all ends within `MAX_DROP`."""
+
+
 class Written(NamedTuple):
     """What was seen of a model, what was suggested for it, and what was guessed: the config says all of it, too."""
 
@@ -62,7 +71,13 @@ class Written(NamedTuple):
     remarks: tuple[str, ...]
 
 
-def write_config(model: str, path: Path, hints: Hints, data: Path | None) -> Written:
+def write_config(
+    model: str,
+    path: Path,
+    hints: Hints,
+    data: Path | None,
+    columns: Columns = Columns(),  # noqa: B008
+) -> Written:
     """Look at a model and write a config for it.
 
     Raises:
@@ -80,9 +95,21 @@ def write_config(model: str, path: Path, hints: Hints, data: Path | None) -> Wri
         path.write_text(_unfinished(path, section, str(error)), encoding="utf-8")
         raise ConfigError(f"{error}. {path} has a TODO for it; mend that, or give `leanserve init` more") from error
     if data is not None:
-        rows = data_section(data, opened.spec, folder)
-        opened = _open(base, rows, folder)
+        try:
+            rows = data_section(data, opened.spec, folder, columns)
+            opened = _open(base, rows, folder)
+            if _is_labelled(opened):
+                rows = {**rows, "splits": {"gate": GATE_ROWS}}
+                opened = _open(base, rows, folder)
+        except ConfigError as error:
+            _written(opened, {"base": base, "data": SYNTHETIC}, path, f"data: {error}")
+            told = f"{error}. {path} has a TODO for it, and random rows; mend that, or give `leanserve init` more"
+            raise ConfigError(told) from error
     return _written(opened, {"base": base, "data": rows}, path)
+
+
+def _is_labelled(base: LoadedBase) -> bool:
+    return next(base.data("gate", 2 * base.unit).batches(8)).labels is not None
 
 
 def is_unfinished(path: Path) -> bool:
@@ -94,18 +121,22 @@ def is_unfinished(path: Path) -> bool:
         return False
 
 
-def _written(opened: LoadedBase, sections: Sections, path: Path) -> Written:
+def _written(opened: LoadedBase, sections: Sections, path: Path, todo: str | None = None) -> Written:
+    """`todo`: what is missing, as the first line of the file."""
     base = sections["base"] or {}
     if "shipped" not in base:
         base = {**base, "outputs": {item.name: item.meaning for item in opened.outputs}}
         base |= {"state": state} if (state := likely_state(opened.spec)) else {}
     sections = {**sections, "base": base}
     profile = inspect(opened, next(iter(base)))
-    labelled = next(opened.data("gate", 2 * opened.unit).batches(8)).labels is not None
+    labelled = _is_labelled(opened)
     trainable = sections["data"] != SYNTHETIC and profile.spec.rows == "any"
     suggestions, left = rehearsed(opened, suggest(profile, this_hardware(), trainable=trainable))
     remarks = _remarks(sections, profile)
-    text = _rendered(path, profile, Chosen(suggestions, left, remarks, labelled), sections)
+    if labelled and (few := _too_few(len(opened.data("gate")) // opened.unit)):
+        remarks["data"].append(few)
+    text = "" if todo is None else f"{TODO} {' '.join(todo.split())}\n"
+    text += _rendered(path, profile, Chosen(suggestions, left, remarks, labelled), sections)
     path.write_text(text, encoding="utf-8")
     read_config(path)
     return Written(profile, suggestions, left, (*remarks["base"], *remarks["data"]))
@@ -185,6 +216,7 @@ def _rendered(path: Path, profile: ModelProfile, chosen: Chosen, sections: Secti
         sections=[(name, _block(section)) for name, section in sections.items() if section is not None],
         remarks=chosen.remarks,
         labelled=chosen.labelled,
+        max_drop=MAX_DROP,
         agreement=min(AGREEMENT[item.meaning] for item in profile.spec.outputs),
         meaning=_measured_by(profile.spec),
         suggestions=[(one, [_flow(step) for step in one.passes]) for one in chosen.suggestions],
@@ -224,6 +256,17 @@ def _remarks(sections: Sections, profile: ModelProfile) -> dict[str, list[str]]:
             "{images: FOLDER}, {arrays: FILE.npz, labels: NAME} or {texts: FILE.csv, text: COLUMN, label: COLUMN}.",
         ]
     return found
+
+
+def _too_few(rows: int) -> str:
+    """A warning where there are too few rows to decide what the gate asks; else empty."""
+    if rows >= GATE_ROWS:
+        return ""
+    least = 100 * 1.96 * math.sqrt(DISAGREEMENT / max(1, rows))
+    return (
+        f"The gate split has {rows} rows: a loss below some {least:.1f} points cannot be told from chance, and "
+        f"variants may stay undecided; {GATE_ROWS} rows decide {100 * MAX_DROP:g}."
+    )
 
 
 def _guessed(image: Mapping[str, Json]) -> str:

@@ -62,7 +62,7 @@ def _function(declared: FunctionScore, _: ModelSpec, folder: Path) -> Opened:
     make_findable(module, folder, "score")
     try:
         found = getattr(import_module(module), function, None)
-    except Exception as error:  # a user's module may raise anything
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise ConfigError(f"score: importing {module} failed: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ConfigError(f"score: the module {module} has no function {function}")
@@ -75,7 +75,7 @@ def _function(declared: FunctionScore, _: ModelSpec, folder: Path) -> Opened:
 def _own(name: str, function: Callable[[ByName, Array], Any], outputs: ByName, labels: Array) -> float:
     try:
         return float(function(outputs, labels))
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise PassFailed(f"score: {name} failed: {type(error).__name__}: {error}", lasting=False) from error
 
 

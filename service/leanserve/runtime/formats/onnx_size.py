@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import compress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from leanserve.contracts import ModelSize
 from leanserve.runtime.formats.onnx_session import onnx_session
@@ -34,14 +35,34 @@ def graph_size(path: Path) -> ModelSize:
     types = onnx.TensorProto
     weights = {types.FLOAT, types.FLOAT16, types.BFLOAT16, types.DOUBLE, types.INT8, types.UINT8}
     parameters = sum(math.prod(item.dims) for item in graph.graph.initializer if item.data_type in weights)
-    return ModelSize(next(filter(None, (_macs(onnx.load(path), length) for length in ASSUMED_LENGTHS)), 0), parameters)
+    return ModelSize(_macs_of(path).all, parameters)
 
 
-def _macs(model: ModelProto, length: int) -> int:
+def quantized_share(path: Path) -> float | None:
+    """Share (0..1) of the multiply-accumulates that are made of 8-bit weights; `None` where they cannot be told."""
+    macs = _macs_of(path)
+    return macs.quantized / macs.all if macs.all else None
+
+
+class _Macs(NamedTuple):
+    """Multiply-accumulates per row; none: they cannot be told."""
+
+    all: int = 0
+    quantized: int = 0
+
+
+def _macs_of(path: Path) -> _Macs:
+    import onnx
+
+    counted = (_macs(onnx.load(path), length) for length in ASSUMED_LENGTHS)
+    return next((macs for macs in counted if macs.all), _Macs())
+
+
+def _macs(model: ModelProto, length: int) -> _Macs:
     """Of a single row whose dynamic axes are so long; the model is changed."""
     graph = model.graph
     if model.functions or any(node.op_type in OPAQUE for node in graph.node):
-        return 0
+        return _Macs()
     for value in graph.input:
         for position, axis in enumerate(value.type.tensor_type.shape.dim):
             axis.dim_value = axis.dim_value or (length if position else 1)
@@ -49,12 +70,16 @@ def _macs(model: ModelProto, length: int) -> int:
     try:
         folded = _folded(model).graph
     except Exception:  # the runtime's errors share no base class; a graph may not run on the assumed length
-        return 0
+        return _Macs()
     shapes = _shapes(folded)
+    dequantized = {name for node in folded.node if node.op_type == "DequantizeLinear" for name in node.output}
+    counted = [node for node in folded.node if node.op_type in COUNTED]
     try:
-        return sum(COUNTED[node.op_type](node, shapes) for node in folded.node if node.op_type in COUNTED)
+        macs = [COUNTED[node.op_type](node, shapes) for node in counted]
     except KeyError:
-        return 0
+        return _Macs()
+    whole = (node.op_type in WHOLE or node.input[1] in dequantized for node in counted)
+    return _Macs(sum(macs), sum(compress(macs, whole)))
 
 
 def _folded(model: ModelProto) -> ModelProto:
@@ -107,6 +132,8 @@ def _of_matmul(node: NodeProto, shapes: Shapes) -> int:
     return math.prod(shapes[node.output[0]]) * shapes[node.input[0]][-1]
 
 
+WHOLE = frozenset({"ConvInteger", "MatMulInteger"})
+"""Operators on whole numbers."""
 COUNTED: Mapping[str, Callable[[NodeProto, Shapes], int]] = {
     "Conv": _of_conv,
     "ConvInteger": _of_conv,
