@@ -70,8 +70,8 @@ def test_a_disturbed_measurement_is_marked() -> None:
     reports = [variant("eager"), variant("int8", within("cast", 5.0, 2.0, 9.0, waited=0.87))]
     assert "threads waited 87% of a turn for a processor" in headline(summarise(reports)).caution
     text = printed(reports, 80)
-    assert re.search(r"int8 .* 5\.00× +2\.00× to 9\.00× +87%", text)
-    assert "disturbed" not in printed(a_few(), 80)
+    assert re.search(r"int8 .* 5\.00× +2\.00-9\.00× +87%", text)
+    assert "waited" not in printed(a_few(), 80)
 
 
 def test_what_the_gate_could_not_decide_is_printed() -> None:
@@ -187,6 +187,14 @@ def test_the_tables_show_every_number_uncut(width: int) -> None:
         assert cell in text, cell
 
 
+def test_long_numbers_leave_room_for_names() -> None:
+    sure = {"score": 1.0, "score_low": 0.995, "score_high": 1.0, "drop_high": 0.005, "waited": 0.8}
+    text = printed(changed(a_few(), sure), 80)
+    assert max(map(len, text.splitlines())) <= 80
+    for cell in ("100.00 [99.50, 100.00]", "0.50)", "80%"):
+        assert re.search(rf"^ int8 .*{re.escape(cell)}", text, flags=re.MULTILINE), cell
+
+
 def test_an_excluded_variant_is_printed_with_its_reason() -> None:
     text = printed(a_few(), 200)
     assert "excluded: agreement 99.45 % is below min_agreement 99.9 %" in text
@@ -201,7 +209,7 @@ def test_the_waterfall_has_a_row_for_every_prefix() -> None:
 
 def test_markup_in_a_name_is_printed_as_it_is() -> None:
     text = printed([variant(HOSTILE, artifact("cast", gain=2))], 200)
-    assert text.count(HOSTILE) == 6  # the verdict, four tables and the heading of the waterfall
+    assert text.count(HOSTILE) == 7  # the verdict, five tables and the heading of the waterfall
 
 
 def test_unmeasured_columns_are_left_out() -> None:

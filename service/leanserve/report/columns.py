@@ -198,10 +198,10 @@ GAIN = Column("gain", "throughput over that of the base", lambda item: ratio(ite
 RANGE = Column(
     "range",
     "the gain in the round that was worst for it, and in the best one",
-    lambda item: f"{ratio(item.speedup.low)} to {ratio(item.speedup.high)}",
+    lambda item: f"{ratio(item.speedup.low)[:-1]}-{ratio(item.speedup.high)}",
 )
 OTHER_WORK = Column(
-    "disturbed",
+    "waited",
     "time that threads waited for a processor while it was timed, where other work on the machine may have changed it",
     lambda item: f"{item.quality.waited:.0%}" if item.quality.disturbed else ABSENT,
 )
@@ -222,6 +222,8 @@ BUILD = Column(
     lambda item: duration(item.seconds),
 )
 
+AT_WORST = (WORST, DEPENDENCE)
+"""Of `ANSWERS`, those of a single row; a terminal has no room for all of them beside each other."""
 ANSWERS = (SCORE, DROP, AGREEMENT, WORST, KL, RANKS, ERROR, DEPENDENCE)
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from leanserve.artifacts.manifest import VariantReport
-from leanserve.report.columns import Column, OutputMeasure, answers, by_output, footprint, speed, waterfall
+from leanserve.report.columns import AT_WORST, Column, OutputMeasure, answers, by_output, footprint, speed, waterfall
 from leanserve.report.headline import hardware, headline
 from leanserve.report.summary import MeasuredArtifact, Summary, VariantSummary, summarise
 
@@ -39,7 +39,9 @@ def print_table(
     summary = summarise(reports, caveats, elsewhere)
     console.print(_verdict(summary))
     console.print(_variants_table(summary))
-    console.print(_numbers_table("Answers", answers(summary.measured), summary))
+    told = answers(summary.measured)
+    console.print(_numbers_table("Answers", [column for column in told if column not in AT_WORST], summary))
+    console.print(_numbers_table("Answers, at worst", [column for column in told if column in AT_WORST], summary))
     if by_output(summary.measured):
         console.print(_outputs_table(summary))
     console.print(_numbers_table(f"Cost: speed{summary.mark}", speed(summary.measured, summary.batches), summary))
