@@ -176,7 +176,7 @@ def init(
     meaning: Annotated[list[str] | None, typer.Option(help="Gives NAME=logits, NAME=probabilities ...")] = None,
 ) -> None:
     """Look at a model and write a commented config with variants worth trying on this machine."""
-    from leanserve.init.data_argument import Columns, data_seen
+    from leanserve.init.data_argument import ToldColumns, data_seen
     from leanserve.init.model_argument import Hints
     from leanserve.init.writing import is_unfinished, write_config
 
@@ -185,7 +185,7 @@ def init(
     lists = (tuple(given or ()) for given in (shape, argument, meaning))
     hints = Hints(weights, weights_key, task, labels, image, tokenizer, *lists)
     with err.status(f"looking at {escape(model)} ..."):
-        columns = Columns(text, pair, label, tuple(inputs or ()))
+        columns = ToldColumns(text, pair, label, tuple(inputs or ()))
         profile, suggestions, left, remarks = write_config(model, output, hints, data, columns)
     err.print(f"{profile.name}: {escape(profile.inputs)} -> {escape(profile.outputs)}", highlight=False, soft_wrap=True)
     if (seen := data_seen(data)) is not None:
@@ -324,10 +324,10 @@ def version() -> None:
 
 
 def _rehearse(work: AppContext) -> None:
-    from leanserve.init.rehearsal import refused
+    from leanserve.init.rehearsal import refused_variants
 
     with err.status("making every variant on a few rows ..."):
-        left = refused(work.base, work.config)
+        left = refused_variants(work.base, work.config)
     if left:
         raise StartupError("\n".join(f"variant '{item.name}' cannot be made: {item.reason}" for item in left))
 

@@ -23,10 +23,10 @@ from leanserve.contracts import ModelSpec, TensorSpec
 from leanserve.errors import ConfigError
 from leanserve.evaluation.intervals import paired_difference
 from leanserve.hardware import Hardware
-from leanserve.init.data_argument import Columns, data_section, data_seen
+from leanserve.init.data_argument import ToldColumns, data_section, data_seen
 from leanserve.init.model_argument import Hints, base_section
 from leanserve.init.profile import likely_state
-from leanserve.init.rehearsal import refused
+from leanserve.init.rehearsal import refused_variants
 from leanserve.init.suggestions import Suggestion, suggest
 from leanserve.init.writing import GATE_ROWS, MAX_DROP, is_unfinished, write_config
 from tiny_graphs import graph, write
@@ -253,18 +253,20 @@ REVIEWS = "id,remark,review,stars\n1,of no interest whatsoever to any,good,5\n2,
 @pytest.mark.parametrize(
     ("told", "columns"),
     [
-        (Columns(), ["review", None, "stars"]),
-        (Columns(text="remark", label="id"), ["remark", None, "id"]),
-        (Columns(text="remark", pair="review"), ["remark", "review", "stars"]),
+        (ToldColumns(), ["review", None, "stars"]),
+        (ToldColumns(text="remark", label="id"), ["remark", None, "id"]),
+        (ToldColumns(text="remark", pair="review"), ["remark", "review", "stars"]),
     ],
 )
-def test_columns_are_matched_by_name_and_may_be_told(tmp_path: Path, told: Columns, columns: list[str | None]) -> None:
+def test_columns_are_matched_by_name_and_may_be_told(
+    tmp_path: Path, told: ToldColumns, columns: list[str | None]
+) -> None:
     (tmp_path / "a.csv").write_text(REVIEWS)
     spec = ModelSpec((), (TensorSpec("x", "float32", (2,)),))
     section = data_section(tmp_path / "a.csv", spec, tmp_path, told)
     assert [section.get(key) for key in ("text", "pair", "label")] == columns
     with pytest.raises(ConfigError, match="--label grade: there is no such column; the file has id, remark, review"):
-        data_section(tmp_path / "a.csv", spec, tmp_path, Columns(label="grade"))
+        data_section(tmp_path / "a.csv", spec, tmp_path, ToldColumns(label="grade"))
 
 
 TWO = ModelSpec((TensorSpec("input_ids", "float32", (2,)), TensorSpec("mask", "float32", (2,))), ())
@@ -273,15 +275,15 @@ TWO = ModelSpec((TensorSpec("input_ids", "float32", (2,)), TensorSpec("mask", "f
 @pytest.mark.parametrize(
     ("names", "told", "inputs"),
     [
-        (("input_ids", "mask", "y"), Columns(), None),
-        (("InputIds", "mask"), Columns(), {"input_ids": "InputIds", "mask": "mask"}),
-        (("tokens", "mask", "label"), Columns(), {"input_ids": "tokens", "mask": "mask"}),
-        (("a", "b"), Columns(inputs=("input_ids=b", "mask=a")), {"input_ids": "b", "mask": "a"}),
+        (("input_ids", "mask", "y"), ToldColumns(), None),
+        (("InputIds", "mask"), ToldColumns(), {"input_ids": "InputIds", "mask": "mask"}),
+        (("tokens", "mask", "label"), ToldColumns(), {"input_ids": "tokens", "mask": "mask"}),
+        (("a", "b"), ToldColumns(inputs=("input_ids=b", "mask=a")), {"input_ids": "b", "mask": "a"}),
     ],
     ids=["the same", "other letters", "the one that is left", "as told"],
 )
 def test_arrays_are_matched_with_inputs(
-    tmp_path: Path, names: tuple[str, ...], told: Columns, inputs: dict[str, str] | None
+    tmp_path: Path, names: tuple[str, ...], told: ToldColumns, inputs: dict[str, str] | None
 ) -> None:
     np.savez(tmp_path / "a.npz", **dict.fromkeys(names, np.zeros((4, 2), np.float32)))  # type: ignore[arg-type]
     assert data_section(tmp_path / "a.npz", TWO, tmp_path, told).get("inputs") == inputs
@@ -292,7 +294,7 @@ def test_arrays_that_match_nothing_ask_to_be_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has the arrays a, b, the model takes input_ids, mask; .* --inputs"):
         data_section(tmp_path / "a.npz", TWO, tmp_path)
     with pytest.raises(ConfigError, match="give INPUT=ARRAY for each"):
-        data_section(tmp_path / "a.npz", TWO, tmp_path, Columns(inputs=("a",)))
+        data_section(tmp_path / "a.npz", TWO, tmp_path, ToldColumns(inputs=("a",)))
 
 
 def test_a_gain_is_scaled_by_what_a_pass_reaches(folder: Path) -> None:
@@ -325,7 +327,7 @@ def test_a_config_is_rehearsed_before_it_is_believed(folder: Path) -> None:
     )
     config = read_config(folder / "c.yaml")
     base = open_base(Origin(base=config.base, data=config.data, folder=folder))
-    left = refused(base, config)
+    left = refused_variants(base, config)
     assert [item.name for item in left] == ["thin", "thinner"]
     assert "cannot be reached" in left[0].reason
 

@@ -28,7 +28,7 @@ LOOKED_AT = 50
 
 
 @dataclass(frozen=True)
-class Columns:
+class ToldColumns:
     """What a person may tell of columns and arrays, by name."""
 
     text: str | None = None
@@ -38,7 +38,9 @@ class Columns:
     """`INPUT=ARRAY`, per input of the model; or `ARRAY` alone for a model with one."""
 
 
-def data_section(path: Path | None, spec: ModelSpec, folder: Path, told: Columns = Columns()) -> dict[str, Json]:
+def data_section(
+    path: Path | None, spec: ModelSpec, folder: Path, told: ToldColumns = ToldColumns()
+) -> dict[str, Json]:
     """The `data:` section for a folder of images, an `.npz`, or a table of texts; without a path synthetic rows.
 
     Raises:
@@ -72,8 +74,11 @@ def data_seen(path: Path | None) -> str | None:
     return image_folder(path, FORMAT_NAMES, "--data").seen()
 
 
-def _arrays(path: Path, spec: ModelSpec, told: Columns) -> dict[str, Json]:
-    found = headers(path, "--data")
+def _arrays(path: Path, spec: ModelSpec, told: ToldColumns) -> dict[str, Json]:
+    try:
+        found = headers(path, "--data")
+    except ConfigError as error:
+        raise ConfigError(f"--data {path}: not read as its name says: {error}") from error
     names = [name for name, header in found.items() if header.shape]
     label = told.label or _named(names, LABELS)
     if label is not None and label not in names:
@@ -142,7 +147,7 @@ def _head(path: Path) -> tuple[Sequence[str | int], list[list[str]]]:
     return (table[0], table[1:]) if header else (list(range(len(table[0]))), table)
 
 
-def _columns(head: tuple[Sequence[str | int], list[list[str]]], told: Columns, *, classes: bool) -> dict[str, Json]:
+def _columns(head: tuple[Sequence[str | int], list[list[str]]], told: ToldColumns, *, classes: bool) -> dict[str, Json]:
     """The columns of text, pair and label: as told, by their names, else by what is in them."""
     names, rows = head
     if not rows:
@@ -160,7 +165,7 @@ def _columns(head: tuple[Sequence[str | int], list[list[str]]], told: Columns, *
 
 
 def _guessed(
-    names: Sequence[str | int], rows: list[list[str]], told: Columns, *, classes: bool
+    names: Sequence[str | int], rows: list[list[str]], told: ToldColumns, *, classes: bool
 ) -> dict[str, str | int | None]:
     """Long columns are texts, a column of numbers or of few words is the label."""
 

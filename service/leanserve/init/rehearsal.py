@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from pydantic import TypeAdapter
 
@@ -67,7 +67,7 @@ class Rehearsed(NamedTuple):
     left: tuple[LeftOut, ...]
 
 
-def refused(base: LoadedBase, config: ServiceConfig) -> tuple[LeftOut, ...]:
+def refused_variants(base: LoadedBase, config: ServiceConfig) -> tuple[LeftOut, ...]:
     """The variants of a config that cannot be made of the base, or not be run; those that join others are not tried."""
     named = {variant.name: variant for variant in config.variants}
 
@@ -155,7 +155,7 @@ class _Stage:
         if not any(str(step["kind"]).startswith("quantize") for step in passes):
             return None
         model = self.made(passes)
-        return quantized_share(model.path) if isinstance(model, OnnxModel) else None
+        return quantized_share(cast(OnnxModel, model).path) if model.format == OnnxModel.format else None
 
     def run(self, model: Model) -> None:
         """Open the model as a server does, and answer one row."""

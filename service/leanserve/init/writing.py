@@ -21,7 +21,7 @@ from leanserve.contracts import CLASSES, Json, Meaning, ModelSpec
 from leanserve.disk import open_regular
 from leanserve.errors import ConfigError
 from leanserve.hardware import this_hardware
-from leanserve.init.data_argument import SYNTHETIC, Columns, data_section
+from leanserve.init.data_argument import SYNTHETIC, ToldColumns, data_section
 from leanserve.init.model_argument import Hints, base_section
 from leanserve.init.profile import ModelProfile, inspect, likely_state
 from leanserve.init.rehearsal import LeftOut, rehearsed
@@ -58,8 +58,8 @@ MAX_DROP = 0.01
 """What a first gate allows of a score."""
 DISAGREEMENT = 0.02
 """Share of rows on which a good variant and its base are not both right or both wrong: what 8 bits usually leave."""
-GATE_ROWS = math.ceil(DISAGREEMENT * (1.96 / MAX_DROP) ** 2)
-"""From which on the 95 % interval of no loss at all ends within `MAX_DROP`."""
+GATE_ROWS = 769
+"""`DISAGREEMENT * (1.96 / MAX_DROP) ** 2`: from here on the 95 % interval of no loss at all ends within `MAX_DROP`."""
 
 
 class Written(NamedTuple):
@@ -76,7 +76,7 @@ def write_config(
     path: Path,
     hints: Hints,
     data: Path | None,
-    columns: Columns = Columns(),  # noqa: B008
+    columns: ToldColumns = ToldColumns(),  # noqa: B008
 ) -> Written:
     """Look at a model and write a config for it.
 

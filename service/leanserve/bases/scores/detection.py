@@ -18,7 +18,7 @@ from leanserve.contracts import Array
 
 MOST_DETECTIONS = 100
 """Of a row."""
-RECALLS = np.linspace(0, 1, 101)
+RECALLS = 101
 
 
 class Detections(NamedTuple):
@@ -63,8 +63,8 @@ def _average_precision(found: Detections, labels: Array, number: float, levels: 
 
 
 def _at_recalls(recall: Array, precision: Array) -> float:
-    """Mean precision at all `RECALLS`; 0 at those that are not reached."""
-    places = np.searchsorted(recall, RECALLS - 1e-12)
+    """Mean precision at `RECALLS` from 0 to 1; 0 at those that are not reached."""
+    places = np.searchsorted(recall, np.linspace(0, 1, RECALLS) - 1e-12)
     return float(np.append(precision, 0.0)[places].mean())
 
 
