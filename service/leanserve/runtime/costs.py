@@ -123,6 +123,9 @@ class Costs:
 
     def turn_seconds(self, rows: Sequence[int]) -> float:
         """Predicted seconds of the costliest batch among these rows per length bucket."""
+        if len(self.tables) == 1:  # every short batch asks this
+            [table], [count] = self.tables, rows
+            return table.seconds(min(count, table.knee)) if count else 0.0
         batches = ((table, min(count, table.knee)) for table, count in zip(self.tables, rows, strict=True) if count)
         return max((table.seconds(count) for table, count in batches), default=0.0)
 

@@ -176,6 +176,8 @@ class Batcher(Generic[Pending]):
 
     def rows_by_length(self, level: int) -> list[int]:
         """The same by length bucket."""
+        if level == self.limits.levels and len(self._rows[0]) == 1:
+            return [self.waiting_rows]
         return [sum(rows) for rows in zip(*self._rows[:level], strict=True)] if level > 1 else list(self._rows[0])
 
     def due(self, now: float) -> float:

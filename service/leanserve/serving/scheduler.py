@@ -79,7 +79,7 @@ class Scheduler:
 
     def _summon(self) -> None:
         """See to it that a lane comes for the queue: now, or when enough have come or were waited for."""
-        pause = self._pause()
+        pause = self._batcher.limits.max_delay_s and self._pause()
         if pause:
             self._gathering = self._loop.call_later(pause, self._begin)
         else:
