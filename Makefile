@@ -35,9 +35,11 @@ test: install
 	$(BIN)/pytest --numprocesses 2 --dist loadfile $(TOGETHER:%=tests/%)
 	$(BIN)/pytest $(TOGETHER:%=--ignore=tests/%)
 
-# What takes minutes: bombs at their full size, floods, builds beside other work. Prints figures as those in docs/measurements/.
+# What takes minutes: bombs and floods at their full size, fifty shutdowns. Prints figures as those in docs/measurements/.
 soak: install
-	$(BIN)/pytest -m soak -s
+	$(BIN)/pytest -m soak -s --timeout 3600
+soak: install
+	$(BIN)/pytest -m soak -s --timeout 3600
 
 # Optional, on Debian: with it three more tests are run instead of skipped.
 perf-analyzer: install

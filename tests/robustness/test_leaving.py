@@ -8,24 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
 
 import pytest
 
 from raw_http import HOST, connected, infer_request, read_reply
-from rule_service import RuleService, needs_proc, serving, until
+from rule_service import RuleService, needs_proc, until
 from rules import row
 
 pytestmark = needs_proc
 GET = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RuleService]:
-    folder = tmp_path_factory.mktemp("leaving")
-    with serving(folder, "rule") as running:
-        yield running
-    assert "Traceback" not in (folder / "log").read_text()
 
 
 def everything(connection: socket.socket) -> bytes:

@@ -15,16 +15,10 @@ from leanserve.api.v2.grpc_messages import SERVICE, message
 from loop_lag import STALL_MS, loop_lag
 from raw_client import Client
 from raw_http import ask, post
-from rule_service import RuleService, needs_proc, serving
+from rule_service import RuleService, needs_proc
 
 INFER = "/v2/models/rules/infer"
 MB = 10**6
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RuleService]:
-    with serving(tmp_path_factory.mktemp("refusals"), "rule") as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

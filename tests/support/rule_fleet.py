@@ -1,4 +1,4 @@
-"""`python rule_fleet.py FOLDER PORT CONFIG`: a real server process, with drain and all, over scripted variants.
+"""`python rule_fleet.py FOLDER PORT GRPC_PORT CONFIG`: a real server process, drain and all, over scripted variants.
 
 The kind of a variant is its name up to a digit: `rule` obeys its rows, as do `light`, `slow`, `middle` and `heavy`,
 which take 0.6, 10, 30 and 100 ms more per batch, and `short`, which the event loop runs itself. `onnx` is a float
@@ -90,7 +90,7 @@ def loader(name: str, folder: Path) -> Callable[[int], Backend]:
     return lambda threads: RuleBackend(folder, BATCH_S[kind])
 
 
-def main(folder: Path, port: int, config: ServiceConfig) -> None:
+def main(folder: Path, port: int, grpc_port: int, config: ServiceConfig) -> None:
     claimed = listen("127.0.0.1", port)
     for kind, hidden in HIDDEN.items():
         write_network(folder / f"{kind}.onnx", hidden)
@@ -103,8 +103,9 @@ def main(folder: Path, port: int, config: ServiceConfig) -> None:
     warm = WarmFleet(RuleBase(), plans, Device("cpu", 2), traffic_plan(config))  # type: ignore[arg-type]
     for plan in plans:
         warm.open(plan.name, loader(plan.name, folder))
-    run_server(config, Address(claimed), Opened(config, warm))
+    run_server(config, Address(claimed, ("127.0.0.1", grpc_port)), Opened(config, warm))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), ServiceConfig.model_validate(json.loads(sys.argv[3])))
+    folder, port, grpc_port, settings = sys.argv[1:]
+    main(Path(folder), int(port), int(grpc_port), ServiceConfig.model_validate(json.loads(settings)))

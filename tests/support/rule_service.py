@@ -36,6 +36,7 @@ class RuleService:
 
     process: subprocess.Popen[str]
     port: int
+    grpc_port: int
     folder: Path
     http: httpx.Client
 
@@ -121,16 +122,23 @@ async def until(happened: Callable[[], bool], seconds: float = 20) -> None:
 def serving(folder: Path, *variants: str, exit_status: int = 0, **config: Any) -> Iterator[RuleService]:
     """Start a server process over these variants and stop it with SIGTERM, by which it must end with this status."""
     folder.mkdir(exist_ok=True)
-    port = _free_port()
+    port, grpc_port = _free_port(), _free_port()
     named = {"base": "rules", "variants": [{"name": name} for name in variants], "drain": {"delay_s": 0}}
-    command = [sys.executable, str(HERE / "rule_fleet.py"), str(folder), str(port), json.dumps(named | config)]
+    command = [
+        sys.executable,
+        str(HERE / "rule_fleet.py"),
+        str(folder),
+        str(port),
+        str(grpc_port),
+        json.dumps(named | config),
+    ]
     # The scripted base comes from the tests of the API, the service from the same checkout as this test.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (HERE, *sys.path)))}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, text=True, env=environment)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, limits=EVERY_REQUEST_ITS_OWN) as http:
-            service = RuleService(process, port, folder, http)
+            service = RuleService(process, port, grpc_port, folder, http)
             _wait_until_ready(service)
             yield service
         process.send_signal(signal.SIGTERM)

@@ -49,8 +49,6 @@ _YOUNG = 10_000
 """Objects that may be new before the garbage collector looks for cycles among them (Python's own value is 700)."""
 _NEVER = 1_000_000
 """Collections of the middle generation before one of the oldest."""
-_ACCEPTED_S = 0.1
-"""In this time all connections are accepted that the system made before it was told to make no more."""
 _SWITCH_S = 0.001
 """While the service starts, a thread that runs Python gives way after this time to another that wants to; Python's own
 is 5 ms, several times per probe."""
@@ -179,8 +177,7 @@ class Server(uvicorn.Server):
         await asyncio.gather(self._end_http(timeout_s), self._end_grpc(timeout_s))
 
     async def _end_http(self, timeout_s: float) -> None:
-        if timeout_s and refuse_connections(self._address.http):
-            await asyncio.sleep(_ACCEPTED_S)
+        await refuse_connections(self._address.http, timeout_s / 4)
         for server in self.servers:
             server.close()
         self._address.http.close()

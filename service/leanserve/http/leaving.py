@@ -9,7 +9,9 @@ the stream would not be noticed at all.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import socket
+import termios
 from typing import Any
 
 BEGINNING = b"HTTP/1.1 "
@@ -28,6 +30,15 @@ def tcp_state(transport: asyncio.BaseTransport) -> int:
         return int(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0])
     except OSError:  # it is no TCP connection
         return _UNKNOWN
+
+
+def has_unread(transport: asyncio.BaseTransport) -> bool:
+    """Whether something has come that the loop has not read yet: a request, on a connection that seems idle."""
+    connection = transport.get_extra_info("socket")
+    if connection is None:
+        return False
+    unread = fcntl.ioctl(connection.fileno(), termios.FIONREAD, bytes(4))
+    return any(unread)
 
 
 class BegunReply:

@@ -3,6 +3,7 @@ none that is waiting to be accepted."""
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import logging
 import resource
@@ -14,8 +15,12 @@ from leanserve.http.open_connections import MOST_OPEN
 
 logger = logging.getLogger(__name__)
 
-_ATTACH_FILTER, _RETURN = 26, 0x06
-"""`SO_ATTACH_FILTER`, and the instruction that ends a filter with how much it lets through (Linux)."""
+_ATTACH_FILTER: Final = 26
+"""`SO_ATTACH_FILTER` (Linux)."""
+_NO_SYN: Final = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
+"""A filter (classic BPF): load the flags of TCP; if SYN is among them, let nothing through, else everything."""
+_LOOKS, _LOOK_S = 5, 0.02
+"""So often in a row nothing waits to be accepted before the last handshakes are taken to be over."""
 _OTHER_FILES: Final = 256
 """Descriptors for everything but connections: models, threads' pipes, gRPC."""
 
@@ -39,19 +44,29 @@ def listen(host: str, port: int) -> socket.socket:
     return claimed
 
 
-def refuse_connections(listening: socket.socket) -> bool:
-    """Have the system answer no request for a connection any more; those that it has taken can still be accepted.
+async def refuse_connections(listening: socket.socket, timeout_s: float) -> None:
+    """Have the system begin no more connections, and wait until those that it has were accepted, at most so long.
 
     A listening socket that is closed resets what waits to be accepted, though to its client that is a connection. So a
-    filter that lets nothing through is put before it first (Linux, socket(7)). The result is whether that is possible.
+    filter is put before it first that drops requests for new ones (Linux, socket(7)).
     """
-    nothing = ctypes.create_string_buffer(struct.pack("HBBI", _RETURN, 0, 0, 0))
-    program = struct.pack("HL", 1, ctypes.addressof(nothing))
+    nothing_new = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in _NO_SYN))
+    program = struct.pack("HL", len(_NO_SYN), ctypes.addressof(nothing_new))
     try:
         listening.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, program)
     except OSError:
-        return False
-    return True
+        return
+    loop = asyncio.get_running_loop()
+    end = loop.time() + timeout_s
+    looks = 0
+    while looks < _LOOKS and loop.time() < end:
+        await asyncio.sleep(_LOOK_S)
+        looks = looks + 1 if _waiting(listening) == 0 else 0
+
+
+def _waiting(listening: socket.socket) -> int:
+    """Connections that wait to be accepted (Linux, `tcpi_unacked` of a socket that listens)."""
+    return int(struct.unpack_from("I", listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28), 24)[0])
 
 
 def allow_descriptors(connections: int) -> int:

@@ -14,6 +14,7 @@ import math
 from collections import deque
 from typing import TYPE_CHECKING, Final, Literal
 
+from leanserve.http.leaving import has_unread
 from leanserve.http.limits import HttpLimits
 from leanserve.http.rate_limited_log import RateLimitedLog
 from leanserve.http.refusals import Refused, too_slow
@@ -109,7 +110,7 @@ class OpenConnections:
             for connection in list(self._open):
                 state, since = connection.waits()
                 if state in {"silent", "idle"} and now - since >= moment:
-                    connection.transport.close()
+                    _close_idle(connection)
                 elif state in {"head", "body"} and now - began >= arrival:
                     connection.refuse(Refused(503, "not_ready", "draining: the request did not arrive in time"))
             await asyncio.sleep(_LOOK_S)
@@ -136,7 +137,7 @@ class OpenConnections:
         elif state == "closing":
             connection.transport.abort()
         else:
-            connection.transport.close()
+            _close_idle(connection)
 
     def _make_room(self) -> bool:
         """End the connection that has waited for its client for longest, if there is one."""
@@ -171,6 +172,11 @@ class OpenConnections:
             text = f"all unfinished requests have more than {self.limits.buffered_bytes} bytes; try again later"
             worst.refuse(Refused(503, "not_ready", text, "buffered_bytes"))
             self.hold(worst, 0)
+
+
+def _close_idle(connection: Connection) -> None:
+    if not has_unread(connection.transport):
+        connection.transport.close()
 
 
 def _arrives(state: ConnectionState) -> bool:

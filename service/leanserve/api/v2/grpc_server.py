@@ -6,6 +6,7 @@ that the client cancels, or whose deadline passes, cancels the coroutine here, b
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +45,8 @@ GrpcAnswer: TypeAlias = Callable[[Any, Context], Awaitable[Any]]
 SMALL_RAW = 2**20
 """Bytes of raw tensors that are decoded on the event loop, as in REST."""
 _CALLS_PER_CONNECTION = 1024
+_TOLD_S = 0.3
+"""In this time at the end clients are told one by one to go elsewhere."""
 _DEAD_MS = 20_000
 """After so long without an answer to a ping a connection is dead."""
 METHODS: Final[Mapping[str, Role]] = MappingProxyType(
@@ -111,9 +114,16 @@ class GrpcServer:
         self.health.changed()
 
     async def stop(self, grace_s: float) -> None:
-        """Take no more calls, and let those that are open finish for at most `grace_s` seconds."""
+        """Take no more calls, and let those that are open finish for at most `grace_s` seconds.
+
+        At first new ones are still read, and told UNAVAILABLE: gRPC itself would tell those that it has, and nobody
+        has read, that they were cancelled. Then it sends GOAWAY.
+        """
         self.health.stop()
-        await self.server.stop(grace_s)
+        self.calls.end()
+        told_s = min(_TOLD_S, grace_s / 2)
+        await asyncio.sleep(told_s)
+        await self.server.stop(grace_s - told_s)
 
 
 async def start_grpc(at: GrpcPort, startup: Startup, access: Access) -> GrpcServer:
@@ -283,6 +293,14 @@ class _Calls:
     def serve(self, service: Service) -> None:
         self._fleet = service.fleet
         self._answers = model_answers(OpenInference(service)) | self._health
+
+    def end(self) -> None:
+        """From now on nothing is answered any more."""
+
+        async def refuse(_request: Any, _context: Context) -> Any:
+            raise NotReady("draining: the service is shutting down")
+
+        self._answers = dict.fromkeys(METHODS, refuse) | self._health
 
 
 def model_answers(protocol: OpenInference) -> dict[str, GrpcAnswer]:
