@@ -364,8 +364,14 @@ class Connection(HttpToolsProtocol):
         """After each response: what comes next on this connection."""
         self._answered_at = self.loop.time()
         self.server_state.total_requests += 1
-        if self.held:
-            self.all.hold(self, 0)
+        if self.pipeline or self._rest or self._ended or self._refusal is not None or self.held:
+            self._go_to_next()
+        elif self.flow.read_paused and not self.transport.is_closing():
+            self.flow.resume_reading()
+
+    def _go_to_next(self) -> None:
+        """Something was held, or comes behind the response: a request, a refusal, the end."""
+        self.all.hold(self, 0)
         if self.transport.is_closing() or self._hung_up:
             return
         if self.pipeline:
