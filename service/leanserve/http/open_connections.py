@@ -20,7 +20,7 @@ from leanserve.http.rate_limited_log import RateLimitedLog
 from leanserve.http.refusals import Refused, too_slow
 
 if TYPE_CHECKING:
-    from leanserve.http.connection import Connection
+    from leanserve.http.ending import EndingConnection
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ class OpenConnections:
         self.held_bytes = 0
         """Of all requests that are not here as a whole, and of large ones until they are answered."""
         self.log = RateLimitedLog(logger)
-        self._open: set[Connection] = set()
-        self._may_go: deque[tuple[Connection, float]] = deque()
+        self._open: set[EndingConnection] = set()
+        self._may_go: deque[tuple[EndingConnection, float]] = deque()
         self._seconds: dict[ConnectionState, float] = {
             "silent": limits.keep_alive_s,
             "idle": limits.keep_alive_s,
@@ -70,7 +70,7 @@ class OpenConnections:
     def __len__(self) -> int:
         return len(self._open)
 
-    def admit(self, connection: Connection) -> None:
+    def admit(self, connection: EndingConnection) -> None:
         """One more. Where that is one too many another makes room; else it is refused."""
         if len(self._open) >= self.limits.connections and not self._make_room():
             if len(self._open) >= self.limits.connections * MOST_OPEN:
@@ -82,12 +82,12 @@ class OpenConnections:
         if self._timer is None:
             self._timer = connection.loop.call_later(self._period, self._sweep, connection.loop)
 
-    def forget(self, connection: Connection) -> None:
+    def forget(self, connection: EndingConnection) -> None:
         """One less."""
         self._open.discard(connection)
         self.hold(connection, 0)
 
-    def hold(self, connection: Connection, nbytes: int) -> None:
+    def hold(self, connection: EndingConnection, nbytes: int) -> None:
         """So many bytes of a request are held for this connection."""
         self.held_bytes += nbytes - connection.held
         connection.held = nbytes
@@ -125,7 +125,7 @@ class OpenConnections:
             if now - since > self._seconds[state]:
                 self._end(connection, state)
 
-    def _end(self, connection: Connection, state: ConnectionState) -> None:
+    def _end(self, connection: EndingConnection, state: ConnectionState) -> None:
         """It took longer than it may."""
         if state == "head":
             connection.refuse(too_slow("head", "head_s", self.limits.head_s))
@@ -153,15 +153,15 @@ class OpenConnections:
                 return True
         return False
 
-    def _longest(self) -> list[tuple[Connection, float]]:
+    def _longest(self) -> list[tuple[EndingConnection, float]]:
         waiting = [(_RANK[state], since, connection) for connection, state, since in self._waits() if state in _RANK]
         found = heapq.nsmallest(_AT_ONCE, waiting, key=lambda item: item[:2])
         return [(connection, since) for _, since, connection in found]
 
-    def _waits(self) -> list[tuple[Connection, ConnectionState, float]]:
+    def _waits(self) -> list[tuple[EndingConnection, ConnectionState, float]]:
         return [(connection, *connection.waits()) for connection in self._open]
 
-    def _shed(self, last: Connection) -> None:
+    def _shed(self, last: EndingConnection) -> None:
         """Refuse the unfinished requests that hold most for longest until what is held is within the bound."""
         now = last.loop.time()
         while self.held_bytes > self.limits.buffered_bytes:
@@ -174,7 +174,7 @@ class OpenConnections:
             self.hold(worst, 0)
 
 
-def _close_idle(connection: Connection) -> None:
+def _close_idle(connection: EndingConnection) -> None:
     if not has_unread(connection.transport):
         connection.transport.close()
 
