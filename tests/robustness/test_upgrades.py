@@ -150,6 +150,20 @@ def test_a_handshake_behind_a_prediction_says_the_same_to_other_clients_afterwar
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("upgrade", ["websocket", "h2c"])
+def test_a_handshake_that_ends_its_connection_gets_its_reply_first(service: RuleService, upgrade: str) -> None:
+    head, body = request(3, f"Connection: Upgrade, close\r\nUpgrade: {upgrade}\r\n")
+
+    async def scenario() -> None:
+        async with asyncio.timeout(20), connected(service.port) as connection:
+            await send(connection, head + body)
+            reply = await read_reply(connection[0])
+            assert (reply.outputs()[0], reply.headers["connection"]) == (30, "close")
+            assert await is_closed(connection)
+
+    asyncio.run(scenario())
+
+
 SMUGGLED = b"POST /v2/models/rules/versions/rule2/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b"
 
 

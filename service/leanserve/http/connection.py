@@ -115,7 +115,9 @@ class Connection(EndingConnection):
                     break
                 except httptools.HttpParserUpgrade as upgrade:
                     data = memoryview(data)[int(upgrade.args[0]) :]
-                    self.parser.feed_data(self._head_without_upgrade())
+                    head = self._head_without_upgrade()
+                    self._forget_the_message()  # which may have been the last one, by `Connection: close`
+                    self.parser.feed_data(head)
             if self._place != "between":
                 self._check_size(len(data))
         except Refused as refused:
