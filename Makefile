@@ -35,9 +35,8 @@ test: install
 	$(BIN)/pytest --numprocesses 2 --dist loadfile $(TOGETHER:%=tests/%)
 	$(BIN)/pytest $(TOGETHER:%=--ignore=tests/%)
 
-# What takes minutes: bombs and floods at their full size, fifty shutdowns. Prints figures as those in docs/measurements/.
-soak: install
-	$(BIN)/pytest -m soak -s --timeout 3600
+# What takes minutes: bombs and floods at their full size, shutdowns, builds beside other work.
+# Prints figures as those in docs/measurements/.
 soak: install
 	$(BIN)/pytest -m soak -s --timeout 3600
 
