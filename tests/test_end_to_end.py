@@ -27,6 +27,7 @@ base: digits
 gate: {max_drop: 0.01, min_agreement: 0.97, on_fail: exclude}
 variants:
   - name: float
+    isolation: process
   - name: onnx
     passes: [{kind: fold_bn}, {kind: onnxruntime}]
   - name: cut # far too much, and no recovery
@@ -249,6 +250,58 @@ def test_sigterm_under_load_loses_nothing(service: Service, place: Path) -> None
         asker.join()
     assert not failures
     assert running.process.wait(15) == 0
+
+
+RELOADED = """\
+  - name: folded # of which all is built, for it is on the way to `onnx`
+    passes: [{kind: fold_bn}]
+traffic: {weights: {float: 3, folded: 1}}
+drain:"""
+
+
+def test_sighup_builds_and_serves_what_the_config_says_now_and_loses_nothing(service: Service, place: Path) -> None:
+    config = place / "reloaded.yaml"
+    config.write_text(CONFIG)
+    running = start(config, place / "cache", place / "log4", within=60)
+    image, label = digits(1)[0]
+    over = threading.Event()
+    seen: list[tuple[int, str]] = []
+
+    def client() -> None:
+        with httpx.Client(base_url=running.url) as http:
+            while not over.is_set():
+                reply = http.post("/v1/predict", content=image, headers={"content-type": "image/png"})
+                seen.append((reply.status_code, reply.json().get("variant", "")))
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    try:
+        changed = CONFIG.replace("drain:", RELOADED)
+        config.write_text(re.sub(r"  - name: onnx\n.*\n", "", changed))
+        running.process.send_signal(signal.SIGHUP)
+        told = logged(running, r".*(?:reloaded in|reload refused).*")
+        assert told.endswith("float 50%, onnx 50% -> float 75%, folded 25%")
+        assert running.post(image, x_variant="folded").json()["label"] == label
+        assert running.post(image, x_variant="onnx").status_code == 404
+        config.write_text(CONFIG.replace("on_fail: exclude", "on_fail: abort"))
+        running.process.send_signal(signal.SIGHUP)
+        assert "reload refused, everything is as it was: variant 'cut' fails its gate" in logged(running, ".*refused.*")
+        assert running.post(image, x_variant="folded").status_code == 200
+    finally:
+        over.set()
+        thread.join()
+        assert stop(running) == 0
+    assert {status for status, _ in seen} == {200}
+    assert {name for _, name in seen} == {"float", "onnx", "folded"}
+
+
+def logged(running: Service, pattern: str, within: float = 60.0) -> str:
+    """The first line of the log that is like this, once there is one."""
+    give_up = time.monotonic() + within
+    while (found := re.search(pattern, running.log.read_text())) is None:
+        assert time.monotonic() < give_up, running.log.read_text()
+        time.sleep(0.05)
+    return found[0]
 
 
 def test_a_port_in_use_is_told_before_any_building(service: Service, tmp_path: Path) -> None:

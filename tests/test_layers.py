@@ -35,6 +35,7 @@ LAYERS = {
     "report": 4,
     "api": 5,
     "evaluation": 5,
+    "worker": 5,
     "build": 6,
     "context": 7,
     "start": 8,

@@ -234,7 +234,7 @@ TELLS = f"tell({BuildNews('float', 'base', 1, 4).to_line()!r}.encode())\n"
 def test_a_build_is_heard_and_its_failure_keeps_its_status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     start = built_by(monkeypatch, tmp_path, TELLS + "sys.exit(2)")
     with pytest.raises(BuildFailed) as failed:
-        start._build_in_child(tmp_path)
+        start.build_in_child(tmp_path)
     assert failed.value.status == 2
     wait_for(lambda: start.startup.built == 0.25)
     assert start.startup.variants["float"].state == "building"
@@ -244,7 +244,7 @@ def test_a_build_is_heard_and_its_failure_keeps_its_status(monkeypatch: pytest.M
 def test_a_build_that_the_kernel_kills_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     start = built_by(monkeypatch, tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(StartupError, match=r"the build was killed \(SIGKILL\), as the kernel does .*; give it more"):
-        start._build_in_child(tmp_path)
+        start.build_in_child(tmp_path)
 
 
 @pytest.mark.parametrize("ignoring", ["", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"], ids=["ends", "is stuck"])
@@ -257,7 +257,7 @@ def test_a_build_for_which_nobody_waits_is_ended(
 
     def run() -> None:
         try:
-            start._build_in_child(tmp_path)
+            start.build_in_child(tmp_path)
         except BaseException as error:
             failures.append(error)
 
@@ -268,4 +268,4 @@ def test_a_build_for_which_nobody_waits_is_ended(
     building.join(10)
     assert len(failures) == 1
     with pytest.raises(BuildFailed):  # nothing is begun any more
-        start._build_in_child(tmp_path)
+        start.build_in_child(tmp_path)

@@ -38,7 +38,7 @@ class Running(NamedTuple):
 
     def cpu_s(self) -> float:
         """CPU seconds of all its processes so far."""
-        return sum(_cpu_ticks(pid) for pid in _family(self.pid)) / os.sysconf("SC_CLK_TCK")
+        return cpu_s_of(self.pid)
 
 
 def environment_of(peer: Peer, cache: Path) -> Path:
@@ -60,6 +60,11 @@ def environment_of(peer: Peer, cache: Path) -> Path:
         raise PeerError(f"{peer.name}: cannot install its requirements:\n{done.stderr[-2000:]}")
     installed.write_text(wanted)
     return python
+
+
+def cpu_s_of(leader: int) -> float:
+    """CPU seconds so far of a process and all that it has started."""
+    return sum(_cpu_ticks(pid) for pid in _family(leader)) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import logging
 import os
@@ -423,6 +424,7 @@ def _log_to_stderr() -> None:
 
 def main() -> None:
     """Run the command line; what is wrong with files, memory or settings is one line, without a stack, and status 2."""
+    faulthandler.enable()
     _log_to_stderr()
     logging.getLogger("leanserve").setLevel(logging.INFO)
     # It warns of every damaged form; the sender is told, and the log is not theirs to fill.

@@ -11,6 +11,7 @@ happen at any moment of a build, which leaves nothing half-written behind.
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import runpy
 import signal
@@ -41,6 +42,7 @@ def how_it_ended(status: int) -> str:
 def main(parent: str, module: str, *arguments: str) -> None:
     """The child of the process `parent`, from its start to the end of the module."""
     _end_with(int(parent))
+    faulthandler.enable()  # the last words of what crashes in a native library
     for name in PACKAGES:
         _bind(name)
     sys.argv[1:] = arguments

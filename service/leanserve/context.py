@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from leanserve.contracts import Backend
     from leanserve.hardware import Hardware
     from leanserve.serving.opening import BatchLimits, TrafficPlan, VariantPlan, WarmFleet
+    from leanserve.serving.reload import Read
+    from leanserve.serving.replanning import FleetPlan, VariantSource
     from leanserve.telemetry.observations import VariantFacts
     from leanserve.telemetry.startup import Startup
 
@@ -142,11 +144,8 @@ class AppContext:
 
     def open_variants(self, startup: Startup | None = None) -> WarmFleet:
         """Load and warm every variant that passed its gate, on every lane of the device; `startup` is told of each."""
-        from leanserve.artifacts.load import load_model
         from leanserve.codecs.text import TextCodec
-        from leanserve.contracts import Share
         from leanserve.runtime.device import Device
-        from leanserve.runtime.formats import open_backend
         from leanserve.serving.opening import WarmFleet
         from leanserve.telemetry.startup import Startup
 
@@ -156,30 +155,69 @@ class AppContext:
         device = Device("cpu", self.threads, self.lanes(reports))
         warm = WarmFleet(self.base, serving_plans(self.config, reports), device, traffic_plan(self.config), self.post)
         warm.decode_memory = self.config.limits.decode_mb * 2**20
-        alone = sum(report.state == "serving" for report in reports) == 1
 
-        def share_of(threads: int) -> Share:
-            return Share(threads, alone=alone, callers=max(1, self.threads // threads))
-
-        def read(key: str) -> Callable[[int], Backend]:
-            model = load_model(self.store, self.base, key)
-            return lambda threads: open_backend(model, share_of(threads))
-
-        def load(name: str, key: str, threads: int) -> Backend:
-            backend = read(key)(threads)
+        def load(name: str, read: Read, threads: int) -> Backend:
+            backend = read()(threads)
             startup.enter(name, "warming")
             return backend
 
         for report in reports:
             if report.state == "serving":
-                name, key = report.name, report.ancestry[-1].key
+                name = report.name
                 startup.enter(name, "loading")
-                warm.open(name, partial(load, name, key), partial(read, key))
+                source = self._source(report, len(device.lanes), alone=is_alone(reports))
+                warm.open(name, partial(load, name, source.read), source.read, source.workers)
                 startup.enter(name, "warm")
         for variant in warm.variants.values():
             if isinstance(variant.codec, TextCodec):
                 variant.codec.open()  # else the first text would wait for its tokenizer
         return warm
+
+    def plan_fleet(self, lanes: int) -> FleetPlan:
+        """All of it for a service that runs already, with so many lanes.
+
+        Raises:
+            StartupError: something is not as it must be.
+        """
+        from leanserve.serving.replanning import FleetPlan
+
+        reports = self.reports()
+        serving = [report for report in reports if report.state == "serving"]
+        sources = {report.name: self._source(report, lanes, alone=is_alone(reports)) for report in serving}
+        return FleetPlan(serving_plans(self.config, reports), traffic_plan(self.config), sources)
+
+    def _source(self, report: VariantReport, lanes: int, *, alone: bool) -> VariantSource:
+        """How the model of a variant is read, and its backends are opened: here, or by workers."""
+        from leanserve.artifacts.load import load_model
+        from leanserve.contracts import Share
+        from leanserve.runtime.formats import open_backend
+        from leanserve.serving.replanning import VariantSource
+
+        def share_of(threads: int) -> Share:
+            return Share(threads, alone=alone, callers=max(1, self.threads // threads))
+
+        key = report.ancestry[-1].key
+        if self.config.isolation_of(self.config.variant(report.name)) == "none":
+
+            def read() -> Callable[[int], Backend]:
+                model = load_model(self.store, self.base, key)
+                return lambda threads: open_backend(model, share_of(threads))
+
+            return VariantSource(read)
+        from leanserve.runtime.isolation.backend import IsolatedBackend
+        from leanserve.runtime.isolation.life import WorkerProgram
+        from leanserve.runtime.isolation.workers import Workers
+        from leanserve.worker import WorkerTask
+
+        workers = Workers(report.name, self.config.stuck_after_s)
+        batches = lanes if self.store.format_of(key).self_contained else 1
+
+        def open_worker(threads: int) -> Backend:
+            task = WorkerTask(str(self.store.root), key, self.base.origin, share_of(threads))
+            program = WorkerProgram(report.name, "leanserve.worker", (task.to_argument(),))
+            return IsolatedBackend(program, batches, workers)
+
+        return VariantSource(lambda: open_worker, workers)
 
 
 def _tell_verdicts(reports: Sequence[VariantReport], startup: Startup) -> None:
@@ -196,18 +234,30 @@ def serving_plans(config: ServiceConfig, reports: Sequence[VariantReport]) -> li
     from leanserve.config.schema import MAX_BATCH_DEPENDENCE
     from leanserve.serving.opening import MeasuredLimits, VariantPlan
 
-    sections = {variant.name: variant for variant in config.variants}
     return [
         VariantPlan(
             report.name,
             _facts(report),
-            _batch_limits(config.batch_of(sections[report.name])),
+            _batch_limits(config.batch_of(config.variant(report.name))),
             MeasuredLimits(report.quality.batch_dependence <= MAX_BATCH_DEPENDENCE, report.quality.memory_rows),
             report.spec,
-            sections[report.name].device_share,
+            config.variant(report.name).device_share,
+            _content(config, report, alone=is_alone(reports)),
         )
         for report in reports
     ]
+
+
+def is_alone(reports: Sequence[VariantReport]) -> bool:
+    """Whether a single variant is served, whose threads need not make way for others."""
+    return sum(report.state == "serving" for report in reports) == 1
+
+
+def _content(config: ServiceConfig, report: VariantReport, *, alone: bool) -> str:
+    """What decides the backends of a variant, and its processes."""
+    isolated = config.isolation_of(config.variant(report.name)) == "process"
+    where = f"in workers, stuck after {config.stuck_after_s} s" if isolated else "in the service"
+    return f"{report.ancestry[-1].key} {where}{', alone' if alone else ''}"
 
 
 def traffic_plan(config: ServiceConfig) -> TrafficPlan:

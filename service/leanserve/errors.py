@@ -120,6 +120,19 @@ class OutOfMemory(ServiceError):
         super().__init__(message, retry_after_s=1.0)
 
 
+class WorkerLost(ServiceError):
+    """The process that runs the variant ended or hung on this request twice, or is not back in time."""
+
+    status = 503
+    code = "worker_lost"
+
+    def __init__(self, message: str, *, ran: bool = True, alone: bool = False) -> None:
+        """`ran`: the rows were in the worker when it was lost. `alone`: no others were."""
+        super().__init__(message, retry_after_s=1.0)
+        self.ran = ran
+        self.alone = alone
+
+
 class QueueTimeout(ServiceError):
     """The request waited in the queue past its deadline and was never executed."""
 

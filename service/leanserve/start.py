@@ -10,22 +10,29 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from leanserve.child import command, how_it_ended
-from leanserve.config.schema import ServiceConfig
-from leanserve.errors import StartupError
+from leanserve.config.changes import refuse_fixed
+from leanserve.config.schema import ServiceConfig, read_config
+from leanserve.contracts import Base
+from leanserve.errors import ConfigError, StartupError
 from leanserve.telemetry.startup import BuildNews, Startup
 from leanserve.timing import MEASURE_S
 
 if TYPE_CHECKING:
+    from leanserve.context import AppContext
     from leanserve.serving.opening import WarmFleet
+    from leanserve.serving.replanning import FleetPlan
 
 logger = logging.getLogger(__name__)
 
+BUILD_NICE = 19
+"""Priority of a build beside a service that answers: it gets what the service leaves, and a seventieth of a core."""
 END_S = 5.0
 """How long a build has to end when it is asked to; then it is killed, which loses no more."""
 
@@ -73,7 +80,7 @@ class ServiceStart:
         self.startup.model = work.base.name
         if work.missing:
             logger.info("%s; building what is missing, GET /readyz tells how far it is", work.missing)
-            self._build_in_child(work.store.root)
+            self.build_in_child(work.store.root)
         else:
             work.store.sweep()
             if work.elsewhere:
@@ -98,7 +105,16 @@ class ServiceStart:
                 self._build.kill()
                 self._build.wait()
 
-    def _build_in_child(self, cache: Path) -> None:
+    def reload(self, current: ServiceConfig, base: Base) -> ConfigReload:
+        """What the file says now, for a service that runs with the config and base that it has."""
+        return ConfigReload(self, self._path, self._cache, current, base)
+
+    def build_in_child(self, cache: Path, nice: int = 0) -> None:
+        """Build what is missing from a cache; waits for it.
+
+        Raises:
+            BuildFailed: it has said why. StartupError: it was killed.
+        """
         reading, writing = os.pipe()
         paths = ("--config", str(self._path), "--cache", str(cache))
         arguments = ("build", *paths, "--measure-seconds", str(self._measure_s), "--tell", str(writing))
@@ -107,6 +123,8 @@ class ServiceStart:
                 if self._stopped:
                     raise BuildFailed(-signal.SIGTERM)
                 self._build = subprocess.Popen(command("leanserve", *arguments), pass_fds=[writing])
+                if nice and sys.platform == "linux":
+                    os.setpriority(os.PRIO_PROCESS, self._build.pid, nice)
         finally:
             os.close(writing)
         # What the build has started itself may hold the pipe open for longer than the build runs.
@@ -122,3 +140,66 @@ class ServiceStart:
         with os.fdopen(reading, encoding="utf-8") as lines:
             for line in lines:
                 self.startup.building(BuildNews.from_line(line))
+
+
+class ConfigReload:
+    """An `api.reloading.Reload`: what stands in the config file now, from reading it to a plan of the fleet.
+
+    Nothing of the service that runs is touched.
+    """
+
+    def __init__(self, start: ServiceStart, path: Path, cache: Path | None, current: ServiceConfig, base: Base) -> None:
+        self._start = start
+        self._path = path
+        self._cache = cache
+        self._current = current
+        self._base = base
+        self._work: AppContext | None = None
+
+    def read(self) -> ServiceConfig:
+        """The config, if a service that runs can take it.
+
+        Raises:
+            StartupError: something in the file is wrong, or differs in what cannot change.
+        """
+        config = read_config(self._path)
+        refuse_fixed(self._path, self._current, config)
+        self._work = self._opened(config)
+        return config
+
+    def build(self) -> None:
+        """Build what is missing, in a child of the lowest priority; waits for it.
+
+        Raises:
+            StartupError: it could not be built.
+        """
+        assert self._work is not None
+        if self._work.missing:
+            logger.info("%s; building what is missing", self._work.missing)
+            failed = None
+            try:
+                self._start.build_in_child(self._work.store.root, BUILD_NICE)
+            except BuildFailed as error:
+                failed = error
+            self._work = self._opened(self._work.config)
+            if failed is not None and self._work.missing:  # else it was a gate, of which the plan will tell
+                raise StartupError(f"{failed}; it has said why before this line")
+
+    def plan(self, lanes: int) -> FleetPlan:
+        """What is to be served, on so many lanes.
+
+        Raises:
+            StartupError: a variant fails a gate that says so, or none is left.
+        """
+        assert self._work is not None
+        return self._work.plan_fleet(lanes)
+
+    def _opened(self, config: ServiceConfig) -> AppContext:
+        from leanserve.config.yaml import read_yaml
+        from leanserve.context import AppContext
+
+        work = AppContext(self._path, self._cache, config=config, where="apart")
+        if work.base.digest != self._base.digest:
+            place = read_yaml(self._path).place(["base"])
+            raise ConfigError(f"{place}: base: the files of the base or its data have changed; start the service again")
+        return work

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fakes import LABELS, open_variants
 from leanserve.api.app import create_app
 from leanserve.codecs.images import ImageCodec
+from leanserve.errors import BadInput
 from leanserve.serving.fleet import Fleet
 
 
@@ -148,11 +149,15 @@ def test_every_failure_is_one_error_text(
     run(scenario)
 
 
+@pytest.mark.parametrize("blamed", [False, True], ids=["as it is", "taken for a bad body"])
 def test_memory_that_runs_out_while_decoding_is_a_503_that_says_when_to_come_again(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, *, blamed: bool
 ) -> None:
     def decode(*_: object) -> None:
-        raise MemoryError("Unable to allocate 8.00 GiB for an array")
+        lacking = MemoryError("Unable to allocate 8.00 GiB for an array")
+        if blamed:
+            raise BadInput("the image cannot be read") from lacking
+        raise lacking
 
     async def scenario(http: httpx.AsyncClient, fleet: Fleet) -> None:
         monkeypatch.setattr(ImageCodec, "prepare", decode)

@@ -19,10 +19,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from fakes import open_variants
 from leanserve.api.access import Access
 from leanserve.api.front import Front
+from leanserve.api.reloading import Reload
 from leanserve.api.server import Address, Server
 from leanserve.api.service import Service
 from leanserve.api.starting import StartingApp
 from leanserve.config.schema import ServiceConfig
+from leanserve.contracts import Base
 from leanserve.errors import StartupError
 from leanserve.serving.opening import WarmFleet
 from leanserve.telemetry.startup import BuildNews, Startup
@@ -157,6 +159,9 @@ class Slow:
     def stop(self) -> None:
         self.stopped = True
         self.may_end.set()
+
+    def reload(self, current: ServiceConfig, base: Base) -> Reload:
+        raise NotImplementedError
 
 
 @contextmanager

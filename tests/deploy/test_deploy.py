@@ -22,7 +22,7 @@ from fake_hardware import FakeNvml, busy_gpu, processor
 from leanserve.config.schema import read_config
 from leanserve.telemetry.hardware_metrics import Sources
 from leanserve.telemetry.metrics import Metrics
-from leanserve.telemetry.observations import VariantFacts
+from leanserve.telemetry.observations import VariantFacts, WorkerCounts
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/variants.json").read_text())
@@ -44,6 +44,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     variant.request_done("ok", 0.1)
     variant.batch_done(1, 0, 0.1, [0.1])
     variant.add_backend_facts({"escalated": 1})
+    variant.workers = lambda: WorkerCounts({"SIGSEGV": 1}, are_there=True)
     page = metrics.render()[0].decode()
     samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
     return {sample.name: set(sample.labels) for sample in samples}

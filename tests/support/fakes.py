@@ -15,6 +15,7 @@ from typing import Any
 import uvicorn
 
 from leanserve.api.access import Access, Key
+from leanserve.api.reloading import Reload
 from leanserve.api.server import Address, Server
 from leanserve.api.service import Service
 from leanserve.api.tls import TlsFiles
@@ -24,7 +25,7 @@ from leanserve.codecs.images import ImageCodec
 from leanserve.codecs.postprocess.chain import PostChain
 from leanserve.config.schema import ServiceConfig
 from leanserve.context import serving_plans, traffic_plan
-from leanserve.contracts import Array, Arrays, Codec, Data, Model, ModelSpec, Result, Split, TensorSpec
+from leanserve.contracts import Array, Arrays, Base, Codec, Data, Model, ModelSpec, Result, Split, TensorSpec
 from leanserve.hardware import this_hardware
 from leanserve.runtime.device import Device
 from leanserve.serving.fleet import Fleet
@@ -165,6 +166,9 @@ class Opened:
         return self.warm
 
     def stop(self) -> None: ...
+
+    def reload(self, current: ServiceConfig, base: Base) -> Reload:
+        raise NotImplementedError
 
     def service(self) -> Service:
         """On the running loop."""

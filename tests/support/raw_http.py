@@ -43,7 +43,7 @@ class PendingResult(NamedTuple):
 
 def post(path: str, body: bytes, *headers: str) -> bytes:
     """The bytes of a POST request."""
-    head = [f"POST {path} HTTP/1.1", "host: x", f"content-length: {len(body)}", *headers]
+    head = [f"POST {path} HTTP/1.1", "host: localhost", f"content-length: {len(body)}", *headers]
     return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
 

@@ -3,8 +3,8 @@
 The kind of a variant is its name up to a digit: `rule` obeys its rows, as do `light`, `slow`, `middle` and `heavy`,
 which take 0.6, 10, 30 and 100 ms more per batch, and `short`, which the event loop runs itself. `onnx` is a float
 network in onnxruntime, `large` one of four times the size. `dynamic` and `tensor` are the float network in 8 bits,
-quantized while running by one scale per row and per tensor. CONFIG is a service config as JSON. FOLDER holds the gate
-file and the networks.
+quantized while running by one scale per row and per tensor. `fragile` obeys in a process of its own. CONFIG is a
+service config as JSON. FOLDER holds the gate file, the networks, and `config.yaml`, which is read on SIGHUP.
 """
 
 from __future__ import annotations
@@ -25,13 +25,18 @@ from fakes import Opened, PixelBase, report
 from leanserve.api.server import Address, run_server
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
-from leanserve.config.schema import ServiceConfig
+from leanserve.config.changes import refuse_fixed
+from leanserve.config.schema import ServiceConfig, read_config
 from leanserve.context import serving_plans, traffic_plan
-from leanserve.contracts import Backend, OnnxModel
+from leanserve.contracts import Backend, Base, OnnxModel
 from leanserve.http.listening import listen
 from leanserve.runtime.backends.onnx_runtime import OnnxRuntimeBackend
 from leanserve.runtime.device import Device
+from leanserve.runtime.isolation.backend import IsolatedBackend
+from leanserve.runtime.isolation.life import WorkerProgram
+from leanserve.runtime.isolation.workers import Workers
 from leanserve.serving.opening import MeasuredLimits, WarmFleet
+from leanserve.serving.replanning import FleetPlan, VariantSource
 from leanserve.serving.short_batches import SHORT_S
 from rules import SPEC, WIDTH, RuleBackend
 
@@ -82,9 +87,58 @@ def quantize(float_network: Path, path: Path, scale: str) -> None:
         path.write_bytes(made.path.read_bytes())
 
 
+def kind_of(name: str) -> str:
+    return name.rstrip("0123456789")
+
+
+def source_of(name: str, folder: Path, stuck_after_s: float) -> VariantSource:
+    """How a variant is loaded on the device thread, or beside it while others serve."""
+    if kind_of(name) != "fragile":
+        return VariantSource(lambda: loader(name, folder))
+    workers = Workers(name, stuck_after_s, (0.0, 0.1))
+    program = WorkerProgram(name, "fragile_worker", (str(folder),))
+    return VariantSource(lambda: lambda _: IsolatedBackend(program, 1, workers), workers)
+
+
+def fleet_plan(config: ServiceConfig, folder: Path) -> FleetPlan:
+    """All variants of a config."""
+    plans = [
+        replace(plan, measured=MeasuredLimits(trusts_rows=not plan.name.startswith("tensor")))
+        for plan in serving_plans(config, [report(item.name, spec=SPEC) for item in config.variants])
+    ]
+    sources = {item.name: source_of(item.name, folder, config.stuck_after_s) for item in config.variants}
+    return FleetPlan(plans, traffic_plan(config), sources)
+
+
+class RuleReload:
+    """An `api.reloading.Reload` of FOLDER/config.yaml, whose variants need no building."""
+
+    def __init__(self, folder: Path, current: ServiceConfig) -> None:
+        self._folder = folder
+        self._current = current
+
+    def read(self) -> ServiceConfig:
+        path = self._folder / "config.yaml"
+        self._config = read_config(path)
+        refuse_fixed(path, self._current, self._config)
+        return self._config
+
+    def build(self) -> None: ...
+
+    def plan(self, lanes: int) -> FleetPlan:
+        return fleet_plan(self._config, self._folder)
+
+
+class RuleStart(Opened):
+    """The start of a service that can be reloaded."""
+
+    def reload(self, current: ServiceConfig, base: Base) -> RuleReload:
+        return RuleReload(Path(sys.argv[1]), current)
+
+
 def loader(name: str, folder: Path) -> Callable[[int], Backend]:
     """How to load the variant of that name on the device thread."""
-    kind = name.rstrip("0123456789")
+    kind = kind_of(name)
     if kind in HIDDEN | SCALES:
         return lambda threads: OnnxRuntimeBackend(OnnxModel(folder / f"{kind}.onnx", SPEC), threads)
     return lambda threads: RuleBackend(folder, BATCH_S[kind])
@@ -94,16 +148,13 @@ def main(folder: Path, port: int, grpc_port: int, config: ServiceConfig) -> None
     claimed = listen("127.0.0.1", port)
     for kind, hidden in HIDDEN.items():
         write_network(folder / f"{kind}.onnx", hidden)
-    for kind in {item.name.rstrip("0123456789") for item in config.variants} & SCALES.keys():
+    for kind in {kind_of(item.name) for item in config.variants} & SCALES.keys():
         quantize(folder / "onnx.onnx", folder / f"{kind}.onnx", SCALES[kind])
-    plans = [
-        replace(plan, measured=MeasuredLimits(trusts_rows=not plan.name.startswith("tensor")))
-        for plan in serving_plans(config, [report(item.name, spec=SPEC) for item in config.variants])
-    ]
-    warm = WarmFleet(RuleBase(), plans, Device("cpu", 2), traffic_plan(config))  # type: ignore[arg-type]
-    for plan in plans:
-        warm.open(plan.name, loader(plan.name, folder))
-    run_server(config, Address(claimed, ("127.0.0.1", grpc_port)), Opened(config, warm))
+    planned = fleet_plan(config, folder)
+    warm = WarmFleet(RuleBase(), planned.plans, Device("cpu", 2), planned.traffic)  # type: ignore[arg-type]
+    for name, source in planned.sources.items():
+        warm.open(name, source.read(), source.read, source.workers)
+    run_server(config, Address(claimed, ("127.0.0.1", grpc_port)), RuleStart(config, warm))
 
 
 if __name__ == "__main__":

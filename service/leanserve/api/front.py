@@ -1,7 +1,8 @@
-"""The outermost ASGI app of the server: it listens from the first second, and what answers behind it is replaced once.
+"""The outermost ASGI app of the server: it listens from the first second, and what answers behind it is replaced.
 
-Until the service is ready `starting.py` answers, then the hot path. Connections that are open stay open: they belong to
-the front, and their next request finds the other. Every request gets its identity here, whoever answers it.
+Until the service is ready `starting.py` answers, then the hot path, and another one after a reload. Connections that
+are open stay open: they belong to the front, and their next request finds the other. Every request gets its identity
+here, whoever answers it.
 """
 
 from __future__ import annotations

@@ -27,12 +27,15 @@ import uvicorn
 
 from leanserve.api.access import Access, Key, is_loopback
 from leanserve.api.front import Front
+from leanserve.api.reloading import Reload, reload_config
 from leanserve.api.routes import HotPath
 from leanserve.api.service import Service
 from leanserve.api.starting import StartingApp
 from leanserve.api.tls import TlsFiles
 from leanserve.config.schema import ServiceConfig
+from leanserve.contracts import Base
 from leanserve.http.connection import connections_to
+from leanserve.http.limits import HttpLimits
 from leanserve.http.listening import allow_descriptors, refuse_connections
 from leanserve.http.open_connections import OpenConnections
 from leanserve.serving.decoding import THREADS
@@ -70,6 +73,9 @@ class Start(Protocol):
 
     def stop(self) -> None:
         """Give up soon; nobody waits for the result any more. Callable from any thread."""
+
+    def reload(self, current: ServiceConfig, base: Base) -> Reload:
+        """What the config file says now, for a service that runs with the config and base that it has."""
 
 
 class Address(NamedTuple):
@@ -133,8 +139,7 @@ class Server(uvicorn.Server):
     ) -> None:
         self._access = Access(keys, config.cors.origins, local=address.is_local)
         self._front = Front(StartingApp(start.startup, config, self._access))
-        limits = config.limits.http
-        self._connections = OpenConnections(limits._replace(connections=allow_descriptors(limits.connections)))
+        self._connections = OpenConnections(_kept_limits(config))
         super().__init__(
             uvicorn.Config(
                 self._front,
@@ -157,6 +162,8 @@ class Server(uvicorn.Server):
         self._start = start
         self._announce = announce
         self._grpc: GrpcServer | None = None
+        self._is_reload_wanted = False
+        self._reloading: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and begin to start what is served."""
@@ -226,6 +233,8 @@ class Server(uvicorn.Server):
         _settle()
         self.service = service
         self._announce(service)
+        if self._is_reload_wanted:
+            self._begin_reload()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -236,11 +245,48 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, number)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         try:
             yield
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 loop.remove_signal_handler(number)
+
+    def _hang_up(self) -> None:
+        """Reload, after the start or the reload that goes on; or drain, where the config says so."""
+        if self._settings.on_sighup == "drain":
+            self._end(signal.SIGHUP)
+            return
+        self._is_reload_wanted = True
+        if self.service is not None and self._reloading is None:
+            self._begin_reload()
+
+    def _begin_reload(self) -> None:
+        self._reloading = asyncio.get_running_loop().create_task(self._reload())
+
+    async def _reload(self) -> None:
+        """As often as it is wanted: what changed while a file was read is in the next reading."""
+        service = self.service
+        while self._is_reload_wanted and service is not None and not service.fleet.draining:
+            self._is_reload_wanted = False
+            await reload_config(self._start.reload(service.config, service.base), service, self._adopt)
+            service = self.service
+        self._reloading = None
+
+    def _adopt(self, config: ServiceConfig) -> None:
+        """In one step with the fleet: answer by another config."""
+        from leanserve.api.app import create_app
+
+        assert self.service is not None
+        if self._grpc is not None and config.limits.body_bytes != self._settings.limits.body_bytes:
+            text = "limits.body_bytes: gRPC keeps %d until the service is started again"
+            logger.warning(text, self._settings.limits.body_bytes)
+        self._settings = config
+        self._connections.keep(_kept_limits(config))
+        self.service = service = self.service._replace(config=config)
+        self._front.serve(create_app(service))
+        if self._grpc is not None:
+            self._grpc.serve_again(service)
 
     def _end(self, number: int) -> None:
         if self.service is None:
@@ -250,6 +296,8 @@ class Server(uvicorn.Server):
         if self.service.fleet.draining:
             self._stop()
             return
+        if self._reloading is not None:
+            self._start.stop()
         self.service.fleet.drain()
         self._connections.drain()
         delay = self._settings.drain.delay_s
@@ -258,6 +306,12 @@ class Server(uvicorn.Server):
 
     def _stop(self) -> None:
         self.should_exit = True
+
+
+def _kept_limits(config: ServiceConfig) -> HttpLimits:
+    """Those of the config, with as many connections as the system allows."""
+    limits = config.limits.http
+    return limits._replace(connections=allow_descriptors(limits.connections))
 
 
 @contextmanager

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar, overload
+from typing import TYPE_CHECKING, Protocol, TypeVar, overload
 
 from pydantic import TypeAdapter
 
 from leanserve.artifacts.manifest import Recipe
 from leanserve.artifacts.store import ArtifactStore
-from leanserve.contracts import Base, Model
+from leanserve.contracts import Model
 from leanserve.passes import AnyPass
 from leanserve.passes.base import Pass
 from leanserve.runtime.formats import format_named
@@ -26,6 +26,13 @@ _PASS: TypeAdapter[Pass] = TypeAdapter(AnyPass)
 _Item = TypeVar("_Item")
 Ancestry = Mapping[str, Recipe]
 """All recipes that an artifact is made of, by key."""
+
+
+class StructureSource(Protocol):
+    """What loading asks of a base."""
+
+    def torch_module(self) -> nn.Module:
+        """The base's own module, fresh."""
 
 
 class OneByOne(Sequence[_Item]):
@@ -48,7 +55,7 @@ class OneByOne(Sequence[_Item]):
         return OneByOne(self._makers[index]) if isinstance(index, slice) else self._makers[index]()
 
 
-def load_model(store: ArtifactStore, base: Base, key: str) -> Model:
+def load_model(store: ArtifactStore, base: StructureSource, key: str) -> Model:
     """Load the artifact `key` of `base`, ready for a backend.
 
     Raises:
@@ -68,7 +75,7 @@ def _line(ancestry: Ancestry, key: str) -> list[Recipe]:
     return [*(_line(ancestry, recipe.parents[0]) if recipe.parents else ()), recipe]
 
 
-def _stored_model(store: ArtifactStore, base: Base, ancestry: Ancestry) -> Model:
+def _stored_model(store: ArtifactStore, base: StructureSource, ancestry: Ancestry) -> Model:
     """The last model of the ancestry that was saved."""
     holder, name = [(recipe, recipe.format) for recipe in ancestry.values() if recipe.format is not None][-1]
     rebuild = partial(_rebuilt, base, ancestry, holder.key)
@@ -76,7 +83,7 @@ def _stored_model(store: ArtifactStore, base: Base, ancestry: Ancestry) -> Model
     return model
 
 
-def _rebuilt(base: Base, ancestry: Ancestry, key: str) -> nn.Module:
+def _rebuilt(base: StructureSource, ancestry: Ancestry, key: str) -> nn.Module:
     """The structure of an artifact, with weights of the base or none."""
     recipe = ancestry[key]
     if not recipe.parents:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, cast
 
 from leanserve.bases.apart import described_apart
 from leanserve.bases.checkpoints import file_digest
@@ -42,9 +42,12 @@ from leanserve.config.base_section import (
 from leanserve.config.data_section import AnyData, ArrayFileData
 from leanserve.config.score_section import AnyScore
 from leanserve.config.section import Section
-from leanserve.contracts import Codec, Model, ModelSpec, RowsTogether
+from leanserve.contracts import Codec, Model, ModelSpec, RowsTogether, TorchModel
 from leanserve.errors import ConfigError
 from leanserve.scoring import ACCURACY, Scoring, score_of
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class Source(Protocol):
@@ -109,6 +112,21 @@ class Origin(Section):
 def reopen_base(origin: str) -> LoadedBase:
     """The base of which `Base.origin` is this, in another process."""
     return open_base(Origin.model_validate_json(origin))
+
+
+def reopen_module(origin: str, spec: ModelSpec) -> nn.Module:
+    """The torch module alone of the base of which `Base.origin` and `Base.spec` are these, in another process.
+
+    Its rows, which may be many files, are not looked at.
+
+    Raises:
+        ConfigError: the model is not the one that was opened there.
+    """
+    known = Origin.model_validate_json(origin)
+    source = source_of(known)
+    if known.fingerprint not in {None, source.fingerprint()}:
+        raise ConfigError("base: its files have changed since the service started; start it again")
+    return cast("TorchModel", source.model(spec)).module
 
 
 def open_base(origin: Origin, where: Where = "here") -> LoadedBase:

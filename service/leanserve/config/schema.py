@@ -34,6 +34,10 @@ AtLeastOne = Annotated[int, Field(ge=1, le=4096, strict=True)]
 """Threads, of which no machine has more. Strict: in YAML `yes` is a truth value, which would pass for 1."""
 
 
+Isolation = Literal["none", "process"]
+"""Whether a variant runs in the service's own process, or in a worker that may crash."""
+
+
 class GateConfig(Section):
     """When a variant answers too differently from its base to be served."""
 
@@ -173,6 +177,7 @@ class VariantConfig(Section):
     device_share: float = Field(
         1.0, ge=0.01, le=100, description="its part of the device's time while others want it too, beside theirs"
     )
+    isolation: Isolation | None = Field(None, description="overrides the common isolation")
 
     @property
     def parent_names(self) -> tuple[str, ...]:
@@ -196,6 +201,10 @@ class ServiceConfig(Section):
     )
     lanes: AtLeastOne | Literal["auto"] = Field("auto", description="batches at a time; auto = measured by the build")
     cache: Path = Field(Path(".leanserve"), description="folder of the artifact store")
+    isolation: Isolation = Field("none", description="process: variants run in workers, which may crash or hang alone")
+    stuck_after_s: float = Field(
+        10.0, gt=0, description="a worker that runs one batch for longer is stuck and is killed"
+    )
     gate: GateConfig = GateConfig()
     batch: BatchConfig = BatchConfig()
     traffic: TrafficConfig = TrafficConfig()
@@ -207,6 +216,9 @@ class ServiceConfig(Section):
     tls: TlsConfig | None = Field(None, description="certificate of both ports; none: plain text")
     drain: DrainConfig = DrainConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    on_sighup: Literal["reload", "drain"] = Field(
+        "reload", description="what SIGHUP does: read this file again, or end"
+    )
     model_control: Literal["none", "explicit"] = Field("none", description="explicit: clients may load and unload")
 
     @model_validator(mode="after")
@@ -252,9 +264,17 @@ class ServiceConfig(Section):
             return GRAPH_TAGS
         return PROGRAM_TAGS if isinstance(self.base, TorchExportBase) else BASE_TAGS
 
+    def variant(self, name: str) -> VariantConfig:
+        """The section of the variant of that name."""
+        return next(variant for variant in self.variants if variant.name == name)
+
     def gate_of(self, variant: VariantConfig) -> GateConfig:
         """The variant's own gate, else the common one."""
         return variant.gate or self.gate
+
+    def isolation_of(self, variant: VariantConfig) -> Isolation:
+        """The variant's own isolation, else the common one."""
+        return variant.isolation or self.isolation
 
     def batch_of(self, variant: VariantConfig) -> BatchConfig:
         """The variant's own batch settings, else the common ones."""

@@ -55,6 +55,12 @@ class OpenConnections:
         self.log = RateLimitedLog(logger)
         self._open: set[EndingConnection] = set()
         self._may_go: deque[tuple[EndingConnection, float]] = deque()
+        self.keep(limits)
+        self._timer: asyncio.TimerHandle | None = None
+
+    def keep(self, limits: HttpLimits) -> None:
+        """Keep these limits from now on; connections that are there keep the sizes that they began with."""
+        self.limits = limits
         self._seconds: dict[ConnectionState, float] = {
             "silent": limits.keep_alive_s,
             "idle": limits.keep_alive_s,
@@ -65,7 +71,6 @@ class OpenConnections:
             "answering": math.inf,
         }
         self._period = min(_SWEEP_S, min(self._seconds.values()) / 4)
-        self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self._open)

@@ -8,7 +8,7 @@ long rows fewer do, so models whose rows vary in length have a table, and a knee
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 SMOOTHING = 0.1
@@ -132,3 +132,26 @@ class Costs:
     def table(self) -> dict[int, float]:
         """Rows -> seconds, as known now; of rows of a typical length where they vary."""
         return self.tables[min(bisect_left(self.lengths, TYPICAL), len(self.tables) - 1)].table()
+
+
+def costs_like(
+    known: Costs, ratio: Callable[[int], float], most: int, compiled: Sequence[int], lengths: Sequence[int]
+) -> Costs:
+    """A first guess for a model whose batches cost `ratio(rows)` times those of a known one: none has more than `most`
+    rows, or others than it was `compiled` for (empty: any), and rows have these `lengths` (empty: all the same).
+    """
+    shapes: Literal["any", "compiled"] = "compiled" if compiled else "any"
+    tables = []
+    for length in lengths or (0,):
+        place = min(bisect_left(known.lengths, length), len(known.tables) - 1)
+        table, longer = known.tables[place], length / known.lengths[place] if length and known.lengths else 1.0
+        rows = buckets_up_to(most, compiled) if compiled else [size for size in table.buckets if size <= most] or [most]
+        guess = {count: longer * ratio(count) * _beyond(table, count) for count in rows}
+        tables.append(CostTable(guess, most, shapes))
+    return Costs(tables, lengths)
+
+
+def _beyond(table: CostTable, rows: int) -> float:
+    """Seconds of a batch, also of one that is larger than any of the table."""
+    largest = table.buckets[-1]
+    return table.seconds(rows) * max(1.0, rows / largest)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from leanserve.contracts import Arrays, ModelSpec
-from leanserve.errors import BackendFailed, BadInput, OutOfMemory, ServiceError
+from leanserve.errors import BackendFailed, BadInput, OutOfMemory, ServiceError, WorkerLost
 from leanserve.memory import forget, is_out_of_memory, run_in_parts
 from leanserve.runtime.assembly import dynamic_axes, join, rejoin, split, trim
 from leanserve.runtime.costs import CostTable
@@ -103,7 +103,13 @@ class BatchRunner:
         self, error: BaseException, tickets: list[Ticket[PendingResult]], place: BatchPlace, retry: Retry
     ) -> list[CompletedBatch]:
         """After a batch failed: find the bad request by halving, or what fits into memory. Its mates are answered, it
-        alone fails."""
+        alone fails.
+
+        Where the worker was lost that would need others, one after the other: all are told, for `second_chances`.
+        """
+        if isinstance(error, WorkerLost):
+            failures = [self._failure(error, ticket) for ticket in tickets]
+            return [CompletedBatch(tickets, failures, sum(ticket.rows for ticket in tickets))]
         if is_out_of_memory(error):
             forget(error)
         if len(tickets) > 1:
@@ -132,6 +138,8 @@ class BatchRunner:
         """What the client of a request is told on which the model failed."""
         if isinstance(error, BadInput):
             return BadInput(str(error))  # told anew: the stack of the error holds the tickets, and they would hold it
+        if isinstance(error, WorkerLost):
+            return WorkerLost(str(error), ran=error.ran, alone=error.alone)
         if is_out_of_memory(error):
             text = "variant %s: memory ran out on a request: %s"
             logger.error(text, self._name, error, extra={"identity": ticket.identity})

@@ -1,34 +1,41 @@
 """All variants of one base at work: chosen per request, unloaded and loaded again, drained.
 
 The fleet is what sessions and the API see. It knows neither the config file nor the artifact store; the composition
-root plans and opens what it serves (`opening.py`). While it serves, variants can be unloaded and loaded again; what
-that takes is in `reload.py`, and here only who answers meanwhile.
+root plans and opens what it serves (`opening.py`). While it serves, variants can be unloaded and loaded again, and all
+of it can be planned anew; what that takes is in `reload.py` and `replanning.py`, and here only who answers meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 from leanserve.errors import BadInput, NotFound, NotReady, OutOfMemory, ServiceError
 from leanserve.memory import is_out_of_memory
-from leanserve.runtime.device import BatchOnLane, Lane
+from leanserve.runtime.device import BatchOnLane, Device, Lane
+from leanserve.runtime.isolation.workers import WorkerEvent
 from leanserve.runtime.linux.denormals import flush_denormals
 from leanserve.serving.decoding import Decoders
-from leanserve.serving.opening import VariantPlan, WarmFleet
-from leanserve.serving.reload import LoadingThreads, Read, close_all, open_again
+from leanserve.serving.opening import VariantPlan, WarmFleet, WarmVariant
+from leanserve.serving.reload import LoadingThreads, close_all, open_again
+from leanserve.serving.replanning import FleetPlan, FleetSite, Serving, open_new
 from leanserve.serving.sequences import Sequences
 from leanserve.serving.traffic import choose_variant, normalize_weights
 from leanserve.serving.variant import Variant
 from leanserve.serving.watchdog import Watchdog, WatchdogLimits
 from leanserve.telemetry.metrics import Metrics
-from leanserve.telemetry.observations import VariantFacts, VariantState
+from leanserve.telemetry.observations import VariantFacts, VariantState, WorkerCounts, no_workers
 
 logger = logging.getLogger(__name__)
+
+GRACE_S = 2.0
+"""How long a variant that has no part in a new plan still answers requests that were chosen for it, but not yet read
+or decoded."""
 
 
 class VariantStatus(NamedTuple):
@@ -48,33 +55,40 @@ class Fleet:
         """
         flush_denormals()  # as on the lanes: the loop runs short batches itself
         self.name = warm.base.name
-        self.plans = warm.plans
+        self.plans: Mapping[str, VariantPlan] = warm.plans
         self.device = warm.device
         self.sticky_header = warm.traffic.sticky_header.lower().encode()
+        self._base = warm.base
         self.draining = False
         self.metrics = Metrics(self.name, caveats=warm.base.caveats, ready=self.is_ready, threads=warm.device.threads)
         self.opened: dict[str, Variant] = {}
         """All that passed their gate, whether they serve now or not."""
-        isolates = watched is not None and watched.on_stuck == "isolate"
+        self._lanes_only = watched is not None and watched.on_stuck == "isolate"
         for name, plan in warm.plans.items():
-            metrics = self.metrics.add(name, _facts(plan, warm))
+            metrics = self.metrics.add(name, _facts(plan, warm.device, warm.variants.get(name)))
             if name in warm.variants:
-                self.opened[name] = Variant(warm.variants[name], metrics, lanes_only=isolates)
+                self.opened[name] = Variant(warm.variants[name], metrics, lanes_only=self._lanes_only)
         self.variants = dict(self.opened)
         """Those that serve now."""
         self.status_of = {name: VariantStatus(plan.facts.state, plan.facts.reason) for name, plan in warm.plans.items()}
         self.sequences = Sequences(warm.traffic.sequences)
-        self._reads: dict[str, Read] = {name: opened.read for name, opened in warm.variants.items() if opened.read}
+        self._warm = dict(warm.variants)
+        """As what those were opened; what they have now they know themselves."""
+        self._retiring: list[Variant] = []
+        """Those that have no part in the newest plan and still answer whom they were chosen for."""
         self._given_weights = warm.traffic.weights
         self._split = normalize_weights(self._given_weights, self.opened)
         """As `weights`, but over all that were opened, so that a caller's key means the same while one is away."""
         self.weights: Mapping[str, float] = {}
         self.decoders = Decoders(warm.decode_memory)
-        self._threads = LoadingThreads()
+        self.threads = LoadingThreads()
+        """What is read and loaded beside the lanes is done there."""
         self._turn = asyncio.Lock()
         self._swaps: set[asyncio.Task[None]] = set()
         self._listeners: list[Callable[[], None]] = []
-        self._share_out()
+        self._find_serving()
+        for name in self.opened:
+            self._listen_to(name)
         self._watchdog = Watchdog(self.device, watched, self.isolate) if watched else None
 
     def choose(self, name: str | None, caller_key: str | None) -> Variant:
@@ -92,7 +106,9 @@ class Fleet:
 
     def confirm(self, variant: Variant, name: str | None, caller_key: str | None) -> Variant:
         """The variant that was chosen before the loop turned to others; another choice if it was unloaded since."""
-        return variant if variant.name in self.variants else self.choose(name, caller_key)
+        if self.variants.get(variant.name) is variant or variant in self._retiring:
+            return variant
+        return self.choose(name, caller_key)
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Have `listener` called on the loop whenever what `is_ready` says may have changed."""
@@ -158,6 +174,76 @@ class Fleet:
         """
         await self._swap(partial(self._unload, last_too=name is None), name)
 
+    async def replan(self, planned: FleetPlan, adopt: Callable[[], None]) -> None:
+        """Serve what is planned, once all of it is open and warm: then, in one step, with whatever `adopt` does.
+
+        What has no part in it any more answers those for whom it was chosen, and is closed.
+
+        Raises:
+            NotReady: the service is draining. Exception: something cannot be opened. Nothing has changed then.
+        """
+        async with self._turn:
+            there = {
+                name: Serving(self.plans[name], self._warm[name]._replace(running=variant.running))
+                for name, variant in self.opened.items()
+            }
+            opened = await open_new(FleetSite(self._base, self.device, self.threads, there), planned)
+            if self.draining:
+                self.check_ready()
+            retiring = [
+                variant
+                for name, variant in self.opened.items()
+                if self._is_loaded(name) and (name in opened or name not in planned.sources)
+            ]
+            self._adopt(planned, opened)
+            adopt()
+        self._retiring += retiring
+        for variant in retiring:
+            self._keep(self._retire(variant))
+
+    def _adopt(self, planned: FleetPlan, opened: Mapping[str, WarmVariant]) -> None:
+        before, states = self.opened, self.status_of
+        for name in before.keys() - {plan.name for plan in planned.plans}:
+            if not self._is_loaded(name):
+                self.metrics.remove(name)  # the others', when they are closed
+        self.plans = {plan.name: plan for plan in planned.plans}
+        self.sticky_header = planned.traffic.sticky_header.lower().encode()
+        self._warm = {name: opened.get(name) or self._warm[name] for name in self.plans if name in planned.sources}
+        self.opened, self.status_of = {}, {}
+        for name, plan in self.plans.items():
+            facts = _facts(plan, self.device, self._warm.get(name))
+            metrics = self.metrics.variants.get(name) or self.metrics.add(name, facts)
+            self.status_of[name] = VariantStatus(plan.facts.state, plan.facts.reason)
+            if name in opened:
+                self.opened[name] = Variant(opened[name], metrics, lanes_only=self._lanes_only)
+            elif name in planned.sources:
+                self.opened[name], self.status_of[name] = before[name], states[name]
+            metrics.facts = replace(facts, state=self.status_of[name].state, reason=self.status_of[name].reason)
+        self._given_weights = planned.traffic.weights
+        self._split = normalize_weights(self._given_weights, self.opened)
+        for name in opened:
+            self._listen_to(name)
+        self._find_serving()
+
+    async def _retire(self, variant: Variant) -> None:
+        """Close a variant once nobody is on the way to it any more."""
+        await asyncio.sleep(GRACE_S)
+        self._retiring.remove(variant)
+        self.sequences.forget(variant)
+        await variant.finish()
+        successor = self.opened.get(variant.name)
+        shared = {id(backend) for backend in successor.running.opened} if successor else set()
+        await close_all(self.threads, [item for item in variant.running.opened if id(item) not in shared])
+        if variant.name not in self.plans:
+            self.metrics.remove(variant.name)
+
+    def _keep(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Do it to its end, whoever waits for it."""
+        task = asyncio.create_task(work)
+        self._swaps.add(task)
+        task.add_done_callback(self._swaps.discard)
+        return task
+
     async def _swap(self, step: Callable[[str], Awaitable[None]], name: str | None) -> None:
         """One after the other, and to the end also if one fails or who asked for it leaves."""
         if self.draining:
@@ -170,24 +256,23 @@ class Fleet:
             async with self._turn:
                 for each in (*self.opened,) if name is None else (name,):
                     try:
+                        if each not in self.opened:  # planned otherwise meanwhile
+                            raise self._absence(each)
                         await step(each)
                     except ServiceError as error:
                         failures.append(error)
             if failures:
                 raise failures[0]
 
-        swap = asyncio.create_task(run())
-        self._swaps.add(swap)
-        swap.add_done_callback(self._swaps.discard)
-        await asyncio.shield(swap)
+        await asyncio.shield(self._keep(run()))
 
     async def _load(self, name: str) -> None:
-        if name in self.variants:
+        if self._is_loaded(name):
             return
         variant = self.opened[name]
         self._enter(name, "loading")
         try:
-            variant.reopen(await open_again(self._threads, variant.running, self._reads[name], variant.spec))
+            variant.reopen(await open_again(self.threads, variant.running, self._warm[name].read, variant.spec))
         except Exception as error:
             logger.exception("variant %s could not be loaded", name)
             self._enter(name, "unloaded", f"it could not be loaded: {error}")
@@ -197,57 +282,97 @@ class Fleet:
         self._enter(name, "serving")
 
     async def _unload(self, name: str, *, last_too: bool) -> None:
-        if name not in self.variants:
+        if not self._is_loaded(name):
             return
-        if len(self.variants) == 1 and not last_too:
+        if [*self.variants] == [name] and not last_too:
             raise BadInput(f"variant '{name}' is the last one that serves and is not unloaded; load another one first")
         variant = self.opened[name]
         self._enter(name, "unloading")
         self.sequences.forget(variant)
         try:
             await variant.finish()
-            await close_all(self._threads, variant.running.opened)
+            await close_all(self.threads, variant.running.opened)
         finally:
             self._enter(name, "unloaded")
+
+    def _is_loaded(self, name: str) -> bool:
+        return self.status_of[name].state in {"serving", "restarting"}
+
+    def _listen_to(self, name: str) -> None:
+        """Hear on the loop what becomes of a variant's processes, if it has any."""
+        loop, variant = asyncio.get_running_loop(), self.opened[name]
+        workers = variant.workers
+        variant.metrics.workers = no_workers
+        if workers is None:
+            return
+        variant.metrics.workers = lambda: WorkerCounts(dict(workers.losses), workers.is_complete)
+
+        def listener(event: WorkerEvent, why: str) -> None:
+            with suppress(RuntimeError):  # the loop was closed meanwhile
+                loop.call_soon_threadsafe(self._hear, variant, event, why)
+
+        workers.listener = listener
+        if not workers.is_complete:
+            self._hear(variant, "lost", "its worker was lost")
+
+    def _hear(self, variant: Variant, event: WorkerEvent, why: str) -> None:
+        """A variant gets no new requests while a worker of it is away; those that were in it wait for another one."""
+        if event == "back":
+            variant.workers_are_back()
+        elif event == "failing":
+            variant.workers_stay_away(why)
+        if self.opened.get(variant.name) is variant and self._is_loaded(variant.name):
+            self._enter(variant.name, "serving" if event == "back" else "restarting", "" if event == "back" else why)
 
     def _enter(self, name: str, state: VariantState, reason: str = "") -> None:
         """Change a variant's state, and with it who gets requests."""
         self.status_of[name] = VariantStatus(state, reason)
-        self.variants = {each: self.opened[each] for each in self.opened if self.status_of[each].state == "serving"}
-        self._share_out()
         metrics = self.metrics.variants[name]
         metrics.facts = replace(metrics.facts, state=state, reason=reason)
-        self._tell()
+        self._find_serving()
 
-    def _share_out(self) -> None:
+    def _find_serving(self) -> None:
+        """By their states, and share out the traffic among them."""
+        self.variants = {each: self.opened[each] for each in self.opened if self.status_of[each].state == "serving"}
         self.weights = normalize_weights(self._given_weights, self.variants)
         for variant in self.variants.values():
             variant.neighbours = [other for other in self.variants.values() if other is not variant]
+        self._tell()
 
     def _absence(self, name: str) -> ServiceError:
         """Why no variant of that name serves, or none at all if it is empty."""
         if not name:
-            return NotReady(f"no variant of '{self.name}' is loaded")
+            away = [
+                f"'{each}' is {at.state}: {at.reason}"
+                for each, at in self.status_of.items()
+                if at.state == "restarting"
+            ]
+            told = "; ".join(away) if away else f"no variant of '{self.name}' is loaded"
+            return NotReady(told, retry_after_s=1.0 if away else None)
         if name not in self.plans:
             return NotFound(f"no variant '{name}'; there are {', '.join(self.plans)}")
         state, reason = self.status_of[name]
-        return NotReady(f"variant '{name}' is {state}" + (f": {reason}" if reason else ""))
+        soon = 1.0 if state == "restarting" else None
+        return NotReady(f"variant '{name}' is {state}" + (f": {reason}" if reason else ""), retry_after_s=soon)
 
     def close(self) -> None:
         """End the lanes after what they still have to do, then close all backends."""
         if self._watchdog is not None:
             self._watchdog.stop()
-        self._threads.close()
+        self.threads.close()
         self.decoders.close()
         self.device.close()
-        for variant in self.variants.values():
-            for backend in variant.running.opened:
-                backend.close()
+        loaded = [variant for name, variant in self.opened.items() if self._is_loaded(name)]
+        backends = {
+            id(backend): backend for variant in (*loaded, *self._retiring) for backend in variant.running.opened
+        }
+        for backend in backends.values():
+            backend.close()
 
 
-def _facts(plan: VariantPlan, warm: WarmFleet) -> VariantFacts:
-    facts = replace(plan.facts, lanes=len(warm.device.lanes))
-    if plan.name not in warm.variants:
+def _facts(plan: VariantPlan, device: Device, warm: WarmVariant | None) -> VariantFacts:
+    facts = replace(plan.facts, lanes=len(device.lanes))
+    if warm is None:
         return facts
-    backend = warm.variants[plan.name].running.backends[0]
+    backend = warm.running.backends[0]
     return replace(facts, backend=backend.name, device=backend.device)

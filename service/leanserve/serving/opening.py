@@ -9,21 +9,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from leanserve.codecs.postprocess.chain import PostChain
-from leanserve.contracts import Base, Codec, ModelSpec
+from leanserve.contracts import Backend, Base, Codec, ModelSpec
 from leanserve.errors import StartupError
 from leanserve.memory import is_out_of_memory
 from leanserve.runtime.costs import Costs
 from leanserve.runtime.device import Device
+from leanserve.runtime.isolation.workers import Workers
 from leanserve.runtime.lanes import LoadedVariant
 from leanserve.runtime.warm_up import warm_up
 from leanserve.serving.batcher import QueueLimits
 from leanserve.serving.company import Company, company_by
 from leanserve.serving.decoding import MEMORY
-from leanserve.serving.reload import Open, Read
+from leanserve.serving.reload import Open, Read, shapes_to_meet, warm_again
 from leanserve.serving.sequences import SequenceLimits
 from leanserve.telemetry.observations import VariantFacts
 
@@ -63,6 +65,18 @@ class VariantPlan:
     """What its artifact takes and gives; `None`: what the base does."""
     device_share: float = 1.0
     """Its part of the device's seconds, beside those of others that want them at the same time."""
+    content: str = ""
+    """Which model it is and where it runs, in words that are the same for the same."""
+
+    def same_model(self, other: VariantPlan) -> bool:
+        """Whether the backends of one can be those of the other."""
+        mine, others = ((plan.content, plan.spec, plan.measured, plan.batch.max_rows) for plan in (self, other))
+        return mine == others
+
+    def same_service(self, other: VariantPlan) -> bool:
+        """Whether one can stay where the other is planned."""
+        mine, others = ((plan.batch, plan.device_share) for plan in (self, other))
+        return self.same_model(other) and mine == others
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +89,11 @@ class TrafficPlan:
     sequences: SequenceLimits = field(default_factory=SequenceLimits)
 
 
+def cannot_be_read() -> Open:
+    """The `Read` of a variant that is never loaded again."""
+    raise StartupError("this variant was opened without a way to load it again")
+
+
 class WarmVariant(NamedTuple):
     """A variant loaded on every lane and run in every shape that it will meet."""
 
@@ -85,10 +104,12 @@ class WarmVariant(NamedTuple):
     limits: QueueLimits
     company: Company | None = None
     """Which requests may share a batch: those of which it says the same; `None`: any may."""
-    read: Read | None = None
+    read: Read = cannot_be_read
     """The first part of loading it again."""
     device_share: float = 1.0
     """Its part of the device, beside those of others that want it at the same time."""
+    workers: Workers | None = None
+    """Its processes, where it has some of its own."""
 
 
 class WarmFleet:
@@ -113,12 +134,12 @@ class WarmFleet:
         self.variants: dict[str, WarmVariant] = {}
         """Those that are open."""
 
-    def open(self, name: str, load: Open, read: Read | None = None) -> None:
+    def open(self, name: str, load: Open, read: Read | None = None, workers: Workers | None = None) -> None:
         """Load a planned variant for every lane (`load` is called there) and warm it in every shape that it will meet.
 
         A batch has no more rows than there was memory for when it was measured, and than there is here, where all else
         is loaded, too. `read` is the first part of `load`, for loading it again while others serve; without it there is
-        none apart.
+        none apart. `workers` are those that the backends report to, where these are isolated.
 
         Raises:
             StartupError: it cannot be loaded or run; nothing half-warm is ever served.
@@ -130,12 +151,7 @@ class WarmFleet:
         except Exception as error:
             remedy = "; fewer variants, or lanes: 1, take less memory" if is_out_of_memory(error) else ""
             raise StartupError(f"variant '{name}' cannot be loaded and warmed up: {error}{remedy}") from error
-        company = company_by(spec, trusts_rows=plan.measured.trusts_rows)
-        limits = _queue_limits(plan.batch, running.costs)
-        codec = self.base.codec if spec == self.base.spec else self.base.codec_for(spec)
-        self.variants[name] = WarmVariant(
-            name, spec, codec, running, limits, company, read or (lambda: load), plan.device_share
-        )
+        self.variants[name] = warm_variant(self.base, plan, running, read or (lambda: load), workers)
 
     def _warm_up(self, plan: VariantPlan, load: Open, spec: ModelSpec) -> LoadedVariant:
         max_rows = spec.most_rows(plan.batch.max_rows)
@@ -156,7 +172,26 @@ class WarmFleet:
                 backend.close()
 
 
-def _queue_limits(batch: BatchLimits, costs: Costs) -> QueueLimits:
+def warm_variant(
+    base: Base, plan: VariantPlan, running: LoadedVariant, read: Read, workers: Workers | None = None
+) -> WarmVariant:
+    """A planned variant with backends that are warm."""
+    spec = plan.spec or base.spec
+    if workers is not None:
+        running = replace(running, lanes_only=True)
+        workers.settle(running.costs, len(shapes_to_meet(running.costs)), partial(_warm_alone, running.costs, spec))
+    company = company_by(spec, trusts_rows=plan.measured.trusts_rows)
+    codec = base.codec if spec == base.spec else base.codec_for(spec)
+    limits = queue_limits(plan.batch, running.costs)
+    return WarmVariant(plan.name, spec, codec, running, limits, company, read, plan.device_share, workers)
+
+
+def _warm_alone(costs: Costs, spec: ModelSpec, backend: Backend) -> None:
+    warm_again(costs, spec, [backend])
+
+
+def queue_limits(batch: BatchLimits, costs: Costs) -> QueueLimits:
+    """Those of the queue of a variant whose batches cost so much."""
     knees = tuple(table.knee for table in costs.tables)
     return QueueLimits(
         max_rows=max(knees),

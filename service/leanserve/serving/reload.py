@@ -20,11 +20,12 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from leanserve.contracts import Backend, ModelSpec
 from leanserve.runtime.costs import Costs
-from leanserve.runtime.lanes import LoadedVariant
+from leanserve.runtime.device import Device
+from leanserve.runtime.lanes import LanePlacement, LoadedVariant
 from leanserve.runtime.linux.huge_pages import anonymous_bytes, gather_since
 from leanserve.runtime.unused_memory import give_back
 
@@ -103,13 +104,41 @@ def _step_back() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
+class LaneCosts(NamedTuple):
+    """What batches cost on a lane, and on all of them together, where there is to be a backend for that."""
+
+    lanes: Costs
+    wide: Costs | None = None
+
+
+class OpenedBeside(NamedTuple):
+    """Backends for all lanes, one for a batch that is alone, and what a batch costs on a lane."""
+
+    backends: tuple[Backend, ...]
+    wide: LanePlacement | None
+    costs: Costs
+
+
 async def open_again(threads: LoadingThreads, running: LoadedVariant, read: Read, spec: ModelSpec) -> LoadedVariant:
     """New backends like the closed ones, warm: for all lanes, shared where possible, and a wide one if there was.
 
     Raises:
+        Exception: as `open_beside`.
+    """
+    costs = LaneCosts(running.costs, running.wide.costs if running.wide else None)
+    opened = await open_beside(threads, running.device, read, spec, lambda _: costs)
+    return replace(running, backends=opened.backends, wide=opened.wide)
+
+
+async def open_beside(
+    threads: LoadingThreads, device: Device, read: Read, spec: ModelSpec, costs_of: Callable[[Backend], LaneCosts]
+) -> OpenedBeside:
+    """Backends for a device on which others serve, warm in all shapes of the costs that they are said to have.
+
+    Raises:
         Exception: whatever reading, opening or running raises; what was opened is closed.
     """
-    device, opened = running.device, list[Backend]()
+    opened = list[Backend]()
     before = anonymous_bytes()
 
     async def open_with(count: int) -> Backend:
@@ -122,15 +151,16 @@ async def open_again(threads: LoadingThreads, running: LoadedVariant, read: Read
         for _ in device.lanes[1:]:
             shared = backends[0].self_contained
             backends.append(backends[0] if shared else await open_with(device.lane_threads))
-        wide = running.wide and running.wide._replace(backend=await open_with(device.threads))
-        await threads.do(partial(_warm, running.costs, opened, spec))
+        costs = costs_of(backends[0])
+        wide = LanePlacement(await open_with(device.threads), costs.wide) if costs.wide else None
+        await threads.do(partial(warm_again, costs.lanes, spec, opened))
         await threads.do(give_back)
         if opened[0].device == "cpu":
             await threads.do(partial(gather_since, before))
     except Exception:
         await threads.do(partial(_close, opened))
         raise
-    return replace(running, backends=tuple(backends), wide=wide)
+    return OpenedBeside(tuple(backends), wide, costs.lanes)
 
 
 async def close_all(threads: LoadingThreads, backends: Iterable[Backend]) -> None:
@@ -138,12 +168,22 @@ async def close_all(threads: LoadingThreads, backends: Iterable[Backend]) -> Non
     await threads.do(partial(_close, backends))
 
 
-def _warm(costs: Costs, backends: list[Backend], spec: ModelSpec) -> None:
-    """Run every backend in every shape that it will meet: up to the knee, beyond which no batch grows."""
-    for table, length in zip(costs.tables, costs.lengths or (0,), strict=True):
-        for rows in (size for size in table.buckets if size <= table.bucket(table.knee)):
-            for backend in backends:
-                backend.run(spec.example(rows, length))
+def shapes_to_meet(costs: Costs) -> list[tuple[int, int]]:
+    """Rows and length of all batches that a backend will meet: up to the knee, beyond which no batch grows."""
+    return [
+        (rows, length)
+        for table, length in zip(costs.tables, costs.lengths or (0,), strict=True)
+        for rows in table.buckets
+        if rows <= table.bucket(table.knee)
+    ]
+
+
+def warm_again(costs: Costs, spec: ModelSpec, backends: Iterable[Backend]) -> None:
+    """Run every backend in every shape that it will meet."""
+    backends = tuple(backends)
+    for rows, length in shapes_to_meet(costs):
+        for backend in backends:
+            backend.run(spec.example(rows, length))
 
 
 def _close(backends: Iterable[Backend]) -> None:

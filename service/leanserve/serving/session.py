@@ -192,7 +192,7 @@ class Session(ABC, Generic[Reply]):
 
     def _failure(self, error: Exception) -> ServiceError:
         """What the client is told. Lets go of the body, which the frames of an error would hold."""
-        failure = error if isinstance(error, ServiceError) else unexpected_failure(error, "a request")
+        failure = _refusal(error)
         failure.variant = None if self.variant is None else self.variant.name
         self._ended = failure.code
         forget(error)
@@ -267,6 +267,13 @@ def _what_is_left(terms: Terms, variant: Variant, arrived: float) -> Terms:
     if took >= (allowed := _time_of(terms, variant)):
         raise QueueTimeout(f"decoding took {took * 1000:.0f} ms; the request allows {allowed * 1000:.0f} ms")
     return terms._replace(timeout_s=allowed - took)
+
+
+def _refusal(error: Exception) -> ServiceError:
+    """What the client is told; a body is not wrong because there was no memory to decode it."""
+    if isinstance(error, ServiceError) and not isinstance(error.__cause__, MemoryError):
+        return error
+    return unexpected_failure(error, "a request")
 
 
 def refuse_unrouted(fleet: Fleet, error: ServiceError) -> NoReturn:

@@ -13,23 +13,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from leanserve.contracts import Arrays, Backend
-from leanserve.errors import BadInput, ClientGone, DeadlineUnreachable, NotReady, QueueFull, QueueTimeout
+from leanserve.errors import BadInput, ClientGone, DeadlineUnreachable, NotReady, QueueFull, QueueTimeout, WorkerLost
 from leanserve.request_identity import CURRENT_REQUEST
 from leanserve.runtime.assembly import cut, dynamic_axes, longest, rejoin
 from leanserve.runtime.lanes import LoadedVariant
 from leanserve.runtime.turns import DeviceShare, Rival
 from leanserve.serving.admission_margin import AdmissionMargin
-from leanserve.serving.batch_runner import BatchRunner, PendingResult, Prediction
+from leanserve.serving.batch_runner import BatchRunner, CompletedBatch, PendingResult, Prediction
 from leanserve.serving.batcher import Batcher, Formed, Ticket
 from leanserve.serving.deferred_metrics import DeferredMetrics
 from leanserve.serving.expiry import ExpiryTimer
 from leanserve.serving.in_flight import InFlightCount
 from leanserve.serving.opening import WarmVariant
 from leanserve.serving.scheduler import CompletedRound, Scheduler
+from leanserve.serving.second_chances import SecondChances
 from leanserve.telemetry.observations import VariantMetrics
 
 logger = logging.getLogger(__name__)
 
+RECHECK_S = 0.05
+"""When it is looked again whether a lost worker is back: its loss is told by a lane, its return by another thread."""
 IsDisconnected = Callable[[], bool]
 
 
@@ -50,6 +53,7 @@ class Variant:
         self.neighbours: Sequence[Variant] = ()
         """The other variants on its device that serve."""
         self.metrics = metrics
+        self.workers = warm.workers
         self._company = warm.company
         self._axes = dynamic_axes(warm.spec.inputs)
         self._device = warm.running.device
@@ -58,13 +62,19 @@ class Variant:
         self._loop = loop = asyncio.get_running_loop()
         self._sweep = ExpiryTimer(loop, self._expire)
         self._unsettled = InFlightCount()
+        self._second_chances = SecondChances(loop, self._unsettled.settle)
         self._expected = [0] * warm.limits.levels
         """Requests that are being decoded, by level."""
         self._tally = DeferredMetrics(loop, metrics)
         metrics.catch_up = self._tally.catch_up
         metrics.queue_rows, metrics.queue_requests = self.waiting_rows, self.batcher.waiting_requests
         self._scheduler = Scheduler(
-            loop, self._runner(), self.batcher, self._share, self._complete, lanes_only=lanes_only
+            loop,
+            self._runner(),
+            self.batcher,
+            self._share,
+            self._complete,
+            lanes_only=lanes_only or warm.running.lanes_only,
         )
 
     @property
@@ -80,6 +90,29 @@ class Variant:
         """Go on with backends that were loaded anew."""
         self.running = running
         self._scheduler.reopen(self._runner())
+
+    def workers_are_back(self) -> None:
+        """Queue again what was in a worker when it was lost."""
+        for ticket in self._second_chances.take():
+            since = ticket.enqueued_at
+            try:
+                unclaimed = self.batcher.offer([ticket], time.perf_counter())
+            except QueueFull as error:
+                ticket.reply.set_exception(WorkerLost(f"the worker of the variant was lost; {error}"))
+                self._unsettled.settle(1)
+                continue
+            ticket.enqueued_at = since  # its client has waited from then on
+            self._scheduler.offered(unclaimed=unclaimed)
+            self._sweep.by(ticket.deadline)
+
+    def _recheck(self) -> None:
+        """The worker may have been back before its loss was told here; then nobody else tells that it is."""
+        if self.workers is not None and self.workers.is_complete:
+            self.workers_are_back()
+
+    def workers_stay_away(self, why: str) -> None:
+        """Refuse what was in a worker when it was lost."""
+        self._second_chances.refuse(why)
 
     def fail(self, formed: object, text: str) -> None:
         """Refuse with this text who waits, and who is in what was taken from the queue for a batch that is given up."""
@@ -240,23 +273,34 @@ class Variant:
         if lane.is_given_up:
             logger.warning("a batch of variant '%s' that was given up has ended after all", self.name)
             return  # its tickets have been refused
+        kept = 0
         for batch in batches:
             first = batch.tickets[0]
             if first.predicted_s:
                 self._margin.waited(first.predicted_s, taken - first.enqueued_at)
-            for ticket, outcome in zip(batch.tickets, batch.outcomes, strict=True):
-                if ticket.reply.done():
-                    continue
-                if isinstance(outcome, Exception):
-                    ticket.reply.set_exception(outcome)
-                else:
-                    ticket.reply.set_result((outcome, taken - ticket.enqueued_at, batch.infer_s, batch.rows))
+            kept += self._hand_out(batch, taken)
+        if kept:
+            self._loop.call_later(RECHECK_S, self._recheck)
         self._refuse(formed.expired)
         for ticket in formed.left:
             if not ticket.reply.done():
                 ticket.reply.set_exception(ClientGone("the client left before its rows were executed"))
-        self._unsettled.settle(len(formed.batch) + len(formed.expired) + len(formed.left))
+        self._unsettled.settle(len(formed.batch) + len(formed.expired) + len(formed.left) - kept)
         self._tally.add(batches)
+
+    def _hand_out(self, batch: CompletedBatch, taken: float) -> int:
+        """Give the tickets of a batch their outcomes; how many have none yet, because they wait for another worker."""
+        kept = 0
+        for ticket, outcome in zip(batch.tickets, batch.outcomes, strict=True):
+            if ticket.reply.done():
+                continue
+            if not isinstance(outcome, Exception):
+                ticket.reply.set_result((outcome, taken - ticket.enqueued_at, batch.infer_s, batch.rows))
+            elif isinstance(outcome, WorkerLost) and self._second_chances.keep(ticket, outcome):
+                kept += 1
+            else:
+                ticket.reply.set_exception(outcome)
+        return kept
 
     def _expire(self, now: float) -> float:
         """Refuse what has waited too long by now; the earliest deadline of the others."""

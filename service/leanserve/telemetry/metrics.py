@@ -30,6 +30,7 @@ TRITON_REASONS = {
     "queue_timeout": "REJECTED",
     "client_gone": "CANCELED",
     "backend_failed": "BACKEND",
+    "worker_lost": "BACKEND",
     "out_of_memory": "BACKEND",
 }
 """Our outcome -> Triton's failure reason; what is not listed is OTHER."""
@@ -81,6 +82,16 @@ def _backend_facts(variant: VariantMetrics) -> Samples:
 
 def _sequence_ends(variant: VariantMetrics) -> Samples:
     return [({"how": how}, count) for how, count in variant.sequences_ended.items()]
+
+
+def _worker_up(variant: VariantMetrics) -> Samples:
+    workers = variant.workers()
+    return [] if workers is None else _only(float(workers.are_there))
+
+
+def _worker_losses(variant: VariantMetrics) -> Samples:
+    workers = variant.workers()
+    return [] if workers is None else [({"cause": cause}, count) for cause, count in workers.losses.items()]
 
 
 def _lanes(variant: VariantMetrics) -> Samples:
@@ -142,6 +153,8 @@ TRAFFIC = (
     Family("leanserve_backend_facts", "counter", "What backends told of their batches, summed.", _backend_facts),
     Family("leanserve_sequences", "gauge", "Sequences that are open now.", lambda v: _only(v.sequences)),
     Family("leanserve_sequences_ended", "counter", "Sequences that are over, by how they ended.", _sequence_ends),
+    Family("leanserve_worker_up", "gauge", "1 while the variant's worker processes are all there.", _worker_up),
+    Family("leanserve_worker_restarts", "counter", "Workers lost and started again, by cause.", _worker_losses),
     Family("leanserve_device_lanes", "gauge", "Batches that the variant's device runs at a time.", _lanes),
     Family("nv_inference_request_success", "unknown", "Requests answered.", lambda v: _only(v.requests["ok"].count)),
     Family("nv_inference_request_failure", "unknown", "Requests not answered, by Triton's reason.", _failures),
@@ -195,6 +208,10 @@ class Metrics(Collector):
         """Start to export a variant (replacing one of the same name); the result is what its serving code writes to."""
         self.variants[name] = VariantMetrics(name, facts)
         return self.variants[name]
+
+    def remove(self, name: str) -> None:
+        """Export a variant no more."""
+        self.variants.pop(name, None)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """The page for Prometheus and its content type; OpenMetrics where the `Accept` header asks for it."""

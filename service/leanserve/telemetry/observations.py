@@ -11,7 +11,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from leanserve.contracts import Json
 from leanserve.errors import ServiceError
@@ -36,9 +36,9 @@ SequenceEnd = Literal["ended", "expired", "restarted", "unloaded", "failed"]
 """How a sequence ends: as the client wishes, idle for too long, by another start of the same id, with its variant, or
 because its first request failed."""
 SEQUENCE_ENDS: tuple[SequenceEnd, ...] = get_args(SequenceEnd)
-VariantState = Literal["serving", "loading", "unloading", "unloaded", "failed", "excluded"]
+VariantState = Literal["serving", "restarting", "loading", "unloading", "unloaded", "failed", "excluded"]
 """Failed: a batch of it did not end. Excluded: by its gate, since the start. The others have passed it and are
-loaded, or not, or on the way."""
+loaded, or not, or on the way; `restarting` is a variant whose worker process was lost."""
 
 
 class BucketCounts:
@@ -116,13 +116,25 @@ def no_queue() -> int:
     return 0
 
 
+class WorkerCounts(NamedTuple):
+    """The worker processes of a variant: how often one was lost, by cause, and whether all are there."""
+
+    losses: Mapping[str, int]
+    are_there: bool
+
+
+def no_workers() -> WorkerCounts | None:
+    """A variant in the service's own process has none."""
+    return None
+
+
 class VariantMetrics:
     """The numbers of one variant.
 
     The thread of the event loop writes and reads. Batches are counted a moment after their replies; who reads calls
-    `catch_up` first. `queue_rows` and `queue_requests` are called at scrape. `batches` has an entry per batch size
-    (rows) that occurred; `sequences` are those that are open now; `backend_facts` are sums of what backends told of
-    their batches.
+    `catch_up` first. `queue_rows`, `queue_requests` and `workers` are called at scrape. `batches` has an entry per
+    batch size (rows) that occurred; `sequences` are those that are open now; `backend_facts` are sums of what backends
+    told of their batches.
     `lane_s` and `padding_tokens` are added to by who calls `batch_done`; the first are the seconds of all lanes that a
     batch had for itself. `last_batch_at` is in seconds since the epoch, 0 before the first batch.
     """
@@ -149,6 +161,7 @@ class VariantMetrics:
         "sequences",
         "sequences_ended",
         "stuck_batches",
+        "workers",
     )
 
     def __init__(self, name: str, facts: VariantFacts) -> None:
@@ -157,6 +170,7 @@ class VariantMetrics:
         self.catch_up: Callable[[], None] = up_to_date
         self.queue_rows: Callable[[], int] = no_queue
         self.queue_requests: Callable[[], int] = no_queue
+        self.workers: Callable[[], WorkerCounts | None] = no_workers
         self.requests = {outcome: BucketCounts(SECONDS) for outcome in OUTCOMES}
         self.queue = BucketCounts(SECONDS)
         self.infer = BucketCounts(SECONDS)

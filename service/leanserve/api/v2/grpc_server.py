@@ -113,6 +113,11 @@ class GrpcServer:
         service.fleet.on_change(self.health.changed)
         self.health.changed()
 
+    def serve_again(self, service: Service) -> None:
+        """The same with another config, or other variants."""
+        self.calls.serve(service)
+        self.health.changed()
+
     async def stop(self, grace_s: float) -> None:
         """Take no more calls, and let those that are open finish for at most `grace_s` seconds.
 

@@ -66,12 +66,20 @@ class OpenInference:
         self._base = service.base
         self._audit = AuditLog()
         self._swaps_allowed = service.config.model_control == "explicit"
-        decoders = {spec: InferDecoder(spec) for spec in {variant.spec for variant in self.fleet.opened.values()}}
-        self.decoders = {name: decoders[variant.spec] for name, variant in self.fleet.opened.items()}
-        """By variant; they know the JSON headers of recent requests."""
+        specs = {variant.spec for variant in self.fleet.opened.values()}
+        self._decoders = {spec: InferDecoder(spec) for spec in specs}
+        self._decoder_of = {variant: self._decoders[variant.spec] for variant in self.fleet.opened.values()}
         self.keeps_state = any(item.next_from for item in service.base.spec.inputs)
-        self.takes_strings = any(item.dtype == "object" for spec in decoders for item in spec.inputs)
+        self.takes_strings = any(item.dtype == "object" for spec in specs for item in spec.inputs)
         """Whether a tensor may hold texts, whose reading takes as long as that of JSON."""
+
+    def decoder_of(self, variant: Variant) -> InferDecoder:
+        """That of a variant, which knows the JSON headers of recent requests.
+
+        The variant may be one that was opened since: a request that was on its way then is answered by who is there.
+        """
+        known = self._decoder_of.get(variant)
+        return known or self._decoders.get(variant.spec) or InferDecoder(variant.spec)
 
     async def load(self, model: str, version: str | None, parameters: Iterable[str]) -> None:
         """Load what is not loaded of the model, or only this version; returns when it serves.

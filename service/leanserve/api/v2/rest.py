@@ -210,7 +210,7 @@ class _Infer(HttpSession):
         return wanted, self.http.header(self.fleet.sticky_header)
 
     def terms(self, variant: Variant) -> Terms:
-        options = self._protocol.decoders[variant.name].options(self.http.begun, self._json_length)
+        options = self._protocol.decoder_of(variant).options(self.http.begun, self._json_length)
         return UNKNOWN_TERMS if options is None else terms_of(options)
 
     def decodes_quickly(self) -> bool:
@@ -219,7 +219,7 @@ class _Infer(HttpSession):
         return parsed <= SMALL and len(body) <= SMALL_BINARY
 
     def decoding(self, variant: Variant) -> Decoding[InferRequest]:
-        return InferDecoding(self._protocol.decoders[variant.name], self.body or b"", self._json_length)
+        return InferDecoding(self._protocol.decoder_of(variant), self.body or b"", self._json_length)
 
     def take(self, _: Variant, made: InferRequest) -> ModelRequest:
         self._options = options = made.options
@@ -229,7 +229,7 @@ class _Infer(HttpSession):
 
     def decode(self, variant: Variant) -> ModelRequest:
         """Without a look at what it takes: `decodes_quickly` had one."""
-        return self.take(variant, self._protocol.decoders[variant.name].decode(self.body or b"", self._json_length))
+        return self.take(variant, self._protocol.decoder_of(variant).decode(self.body or b"", self._json_length))
 
     def encode(self, answered: Answered) -> Response:
         model, variant = self._protocol.name, answered.variant.name
