@@ -273,7 +273,7 @@ def key(
 def export(
     variant: Annotated[str, typer.Argument(help="Name of the variant.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
-    config: ConfigOption = SHIPPED,
+    config: ConfigOption,
     cache: CacheOption = None,
     form: Annotated[
         Literal["onnx", "torch", "openvino"] | None,
