@@ -15,6 +15,7 @@ from leanserve.errors import ConfigError
 FIXED: Final[Mapping[str, str]] = {
     "base": "every variant is made of it",
     "data": "every variant was judged by it",
+    "score": "every variant was judged by it",
     "seed": "it is in the key of every artifact",
     "threads": "the lanes have shared them out",
     "lanes": "every backend was opened for them",
