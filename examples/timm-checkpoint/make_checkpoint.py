@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from leanserve.bases.sources.torchvision_import import make_torchvision_importable
+from leanserve.bases.sources.python_imports import make_torchvision_importable
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from leanserve.bases.sources.torchvision_import import make_torchvision_importable
+from leanserve.bases.sources.python_imports import make_torchvision_importable
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 THINGS = (

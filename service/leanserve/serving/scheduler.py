@@ -101,7 +101,7 @@ class Scheduler:
         return self._batcher.due(time.perf_counter())
 
     def _begin(self) -> None:
-        """Retry the next batch here if it is short and a lane is free; else have a lane come for it."""
+        """Run the next batch here if it is short and a lane is free; else have a lane come for it."""
         self._gathering = None
         lane = self._short.borrow()
         if lane is None:
