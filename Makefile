@@ -27,13 +27,13 @@ bench: install
 	$(BIN)/leanserve build --config $(CONFIG)
 	$(BIN)/leanserve bench --config $(CONFIG)
 
-# What measures nothing runs on two cores at once; all else (timing, sockets, whole processes) has the machine to itself.
-TOGETHER := artifacts bases build codecs config deploy experiments export init models passes report \
-	runtime/test_toy_format.py test_zoo.py test_caveats_end_to_end.py \
-	test_example_checkpoints.py test_example_onnx_file.py test_example_python_module.py
+# What measures time, or floods sockets, has the machine to itself; all else runs on two cores at once, the longest first.
+ALONE := serving robustness runtime http peers fuzz test_loadtest.py test_memory.py test_timing.py test_bench.py \
+	evaluation/test_lane_rates.py evaluation/test_interleaved_benchmark.py
+LONGEST := test_end_to_end.py test_example_checkpoints.py test_example_python_module.py test_zoo.py test_onnx_service.py deploy
 test: install
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(TOGETHER:%=tests/%)
-	$(BIN)/pytest $(TOGETHER:%=--ignore=tests/%)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(LONGEST:%=tests/%) tests $(ALONE:%=--ignore=tests/%)
+	$(BIN)/pytest $(ALONE:%=tests/%)
 
 # What takes minutes: bombs and floods at their full size, shutdowns, builds beside other work.
 # Prints figures as those in docs/measurements/.

@@ -209,7 +209,7 @@ def test_a_model_without_memory_for_a_single_row_is_refused_by_the_start(folder:
     (folder / "small.py").write_text(MODEL.replace("len(x) > 8", "len(x)"))
     with started(folder) as start:
         assert start.process.wait(60) == 2
-        assert "error: base: there is no memory to run the model on x [2, 4]: RuntimeError: Default" in start.log
+        assert "error: base: there is no memory to run the model on x [3, 4]: RuntimeError: Default" in start.log
         assert "Traceback" not in start.log
 
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from leanserve.bases.sources.python_imports import make_torchvision_importable
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch.nn import functional
+
+from leanserve.bases.sources.python_imports import make_torchvision_importable
 
 NAME = "test_resnet.r160_in1k"
 """As in config.yaml."""

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from leanserve.bases.sources.python_imports import make_torchvision_importable
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+from leanserve.bases.sources.python_imports import make_torchvision_importable
 
 THINGS = (
     "the room",

@@ -74,7 +74,9 @@ def nobody() -> Iterator[httpx.Client]:
 def told(reply: httpx.Response) -> dict[str, str]:
     """What concerns CORS among the headers of a reply."""
     shown = {name.removeprefix("access-control-"): text for name, text in reply.headers.items() if "access-c" in name}
-    return shown | ({"vary": reply.headers["vary"]} if "vary" in reply.headers else {})
+    others = {"accept", "accept-encoding"}  # of /metrics, to everybody
+    vary = [name for name in reply.headers.get("vary", "").split(", ") if name and name not in others]
+    return shown | ({"vary": ", ".join(vary)} if vary else {})
 
 
 def preflight(http: httpx.Client, path: str, origin: str, headers: str | None = None) -> httpx.Response:

@@ -200,12 +200,17 @@ def test_an_image_that_was_being_decoded_is_answered_by_another_variant(
     live: Live, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoding, unloaded = threading.Event(), threading.Event()
-    decode = type(live.service.base.codec).decode
+    prepare = type(live.service.base.codec).prepare
 
     def slow(*args: Any) -> Any:
-        decoding.set()
-        assert unloaded.wait(10)
-        return decode(*args)
+        prepared = prepare(*args)
+
+        def finish() -> Any:
+            decoding.set()
+            assert unloaded.wait(10)
+            return prepared.finish()
+
+        return prepared._replace(finish=finish)
 
     def predict(name: str | None, replies: list[httpx.Response]) -> None:
         headers = {"x-variant": name} if name else {"x-caller-key": key}
@@ -214,7 +219,7 @@ def test_an_image_that_was_being_decoded_is_answered_by_another_variant(
         )
 
     key = next(str(number) for number in range(99) if live.fleet.choose(None, str(number)).name == "b")
-    monkeypatch.setattr(type(live.service.base.codec), "decode", slow)
+    monkeypatch.setattr(type(live.service.base.codec), "prepare", slow)
     for name, status in ((None, 200), ("b", 503)):
         replies: list[httpx.Response] = []
         decoding.clear()

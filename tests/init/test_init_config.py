@@ -23,10 +23,11 @@ from leanserve.contracts import ModelSpec, TensorSpec
 from leanserve.errors import ConfigError
 from leanserve.evaluation.intervals import paired_difference
 from leanserve.hardware import Hardware
+from leanserve.init import writing
 from leanserve.init.data_argument import ToldColumns, data_section, data_seen
 from leanserve.init.model_argument import Hints, base_section
 from leanserve.init.profile import likely_state
-from leanserve.init.rehearsal import refused_variants
+from leanserve.init.rehearsal import Rehearsed, refused_variants
 from leanserve.init.suggestions import Suggestion, suggest
 from leanserve.init.writing import GATE_ROWS, MAX_DROP, is_unfinished, write_config
 from tiny_graphs import graph, write
@@ -78,6 +79,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("init_model", None)
 
 
+@pytest.fixture
+def unrehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is suggested is written: trying it takes long, and is what other tests look at."""
+    monkeypatch.setattr(writing, "rehearsed", lambda _, suggestions: Rehearsed(tuple(suggestions), ()))
+
+
 def written(path: Path, model: str, hints: Hints = Hints(), data: Path | None = None) -> ServiceConfig:  # noqa: B008
     write_config(model, path, hints, data)
     return read_config(path)
@@ -87,6 +94,7 @@ def kinds(config: ServiceConfig) -> dict[str, list[str]]:
     return {variant.name: [step.kind for step in variant.passes] for variant in config.variants}
 
 
+@pytest.mark.usefixtures("unrehearsed")
 def test_a_shipped_base_gets_a_ladder_with_its_own_data(tmp_path: Path) -> None:
     config = written(tmp_path / "c.yaml", "digits")
     assert config.data is None
@@ -96,6 +104,7 @@ def test_a_shipped_base_gets_a_ladder_with_its_own_data(tmp_path: Path) -> None:
     assert "distill" in kinds(config)["pruned-int8"]
 
 
+@pytest.mark.usefixtures("unrehearsed")
 def test_what_the_model_is_made_of_decides(folder: Path) -> None:
     convolutional = kinds(written(folder / "a.yaml", "init_model:images", IMAGES))
     assert convolutional["onnx"] == ["fold_bn", "onnxruntime"]
@@ -109,6 +118,7 @@ def test_what_the_model_is_made_of_decides(folder: Path) -> None:
     assert min(map(len, (convolutional, depthwise, dense))) >= 5
 
 
+@pytest.mark.usefixtures("unrehearsed")
 def test_rows_that_change_each_other_are_kept_apart_and_the_file_says_so(folder: Path) -> None:
     lengths = written(folder / "a.yaml", "init_model:recurrent", Hints(shapes=("x=?,6",)))
     alone = written(folder / "b.yaml", "init_model:mixing", Hints(shapes=("x=6",)))
@@ -118,6 +128,7 @@ def test_rows_that_change_each_other_are_kept_apart_and_the_file_says_so(folder:
         write_config("init_model:mixing", folder / "c.yaml", Hints(shapes=("x=5",)), None)
 
 
+@pytest.mark.usefixtures("unrehearsed")
 def test_a_machine_without_instructions_is_not_offered_what_would_be_emulated(folder: Path) -> None:
     seen = write_config("init_model:images", folder / "a.yaml", IMAGES, None)
     profile, offered = seen.profile, seen.suggestions
@@ -129,6 +140,7 @@ def test_a_machine_without_instructions_is_not_offered_what_would_be_emulated(fo
     assert offered[0].name == "float"
 
 
+@pytest.mark.usefixtures("unrehearsed")
 def test_data_is_looked_at_before_it_is_written_down(folder: Path) -> None:
     rows = np.random.default_rng(0).integers(0, 255, (40, 16, 16, 3), np.uint8)
     np.savez(folder / "rows.npz", photos=rows, y=np.arange(40) % 3)
@@ -153,6 +165,7 @@ def test_data_is_looked_at_before_it_is_written_down(folder: Path) -> None:
     assert read_config(folder / "d.yaml").data == SyntheticData(synthetic=64), "nothing is missing but what is to do"
 
 
+@pytest.mark.usefixtures("unrehearsed")
 def test_what_the_outputs_mean_is_written_with_the_evidence(folder: Path) -> None:
     (folder / "labels.txt").write_text("a\nb\nc\n")
     path = folder / "a.yaml"
@@ -332,6 +345,7 @@ def test_a_config_is_rehearsed_before_it_is_believed(folder: Path) -> None:
     assert "cannot be reached" in left[0].reason
 
 
+@pytest.mark.usefixtures("unrehearsed")
 def test_a_folder_of_images_is_counted_and_named(folder: Path) -> None:
     for number in range(12):
         path = folder / "photos" / "abc"[number % 3] / f"{number}.{('png', 'jpg')[number % 2]}"
@@ -424,6 +438,7 @@ def test_what_is_missing_is_written_as_a_line_to_do(folder: Path) -> None:
     assert not is_unfinished(path)
 
 
+@pytest.mark.usefixtures("unrehearsed")
 def test_what_was_guessed_is_told(folder: Path) -> None:
     remarks = write_config("init_model:images", folder / "c.yaml", IMAGES, None).remarks
     assert "mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225] are a guess" in remarks[0]

@@ -94,6 +94,16 @@ def test_who_left_while_the_device_was_busy_is_not_executed_and_who_stayed_is_an
     assert service.metric("leanserve_requests_total", version="rule", outcome="ok") == CLIENTS // 2 + 1
 
 
+def let_go(service: RuleService, empty: dict[str, int], within: float = 2.0) -> bool:
+    """Whether nothing is held any more, once the lane has finished the batch of those that left last."""
+    give_up = time.monotonic() + within
+    while (held := service.census()) and any(held[name] != empty[name] for name in OURS):
+        if time.monotonic() > give_up:
+            return False
+        time.sleep(0.05)
+    return True
+
+
 @needs_proc
 def test_thousands_of_leavers_leave_nothing_behind(service: RuleService) -> None:
     async def one_round(seed: int) -> None:
@@ -106,8 +116,7 @@ def test_thousands_of_leavers_leave_nothing_behind(service: RuleService) -> None
     resident = []
     for seed in range(WARM_ROUNDS + ROUNDS):
         asyncio.run(one_round(seed))
-        held = service.census()
-        assert [held[name] for name in OURS] == [empty[name] for name in OURS]
+        assert let_go(service, empty), service.census()
         assert service.queued() == 0
         resident.append(service.rss())
     # The first rounds fill what is kept for later use: the memory allocator's pools, the threads' stacks. Over 45

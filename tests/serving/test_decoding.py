@@ -103,7 +103,8 @@ def test_a_decoder_that_crashes_takes_nothing_along() -> None:
         await decoders.run(work(LARGE), patience())
         (pid,) = [process.pid for process in decoders._processes if process.pid]
         crashing = asyncio.create_task(decoders.run(work(HUGE), patience()))
-        await asyncio.sleep(0.1)
+        while not decoders._running:
+            await asyncio.sleep(0)
         os.kill(pid, signal.SIGSEGV)
         with pytest.raises(BadInput, match="its decoder was ended by SIGSEGV"):
             await crashing
