@@ -27,12 +27,12 @@ bench: install
 	$(BIN)/leanserve build --config $(CONFIG)
 	$(BIN)/leanserve bench --config $(CONFIG)
 
-# What measures time, or floods sockets, has the machine to itself; all else runs on two cores at once, the longest first.
-ALONE := serving robustness runtime http peers fuzz test_loadtest.py test_memory.py test_timing.py test_bench.py \
+# What measures time, or floods sockets, has the machine to itself; all else runs side by side, the longest first.
+ALONE := serving robustness runtime peers test_loadtest.py test_memory.py test_timing.py test_bench.py \
 	evaluation/test_lane_rates.py evaluation/test_interleaved_benchmark.py
 LONGEST := test_end_to_end.py test_example_checkpoints.py test_example_python_module.py test_zoo.py test_onnx_service.py deploy
 test: install
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(LONGEST:%=tests/%) tests $(ALONE:%=--ignore=tests/%)
+	$(BIN)/pytest --numprocesses 3 --dist loadfile $(LONGEST:%=tests/%) tests $(ALONE:%=--ignore=tests/%)
 	$(BIN)/pytest $(ALONE:%=tests/%)
 
 # What takes minutes: bombs and floods at their full size, shutdowns, builds beside other work.

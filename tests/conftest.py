@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ.setdefault("LEANSERVE_MEASURE_SECONDS", "2")  # how fast variants are is of no account in tests
+os.environ.setdefault("LEANSERVE_MEASURE_SECONDS", "0")  # how fast variants are is of no account in tests
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from zoo import made
 from zoo.reference import Original, onnx_file
 from zoo.wheels import member_of
 
-QUICK = ("perceptron", "stateful")
+QUICK = ("perceptron",)
 """Made by libraries that are installed anyway: run by the tests."""
 
 
