@@ -111,7 +111,7 @@ def test_thousands_of_leavers_leave_nothing_behind(service: RuleService) -> None
         await asyncio.gather(*leavers, *stayers)
         await until(lambda: service.connections() == 0)
 
-    assert let_go(service, {"Ticket": 1, "Request": 1, "Exchange": 1})
+    assert let_go(service, dict.fromkeys(OURS, 1))
     empty = service.census()
     assert (empty["Ticket"], empty["Request"], empty["Exchange"]) == (1, 1, 1)  # the question's own
     resident = []
