@@ -213,6 +213,7 @@ def test_many_overlapping_frames_and_one_long_among_short_ones_are_bounded() -> 
         ("application/json", b'{"inputs": []}', "expected a file"),
         ("application/json", b'{"inputs": {"b64": "AAAA"}}', "begins like none"),
     ],
+    ids=lambda value: "body" if isinstance(value, bytes) else None,  # some hold the time
 )
 def test_what_is_no_recording_is_refused_with_the_reason(media_type: str, body: bytes, said: str) -> None:
     with pytest.raises(BadInput, match=said):
