@@ -60,11 +60,12 @@ FOLD, DISTILL = {"kind": "fold_bn"}, {"kind": "distill"}
         ({"kind": "lowrank_conv", "energy": 0.9}, "calibration"),
         ({"kind": "lowrank_linear", "energy": 0.9}, "calibration"),
         ({"kind": "quantize_static"}, "calibration"),
+        ({"kind": "quantize_weights"}, "calibration"),
     ],
     ids=str,
 )
 def test_rows_of_a_split(pass_: Mapping[str, Any], split: Split, *, files: bool) -> None:
-    after = [FOLD] if pass_["kind"] != "quantize_static" else []
+    after = [FOLD] if not pass_["kind"].startswith("quantize") else []
     config = config_of(pass_, *after)
     words = (
         rf"^variant 'v', pass 1 \({pass_['kind']}\) needs rows of the {split} split, and base 'tiny' has none; give "

@@ -43,12 +43,13 @@ CASES: Mapping[str, tuple[Mapping[str, Any], float]] = {
     "cast": ({}, 0.999),
     "quantize_static": ({}, 0.99),
     "quantize_dynamic": ({}, 0.99),
+    "quantize_weights": ({}, 0.97),
     "channels_last": ({}, 0.99999),
     "onnxruntime": ({}, 0.99999),
     "openvino": ({}, 0.99999),
     "torch_compile": ({"buckets": [4], "freezing": "off"}, 0.9999),
 }
-LINEAR = {"lowrank_linear", "quantize_dynamic"}
+LINEAR = {"lowrank_linear", "quantize_dynamic", "quantize_weights"}
 
 
 def base_for(kind: str) -> TinyBase:

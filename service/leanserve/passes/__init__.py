@@ -15,6 +15,7 @@ from leanserve.passes.families.precision.cast import Cast
 from leanserve.passes.families.prune.prune_channels import PruneChannels
 from leanserve.passes.families.quantize.quantize_dynamic import QuantizeDynamic
 from leanserve.passes.families.quantize.quantize_static import QuantizeStatic
+from leanserve.passes.families.quantize.quantize_weights import QuantizeWeights
 from leanserve.passes.families.runtime.channels_last import ChannelsLast
 from leanserve.passes.families.runtime.fold_bn import FoldBn
 from leanserve.passes.families.runtime.onnxruntime import OnnxRuntime
@@ -31,6 +32,7 @@ AnyPass = Annotated[
     | Cast
     | QuantizeDynamic
     | QuantizeStatic
+    | QuantizeWeights
     | ChannelsLast
     | OnnxRuntime
     | OpenVino

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
+from onnx import helper
 
-from leanserve.contracts import Model
+from leanserve.contracts import Array, Model
 from leanserve.errors import PassFailed
 from leanserve.passes.toolkit.lowering import as_onnx
 from leanserve.runtime.formats.onnx_session import onnx_session
@@ -25,6 +27,42 @@ QUANTIZERS = ("_scale", "_zero_point", "_quantized", "_QuantizeLinear", "_Dequan
 """How the names end that quantizers give."""
 ASSUMED_LENGTH = 16
 """Size of a dynamic axis when arithmetic is counted."""
+MICROSOFT = "com.microsoft"
+"""The domain of onnxruntime's own operators."""
+PLAIN = {"transA": 0, "alpha": 1.0, "beta": 1.0}
+"""Attributes of a Gemm that does nothing but multiply and add a bias, whether its weights are transposed or not."""
+
+
+def is_plain(node: onnx.NodeProto) -> bool:
+    """Whether the layer multiplies its input by its weights and does nothing else but add a bias."""
+    return all(helper.get_attribute_value(item) == PLAIN[item.name] for item in node.attribute if item.name in PLAIN)
+
+
+def node_giving(name: str, operator: str, inputs: Sequence[str], **attributes: Any) -> onnx.NodeProto:
+    """A node whose only output has its name."""
+    return helper.make_node(operator, list(inputs), [name], name=name, **attributes)
+
+
+def replace_nodes(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], added: Iterable[onnx.TensorProto]) -> None:
+    """Give a graph these nodes, in an order in which they can run, and constants; drop those that nothing reads."""
+    graph = model.graph
+    del graph.node[:]
+    graph.node.extend(nodes)
+    read = {name for node in nodes for name in _reads(node)} | {item.name for item in graph.output}
+    kept = [item for item in graph.initializer if item.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend([*kept, *added])
+    foreign = any(node.domain == MICROSOFT for node in nodes)
+    if foreign and all(item.domain != MICROSOFT for item in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """What a node takes, and what the graphs of its branches or of its body take from outside."""
+    yield from node.input
+    for inner in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
+        yield from (name for part in inner.node for name in _reads(part))
+        yield from (item.name for item in inner.output)
 
 
 def fused_graph(model: Model, scratch: Path) -> Graph:
@@ -142,6 +180,25 @@ class Graph:
     @cached_property
     def layers(self) -> tuple[onnx.NodeProto, ...]:
         return tuple(node for node in self.nodes if node.op_type in LAYERS and self._has_weights(node))
+
+    @cached_property
+    def tables(self) -> tuple[onnx.NodeProto, ...]:
+        """Look-ups of rows in constant matrices of floats: embeddings."""
+        found = (node for node in self.nodes if node.op_type == "Gather" and node.input[0] in self.constants)
+        types = onnx.TensorProto
+        return tuple(
+            node
+            for node in found
+            if self.constants[node.input[0]].data_type == types.FLOAT
+            and len(self.constants[node.input[0]].dims) == 2
+            and not any(item.name == "axis" and item.i for item in node.attribute)
+        )
+
+    def kernel(self, layer: onnx.NodeProto) -> Array:
+        """The weight of a matrix product as [outputs, inputs]."""
+        weight = onnx.numpy_helper.to_array(self.constants[layer.input[1]])
+        turned = any(item.name == "transB" and item.i for item in layer.attribute)
+        return weight if turned else weight.T
 
     @cached_property
     def recurrent(self) -> tuple[onnx.NodeProto, ...]:

@@ -71,8 +71,8 @@ class QuantizeDynamic(Pass):
         import onnx
 
         from leanserve.passes.toolkit.int8_graph import dynamically_quantized, weight_bits
-        from leanserve.passes.toolkit.onnx_graph import fused_graph
-        from leanserve.passes.toolkit.row_scales import is_plain, quantized_by_row
+        from leanserve.passes.toolkit.onnx_graph import fused_graph, is_plain
+        from leanserve.passes.toolkit.row_scales import quantized_by_row
 
         graph = fused_graph(model, context.scratch)
         _refuse_convolutional(graph)
