@@ -37,6 +37,8 @@ CASES: Mapping[str, tuple[Mapping[str, Any], float]] = {
     "prune_channels": ({"ratio": 0.34}, 0.3),
     "lowrank_conv": ({"energy": 0.98}, 0.6),
     "lowrank_linear": ({"energy": 0.98}, 0.6),
+    "prune_magnitude": ({"sparsity": 0.5}, 0.6),
+    "prune_oneshot": ({"pattern": "2:4"}, 0.6),
     "distill": ({"epochs": 1, "precision": "float32"}, 0.7),
     "merge": ({}, 0.7),
     "fold_bn": ({}, 0.99999),

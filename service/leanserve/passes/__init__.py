@@ -13,6 +13,8 @@ from leanserve.passes.families.lowrank.lowrank_linear import LowrankLinear
 from leanserve.passes.families.merge.merge import Merge
 from leanserve.passes.families.precision.cast import Cast
 from leanserve.passes.families.prune.prune_channels import PruneChannels
+from leanserve.passes.families.prune.prune_magnitude import PruneMagnitude
+from leanserve.passes.families.prune.prune_oneshot import PruneOneshot
 from leanserve.passes.families.quantize.quantize_dynamic import QuantizeDynamic
 from leanserve.passes.families.quantize.quantize_static import QuantizeStatic
 from leanserve.passes.families.quantize.quantize_weights import QuantizeWeights
@@ -26,6 +28,8 @@ AnyPass = Annotated[
     PruneChannels
     | LowrankConv
     | LowrankLinear
+    | PruneMagnitude
+    | PruneOneshot
     | Distill
     | Merge
     | FoldBn

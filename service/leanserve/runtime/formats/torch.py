@@ -27,16 +27,17 @@ class TorchFormat:
 
     def save(self, model: TorchModel, folder: Path) -> None:
         from leanserve.runtime.formats.tied_tensors import write_tensors
-        from leanserve.runtime.formats.torch_masks import packed_masks
+        from leanserve.runtime.formats.torch_masks import packed_state
 
-        write_tensors({**model.module.state_dict(), **packed_masks(model)}, folder / WEIGHTS)
+        write_tensors(packed_state(model), folder / WEIGHTS)
 
     def load(self, folder: Path, spec: ModelSpec, rebuild: Callable[[], nn.Module]) -> TorchModel:
         from leanserve.runtime.formats.tied_tensors import load_tensors, read_tensors
-        from leanserve.runtime.formats.torch_masks import unpacked_masks
+        from leanserve.runtime.formats.torch_masks import unpacked_state
 
         module = rebuild()
-        weights, masks = unpacked_masks(read_tensors(folder / WEIGHTS)[0])
+        shapes = {name: weight.shape for name, weight in module.named_parameters()}
+        weights, masks = unpacked_state(read_tensors(folder / WEIGHTS)[0], shapes)
         load_tensors(module, weights)
         return TorchModel(module.eval(), spec, masks)
 
