@@ -59,6 +59,7 @@ FOLD, DISTILL = {"kind": "fold_bn"}, {"kind": "distill"}
         ({"kind": "prune_channels", "macs": 0.5, "steps": 2, "recovery": {}}, "train"),
         ({"kind": "lowrank_conv", "energy": 0.9}, "calibration"),
         ({"kind": "lowrank_linear", "energy": 0.9}, "calibration"),
+        ({"kind": "smooth"}, "calibration"),
         ({"kind": "quantize_static"}, "calibration"),
         ({"kind": "quantize_weights"}, "calibration"),
     ],

@@ -42,6 +42,7 @@ CASES: Mapping[str, tuple[Mapping[str, Any], float]] = {
     "distill": ({"epochs": 1, "precision": "float32"}, 0.7),
     "merge": ({}, 0.7),
     "fold_bn": ({}, 0.99999),
+    "smooth": ({}, 0.99999),
     "cast": ({}, 0.999),
     "quantize_static": ({}, 0.99),
     "quantize_dynamic": ({}, 0.99),
@@ -51,7 +52,7 @@ CASES: Mapping[str, tuple[Mapping[str, Any], float]] = {
     "openvino": ({}, 0.99999),
     "torch_compile": ({"buckets": [4], "freezing": "off"}, 0.9999),
 }
-LINEAR = {"lowrank_linear", "quantize_dynamic", "quantize_weights"}
+LINEAR = {"lowrank_linear", "smooth", "quantize_dynamic", "quantize_weights"}
 
 
 def base_for(kind: str) -> TinyBase:

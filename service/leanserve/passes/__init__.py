@@ -18,6 +18,7 @@ from leanserve.passes.families.prune.prune_oneshot import PruneOneshot
 from leanserve.passes.families.quantize.quantize_dynamic import QuantizeDynamic
 from leanserve.passes.families.quantize.quantize_static import QuantizeStatic
 from leanserve.passes.families.quantize.quantize_weights import QuantizeWeights
+from leanserve.passes.families.quantize.smooth import Smooth
 from leanserve.passes.families.runtime.channels_last import ChannelsLast
 from leanserve.passes.families.runtime.fold_bn import FoldBn
 from leanserve.passes.families.runtime.onnxruntime import OnnxRuntime
@@ -33,6 +34,7 @@ AnyPass = Annotated[
     | Distill
     | Merge
     | FoldBn
+    | Smooth
     | Cast
     | QuantizeDynamic
     | QuantizeStatic

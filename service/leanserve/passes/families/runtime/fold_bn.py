@@ -17,6 +17,7 @@ from leanserve.comparison import largest_difference, largest_finite
 from leanserve.contracts import BuildContext, Json, Model
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied, Pass, Stage, Tag
+from leanserve.passes.toolkit.exported_calls import operator_of, owner_of
 from leanserve.runtime.formats.expected import torch_model
 
 if TYPE_CHECKING:
@@ -86,34 +87,24 @@ def _pairs(module: nn.Module, example: tuple[torch.Tensor, ...]) -> list[list[st
     names = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
     pairs = []
     for norm in program.graph.nodes:
-        if _operator(norm) != "batch_norm":
+        if operator_of(norm) != "batch_norm":
             continue
         layer, statistics = norm.args[0], norm.args[3]
         if statistics is None or len(statistics.users) != 1 or not _foldable(layer, names):
             continue
-        pairs.append([_owner(names[layer.args[1].name]), _owner(names[statistics.name])])
+        pairs.append([owner_of(names[layer.args[1].name]), owner_of(names[statistics.name])])
     return pairs
 
 
 def _foldable(layer: fx.Node, names: Mapping[str, str]) -> bool:
     """Whether the batch norm is all that reads this layer's output, and this call all that reads its tensors."""
-    if _operator(layer) not in LAYERS or len(layer.users) != 1:
+    if operator_of(layer) not in LAYERS or len(layer.users) != 1:
         return False
-    if _operator(layer) == "linear" and layer.meta["val"].ndim != 2:
+    if operator_of(layer) == "linear" and layer.meta["val"].ndim != 2:
         return False  # batch norm then normalises positions, not features
     weight, *rest = layer.args[1:3]
     tensors = [tensor for tensor in (weight, *rest) if isinstance(tensor, type(layer))]
     return weight in tensors and all(tensor.name in names and len(tensor.users) == 1 for tensor in tensors)
-
-
-def _operator(node: fx.Node) -> str:
-    """`conv2d` for `aten.conv2d.default` and for `aten.conv2d.padding`; empty for what is no such call."""
-    name = str(node.target)
-    return name.split(".")[1] if name.startswith("aten.") else ""
-
-
-def _owner(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
 
 
 def _folded(layer: Any, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
