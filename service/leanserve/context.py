@@ -264,10 +264,12 @@ def traffic_plan(config: ServiceConfig) -> TrafficPlan:
     """Who answers a request that names no variant, and how many sequences are kept."""
     from leanserve.serving.opening import TrafficPlan
     from leanserve.serving.sequences import SequenceLimits
+    from leanserve.serving.traffic import TrafficRules
 
     kept = config.sequences
     limits = SequenceLimits(kept.most, kept.state_bytes, kept.idle_s)
-    return TrafficPlan(config.traffic.weights, config.traffic.sticky_header, limits)
+    rules = TrafficRules(config.traffic.weights, config.traffic.caps)
+    return TrafficPlan(rules, config.traffic.sticky_header, limits)
 
 
 def _batch_limits(batch: BatchConfig) -> BatchLimits:

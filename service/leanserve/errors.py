@@ -61,6 +61,13 @@ class MethodNotAllowed(ServiceError):
         self.allow = allow
 
 
+class Conflict(ServiceError):
+    """What is asked for does not go with what is going on."""
+
+    status = 409
+    code = "conflict"
+
+
 class BodyTooLarge(ServiceError):
     """The body, or what it inflates to, is above the configured limit."""
 

@@ -45,6 +45,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     variant.batch_done(1, 0, 0.1, [0.1])
     variant.add_backend_facts({"escalated": 1})
     variant.workers = lambda: WorkerCounts({"SIGSEGV": 1}, are_there=True)
+    told = metrics.experiment
+    told.name, told.base, told.candidate, told.state = "one", "float", "int8", "running"
+    told.questions = {"agreement": dict.fromkeys(("estimate", "low", "high", "limit"), 0.9)}
+    told.shadows, told.moves, told.capped = {"busy": 1}, {"start": 1}, {"int8": 1}
+    told.prices = lambda: {"int8": 1.0}
     page = metrics.render()[0].decode()
     samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
     return {sample.name: set(sample.labels) for sample in samples}

@@ -18,6 +18,7 @@ from leanserve.serving.batch_runner import Prediction
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.opening import TrafficPlan, VariantPlan, WarmFleet
 from leanserve.serving.short_batches import SHORT_S
+from leanserve.serving.traffic import TrafficRules
 from leanserve.telemetry.observations import VariantFacts
 from scripted import NoCodec
 
@@ -84,7 +85,7 @@ Scenario = Callable[[Fleet, dict[str, Backends]], Awaitable[None]]
 def play(scenario: Scenario, lanes: int = 1) -> None:
     plans = [VariantPlan(name) for name in "abc"]
     plans.append(VariantPlan("poor", VariantFacts(state="excluded", reason="too poor")))
-    warm = WarmFleet(Base(), plans, Device("cpu", lanes, lanes), TrafficPlan(WEIGHTS))  # type: ignore[arg-type]
+    warm = WarmFleet(Base(), plans, Device("cpu", lanes, lanes), TrafficPlan(TrafficRules(WEIGHTS)))  # type: ignore[arg-type]
     backends = {name: Backends() for name in "abc"}
     for name in "abc":
         warm.open(name, backends[name].load)

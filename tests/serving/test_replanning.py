@@ -18,6 +18,7 @@ from leanserve.serving.fleet import Fleet
 from leanserve.serving.opening import BatchLimits, TrafficPlan, VariantPlan, WarmFleet
 from leanserve.serving.replanning import FleetPlan, VariantSource
 from leanserve.serving.short_batches import SHORT_S
+from leanserve.serving.traffic import TrafficRules
 from leanserve.telemetry.observations import VariantFacts
 from scripted import NoCodec
 
@@ -77,7 +78,7 @@ class Place:
         plans = list(plans)
         factors = {"a": 2, "b": 3, "c": 5}
         sources = {item.name: self.source(factors[item.name]) for item in plans if item.facts.state == "serving"}
-        await self.fleet.replan(FleetPlan(plans, TrafficPlan(weights), sources), lambda: None)
+        await self.fleet.replan(FleetPlan(plans, TrafficPlan(TrafficRules(weights)), sources), lambda: None)
 
     async def ask(self, name: str | None) -> float:
         prediction = await self.fleet.choose(name, None).predict(ROW, lambda: False)

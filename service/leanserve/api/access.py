@@ -10,37 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from ipaddress import ip_address
 from typing import NamedTuple
 
 from leanserve.errors import Forbidden, RateLimited, Unauthorized, UnsupportedMediaType
 from leanserve.http.messages import Role
+from leanserve.token_bucket import TokenBucket
 
 HOW = "send it as the header `Authorization: Bearer KEY` or `x-api-key: KEY`"
 _NOBODY = b"\0" * 32
 """No key's sha256."""
 
 _FORMS = (b"application/x-www-form-urlencoded", b"multipart/form-data")
-
-
-class TokenBucket:
-    """A rate with bursts: tokens come at `rate` per second, at most `burst` of them are kept, a request takes one."""
-
-    def __init__(self, rate: float, burst: int, now: Callable[[], float] = time.monotonic) -> None:
-        self._rate, self._burst, self._now = rate, burst, now
-        self._tokens, self._at = float(burst), now()
-
-    def take(self) -> float:
-        """Take a token: 0 if there is one, else the seconds until there will be."""
-        now = self._now()
-        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
-        self._at = now
-        if self._tokens < 1:
-            return (1 - self._tokens) / self._rate
-        self._tokens -= 1
-        return 0.0
 
 
 class Key(NamedTuple):

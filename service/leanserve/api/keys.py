@@ -13,11 +13,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from leanserve.api.access import Key, TokenBucket
+from leanserve.api.access import Key
 from leanserve.config.auth_section import AuthConfig, KeyConfig
 from leanserve.config.yaml import read_yaml
 from leanserve.disk import open_regular
 from leanserve.errors import ConfigError, StartupError
+from leanserve.token_bucket import TokenBucket
 
 LEAST_LENGTH = 16
 """Characters of a key that somebody chose; shorter ones can be found by trying."""

@@ -25,6 +25,7 @@ FIXED: Final[Mapping[str, str]] = {
     "cors": "web pages were told what they may",
     "auth": "keys are read at the start",
     "watchdog": "it watches by it",
+    "experiment.store": "the state of experiments lies there",
     "tls": "the ports listen with it",
     "limits.decode_mb": "the processes that decode were started with it",
 }

@@ -16,10 +16,12 @@ from leanserve.config.auth_section import AuthConfig, TlsConfig
 from leanserve.config.base_section import AnyBase, OnnxBase, TorchExportBase
 from leanserve.config.data_section import AnyData
 from leanserve.config.errors import describe, kind_of
+from leanserve.config.experiment_section import ExperimentConfig, HardwareConfig
 from leanserve.config.limits_section import LimitsConfig
 from leanserve.config.lineage import building_order, parents_fault
 from leanserve.config.score_section import AnyScore
 from leanserve.config.section import Name, Section
+from leanserve.config.traffic_section import TrafficConfig, traffic_fault
 from leanserve.config.watchdog_section import WatchdogConfig
 from leanserve.config.yaml import read_yaml
 from leanserve.errors import ConfigError
@@ -92,15 +94,6 @@ class BatchConfig(Section):
     def default_level(self) -> int:
         """The priority level of a request that names none."""
         return self.default_priority or (self.priority_levels + 1) // 2
-
-
-class TrafficConfig(Section):
-    """Which variant answers a request that names none."""
-
-    weights: dict[str, Annotated[float, Field(ge=0, le=1e9)]] = Field(
-        default_factory=dict, description="share per variant; all equal by default"
-    )
-    sticky_header: str = Field("x-caller-key", description="requests with the same value here get the same variant")
 
 
 class EmbeddingsConfig(Section):
@@ -208,6 +201,8 @@ class ServiceConfig(Section):
     gate: GateConfig = GateConfig()
     batch: BatchConfig = BatchConfig()
     traffic: TrafficConfig = TrafficConfig()
+    experiment: ExperimentConfig = ExperimentConfig()
+    hardware: HardwareConfig = HardwareConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
     limits: LimitsConfig = LimitsConfig()
     sequences: SequencesConfig = SequencesConfig()
@@ -227,13 +222,8 @@ class ServiceConfig(Section):
         for index, name in enumerate(names):
             if name in names[:index]:
                 raise ValueError(f"variants[{index}]: the name '{name}' is used twice")
-        for name in self.traffic.weights:
-            if name not in names:
-                raise ValueError(
-                    f"traffic.weights names '{name}', which is no variant; variants are {', '.join(names)}"
-                )
-        if self.traffic.weights and not any(self.traffic.weights.values()):
-            raise ValueError("traffic.weights: at least one weight must be above 0")
+        if fault := traffic_fault(self.traffic, names):
+            raise ValueError(fault)
         return self
 
     @model_validator(mode="after")

@@ -20,12 +20,14 @@ class ArmSums:
     """What one variant did in an experiment."""
 
     requests: float = 0
-    """That it answered, or should have."""
+    """That it answered, or should have; those of users and those that it answered again."""
     failures: float = 0
     """Of these, which it is to blame for (5xx). A client's mistakes are no requests of it."""
     service_s: LatencyHistogram = field(default_factory=LatencyHistogram)
     """Seconds on the device per request, without waiting: variants share a device, so that one makes others wait."""
     cost: CostSums = field(default_factory=CostSums)
+    shadows: float = 0
+    """Of the requests, those that were no user's: the variant answered them again after another one."""
 
     def merged(self, other: ArmSums) -> ArmSums:
         """Those of both together."""
@@ -34,6 +36,7 @@ class ArmSums:
             self.failures + other.failures,
             self.service_s.merged(other.service_s),
             self.cost.merged(other.cost),
+            self.shadows + other.shadows,
         )
 
     def scaled(self, factor: float) -> ArmSums:
@@ -43,6 +46,7 @@ class ArmSums:
             self.failures * factor,
             self.service_s.scaled(factor),
             self.cost.scaled(factor),
+            self.shadows * factor,
         )
 
     def to_json(self) -> Json:
@@ -52,13 +56,14 @@ class ArmSums:
             "failures": self.failures,
             "service_s": self.service_s.to_json(),
             "cost": self.cost.to_json(),
+            "shadows": self.shadows,
         }
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Json]) -> Self:
         """Of what `to_json` made."""
         histogram, cost = LatencyHistogram.from_json(stored["service_s"]), CostSums.from_json(stored["cost"])
-        return cls(stored["requests"], stored["failures"], histogram, cost)
+        return cls(stored["requests"], stored["failures"], histogram, cost, stored["shadows"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class LiveEvidence:
     @property
     def requests(self) -> float:
         """Requests of users, to either variant."""
-        return self.base.requests + self.candidate.requests
+        return sum(arm.requests - arm.shadows for arm in (self.base, self.candidate))
 
     def merged(self, other: LiveEvidence) -> LiveEvidence:
         """That of both together."""

@@ -52,6 +52,13 @@ class Limits(BaseModel):
     """Requests after which nothing decided is inconclusive; `None`: it goes on."""
 
 
+class LogEvidence(NamedTuple):
+    """How much of the evidence that it takes is there, in logarithms: from 1 on it decides."""
+
+    promote: float
+    reject: float
+
+
 class Finding(NamedTuple):
     """The answer to one question so far."""
 
@@ -63,6 +70,10 @@ class Finding(NamedTuple):
     """It holds the truth at all looks at once with probability 1 - alpha."""
     limit: float
     reason: str
+    observations: float = 0.0
+    """Rows, requests or batches behind it; of two variants those of the one that has fewer."""
+    evidence: LogEvidence | None = None
+    """Of a share; a ratio is decided by its interval."""
 
 
 class Judgement(NamedTuple):
@@ -114,12 +125,13 @@ class _Levels(NamedTuple):
 def _share_question(question: str, good: float, rows: float, limit: float, levels: _Levels) -> Finding:
     """Is the share of good rows above the limit?"""
     bad = rows - good
-    above = log_evidence_above(good, bad, limit) >= -math.log(levels.passing)
-    below = log_evidence_below(good, bad, limit) >= -math.log(levels.failing)
-    answer: FindingState = "passed" if above else "failed" if below else "open"
+    above = float(log_evidence_above(good, bad, limit)) / -math.log(levels.passing)
+    below = float(log_evidence_below(good, bad, limit)) / -math.log(levels.failing)
+    answer: FindingState = "passed" if above >= 1 else "failed" if below >= 1 else "open"
     interval = share_interval(good, bad, levels.shown)
     reason = f"{_percent(interval)} of {rows:,.0f} rows, at least {100 * limit:.4g} % is asked for"
-    return Finding(question, answer, good / rows if rows else math.nan, interval, limit, reason)
+    effect, evidence = good / rows if rows else math.nan, LogEvidence(above, below)
+    return Finding(question, answer, effect, interval, limit, reason, rows, evidence)
 
 
 def _flipped(question: str, bad: float, rows: float, limit: float, levels: _Levels) -> Finding:
@@ -139,15 +151,17 @@ def _latency_question(evidence: LiveEvidence, limits: Limits, levels: _Levels) -
         level: [Interval(*each) for each in zip(*pair, strict=True)] for level, *pair in zip(wanted, *ends, strict=True)
     }
     base, candidate = (arm.quantile(limits.quantile) for arm in arms)
-    effect = candidate / base if base else math.nan
-    return _ratio_question(question, effect, intervals, limits.max_slowdown, levels)
+    effect = candidate / base if base and candidate else math.nan
+    found = _ratio_question(question, effect, intervals, limits.max_slowdown, levels)
+    return found._replace(observations=min(arm.count for arm in arms))
 
 
 def _cost_question(evidence: LiveEvidence, limit: float, levels: _Levels) -> Finding:
     arms = evidence.base.cost.device_s, evidence.candidate.cost.device_s
     intervals = {level: [arm.interval(level) for arm in arms] for level in {*levels, levels.shown / 2}}
-    effect = arms[1].per_row / arms[0].per_row if arms[0].value else math.nan
-    return _ratio_question("cost per row", effect, intervals, limit, levels)
+    effect = arms[1].per_row / arms[0].per_row if arms[0].value and arms[1].value else math.nan
+    found = _ratio_question("cost per row", effect, intervals, limit, levels)
+    return found._replace(observations=min(arm.batches for arm in arms))
 
 
 def _ratio_question(

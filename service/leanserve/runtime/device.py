@@ -96,6 +96,19 @@ class Device:
             lane = self._idle.pop()
         lane.called.put(job)
 
+    def post_idle(self, job: Job) -> bool:
+        """Have a lane do a job at once, if all lanes are idle and nothing waits for one; else it is not done.
+
+        Callable from any thread; the job must not raise.
+        """
+        with self._handing:
+            if self._waiting or len(self._idle) < len(self.lanes):
+                return False
+            self._waiting += 1
+            lane = self._idle.pop()
+        lane.called.put(job)
+        return True
+
     def borrow(self, share: DeviceShare | None = None) -> Lane | None:
         """A free lane whose part the calling thread may take for one short job; `None` if all work or jobs wait.
 

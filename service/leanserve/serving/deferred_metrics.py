@@ -57,7 +57,9 @@ class DeferredMetrics:
         metrics = self._metrics
         timed.costs.observe(timed.padded, infer_s)
         metrics.padding_tokens += padding
-        metrics.lane_s += infer_s * timed.lanes
+        lane_s = infer_s * timed.lanes
+        metrics.lane_s += lane_s
+        metrics.cost.add(rows, lane_s / metrics.facts.lanes)
         if timed.facts:
             metrics.add_backend_facts(timed.facts)
         input_s, output_s = timed.started - timed.taken, timed.split - timed.ended

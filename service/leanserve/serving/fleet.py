@@ -25,7 +25,7 @@ from leanserve.serving.opening import VariantPlan, WarmFleet, WarmVariant
 from leanserve.serving.reload import LoadingThreads, close_all, open_again
 from leanserve.serving.replanning import FleetPlan, FleetSite, Serving, open_new
 from leanserve.serving.sequences import Sequences
-from leanserve.serving.traffic import choose_variant, normalize_weights
+from leanserve.serving.traffic import TrafficRules, TrafficSplit
 from leanserve.serving.variant import Variant
 from leanserve.serving.watchdog import Watchdog, WatchdogLimits
 from leanserve.telemetry.metrics import Metrics
@@ -46,7 +46,7 @@ class VariantStatus(NamedTuple):
 
 
 class Fleet:
-    """The variants that serve, those that do not and why, and the traffic split among them (`weights`)."""
+    """The variants that serve, those that do not and why, and the traffic split among them."""
 
     def __init__(self, warm: WarmFleet, watched: WatchdogLimits | None = None) -> None:
         """Serve what was opened, on the running loop; all methods but `close` belong to its thread.
@@ -76,10 +76,8 @@ class Fleet:
         """As what those were opened; what they have now they know themselves."""
         self._retiring: list[Variant] = []
         """Those that have no part in the newest plan and still answer whom they were chosen for."""
-        self._given_weights = warm.traffic.weights
-        self._split = normalize_weights(self._given_weights, self.opened)
-        """As `weights`, but over all that were opened, so that a caller's key means the same while one is away."""
-        self.weights: Mapping[str, float] = {}
+        self.split = TrafficSplit(self.name)
+        self.split.give(warm.traffic.rules)
         self.decoders = Decoders(warm.decode_memory)
         self.threads = LoadingThreads()
         """What is read and loaded beside the lanes is done there."""
@@ -98,7 +96,7 @@ class Fleet:
             NotFound: no such variant. NotReady: it was excluded by its gate, or is not loaded; or none is.
         """
         if name is None:
-            name = choose_variant(self._split, self.weights, caller_key, self.name)
+            name = self.split.choose(caller_key)
         variant = self.variants.get(name)
         if variant is None:
             raise self._absence(name)
@@ -109,6 +107,21 @@ class Fleet:
         if self.variants.get(variant.name) is variant or variant in self._retiring:
             return variant
         return self.choose(name, caller_key)
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The split among the variants that serve now."""
+        return self.split.weights
+
+    def direct(self, rules: TrafficRules) -> None:
+        """Share requests that name no variant out by these rules, in one step."""
+        self.split.give(rules)
+        self.split.share_out(self.opened, self.variants)
+
+    def override(self, weights: Mapping[str, float] | None, salt: str = "") -> None:
+        """Share them out by these weights, whatever the rules say; `None`: by the rules again."""
+        self.split.override(weights, salt)
+        self.split.share_out(self.opened, self.variants)
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Have `listener` called on the loop whenever what `is_ready` says may have changed."""
@@ -219,8 +232,7 @@ class Fleet:
             elif name in planned.sources:
                 self.opened[name], self.status_of[name] = before[name], states[name]
             metrics.facts = replace(facts, state=self.status_of[name].state, reason=self.status_of[name].reason)
-        self._given_weights = planned.traffic.weights
-        self._split = normalize_weights(self._given_weights, self.opened)
+        self.split.give(planned.traffic.rules)
         for name in opened:
             self._listen_to(name)
         self._find_serving()
@@ -334,7 +346,7 @@ class Fleet:
     def _find_serving(self) -> None:
         """By their states, and share out the traffic among them."""
         self.variants = {each: self.opened[each] for each in self.opened if self.status_of[each].state == "serving"}
-        self.weights = normalize_weights(self._given_weights, self.variants)
+        self.split.share_out(self.opened, self.variants)
         for variant in self.variants.values():
             variant.neighbours = [other for other in self.variants.values() if other is not variant]
         self._tell()

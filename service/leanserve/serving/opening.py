@@ -7,7 +7,7 @@ the loop that serves, so that there is never half a fleet.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from leanserve.serving.company import Company, company_by
 from leanserve.serving.decoding import MEMORY
 from leanserve.serving.reload import Open, Read, shapes_to_meet, warm_again
 from leanserve.serving.sequences import SequenceLimits
+from leanserve.serving.traffic import TrafficRules
 from leanserve.telemetry.observations import VariantFacts
 
 logger = logging.getLogger(__name__)
@@ -81,10 +82,10 @@ class VariantPlan:
 
 @dataclass(frozen=True, slots=True)
 class TrafficPlan:
-    """Which variant answers a request that names none: by this header's value, else by the weights; equal ones if none
-    are given. And how many clients may have a sequence."""
+    """Which variant answers a request that names none: by this header's value, else by the rules. And how many clients
+    may have a sequence."""
 
-    weights: Mapping[str, float] = field(default_factory=dict)
+    rules: TrafficRules = field(default_factory=TrafficRules)
     sticky_header: str = "x-caller-key"
     sequences: SequenceLimits = field(default_factory=SequenceLimits)
 

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 RECHECK_S = 0.05
 """When it is looked again whether a lost worker is back: its loss is told by a lane, its return by another thread."""
 IsDisconnected = Callable[[], bool]
+BatchObserver = Callable[[Sequence[CompletedBatch]], None]
+"""Is told of batches, on the loop, once their requests have their outcomes."""
 
 
 class Variant:
@@ -52,6 +54,7 @@ class Variant:
         self.batcher: Batcher[PendingResult] = Batcher(warm.limits)
         self.neighbours: Sequence[Variant] = ()
         """The other variants on its device that serve."""
+        self.observer: BatchObserver | None = None
         self.metrics = metrics
         self.workers = warm.workers
         self._company = warm.company
@@ -70,7 +73,7 @@ class Variant:
         metrics.queue_rows, metrics.queue_requests = self.waiting_rows, self.batcher.waiting_requests
         self._scheduler = Scheduler(
             loop,
-            self._runner(),
+            self.runner(),
             self.batcher,
             self._share,
             self._complete,
@@ -89,7 +92,7 @@ class Variant:
     def reopen(self, running: LoadedVariant) -> None:
         """Go on with backends that were loaded anew."""
         self.running = running
-        self._scheduler.reopen(self._runner())
+        self._scheduler.reopen(self.runner())
 
     def workers_are_back(self) -> None:
         """Queue again what was in a worker when it was lost."""
@@ -123,8 +126,14 @@ class Variant:
                 ticket.reply.set_exception(NotReady(text))
         self._unsettled.settle(len(given_up))
 
-    def _runner(self) -> BatchRunner:
+    def runner(self) -> BatchRunner:
+        """The steps of a batch on its backends."""
         return BatchRunner(self.name, self.spec, self.running)
+
+    def in_use(self) -> Callable[[], None]:
+        """Keep its backends open for work beside its requests, until what this returns is called."""
+        self._unsettled.add(1)
+        return lambda: self._unsettled.settle(1)
 
     async def predict(
         self, sample: Arrays, is_disconnected: IsDisconnected, timeout_s: float | None = None, priority: int = 0
@@ -287,6 +296,8 @@ class Variant:
                 ticket.reply.set_exception(ClientGone("the client left before its rows were executed"))
         self._unsettled.settle(len(formed.batch) + len(formed.expired) + len(formed.left) - kept)
         self._tally.add(batches)
+        if self.observer is not None:
+            self.observer(batches)
 
     def _hand_out(self, batch: CompletedBatch, taken: float) -> int:
         """Give the tickets of a batch their outcomes; how many have none yet, because they wait for another worker."""

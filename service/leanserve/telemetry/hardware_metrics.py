@@ -44,6 +44,8 @@ class HardwareMetrics:
         self._processors = _Processors(sources.powercap)
         self._gpus = gpus_of(sources.nvml)
         self._shares = _EnergyShares(sources.clock)
+        self.joules: dict[str, float] = {}
+        """By variant, as of the last reading."""
 
     def collect(self, model: str, variants: Iterable[VariantMetrics]) -> Iterator[Metric]:
         """All families, from readings taken now."""
@@ -60,6 +62,7 @@ class HardwareMetrics:
         joules = {"cpu": cpu} | {name: gpu.joules() for gpu in self._gpus for name in gpu.names}
         known = {device: spent for device, spent in joules.items() if spent is not None}
         used = self._shares.update(known, [item for item in variants if item.facts.device in known])
+        self.joules = {name: spent for (name, _), spent in used.items()}
         if used:
             text = "Energy of the device while it ran the variant."
             metric = Metric("leanserve_device_energy_joules", text, "counter")

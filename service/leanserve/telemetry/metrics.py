@@ -19,6 +19,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from leanserve.contracts import Json
+from leanserve.telemetry.experiment_metrics import ExperimentMetrics
 from leanserve.telemetry.hardware_metrics import HardwareMetrics, Sources, single_gauge
 from leanserve.telemetry.nvml import initialised_nvml
 from leanserve.telemetry.observations import BucketCounts, VariantFacts, VariantMetrics
@@ -200,6 +201,7 @@ class Metrics(Collector):
         self.variants: dict[str, VariantMetrics] = {}
         self.unrouted = VariantMetrics("", VariantFacts())
         """Counts the requests that reached no variant: unknown path or variant, malformed input."""
+        self.experiment = ExperimentMetrics()
         self._ready = ready
         self._hardware = HardwareMetrics(sources, threads)
         self._registry = _registry(self, sources.proc)
@@ -238,7 +240,12 @@ class Metrics(Collector):
             yield from (self._metric(family, shown) for family in families)
         yield self._base_info()
         yield from _state(built=1.0, ready=self._ready())
+        yield from self.experiment.collect(self.model)
         yield from self._hardware.collect(self.model, serving)
+
+    def joules(self, name: str) -> float | None:
+        """Energy of the device while it ran a variant, as of the last scrape; `None` where it cannot be read."""
+        return self._hardware.joules.get(name)
 
     def _base_info(self) -> Metric:
         metric = Metric("leanserve_base_info", "1; the labels describe the base.", "gauge")

@@ -98,6 +98,28 @@ class VariantFacts:
 
 
 @dataclass(slots=True)
+class CostCounts:
+    """Sums over batches of their device seconds and rows, from which follow the seconds per row and how far they vary
+    (`experiments.mean.RatioSums`)."""
+
+    batches: int = 0
+    seconds: float = 0.0
+    rows: int = 0
+    seconds_squares: float = 0.0
+    products: float = 0.0
+    rows_squares: int = 0
+
+    def add(self, rows: int, seconds: float) -> None:
+        """Count a batch of `rows` real rows that had the whole device for so long."""
+        self.batches += 1
+        self.seconds += seconds
+        self.rows += rows
+        self.seconds_squares += seconds * seconds
+        self.products += seconds * rows
+        self.rows_squares += rows * rows
+
+
+@dataclass(slots=True)
 class BatchTimes:
     """Executions of one batch size: how many there were, and seconds in all per phase."""
 
@@ -135,14 +157,15 @@ class VariantMetrics:
     `catch_up` first. `queue_rows`, `queue_requests` and `workers` are called at scrape. `batches` has an entry per
     batch size (rows) that occurred; `sequences` are those that are open now; `backend_facts` are sums of what backends
     told of their batches.
-    `lane_s` and `padding_tokens` are added to by who calls `batch_done`; the first are the seconds of all lanes that a
-    batch had for itself. `last_batch_at` is in seconds since the epoch, 0 before the first batch.
+    `lane_s`, `cost` and `padding_tokens` are added to by who calls `batch_done`; the first are the seconds of all lanes
+    that a batch had for itself. `last_batch_at` is in seconds since the epoch, 0 before the first batch.
     """
 
     __slots__ = (
         "backend_facts",
         "batches",
         "catch_up",
+        "cost",
         "facts",
         "infer",
         "infer_request_s",
@@ -181,6 +204,7 @@ class VariantMetrics:
         self.backend_facts: dict[str, float] = {}
         self.last_batch_at = 0.0
         self.lane_s = 0.0
+        self.cost = CostCounts()
         self.stuck_batches = 0
         self.sequences = 0
         self.sequences_ended: dict[SequenceEnd, int] = dict.fromkeys(SEQUENCE_ENDS, 0)
