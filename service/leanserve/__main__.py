@@ -319,9 +319,52 @@ def cache(
 
 
 @app.command()
+def experiment(
+    action: Annotated[Literal["show", "start", "promote", "abort", "watch"], typer.Argument(help="What to do.")],
+    candidate: Annotated[str | None, typer.Argument(help="Of `start`: the variant to be tried.")] = None,
+    url: Annotated[
+        str, typer.Option(help="Where the service listens.", envvar="LEANSERVE_URL")
+    ] = "http://127.0.0.1:8000",
+    key: Annotated[str | None, typer.Option(help="A key of the service.", envvar="LEANSERVE_KEY")] = None,
+    reason: Annotated[str, typer.Option(help="Of `promote` and `abort`: why, for the record.")] = "",
+    name: Annotated[str | None, typer.Option(help="Of the experiment.")] = None,
+    base: Annotated[str | None, typer.Option(help="Compare with this variant; by default who has the traffic.")] = None,
+    shadow_share: Annotated[float | None, typer.Option(help="Share of batches to answer again.", min=0, max=1)] = None,
+    stages: Annotated[str | None, typer.Option(help="Shares of the ramp: 0.01,0.1,1.")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Of `promote`: also into the config file.")] = False,  # noqa: FBT002
+    every: Annotated[float, typer.Option(help="Of `watch`: seconds between two looks.", min=0.2)] = 1.0,
+) -> None:
+    """Compare a variant with the base on the live traffic of a service that runs: start it, watch it, end it."""
+    from leanserve.experiment_client import RunningService, overview, watch
+
+    service = RunningService(url, key)
+    if action == "watch":
+        watch(service, out, every)
+        return
+    if action == "show":
+        document = service.document()
+    elif action == "start":
+        if candidate is None:
+            raise StartupError("say which variant is to be tried: leanserve experiment start NAME")
+        wish = {"candidate": candidate, "name": name, "base": base, "shadow_share": shadow_share}
+        body = {key: value for key, value in wish.items() if value is not None}
+        document = service.act("start", body | ({} if stages is None else {"stages": _shares(stages)}))
+    else:
+        document = service.act(action, {"reason": reason} | ({"write": True} if write else {}))
+    out.print(overview(document))
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise StartupError(f"--stages {text}: shares with commas between, such as 0.01,0.1,1") from None
 
 
 def _rehearse(work: AppContext) -> None:

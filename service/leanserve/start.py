@@ -12,14 +12,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from leanserve.child import command, how_it_ended
 from leanserve.config.changes import refuse_fixed
+from leanserve.config.rewriting import write_traffic
 from leanserve.config.schema import ServiceConfig, read_config
 from leanserve.contracts import Base
+from leanserve.disk import may_write
 from leanserve.errors import ConfigError, StartupError
 from leanserve.telemetry.startup import BuildNews, Startup
 from leanserve.timing import MEASURE_S
@@ -104,6 +106,21 @@ class ServiceStart:
             except subprocess.TimeoutExpired:
                 self._build.kill()
                 self._build.wait()
+
+    @property
+    def experiments(self) -> Path | None:
+        """The file of the config, else one in the cache folder; `None` where that is read-only."""
+        if self._config.experiment.store is not None:
+            return self._config.experiment.store
+        root = self._cache or self._config.cache
+        if not may_write(root):
+            logger.warning("cache folder %s: it is read-only: experiments are forgotten with the process", root)
+            return None
+        return root / "experiments.sqlite"
+
+    def write_traffic(self, weights: Mapping[str, float], caps: Mapping[str, float]) -> None:
+        """Into the config file. Raises as `config.rewriting`."""
+        write_traffic(self._path, weights, caps)
 
     def reload(self, current: ServiceConfig, base: Base) -> ConfigReload:
         """What the file says now, for a service that runs with the config and base that it has."""

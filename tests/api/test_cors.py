@@ -21,6 +21,7 @@ EXPOSED = {
     "retry-after",
     "x-batch-rows",
     "x-caveats",
+    "x-experiment",
     "x-inference-ms",
     "x-queue-ms",
     "x-variant",
@@ -114,7 +115,7 @@ def test_a_page_asks_before_it_sends(named: httpx.Client, anybody: httpx.Client,
     assert (reply.status_code, reply.content) == (200, b"")
     assert (shown["allow-origin"], shown["allow-credentials"], shown["max-age"]) == (PAGE, "true", "7")
     assert shown["vary"] == "origin"
-    assert shown["allow-methods"] == "GET, HEAD, POST"
+    assert shown["allow-methods"] == "GET, HEAD, POST, PUT"
     assert {"content-type", "inference-header-content-length", "x-variant", "x-caller-key", "X-Mine"} <= set(
         shown["allow-headers"].split(", ")
     )
@@ -122,7 +123,7 @@ def test_a_page_asks_before_it_sends(named: httpx.Client, anybody: httpx.Client,
     assert shown["allow-headers"] == "authorization,x-stainless-lang"
     assert (shown["allow-origin"], shown["max-age"]) == ("*", "600")
     assert "allow-credentials" not in shown
-    assert told(preflight(anybody, path, OTHER))["allow-methods"] == "GET, HEAD, POST"
+    assert told(preflight(anybody, path, OTHER))["allow-methods"] == "GET, HEAD, POST, PUT"
 
 
 def test_another_page_asks_in_vain(named: httpx.Client) -> None:

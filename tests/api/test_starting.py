@@ -7,9 +7,10 @@ import gc
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -159,6 +160,11 @@ class Slow:
     def stop(self) -> None:
         self.stopped = True
         self.may_end.set()
+
+    experiments: Path | None = None
+
+    def write_traffic(self, weights: Mapping[str, float], caps: Mapping[str, float]) -> None:
+        raise NotImplementedError
 
     def reload(self, current: ServiceConfig, base: Base) -> Reload:
         raise NotImplementedError

@@ -16,13 +16,14 @@ import uvicorn
 
 from leanserve.api.access import Access, Key
 from leanserve.api.reloading import Reload
-from leanserve.api.server import Address, Server
+from leanserve.api.server import Address, Server, opened_service
 from leanserve.api.service import Service
 from leanserve.api.tls import TlsFiles
 from leanserve.artifacts.manifest import Manifest, Quality, VariantReport
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
 from leanserve.codecs.postprocess.chain import PostChain
+from leanserve.config.rewriting import write_traffic
 from leanserve.config.schema import ServiceConfig
 from leanserve.context import serving_plans, traffic_plan
 from leanserve.contracts import Array, Arrays, Base, Codec, Data, Model, ModelSpec, Result, Split, TensorSpec
@@ -165,14 +166,22 @@ class Opened:
     def run(self) -> WarmFleet:
         return self.warm
 
+    experiments: Path | None = None
+    file: Path | None = None
+    """That of the config."""
+
     def stop(self) -> None: ...
+
+    def write_traffic(self, weights: Mapping[str, float], caps: Mapping[str, float]) -> None:
+        assert self.file is not None
+        write_traffic(self.file, weights, caps)
 
     def reload(self, current: ServiceConfig, base: Base) -> Reload:
         raise NotImplementedError
 
     def service(self) -> Service:
         """On the running loop."""
-        return Service(Fleet(self.warm), self.warm.base, self.config, Access(local=True), self.warm.post)
+        return opened_service(self.warm, self.config, Access(local=True), self)
 
 
 def planned(config: ServiceConfig, base: object, device: Device, excluded: Mapping[str, str] = {}) -> Opened:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from leanserve.config.schema import CorsConfig
 from leanserve.http.messages import Headers, Response
 
-METHODS = b"GET, HEAD, POST"
+METHODS = b"GET, HEAD, POST, PUT"
 SENT = (
     b"authorization, content-encoding, content-type, inference-header-content-length, traceparent, tracestate, "
     b"x-api-key, x-request-id, x-variant"
@@ -19,7 +19,7 @@ SENT = (
 """Headers of requests that the service itself reads, besides the sticky one."""
 EXPOSED = (
     b"inference-header-content-length, retry-after, traceparent, www-authenticate, x-batch-rows, x-caveats, "
-    b"x-inference-ms, x-queue-ms, x-request-id, x-variant"
+    b"x-experiment, x-inference-ms, x-queue-ms, x-request-id, x-variant"
 )
 """Headers of replies that a page may read, besides those that any page may."""
 

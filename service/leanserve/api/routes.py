@@ -5,7 +5,7 @@ A path is one look-up in a table; errors become the same bodies as everywhere (`
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from leanserve.api.endpoint import Endpoint
 from leanserve.api.openai.embeddings import embeddings_endpoint
 from leanserve.api.openai.models import MODELS, ModelList
 from leanserve.api.service import Service
+from leanserve.api.v1.experiment import ExperimentEndpoints
 from leanserve.api.v1.predict import predict_endpoint
 from leanserve.api.v2.rest import no_such_path, open_inference_endpoints
 from leanserve.errors import ClientGone, MethodNotAllowed, NotFound, ServiceError
@@ -32,6 +33,7 @@ def endpoints_of(service: Service) -> list[Endpoint]:
     return [
         predict_endpoint(service),
         embeddings_endpoint(service),
+        *ExperimentEndpoints(service).endpoints(),
         *ModelList(service).endpoints(),
         *open_inference_endpoints(service),
     ]
@@ -46,7 +48,13 @@ class HotPath:
         self._caveats = caveat_headers(service.base.caveats)
         self._access = service.access
         self._models = ModelList(service)
-        self._routes = {path: route for item in endpoints for path, route in item.routes.items()}
+        self._experiments = service.experiments
+        self._routes: dict[str, Route] = {}
+        self._by_method: dict[tuple[str, str], Route] = {}
+        """Where a path takes several methods, the routes of all but the first."""
+        for path, route in (row for item in endpoints for row in item.routes.items()):
+            if self._routes.setdefault(path, route) is not route:
+                self._by_method[route.method, path] = route
         self.predictions: dict[bytes, Answer] = {
             path.encode(): partial(self.answer, route)
             for path, route in self._routes.items()
@@ -62,7 +70,8 @@ class HotPath:
         if route is None:
             return await self._app(scope, receive, send)
         if method != route.method and not (method == "HEAD" and route.method == "GET"):
-            route = self._refusing(route, _wrong_method(path, method, route.method))
+            methods = [route.method, *(other for other, where in self._by_method if where == path)]
+            route = self._by_method.get((method, path)) or self._refusing(route, _wrong_method(path, method, methods))
         # ASGI gives the names in lower case. A dict costs less than a second look through the list.
         request = Request(path, dict(scope["headers"]), receive, query=scope["query_string"])
         if route.role == "admin":
@@ -91,8 +100,10 @@ class HotPath:
             return route.refuse(error)
         except Exception as error:
             return route.refuse(unexpected_failure(error, f"a request to {request.path}"))
-        if self._caveats and route.role == "predict":
-            return Response(reply.body, (*reply.headers, *self._caveats), reply.status)
+        if (told := self._experiments.headers or self._caveats) and route.role == "predict":
+            if told is not self._caveats:
+                told = (*told, *self._caveats)
+            return Response(reply.body, (*reply.headers, *told), reply.status)
         return reply
 
     def _admit(self, route: Route, request: Request) -> None:
@@ -156,6 +167,6 @@ async def _nothing(request: Request) -> Response:
     raise NotFound(f"no such path: {request.path[:200]}")
 
 
-def _wrong_method(path: str, method: str, right: str) -> MethodNotAllowed:
-    allow = "GET, HEAD" if right == "GET" else right
-    return MethodNotAllowed(f"{path} takes {right}, not {method}", allow)
+def _wrong_method(path: str, method: str, right: Sequence[str]) -> MethodNotAllowed:
+    allow = ", ".join("GET, HEAD" if each == "GET" else each for each in right)
+    return MethodNotAllowed(f"{path} takes {' and '.join(right)}, not {method}", allow)

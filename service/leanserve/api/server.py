@@ -17,10 +17,11 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import uvicorn
@@ -38,6 +39,9 @@ from leanserve.http.connection import connections_to
 from leanserve.http.limits import HttpLimits
 from leanserve.http.listening import allow_descriptors, refuse_connections
 from leanserve.http.open_connections import OpenConnections
+from leanserve.live.director import Director
+from leanserve.live.documents import experiment_in_short
+from leanserve.live.snapshot import LiveNumbers
 from leanserve.serving.decoding import THREADS
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.opening import WarmFleet
@@ -73,6 +77,17 @@ class Start(Protocol):
 
     def stop(self) -> None:
         """Give up soon; nobody waits for the result any more. Callable from any thread."""
+
+    @property
+    def experiments(self) -> Path | None:
+        """The file in which the state of experiments is kept; `None`: nowhere."""
+
+    def write_traffic(self, weights: Mapping[str, float], caps: Mapping[str, float]) -> None:
+        """Write who gets the traffic into the config file. Callable from any thread.
+
+        Raises:
+            ConfigError: the file is not valid. OSError: it cannot be written.
+        """
 
     def reload(self, current: ServiceConfig, base: Base) -> Reload:
         """What the config file says now, for a service that runs with the config and base that it has."""
@@ -182,6 +197,8 @@ class Server(uvicorn.Server):
         timeout_s = 0.0 if self.service is None else self._settings.drain.timeout_s
         self._connections.drain()
         await asyncio.gather(self._end_http(timeout_s), self._end_grpc(timeout_s))
+        if self.service is not None:
+            await self.service.experiments.close()
 
     async def _end_http(self, timeout_s: float) -> None:
         await refuse_connections(self._address.http, timeout_s / 4)
@@ -221,9 +238,7 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="decode"))
         try:
-            service = Service(
-                Fleet(warm, self._settings.watchdog.limits), warm.base, self._settings, self._access, warm.post
-            )
+            service = opened_service(warm, self._settings, self._access, self._start)
             self._front.serve(create_app(service))
             if self._grpc is not None:
                 self._grpc.serve(service)
@@ -284,6 +299,8 @@ class Server(uvicorn.Server):
         self._settings = config
         self._connections.keep(_kept_limits(config))
         self.service = service = self.service._replace(config=config)
+        service.experiments.reconfigure(config.experiment)
+        service.live.hardware = config.hardware
         self._front.serve(create_app(service))
         if self._grpc is not None:
             self._grpc.serve_again(service)
@@ -306,6 +323,18 @@ class Server(uvicorn.Server):
 
     def _stop(self) -> None:
         self.should_exit = True
+
+
+def opened_service(warm: WarmFleet, config: ServiceConfig, access: Access, start: Start) -> Service:
+    """What answers, of what was opened, on the running loop.
+
+    Raises:
+        StartupError: the state of experiments cannot be read.
+    """
+    fleet = Fleet(warm, config.watchdog.limits)
+    director = Director(fleet, config.experiment, start.experiments, start.write_traffic)
+    live = LiveNumbers(fleet, config.hardware, partial(experiment_in_short, director))
+    return Service(fleet, warm.base, config, access, warm.post, director, live)
 
 
 def _kept_limits(config: ServiceConfig) -> HttpLimits:

@@ -31,6 +31,7 @@ from leanserve.contracts import Json, ModelSpec, Weighed
 from leanserve.errors import NotReady, ServiceError, StartupError
 from leanserve.http.limits import HttpLimits
 from leanserve.http.messages import Role, clipped, error_headers
+from leanserve.live.director import Director
 from leanserve.request_identity import CURRENT_REQUEST, RequestIdentities
 from leanserve.serving.decoder_process import Decoding
 from leanserve.serving.fleet import Fleet
@@ -73,6 +74,7 @@ _STATUS = {
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
     405: grpc.StatusCode.UNIMPLEMENTED,
+    409: grpc.StatusCode.FAILED_PRECONDITION,
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     415: grpc.StatusCode.INVALID_ARGUMENT,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -277,6 +279,7 @@ class _Calls:
             raise refused(startup)
 
         self._fleet: Fleet | None = None
+        self._experiments: Director | None = None
         self._health = {
             "ServerLive": _described("ServerLive", lambda _: {"live": self.live()}),
             "ServerReady": _described("ServerReady", lambda _: {"ready": self.ready()}),
@@ -285,6 +288,9 @@ class _Calls:
 
     async def answer(self, name: str, request: Any, context: Context) -> Any:
         """The reply to a call of that name."""
+        if self._experiments is not None and (told := self._experiments.headers):
+            every = (*(CURRENT_REQUEST.get() or ()), *told)
+            context.set_trailing_metadata(tuple((each.decode(), value.decode()) for each, value in every))
         return await self._answers[name](request, context)
 
     def live(self) -> bool:
@@ -296,7 +302,7 @@ class _Calls:
         return self._fleet is not None and self._fleet.is_ready()
 
     def serve(self, service: Service) -> None:
-        self._fleet = service.fleet
+        self._fleet, self._experiments = service.fleet, service.experiments
         self._answers = model_answers(OpenInference(service)) | self._health
 
     def end(self) -> None:
