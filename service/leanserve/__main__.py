@@ -217,15 +217,17 @@ def report(
     html: Annotated[Path | None, typer.Option(help="Also write a self-contained page.")] = None,
 ) -> None:
     """Show quality and cost of every built variant."""
+    from leanserve.report.summary import HourlyPrice
     from leanserve.report.table import print_table, write_html
 
     work = AppContext(config, cache)
     _require_built(work, config)
-    reports = work.reports()
-    print_table(reports, out, work.base.caveats, work.elsewhere)
+    reports, hardware = work.reports(), work.config.hardware
+    price = None if hardware.price_per_hour is None else HourlyPrice(hardware.price_per_hour, hardware.currency)
+    print_table(reports, out, work.base.caveats, work.elsewhere, price)
     if html is not None:
         title = f"leanserve: variants of {work.base.name}"
-        write_html(reports, html, title, work.base.caveats, work.elsewhere)
+        write_html(reports, html, title, work.base.caveats, work.elsewhere, price)
         err.print(f"wrote {html}", highlight=False)
 
 

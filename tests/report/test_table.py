@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from leanserve.artifacts.manifest import Manifest, VariantReport
-from leanserve.report.columns import amount, duration, milliseconds, ratio
+from leanserve.report.columns import amount, duration, milliseconds, ratio, speed
 from leanserve.report.headline import headline
-from leanserve.report.summary import summarise
+from leanserve.report.summary import HourlyPrice, summarise
 from leanserve.report.table import print_table, write_html
 from report_samples import HOSTILE, NO_CLASSES, a_few, artifact, changed, classes, embedding, values, variant
 
@@ -34,6 +34,14 @@ def test_names_the_fastest_serving_variant_within_half_a_point() -> None:
     assert "5.00× the throughput of the base and 4.00× smaller on disk" in words.claim
     assert "0.30 points of score lost (98.70 %)" in words.claim
     assert "at most 0.5 points below" in words.rule
+
+
+def test_with_a_price_of_the_machine_predictions_have_one() -> None:
+    priced = summarise(a_few(), price=HourlyPrice(3.6, "EUR"))
+    assert "2 EUR per million predictions (the base: 10)" in headline(priced).claim
+    (column,) = set(speed(priced.measured, (), priced.price)) - set(speed(priced.measured, ()))
+    assert [column.title, *map(column.cell, priced.measured[:3])] == ["EUR/M", "10", "5", "2"]
+    assert "per million" not in headline(summarise(a_few())).claim
 
 
 def test_says_when_the_sample_is_too_small_to_be_sure() -> None:

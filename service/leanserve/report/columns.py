@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from leanserve.artifacts.manifest import OutputFidelity
-from leanserve.report.summary import MeasuredArtifact
+from leanserve.report.summary import HourlyPrice, MeasuredArtifact
 
 ABSENT = "–"
 
@@ -240,10 +240,27 @@ def by_output(measured: Sequence[MeasuredArtifact]) -> tuple[OutputMeasure, ...]
     return tuple(measure for measure in BY_OUTPUT if any(measure.read(output) is not None for output in outputs))
 
 
-def speed(measured: Sequence[MeasuredArtifact], batches: Sequence[int]) -> tuple[Column, ...]:
+def speed(
+    measured: Sequence[MeasuredArtifact], batches: Sequence[int], price: HourlyPrice | None = None
+) -> tuple[Column, ...]:
     """How fast a variant is; latency at each of these batch sizes, other work only where it disturbed the timing."""
     disturbed = (OTHER_WORK,) if any(item.quality.disturbed for item in measured) else ()
-    return (*map(_latency, batches), THROUGHPUT, GAIN, RANGE, *disturbed)
+    priced = () if price is None else (_per_million(price),)
+    return (*map(_latency, batches), THROUGHPUT, GAIN, RANGE, *priced, *disturbed)
+
+
+def _per_million(price: HourlyPrice) -> Column:
+    return Column(
+        f"{price.currency}/M",
+        f"price of a million rows at that throughput, where an hour of the machine costs {price.amount:g} "
+        f"{price.currency}",
+        lambda item: money(price.per_million(item.quality)),
+    )
+
+
+def money(value: float) -> str:
+    """A price with three significant digits."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
 def footprint(measured: Sequence[MeasuredArtifact]) -> tuple[Column, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from leanserve.report.columns import amount, milliseconds, ratio
+from leanserve.report.columns import amount, milliseconds, money, ratio
 from leanserve.report.summary import Measure, Summary, VariantSummary, Yardstick
 
 RULES: Mapping[Measure, str] = {
@@ -95,8 +95,17 @@ def _claim(summary: Summary, best: VariantSummary) -> str:
     smaller = f" and {ratio(item.shrinkage)} smaller on disk" if item.shrinkage >= 1.05 else ""
     return (
         f"is the cheapest variant that still answers right: {ratio(item.gain)} the throughput of the base{smaller}, "
-        f"{_price(summary.yardstick, best)}.{_equals(summary)}"
+        f"{_money(summary, best)}{_price(summary.yardstick, best)}.{_equals(summary)}"
     )
+
+
+def _money(summary: Summary, best: VariantSummary) -> str:
+    """What a million predictions cost at this quality, where the price of the machine is known."""
+    price, item = summary.price, best.measured
+    if price is None:
+        return ""
+    ours, theirs = (money(price.per_million(quality)) for quality in (item.quality, item.base))
+    return f"{ours} {price.currency} per million predictions (the base: {theirs}) "
 
 
 def _equals(summary: Summary) -> str:

@@ -57,7 +57,7 @@ def _tables(summary: Summary) -> tuple[tuple[str, tuple[Column, ...]], ...]:
     """Caption and columns of each table of numbers."""
     return (
         ("Does it still answer right?", answers(summary.measured)),
-        (f"How fast is it?{summary.mark}", speed(summary.measured, summary.batches)),
+        (f"How fast is it?{summary.mark}", speed(summary.measured, summary.batches, summary.price)),
         (f"What else does it take?{summary.mark}", footprint(summary.measured)),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from leanserve.artifacts.benchmarks import Change, Speedup
 from leanserve.artifacts.manifest import Manifest, Quality, VariantReport
@@ -25,6 +25,17 @@ TOLERANCES: Mapping[Measure, float] = {
     "outputs": 5.0,
 }
 """Points. A cosine of 0.99 is an error of some 14 %, so that 5 % of values are no less strict."""
+
+
+class HourlyPrice(NamedTuple):
+    """What an hour of the machine costs."""
+
+    amount: float
+    currency: str
+
+    def per_million(self, quality: Quality) -> float:
+        """Price of a million rows at the measured throughput, of a machine that has nothing else to do."""
+        return self.amount / 3600 * 1e6 / quality.throughput
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +172,7 @@ class Summary:
     elsewhere: str = ""
     """In a sentence, that the numbers were measured on another machine; empty: they were measured on this one."""
     unmade: tuple[UnmadeVariant, ...] = ()
+    price: HourlyPrice | None = None
 
     @property
     def mark(self) -> str:
@@ -211,7 +223,12 @@ class Summary:
         return self.fastest[0] if self.fastest else None
 
 
-def summarise(reports: Sequence[VariantReport], caveats: Sequence[str] = (), elsewhere: str = "") -> Summary:
+def summarise(
+    reports: Sequence[VariantReport],
+    caveats: Sequence[str] = (),
+    elsewhere: str = "",
+    price: HourlyPrice | None = None,
+) -> Summary:
     """Compute what the report shows. A reference row of the bare base is put first unless a variant is just that.
 
     Raises:
@@ -228,7 +245,7 @@ def summarise(reports: Sequence[VariantReport], caveats: Sequence[str] = (), els
         name = f"base ({reference.manifest.base})"
         variants.insert(0, VariantSummary(0, name, "reference", None, reference.measured, (reference,)))
     base = reports[0].ancestry[0].base
-    return Summary(base, tuple(variants), _yardstick(reports), tuple(caveats), elsewhere, unmade)
+    return Summary(base, tuple(variants), _yardstick(reports), tuple(caveats), elsewhere, unmade, price)
 
 
 def _variant(number: int, report: VariantReport, ends: Mapping[str, VariantReport]) -> VariantSummary:

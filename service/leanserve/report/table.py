@@ -17,7 +17,7 @@ from rich.text import Text
 from leanserve.artifacts.manifest import VariantReport
 from leanserve.report.columns import AT_WORST, Column, OutputMeasure, answers, by_output, footprint, speed, waterfall
 from leanserve.report.headline import hardware, headline
-from leanserve.report.summary import MeasuredArtifact, Summary, VariantSummary, summarise
+from leanserve.report.summary import HourlyPrice, MeasuredArtifact, Summary, VariantSummary, summarise
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +26,11 @@ STYLES = {"serving": "", "excluded": "red", "reference": "dim"}
 
 
 def print_table(
-    reports: Sequence[VariantReport], console: Console, caveats: Sequence[str] = (), elsewhere: str = ""
+    reports: Sequence[VariantReport],
+    console: Console,
+    caveats: Sequence[str] = (),
+    elsewhere: str = "",
+    price: HourlyPrice | None = None,
 ) -> None:
     """Print the verdict, tables of answers and of cost, and every variant's gains pass by pass.
 
@@ -36,7 +40,7 @@ def print_table(
     Raises:
         ValueError: there is no variant to report.
     """
-    summary = summarise(reports, caveats, elsewhere)
+    summary = summarise(reports, caveats, elsewhere, price)
     console.print(_verdict(summary))
     console.print(_variants_table(summary))
     told = answers(summary.measured)
@@ -44,7 +48,9 @@ def print_table(
     console.print(_numbers_table("Answers, at worst", [column for column in told if column in AT_WORST], summary))
     if by_output(summary.measured):
         console.print(_outputs_table(summary))
-    console.print(_numbers_table(f"Cost: speed{summary.mark}", speed(summary.measured, summary.batches), summary))
+    console.print(
+        _numbers_table(f"Cost: speed{summary.mark}", speed(summary.measured, summary.batches, summary.price), summary)
+    )
     console.print(_numbers_table(f"Cost: size and building{summary.mark}", footprint(summary.measured), summary))
     for variant in summary.variants:
         if variant.passes:
@@ -54,7 +60,12 @@ def print_table(
 
 
 def write_html(
-    reports: Sequence[VariantReport], path: Path, title: str, caveats: Sequence[str] = (), elsewhere: str = ""
+    reports: Sequence[VariantReport],
+    path: Path,
+    title: str,
+    caveats: Sequence[str] = (),
+    elsewhere: str = "",
+    price: HourlyPrice | None = None,
 ) -> None:
     """Write the report as one HTML file that needs nothing else: styles and plots are inside.
 
@@ -66,7 +77,7 @@ def write_html(
     """
     from leanserve.report.page import render
 
-    text = render(summarise(reports, caveats, elsewhere), title)
+    text = render(summarise(reports, caveats, elsewhere, price), title)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 

@@ -1,0 +1,141 @@
+"""Experiments at 50 requests a second on the real service: who is sent back for what, who is promoted, how soon."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from random import expovariate, randrange
+
+import httpx
+import numpy as np
+import pytest
+
+from leanserve.contracts import Json
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
+RATE = 50.0
+CONFIG = """\
+base: digits
+variants:
+  - {name: base, passes: [{kind: onnxruntime}]}
+  - {name: equal, passes: [{kind: onnxruntime}]}
+  - {name: slower}
+  - {name: worse, passes: [{kind: prune_channels, macs: 0.3}, {kind: onnxruntime}]}
+experiment:
+  ramp: {min_stage_s: 5}
+hardware: {price_per_hour: 0.2}
+drain: {delay_s: 0}
+"""
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("soak")
+    (folder / "service.yaml").write_text(CONFIG)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "leanserve", "serve", "--config", str(folder / "service.yaml")]
+    environment = os.environ | {"LEANSERVE_CACHE": os.environ.get("LEANSERVE_CACHE", str(folder / "cache"))}
+    process = subprocess.Popen([*command, "--port", str(port)], env=environment)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(6000):
+            assert process.poll() is None
+            try:
+                if httpx.get(f"{address}/readyz").is_success:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def traffic(url: str) -> Iterator[list[float]]:
+    """Poisson traffic of real digits; the latencies so far."""
+    from leanserve_models.digits import images
+
+    rows = [{"inputs": image.tolist()} for image in images("test", 300)[0]]
+    latencies: list[float] = []
+    over = threading.Event()
+
+    def client() -> None:
+        with httpx.Client(base_url=url) as http:
+            while not over.wait(expovariate(RATE / 4)):
+                began = time.perf_counter()
+                reply = http.post("/v1/predict", json=rows[randrange(len(rows))])
+                latencies.append(time.perf_counter() - began)
+                assert reply.status_code == 200, reply.text
+
+    threads = [threading.Thread(target=client) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    yield latencies
+    over.set()
+    for thread in threads:
+        thread.join()
+
+
+def decided(url: str, candidate: str, most_s: float) -> Json:
+    began = time.monotonic()
+    httpx.post(f"{url}/v1/experiment/start", json={"candidate": candidate}).raise_for_status()
+    while time.monotonic() - began < most_s:
+        told = httpx.get(f"{url}/v1/experiment").json()["experiment"]
+        if told["state"] != "running":
+            break
+        time.sleep(0.5)
+    counts, pairs = told["counts"], told["counts"]["pairs"]
+    print(
+        f"\n{candidate}: {told['state']} after {time.monotonic() - began:.0f} s, {told['requests']:.0f} requests, "
+        f"{pairs['rows']:.0f} pairs, {counts['base']['timed']:.0f} timed, dropped {counts['shadow']['dropped']}, "
+        f"time share {100 * counts['shadow']['time_share']:.2f} %: {told['reason']}"
+    )
+    return told
+
+
+@pytest.mark.parametrize(
+    ("candidate", "state", "why", "most_s"),
+    [
+        ("worse", "rejected", "agreement", 300),
+        ("slower", "rejected", "p95 service time", 300),
+        ("equal", "promoted", "", 900),
+    ],
+)
+def test_a_candidate_is_judged_for_what_it_is(
+    url: str, traffic: list[float], candidate: str, state: str, why: str, most_s: float
+) -> None:
+    httpx.put(f"{url}/v1/experiment", json={"weights": {"base": 1}}).raise_for_status()
+    told = decided(url, candidate, most_s)
+    assert told["state"] == state
+    assert why in told["reason"]
+    shares = httpx.get(f"{url}/v1/experiment").json()["traffic"]["shares"]
+    assert shares[candidate if state == "promoted" else "base"] == 1.0
+
+
+def test_shadowing_everything_hardly_shows_in_live_latency(url: str, traffic: list[float]) -> None:
+    """Interleaved: 20 s with an experiment that shadows all batches, 20 s without, four times."""
+    httpx.put(f"{url}/v1/experiment", json={"weights": {"base": 1}})
+    seen: dict[bool, list[float]] = {True: [], False: []}
+    for turn in range(8):
+        shadows = bool(turn % 2)
+        if shadows:
+            body = {"candidate": "equal", "stages": [1.0], "min_stage_s": 3600}
+            httpx.post(f"{url}/v1/experiment/start", json=body).raise_for_status()
+        before = len(traffic)
+        time.sleep(20)
+        seen[shadows] += traffic[before:]
+        if shadows:
+            httpx.post(f"{url}/v1/experiment/abort", json={}).raise_for_status()
+            httpx.put(f"{url}/v1/experiment", json={"weights": {"base": 1}})
+    for share in (0.5, 0.95, 0.99):
+        without, with_shadows = (1000 * float(np.quantile(seen[which], share)) for which in (False, True))
+        print(f"p{100 * share:g}: {without:.2f} ms without, {with_shadows:.2f} ms with: x {with_shadows / without:.3f}")
+    assert np.quantile(seen[True], 0.5) < 1.5 * np.quantile(seen[False], 0.5)

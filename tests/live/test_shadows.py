@@ -1,0 +1,84 @@
+"""What is answered again takes idle time alone, a little of it, and gives way first."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from live_arms import QUICK, Arm, Arms, play
+
+STAY = {"candidate": "b", "stages": [1.0], "min_stage_s": 3600}
+ONE_BY_ONE = {"max_rows": 1, "timeout_ms": 20_000}
+
+
+def test_while_requests_wait_nothing_is_answered_again() -> None:
+    async def scene(arms: Arms) -> None:
+        await arms.verb("POST", "/start", STAY)
+        ran = arms.backends["b"].ran
+        replies = await asyncio.gather(*(arms.ask() for _ in range(60)))
+        assert {reply.json()["model_version"] for reply in replies} == {"a"}
+        shadows = arms.service.experiments.shadows
+        assert shadows is not None
+        assert shadows.outcomes["busy"] >= 55
+        assert arms.backends["b"].ran - ran <= 2
+        while shadows.outcomes["compared"] + shadows.outcomes["busy"] < 60:
+            await asyncio.sleep(0.01)
+
+    play(scene, {"a": Arm(seconds=0.002), "b": Arm()}, batch=ONE_BY_ONE)
+
+
+def shadowed(arms: Arms) -> dict[str, Any]:
+    shadows = arms.service.experiments.shadows
+    assert shadows is not None
+    return {**shadows.outcomes, "waiting": len(shadows), "time_share": shadows.time_share}
+
+
+def test_what_waits_to_be_answered_again_is_bounded_and_so_is_its_time() -> None:
+    async def scene(arms: Arms) -> None:
+        await arms.verb("POST", "/start", STAY | {"shadow_time": 0.02})
+        for _ in range(60):
+            await arms.ask()
+            await asyncio.sleep(0.005)
+        told = shadowed(arms)
+        assert told["compared"] >= 1
+        assert told["full"] > told["compared"]
+        assert told["waiting"] <= 3
+        assert told["time_share"] < 0.06  # the first one is free
+
+    play(scene, {"a": Arm(seconds=0.002), "b": Arm(seconds=0.002)}, experiment=QUICK | {"shadow_rows": 3})
+
+
+def test_a_share_of_the_batches_is_taken_and_none_after_the_end() -> None:
+    async def scene(arms: Arms) -> None:
+        await arms.verb("POST", "/start", STAY | {"shadow_share": 0.5})
+        for _ in range(80):
+            await arms.ask()
+        told = shadowed(arms)
+        assert 15 < told["compared"] + told["waiting"] + told["busy"] + told["full"] < 65
+        await arms.verb("POST", "/abort")
+        assert shadowed(arms)["waiting"] == 0
+        ran = arms.backends["b"].ran
+        await arms.ask()
+        await asyncio.sleep(0.05)
+        assert arms.backends["b"].ran - ran <= 1
+        assert all(variant.observer is None for variant in arms.service.fleet.variants.values())
+
+    play(scene, {"a": Arm(), "b": Arm()})
+
+
+def test_a_candidate_that_goes_away_is_not_waited_for_and_one_that_is_replaced_ends_the_experiment() -> None:
+    async def scene(arms: Arms) -> None:
+        await arms.verb("POST", "/start", STAY)
+        await arms.service.fleet.unload("b")
+        await arms.ask()
+        await asyncio.sleep(0.05)
+        assert shadowed(arms)["unfit"] == 1
+        await arms.service.fleet.load("b")
+        plans = arms.service.fleet.plans
+        arms.service.fleet.plans = {name: plan for name, plan in plans.items() if name != "b"}
+        arms.service.fleet._tell()
+        told = await arms.experiment()
+        assert (told["state"], told["reason"]) == ("aborted", "the variant 'b' is not there any more")
+        arms.service.fleet.plans = plans
+
+    play(scene, {"a": Arm(), "b": Arm()})
