@@ -21,7 +21,7 @@ from leanserve.api.v1.predict import CodecDecoding
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
 from leanserve.codecs.open_inference import InferDecoder, InferDecoding
-from leanserve.contracts import ModelSpec, TensorSpec
+from leanserve.contracts import ModelSpec, TensorSpec, Weighed
 from leanserve.errors import BadInput, BodyTooLarge, ClientGone, DeadlineUnreachable, QueueTimeout
 from leanserve.serving import decoding
 from leanserve.serving.decoding import MEMORY, QUICK_S, Decoders, Patience, Work
@@ -160,10 +160,17 @@ def test_what_is_not_decoded_by_its_deadline_is_decoded_no_further() -> None:
     run(scenario)
 
 
+class Unread:
+    """A body at which nobody may look."""
+
+    def prepare(self) -> Weighed[Any]:
+        raise AssertionError("nobody waits for it")
+
+
 def test_a_client_that_left_costs_nothing() -> None:
     async def scenario(decoders: Decoders) -> None:
         with pytest.raises(ClientGone):
-            await decoders.run(work(HUGE), patience(left=True))
+            await decoders.run(work(Unread()), patience(left=True))
         assert all(process.pid is None for process in decoders._processes)
 
     run(scenario)

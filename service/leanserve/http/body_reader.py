@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from leanserve.http.reading_turns import LEAST
+
 if TYPE_CHECKING:
     from leanserve.http.connection import Connection
 
@@ -41,6 +43,8 @@ class BodyReader(asyncio.BufferedProtocol):
     def __init__(self, connection: Connection, transport: asyncio.Transport, length: int) -> None:
         """Takes the place of `connection` on `transport`, where bodies of about this length are to be expected."""
         self._connection = connection
+        self._turns = connection.all.reading
+        self._waits = False
         self._piece = memoryview(bytearray(PIECE))
         self._body = self._rest = self._scrap = _NOTHING
         self._unwanted = 0
@@ -70,12 +74,21 @@ class BodyReader(asyncio.BufferedProtocol):
         """Forget the body; what still comes of it is given to the connection, as what follows it would be."""
         self._body = self._rest = _NOTHING
         self._unwanted = 0
+        if self._waits:
+            self._turns.forget(self)
+            self.go_on()
+
+    def go_on(self) -> None:
+        """Read what has come meanwhile."""
+        self._waits = False
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's guess
         """Where the next bytes go."""
         if self._unwanted:
             return self._scrap[: min(self._unwanted, _FIRST_WASTE)]
-        return self._rest or self._piece
+        return self._rest[: max(self._turns.left, LEAST)] or self._piece
 
     def buffer_updated(self, nbytes: int) -> None:
         """So many have come."""
@@ -84,13 +97,21 @@ class BodyReader(asyncio.BufferedProtocol):
             self._discard()
         elif self._rest:
             self._rest = self._rest[nbytes:]
+            has_turn = self._turns.took(nbytes)
             if self._rest:
+                if not has_turn:
+                    self._wait()
                 self._connection.arrived(nbytes)
             else:
                 body, self._body, self._rest = self._body, _NOTHING, _NOTHING  # an empty rest would hold all of it, too
                 self._came(body)
         else:
             self._connection.data_received(bytes(self._piece[:nbytes]))
+
+    def _wait(self) -> None:
+        self._waits = True
+        self._transport.pause_reading()
+        self._turns.wait(self)
 
     def _discard(self) -> None:
         """Throw away what has come of the unwanted bytes, without the loop, which would ask for every piece of it."""
@@ -114,6 +135,7 @@ class BodyReader(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has left."""
+        self.stop()
         self._connection.connection_lost(exc)
 
     def pause_writing(self) -> None:

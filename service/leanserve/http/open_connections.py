@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from leanserve.http.leaving import has_unread
 from leanserve.http.limits import HttpLimits
 from leanserve.http.rate_limited_log import RateLimitedLog
+from leanserve.http.reading_turns import ReadingTurns
 from leanserve.http.refusals import Refused, too_slow
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class OpenConnections:
         """Whether every reply is the last one of its connection."""
         self.held_bytes = 0
         """Of all requests that are not here as a whole, and of large ones until they are answered."""
+        self.reading = ReadingTurns()
         self.log = RateLimitedLog(logger)
         self._open: set[EndingConnection] = set()
         self._may_go: deque[tuple[EndingConnection, float]] = deque()

@@ -161,7 +161,7 @@ class Decoders:
             if job.result.done():  # its time was up, or it was cancelled
                 continue
             if job.patience.is_disconnected():
-                job.result.set_exception(ClientGone("the client left before its body was decoded"))
+                job.result.set_exception(_nobody_waits())
                 continue
             process = self._free.pop()  # the last that worked: others may end
             self._running.append(job)
@@ -236,9 +236,15 @@ def _decode_quickly(work: Work[Made], patience: Patience) -> _Quick[Made]:
     began = time.perf_counter()
     if began > patience.deadline:
         raise _too_late()
+    if patience.is_disconnected():
+        raise _nobody_waits()
     prepared = work.decoding.prepare()
     made = work.then(prepared.finish()) if prepared.seconds <= QUICK_S else None
     return _Quick(made, prepared.seconds, time.perf_counter() - began)
+
+
+def _nobody_waits() -> ClientGone:
+    return ClientGone("the client left before its body was decoded")
 
 
 def _too_late() -> QueueTimeout:
