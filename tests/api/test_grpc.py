@@ -26,6 +26,7 @@ from leanserve.api.access import Access
 from leanserve.api.v2.grpc_infer import GrpcInferDecoder, encode
 from leanserve.api.v2.grpc_messages import PROTOCOL, SERVICE, message
 from leanserve.api.v2.grpc_server import METHODS, GrpcPort, grpc_status, model_answers, start_grpc
+from leanserve.api.v2.grpc_wire import parse
 from leanserve.api.v2.open_inference import OpenInference
 from leanserve.config.limits_section import LimitsConfig
 from leanserve.contracts import ModelSpec, TensorSpec
@@ -300,9 +301,9 @@ def test_every_datatype_travels_typed_and_raw(dtype: str) -> None:
     values = np.array([[b"", b"\xff\x00"]], object) if dtype == "object" else np.array([[0, 1]], dtype)
     decoder = GrpcInferDecoder(spec)
     for form in ("typed", "raw"):
-        empty = decoder.decode(_request(dtype, values, form))
+        empty = decoder.decode(parse(_request(dtype, values, form).SerializeToString()))
         reply = encode(empty.options, (values,), form, ("m", "v"), {})
-        (back,) = decoder.decode(_mirrored(reply)).inputs
+        (back,) = decoder.decode(parse(_mirrored(reply).SerializeToString())).inputs
         assert back.dtype == values.dtype
         assert back.tolist() == values.tolist()
 
@@ -341,14 +342,14 @@ def test_typed_numbers_out_of_range_are_refused() -> None:
     made = Request()
     made.inputs.add(name="x", datatype="INT8", shape=[1, 1], contents={"int_contents": [128]})
     with pytest.raises(BadInput, match="a number is out of the range of INT8"):
-        GrpcInferDecoder(spec).decode(made)
+        GrpcInferDecoder(spec).decode(parse(made.SerializeToString()))
 
 
 def test_half_precision_makes_a_typed_reply_raw() -> None:
     spec = ModelSpec((TensorSpec("x", "int8", (1,)),), (TensorSpec("y", "float16", (1,)),))
     made = Request()
     made.inputs.add(name="x", datatype="INT8", shape=[1, 1], contents={"int_contents": [1]})
-    options = GrpcInferDecoder(spec).decode(made).options
+    options = GrpcInferDecoder(spec).decode(parse(made.SerializeToString())).options
     reply = encode(options, (np.ones((1, 1), np.float16),), "typed", ("m", "v"), {})
     assert reply.raw_output_contents == [np.float16(1).tobytes()]
 

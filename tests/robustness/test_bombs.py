@@ -12,9 +12,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import grpc
 import pytest
 
-from bombs import ARRAY_BOMBS, BOMBS, JSON, PREDICT, Bomb, empty_jpeg, form_of, png, predict_with
+from bombs import (
+    ARRAY_BOMBS,
+    BOMBS,
+    GRPC_HEAVY,
+    GRPC_TOO_MANY,
+    JSON,
+    PREDICT,
+    Bomb,
+    empty_jpeg,
+    form_of,
+    png,
+    predict_with,
+)
+from leanserve.api.v2.grpc_messages import SERVICE
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.arrays import NPY, NPZ, ArrayCodec
 from leanserve.contracts import ModelSpec, TensorSpec
@@ -86,6 +100,46 @@ def test_a_bomb_stops_nobody(service: RuleService, name: str) -> None:
     assert seen.lag_ms < STALL_MS
     assert service.rss() - before < MARGIN
     assert send(service, HONEST).status == 200
+
+
+def call(service: RuleService, method: str, data: bytes) -> grpc.StatusCode:
+    """Send this over gRPC, whatever it is."""
+    with grpc.insecure_channel(f"127.0.0.1:{service.grpc_port}", [("grpc.max_send_message_length", -1)]) as channel:
+        try:
+            channel.unary_unary(f"/{SERVICE}/{method}")(data, timeout=30)
+        except grpc.RpcError as error:
+            code: grpc.StatusCode = error.code()
+            return code
+    return grpc.StatusCode.OK
+
+
+GRPC_BOMBS = {**GRPC_HEAVY, **GRPC_TOO_MANY}
+
+
+@pytest.mark.parametrize("method", ["ModelInfer", "RepositoryIndex"])
+@pytest.mark.parametrize(
+    "name",
+    [name if name in {"tensors", "texts"} else pytest.param(name, marks=pytest.mark.soak) for name in GRPC_BOMBS],
+)
+def test_a_bomb_over_grpc_stops_nobody(service: RuleService, method: str, name: str) -> None:
+    before, data, lags = service.rss(), GRPC_BOMBS[name](), []
+    for _ in range(TRIES):
+        with loop_lag(service.port, service.process.pid) as lag:
+            began = time.perf_counter()
+            code = call(service, method, data)
+            seconds = time.perf_counter() - began
+        lags.append(lag.worst_ms)
+        if lag.worst_ms < STALL_MS:
+            break
+    sent, grown = len(data) / 1e6, (service.rss() - before) / 1e6
+    print(f"| {method}: {name} | {sent:.2f} | {code.name} | {seconds:.2f} | {min(lags):.0f} | {grown:.0f} |")
+    assert code in {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+    }
+    assert min(lags) < STALL_MS
+    assert grown * 1e6 < MARGIN
 
 
 async def flood(service: RuleService, bomb: Bomb, count: int) -> tuple[list[int], float]:

@@ -230,3 +230,40 @@ ARRAY_BOMBS: Final[Mapping[str, Callable[[], bytes]]] = {
     "npz: 5,000 members": lambda: npz({str(number): b"" for number in range(5_000)}),
 }
 """For a model that takes arrays: `.npy` and `.npz`."""
+
+
+def _varint(number: int) -> bytes:
+    low, rest = number & 127, number >> 7
+    return bytes([low | 128]) + _varint(rest) if rest else bytes([low])
+
+
+def field(number: int, content: bytes) -> bytes:
+    """One field of a message of protobuf that has a length."""
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _asking(content: bytes) -> bytes:
+    return field(1, b"rules") + content
+
+
+def _typed(contents: bytes) -> bytes:
+    return _asking(field(5, field(1, b"x") + field(2, b"FP32") + field(5, contents)))
+
+
+GRPC_HEAVY: Final[Mapping[str, Callable[[], bytes]]] = {
+    "texts": lambda: _typed(field(8, b"") * (MOST // 2 - 64)),
+    "single numbers": lambda: _typed((b"\x35" + bytes(4)) * (MOST // 5 - 64)),
+    "varints": lambda: _typed(field(3, bytes(MOST - 64))),
+    "truths": lambda: _typed(field(1, b"\1" * (MOST - 64))),
+}
+"""Messages of ModelInfer that take long to parse."""
+GRPC_TOO_MANY: Final[Mapping[str, Callable[[], bytes]]] = {
+    "tensors": lambda: _asking(field(5, b"") * (MOST // 2 - 64)),
+    "parameters": lambda: _asking(b"".join(field(4, field(1, b"%08d" % number)) for number in range(500_000))),
+    "outputs": lambda: _asking(field(6, b"") * (MOST // 2 - 64)),
+    "raw tensors": lambda: _asking(field(7, b"") * (MOST // 2 - 64)),
+    "unknown fields": lambda: _asking(b"\xf8\x07\x00" * (MOST // 3 - 64)),
+    "dimensions": lambda: _asking(field(5, b"\x18\x01" * (MOST // 2 - 64))),
+    "parameters of a tensor": lambda: _asking(field(5, field(4, b"") * (MOST // 2 - 64))),
+}
+"""And those of which nobody makes objects."""

@@ -1,29 +1,29 @@
 """Infer over gRPC: request message -> checked arrays, and outputs -> reply message.
 
 A request is restated as the JSON header and the binary tensors of the REST protocol, so that one set of rules reads
-both and refuses both with the same words. Tensors in `raw_input_contents` stay views; those in typed `contents` are
-converted element by element, which is as slow as JSON. The reply uses the form of the request.
+both and refuses both with the same words. Tensors in `raw_input_contents` stay views (`grpc_wire.py`); those in typed
+`contents` are converted element by element, which is as slow as JSON. The reply uses the form of the request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import orjson
 
 from leanserve.api.v2.grpc_messages import message
+from leanserve.api.v2.grpc_wire import ContentsForm, InferMessage
 from leanserve.codecs.infer_plan import BinaryTensor, InferOptions, KeptTensor, plan_json
 from leanserve.codecs.open_inference import InferRequest
-from leanserve.codecs.tensors import DATATYPES, Datatype, ports, to_binary
+from leanserve.codecs.tensors import DATATYPES, Buffer, Datatype, ports, to_binary
 from leanserve.contracts import Array, Arrays, Json, ModelSpec
 from leanserve.errors import BadInput
 
 _PIECE = 2**16
 """Numbers that are converted at once."""
-ContentsForm = Literal["raw", "typed"]
 _CONTENTS = {
     "BOOL": "bool_contents",
     "INT8": "int_contents",
@@ -41,21 +41,21 @@ _CONTENTS = {
 """Which field holds a datatype's elements; FP16 and BF16 have none."""
 
 
-def form_of(request: Any) -> ContentsForm:
-    """How the request carries its tensors."""
-    return "raw" if request.raw_input_contents else "typed"
-
-
 class GrpcInferDecoder:
     """Decodes the infer requests of one model. Thread-safe."""
 
     def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
         self._inputs = ports(spec.inputs)
         self._outputs = ports(spec.outputs)
 
-    def decode(self, request: Any) -> InferRequest:
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process."""
+        return type(self), (self._spec,)
+
+    def decode(self, sent: InferMessage) -> InferRequest:
         """Check and decode a `ModelInferRequest`. Raises `BadInput`."""
-        chunks = _chunks(request)
+        request, chunks = sent.head, _chunks(sent)
         document = {
             "id": request.id,
             "parameters": _parameters(request.parameters),
@@ -65,23 +65,23 @@ class GrpcInferDecoder:
             ],
         }
         plan = plan_json(orjson.dumps(document), self._inputs, self._outputs)
-        sent = {tensor.name: chunk for tensor, chunk in zip(request.inputs, chunks, strict=True)}
-        inputs = tuple(_read(tensor, sent) for tensor in plan.inputs)
+        by_name = {tensor.name: chunk for tensor, chunk in zip(request.inputs, chunks, strict=True)}
+        inputs = tuple(_read(tensor, by_name) for tensor in plan.inputs)
         return InferRequest(inputs, plan.rows, plan.options)
 
 
-def _read(tensor: Array | BinaryTensor | KeptTensor, sent: Mapping[str, bytes]) -> Array:
+def _read(tensor: Array | BinaryTensor | KeptTensor, sent: Mapping[str, Buffer]) -> Array:
     if isinstance(tensor, KeptTensor):
         return tensor.read(b"", 0)
     assert isinstance(tensor, BinaryTensor)  # no input was restated as JSON data
     return tensor.read(sent[tensor.port.name], -tensor.start)
 
 
-def _chunks(request: Any) -> list[bytes]:
+def _chunks(sent: InferMessage) -> Sequence[Buffer]:
     """The bytes of every input, in the order of the request."""
-    if form_of(request) == "typed":
+    request, raw = sent
+    if not raw:
         return [_pack(tensor) for tensor in request.inputs]
-    raw = list(request.raw_input_contents)
     if len(raw) != len(request.inputs):
         raise BadInput(f"raw_input_contents has {len(raw)} entries for {len(request.inputs)} inputs; send one for each")
     for tensor in request.inputs:
@@ -119,7 +119,7 @@ def _array(datatype: Datatype, values: Any) -> Array:
     return elements
 
 
-def _input(tensor: Any, chunk: bytes) -> Json:
+def _input(tensor: Any, chunk: Buffer) -> Json:
     shape = list(tensor.shape)
     datatype = DATATYPES.get(tensor.datatype)
     if datatype is not None:

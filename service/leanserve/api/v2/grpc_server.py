@@ -10,11 +10,13 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pickle import PickleBuffer
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import grpc
 from google.protobuf.json_format import ParseDict
+from google.protobuf.message import DecodeError
 from grpc import aio
 
 from leanserve.api.access import Access
@@ -22,13 +24,15 @@ from leanserve.api.audit import remember_caller
 from leanserve.api.service import Service
 from leanserve.api.starting import refused
 from leanserve.api.v2.grpc_health import HEALTH, REQUEST, RESPONSE, Health
-from leanserve.api.v2.grpc_infer import GrpcInferDecoder, encode, form_of
+from leanserve.api.v2.grpc_infer import GrpcInferDecoder, encode
 from leanserve.api.v2.grpc_messages import SERVICE, message, message_pool
+from leanserve.api.v2.grpc_room import MessageRoom
+from leanserve.api.v2.grpc_wire import SeenMessage, glance, parse
 from leanserve.api.v2.open_inference import OpenInference, terms_of
 from leanserve.codecs.infer_plan import InferOptions
 from leanserve.codecs.open_inference import InferRequest
 from leanserve.contracts import Json, ModelSpec, Weighed
-from leanserve.errors import NotReady, ServiceError, StartupError
+from leanserve.errors import BadInput, BodyTooLarge, NotReady, ServiceError, StartupError
 from leanserve.http.limits import HttpLimits
 from leanserve.http.messages import Role, clipped, error_headers
 from leanserve.live.director import Director
@@ -42,12 +46,19 @@ from leanserve.telemetry.startup import Startup
 
 Context: TypeAlias = Any
 GrpcAnswer: TypeAlias = Callable[[Any, Context], Awaitable[Any]]
+Parse: TypeAlias = Callable[[bytes], Any]
 
 SMALL_RAW = 2**20
-"""Bytes of raw tensors that are decoded on the event loop, as in REST."""
+"""Bytes of a message with raw tensors that is decoded on the event loop, as in REST."""
+_QUICK_S = 1e-3
+"""Seconds that this may take there."""
+_SMALL = 2**16
+"""Bytes of any message but those of ModelInfer, as in REST."""
 _CALLS_PER_CONNECTION = 1024
 _TOLD_S = 0.3
 """In this time at the end clients are told one by one to go elsewhere."""
+_ARRIVAL_S = 5.0
+"""How long a message that is not here as a whole may still arrive at the end, as in REST."""
 _DEAD_MS = 20_000
 """After so long without an answer to a ping a connection is dead."""
 METHODS: Final[Mapping[str, Role]] = MappingProxyType(
@@ -85,10 +96,11 @@ _STATUS = {
 
 
 class _Call(NamedTuple):
-    """The name of a call, and the role that it asks for."""
+    """The name of a call, the role that it asks for, and what makes a request of its message."""
 
     name: str
     role: Role
+    parse: Parse
 
 
 class GrpcPort(NamedTuple):
@@ -108,6 +120,7 @@ class GrpcServer:
     port: int
     calls: _Calls
     health: Health
+    room: MessageRoom
 
     def serve(self, service: Service) -> None:
         """From now on the service answers, on the loop that runs this."""
@@ -118,6 +131,7 @@ class GrpcServer:
     def serve_again(self, service: Service) -> None:
         """The same with another config, or other variants."""
         self.calls.serve(service)
+        self.room.keep(service.config.limits.http)
         self.health.changed()
 
     async def stop(self, grace_s: float) -> None:
@@ -130,6 +144,7 @@ class GrpcServer:
         self.calls.end()
         told_s = min(_TOLD_S, grace_s / 2)
         await asyncio.sleep(told_s)
+        asyncio.get_running_loop().call_later(min(_ARRIVAL_S, grace_s / 2), self.room.end_asking)
         await self.server.stop(grace_s - told_s)
 
 
@@ -140,12 +155,11 @@ async def start_grpc(at: GrpcPort, startup: Startup, access: Access) -> GrpcServ
         StartupError: the address cannot be had.
     """
     server = aio.server(options=_options(at.limits))
-    calls, door = _Calls(startup), _Door(access)
-    health = Health(calls.ready)
+    calls, room = _Calls(startup), MessageRoom(at.limits)
+    door, health = _Door(access, room), Health(calls.ready)
     methods = {
         name: _handler(
-            partial(_answered, door, _Call(name, role), partial(calls.answer, name)),
-            message(f"{name}Request"),
+            partial(_answered, door, _Call(name, role, _parser(name)), partial(calls.answer, name)),
             message(f"{name}Response"),
         )
         for name, role in METHODS.items()
@@ -164,7 +178,7 @@ async def start_grpc(at: GrpcPort, startup: Startup, access: Access) -> GrpcServ
     except RuntimeError as error:
         raise StartupError(f"cannot listen for gRPC on {address}; choose another port") from error
     await server.start()
-    return GrpcServer(server, claimed, calls, health)
+    return GrpcServer(server, claimed, calls, health, room)
 
 
 def _options(limits: HttpLimits) -> tuple[tuple[str, int], ...]:
@@ -187,49 +201,65 @@ def _reflection_methods(services: Sequence[str], door: _Door) -> dict[str, grpc.
     from grpc_reflection.v1alpha import reflection, reflection_pb2
 
     told = reflection.aio.ReflectionServicer(services, pool=message_pool())
+    asked = partial(_small, reflection_pb2.ServerReflectionRequest)
 
-    async def answer(requests: Any, context: Context) -> AsyncIterator[Any]:
+    async def answer(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         try:
-            door.admit(_Call("ServerReflectionInfo", "read"), context)
+            door.admit(_Call("ServerReflectionInfo", "read", asked), context)
+            async for reply in told.ServerReflectionInfo((asked(data) async for data in requests), context):
+                yield reply
         except ServiceError as error:
             await _refuse(error, context)
-        async for reply in told.ServerReflectionInfo(requests, context):
-            yield reply
 
-    handler = grpc.stream_stream_rpc_method_handler(
-        answer,
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
+    serialize = reflection_pb2.ServerReflectionResponse.SerializeToString
+    handler = grpc.stream_stream_rpc_method_handler(answer, response_serializer=serialize)
     return {"ServerReflectionInfo": handler}
 
 
 def _health_methods(health: Health, door: _Door) -> dict[str, grpc.RpcMethodHandler]:
-    async def watch(request: Any, context: Context) -> AsyncIterator[Any]:
-        door.admit(_Call("Watch", "open"), context)
+    asked = partial(_small, message(REQUEST))
+
+    async def watch(_: Any, context: Context) -> AsyncIterator[Any]:
+        try:
+            door.admit(_Call("Watch", "open", asked), context)
+            async with door.room.message(context) as data:
+                request = asked(data)
+        except ServiceError as error:
+            await _refuse(error, context)
         async for reply in health.watch(request, context):
             yield reply
 
-    watching = grpc.unary_stream_rpc_method_handler(
-        watch,
-        request_deserializer=message(REQUEST).FromString,
-        response_serializer=message(RESPONSE).SerializeToString,
-    )
-    check = partial(_answered, door, _Call("Check", "open"), health.check)
-    return {"Check": _handler(check, message(REQUEST), message(RESPONSE)), "Watch": watching}
+    # As if clients sent several: so it is read when it is asked for, and not before the call is admitted.
+    watching = grpc.stream_stream_rpc_method_handler(watch, response_serializer=message(RESPONSE).SerializeToString)
+    check = partial(_answered, door, _Call("Check", "open", asked), health.check)
+    return {"Check": _handler(check, message(RESPONSE)), "Watch": watching}
 
 
-def _handler(answer: GrpcAnswer, asked: Any, told: Any) -> grpc.RpcMethodHandler:
-    return grpc.unary_unary_rpc_method_handler(
-        answer, request_deserializer=asked.FromString, response_serializer=told.SerializeToString
-    )
+def _handler(answer: GrpcAnswer, told: Any) -> grpc.RpcMethodHandler:
+    """As if clients sent several messages: so one is read when it is asked for, and not before the call is admitted."""
+    return grpc.stream_unary_rpc_method_handler(answer, response_serializer=told.SerializeToString)
 
 
-async def _answered(door: _Door, call: _Call, answer: GrpcAnswer, request: Any, context: Context) -> Any:
+def _parser(name: str) -> Parse:
+    """What makes the request of a message: of ModelInfer, what can be known of it at once."""
+    return glance if name == "ModelInfer" else partial(_small, message(f"{name}Request"))
+
+
+def _small(kind: Any, data: bytes) -> Any:
+    if len(data) > _SMALL:
+        raise BodyTooLarge(f"the message has {len(data)} bytes; at most {_SMALL} are taken here")
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise BadInput(f"this is no {kind.DESCRIPTOR.name}: {error}") from None
+
+
+async def _answered(door: _Door, call: _Call, answer: GrpcAnswer, _: Any, context: Context) -> Any:
     """The reply to a call, or the status that refuses it; both tell the identity of the call."""
     try:
         door.admit(call, context)
-        return await answer(request, context)
+        async with door.room.message(context) as data:
+            return await answer(call.parse(data), context)
     except ServiceError as error:
         failure = error
     except Exception as error:
@@ -250,9 +280,10 @@ async def _refuse(failure: ServiceError, context: Context) -> Any:
 
 
 class _Door:
-    """What every call passes before it is answered: it gets its identity, and is admitted."""
+    """What every call passes before it is answered: it gets its identity, is admitted, and has `room` for a message."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, room: MessageRoom) -> None:
+        self.room = room
         self._access = access
         self._identities = RequestIdentities()
 
@@ -346,14 +377,26 @@ def _infer(
 
 
 class GrpcDecoding(NamedTuple):
-    """A message to be decoded. It was parsed already: no other process is sent it."""
+    """A message to be decoded."""
 
     decoder: GrpcInferDecoder
-    request: Any
+    asked: SeenMessage
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process: the message beside the rest, uncopied, and not what was parsed of it."""
+        return _sent, (self.decoder, PickleBuffer(self.asked.data))
 
     def prepare(self) -> Weighed[InferRequest]:
-        """Nothing is to be looked at before."""
-        return Weighed(0.0, partial(self.decoder.decode, self.request))
+        """It was looked at already."""
+        return Weighed(self.asked.seconds, self.decode)
+
+    def decode(self) -> InferRequest:
+        """Here and now. Raises `BadInput`."""
+        return self.decoder.decode(self.asked.parsed or parse(self.asked.data))
+
+
+def _sent(decoder: GrpcInferDecoder, data: bytes) -> GrpcDecoding:
+    return GrpcDecoding(decoder, glance(bytes(data)))
 
 
 class _Infer(Session[Any]):
@@ -365,12 +408,13 @@ class _Infer(Session[Any]):
         self,
         protocol: OpenInference,
         decoders: dict[ModelSpec, GrpcInferDecoder],
-        request: Any,
+        asked: SeenMessage,
         headers: Mapping[str, str],
     ) -> None:
         self.fleet = protocol.fleet
-        self.body = request
+        self.body = asked
         self.is_disconnected = _stays
+        self._form = asked.form
         self._protocol = protocol
         self._decoders = decoders
         self._headers = headers
@@ -387,11 +431,11 @@ class _Infer(Session[Any]):
         """Nothing is left to read."""
 
     def body_size(self) -> int:
-        return int(self.body.ByteSize())
+        return len(self.body.data)
 
     def decodes_quickly(self) -> bool:
-        raw = self.body.raw_input_contents
-        return form_of(self.body) == "raw" and sum(map(len, raw)) <= SMALL_RAW
+        asked: SeenMessage = self.body
+        return asked.form == "raw" and len(asked.data) <= SMALL_RAW and asked.seconds <= _QUICK_S
 
     def decoding(self, variant: Variant) -> Decoding[InferRequest]:
         decoder = self._decoders.get(variant.spec) or self._decoders.setdefault(
@@ -405,11 +449,11 @@ class _Infer(Session[Any]):
         return ModelRequest((made.inputs,), terms=terms_of(options), sequence=options.sequence)
 
     def encode(self, answered: Answered) -> Any:
-        names, form = (self._protocol.name, answered.variant.name), form_of(self.body)
+        names = (self._protocol.name, answered.variant.name)
         options, outputs = self._options, answered.parts[0].outputs
         if options.is_postprocessed:
             options, outputs = self._protocol.postprocessed(options, outputs, answered.variant.spec)
-        return encode(options, outputs, form, names, answered.how_it_ran())
+        return encode(options, outputs, self._form, names, answered.how_it_ran())
 
 
 def _stays() -> bool:
