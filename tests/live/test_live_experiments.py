@@ -29,6 +29,8 @@ def test_an_equal_candidate_is_promoted_step_by_step_and_has_all_traffic_also_af
         assert {item["question"]: item["answer"] for item in told["questions"]}["agreement"] == "passed"
         assert [entry["action"] for entry in told["history"]] == ["start", "promote"]
         assert told["counts"]["pairs"]["rows"] == told["counts"]["pairs"]["agreed"] > 10
+        assert told["counts"]["shadow"]["compared"] > 10
+        assert told["counts"]["shadow"]["time_share"] > 0
         assert (await arms.ask()).json()["model_version"] == "b"
 
     async def again(arms: Arms) -> None:

@@ -30,7 +30,7 @@ def test_while_requests_wait_nothing_is_answered_again() -> None:
 def shadowed(arms: Arms) -> dict[str, Any]:
     shadows = arms.service.experiments.shadows
     assert shadows is not None
-    return {**shadows.outcomes, "waiting": len(shadows), "time_share": shadows.time_share}
+    return {**shadows.outcomes, "waiting": shadows.waiting, "time_share": shadows.time_share}
 
 
 def test_what_waits_to_be_answered_again_is_bounded_and_so_is_its_time() -> None:

@@ -126,7 +126,7 @@ def _question(item: Finding) -> Json:
 
 def _counts(director: Director, record: ExperimentRecord) -> Json:
     pairs, shadows = record.pairs, director.shadows
-    outcomes = shadows.outcomes if shadows else {}
+    outcomes = {} if shadows is None else shadows.outcomes
     candidate = record.feed.candidate
     return {
         "base": _arm(record.feed.base),
@@ -139,10 +139,10 @@ def _counts(director: Director, record: ExperimentRecord) -> Json:
         },
         "shadow": {
             "compared": outcomes.get("compared", 0),
-            "waiting": len(shadows) if shadows else 0,
+            "waiting": 0 if shadows is None else shadows.waiting,
             "dropped": {name: outcomes.get(name, 0) for name in _DROPS},
             "failed": candidate.shadow_failures,
-            "time_share": shadows.time_share if shadows else 0.0,
+            "time_share": 0.0 if shadows is None else shadows.time_share,
         },
     }
 

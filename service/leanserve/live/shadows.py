@@ -81,7 +81,9 @@ class Shadows:
         self._next_at = 0.0
         self._running = self._closed = False
 
-    def __len__(self) -> int:
+    @property
+    def waiting(self) -> int:
+        """Batches."""
         return len(self._queue)
 
     def offer(self, batches: Sequence[CompletedBatch]) -> None:
