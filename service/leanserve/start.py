@@ -116,7 +116,7 @@ class ServiceStart:
         if not may_write(root):
             logger.warning("cache folder %s: it is read-only: experiments are forgotten with the process", root)
             return None
-        return root / "experiments.sqlite"
+        return root / f"experiments-{self._path.stem}.sqlite"
 
     def write_traffic(self, weights: Mapping[str, float], caps: Mapping[str, float]) -> None:
         """Into the config file. Raises as `config.rewriting`."""

@@ -49,6 +49,7 @@ variants:
   - name: poor # eight bits are not exact
     passes: [{kind: quantize_static}]
     gate: {min_agreement: 1.0, on_fail: exclude}
+hardware: {price_per_hour: 0.5}
 """
 COMPARISON = re.compile(r" (?:==|>) [\d.]+")
 """What makes an alert of an expression; without it there is always something to show."""
@@ -172,6 +173,7 @@ def put_load_on(service_at: str, seconds: float) -> None:
     row = {"name": "img", "shape": [1, 1, 8, 8], "datatype": "FP32", "data": [0.5] * 64}
     with httpx.Client(base_url=f"http://{service_at}") as client:
         model = client.get("/v1/variants").json()["model"]
+        client.post("/v1/experiment/start", json={"candidate": "int8"}).raise_for_status()
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             for variant in ("base", "int8"):

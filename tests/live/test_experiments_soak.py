@@ -27,6 +27,7 @@ variants:
   - {name: slower}
   - {name: worse, passes: [{kind: prune_channels, macs: 0.3}, {kind: onnxruntime}]}
 experiment:
+  store: FOLDER/experiments.sqlite
   ramp: {min_stage_s: 5}
 hardware: {price_per_hour: 0.2}
 drain: {delay_s: 0}
@@ -36,7 +37,7 @@ drain: {delay_s: 0}
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("soak")
-    (folder / "service.yaml").write_text(CONFIG)
+    (folder / "service.yaml").write_text(CONFIG.replace("FOLDER", str(folder)))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "leanserve", "serve", "--config", str(folder / "service.yaml")]

@@ -73,6 +73,7 @@ def test_a_candidate_that_goes_away_is_not_waited_for_and_one_that_is_replaced_e
         await arms.ask()
         await asyncio.sleep(0.05)
         assert shadowed(arms)["unfit"] == 1
+        assert (await arms.experiment())["state"] == "running"
         await arms.service.fleet.load("b")
         plans = arms.service.fleet.plans
         arms.service.fleet.plans = {name: plan for name, plan in plans.items() if name != "b"}
@@ -80,5 +81,16 @@ def test_a_candidate_that_goes_away_is_not_waited_for_and_one_that_is_replaced_e
         told = await arms.experiment()
         assert (told["state"], told["reason"]) == ("aborted", "the variant 'b' is not there any more")
         arms.service.fleet.plans = plans
+
+    play(scene, {"a": Arm(), "b": Arm()})
+
+
+def test_a_candidate_that_has_failed_is_out() -> None:
+    async def scene(arms: Arms) -> None:
+        await arms.verb("POST", "/start", STAY)
+        arms.service.fleet._enter("b", "failed", "a batch of it did not end")
+        told = await arms.experiment()
+        assert (told["state"], told["share"]) == ("aborted", 0.0)
+        assert told["reason"] == "the variant 'b' has failed: a batch of it did not end"
 
     play(scene, {"a": Arm(), "b": Arm()})

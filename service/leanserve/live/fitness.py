@@ -24,11 +24,13 @@ def why_unfit(fleet: Fleet, name: str, base: str) -> str:
 
 
 def why_over(fleet: Fleet, arms: Arms) -> str:
-    """What of the variants is no longer as it was at the start; empty if all is."""
+    """Why the variants cannot be compared any more, whatever comes; empty if they can, or are away for a while."""
     for name, content in zip((arms.base, arms.candidate), arms.contents, strict=True):
         plan = fleet.plans.get(name)
         if plan is None or name not in fleet.opened:
             return f"the variant '{name}' is not there any more"
         if plan.content != content:
             return f"the variant '{name}' is another model now"
+        if fleet.status_of[name].state == "failed":
+            return f"the variant '{name}' has failed: {fleet.status_of[name].reason}"
     return ""
