@@ -145,6 +145,8 @@ CONSTRUCTORS = {
     "uint64",
     "upper",
     "values",
+    "short_for",
+    "told_by_key",
 }
 """What may be called at import: makes a constant, and touches nothing outside the module. A `ContextVar` is a name for
 what tasks hold; it holds nothing itself."""

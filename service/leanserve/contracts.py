@@ -7,7 +7,6 @@ with a mask are declared; a base may have no labels, and outputs may be embeddin
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,12 +79,6 @@ class ModelSpec:
     def most_rows(self, wanted: int) -> int:
         """The rows that a batch of `wanted` rows may have at most: a single one where no other may share its batch."""
         return 1 if self.rows == "one" else wanted
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of the longest row that it takes."""
-        shapes = ((item, [self.max_length if size is None else size for size in item.shape]) for item in self.inputs)
-        return sum(math.prod(shape) * np.dtype(item.dtype).itemsize for item, shape in shapes)
 
     def example(self, rows: int, length: int = 16, seed: int = 0) -> Arrays:
         """A random batch of `rows` rows that fits the spec; dynamic axes get `length`, or the next size they take."""

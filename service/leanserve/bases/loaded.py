@@ -33,6 +33,21 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
+class RowsOver(Rows):
+    """Rows made of those of another, which decide everything; the subclass says how a split is."""
+
+    rows: Rows
+
+    @property
+    def digest(self) -> str:
+        return self.rows.digest
+
+    @property
+    def unit(self) -> int:
+        return self.rows.unit
+
+
+@dataclass(frozen=True)
 class RowByRow:
     """`contracts.Data` whose batches have one row, whatever is asked for: none is padded, none has company."""
 

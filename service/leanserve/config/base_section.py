@@ -18,7 +18,7 @@ from leanserve.codecs.geometry import Anchor, ImageFit
 from leanserve.codecs.image_files import Orientation
 from leanserve.codecs.image_formats import FORMAT_NAMES, FormatName
 from leanserve.codecs.images import CHANNELS, Mode
-from leanserve.config.section import Name, Section
+from leanserve.config.section import Form, Name, Section, short_for, told_by_key
 from leanserve.contracts import Json, Meaning, RowsTogether
 
 MOST_ELEMENTS = 2**28
@@ -192,7 +192,7 @@ Meanings = Annotated[Mapping[str, Meaning] | tuple[Meaning, ...], BeforeValidato
 """Of outputs: by their names, or in their order."""
 
 
-class ShippedBase(KeyedWeights):
+class ShippedBase(KeyedWeights, Form):
     """A base that comes with the service."""
 
     kind: ClassVar[str] = "shipped"
@@ -201,10 +201,9 @@ class ShippedBase(KeyedWeights):
     weights: str | None = Field(None, description="a file, hub or random, for bases that come without weights")
 
 
-class BroughtBase(Section):
+class BroughtBase(Form):
     """What is common to all forms that bring a model."""
 
-    kind: ClassVar[str]
     name: Name | None = Field(None, description="under which it is served; by default from the model's own name")
     labels: tuple[str, ...] | Path | None = Field(None, description="class names, or a text file with one per line")
     image: AnyImage | None = Field(
@@ -289,7 +288,7 @@ class TorchExportBase(_UnpreparedBase):
     torch_export: Path = Field(description="the .pt2 file, exported with a dynamic batch axis")
 
 
-FORMS: tuple[type[ShippedBase | BroughtBase], ...] = (
+FORMS: tuple[type[Form], ...] = (
     ShippedBase,
     PythonBase,
     TimmBase,
@@ -299,16 +298,6 @@ FORMS: tuple[type[ShippedBase | BroughtBase], ...] = (
 )
 
 
-def _form(value: Any) -> str | None:
-    if isinstance(value, Mapping):
-        return next((f"base.{form.kind}" for form in FORMS if form.kind in value), None)
-    return f"base.{value.kind}" if isinstance(value, FORMS) else None
-
-
-def _named(value: Any) -> Any:
-    return {"shipped": value} if isinstance(value, str) else value
-
-
 AnyBase = Annotated[
     Annotated[ShippedBase, Tag("base.shipped")]
     | Annotated[PythonBase, Tag("base.python")]
@@ -316,11 +305,6 @@ AnyBase = Annotated[
     | Annotated[TransformersBase, Tag("base.transformers")]
     | Annotated[OnnxBase, Tag("base.onnx")]
     | Annotated[TorchExportBase, Tag("base.torch_export")],
-    Discriminator(
-        _form,
-        custom_error_type="base_form",
-        custom_error_message="a base is the name of a shipped one, or a mapping with one of the keys "
-        + ", ".join(form.kind for form in FORMS),
-    ),
-    BeforeValidator(_named),
+    told_by_key("base", FORMS, "a base is the name of a shipped one, or"),
+    short_for("shipped"),
 ]

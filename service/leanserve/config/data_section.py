@@ -6,13 +6,12 @@ shuffled and cut by `splits`, or every split has its own files. Rows with equal 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
-from leanserve.config.section import Section
+from leanserve.config.section import Form, Section, told_by_key
 from leanserve.contracts import Split
 
 Files = Path | dict[Split, Path]
@@ -27,8 +26,7 @@ class SplitSizes(Section):
     test: int = Field(0, ge=0)
 
 
-class _OwnData(Section):
-    kind: ClassVar[str]
+class _OwnData(Form):
     splits: SplitSizes | None = Field(None, description="rows per split; a smaller source is cut in proportion")
     seed: int = Field(0, ge=0, lt=2**32, description="of the shuffle before the cut")
 
@@ -65,20 +63,14 @@ class TextData(_OwnData):
     label: str | int | None = Field(None, description="column of the class, or of the similarity of a pair")
 
 
-class SyntheticData(Section):
+class SyntheticData(Form):
     """Random rows that fit the model: for a first look at speed, worthless for calibration and for quality."""
 
     kind: ClassVar[str] = "synthetic"
     synthetic: int = Field(ge=8, le=100_000, description="number of rows per split")
 
 
-DATA_FORMS: tuple[type[_OwnData | SyntheticData], ...] = (ImageData, ArrayFileData, TextData, SyntheticData)
-
-
-def _form(value: Any) -> str | None:
-    if isinstance(value, Mapping):
-        return next((f"data.{form.kind}" for form in DATA_FORMS if form.kind in value), None)
-    return f"data.{value.kind}" if isinstance(value, DATA_FORMS) else None
+DATA_FORMS: tuple[type[Form], ...] = (ImageData, ArrayFileData, TextData, SyntheticData)
 
 
 AnyData = Annotated[
@@ -86,9 +78,5 @@ AnyData = Annotated[
     | Annotated[ArrayFileData, Tag("data.arrays")]
     | Annotated[TextData, Tag("data.texts")]
     | Annotated[SyntheticData, Tag("data.synthetic")],
-    Discriminator(
-        _form,
-        custom_error_type="data_form",
-        custom_error_message="data is a mapping with one of the keys " + ", ".join(form.kind for form in DATA_FORMS),
-    ),
+    told_by_key("data", DATA_FORMS, "data is"),
 ]

@@ -5,22 +5,17 @@ Its first key says how. Names are those of outputs of the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import Field, Tag
 
-from leanserve.config.section import Section
+from leanserve.config.section import Form, short_for, told_by_key
 
 COCO = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 
 
-class _Score(Section):
-    kind: ClassVar[str]
-
-
-class FunctionScore(_Score):
+class FunctionScore(Form):
     """A function of the user's own."""
 
     kind: ClassVar[str] = "function"
@@ -31,7 +26,7 @@ class FunctionScore(_Score):
     )
 
 
-class DetectionScore(_Score):
+class DetectionScore(Form):
     """Mean average precision of boxes."""
 
     kind: ClassVar[str] = "detection"
@@ -45,7 +40,7 @@ class DetectionScore(_Score):
     )
 
 
-class SequenceScore(_Score):
+class SequenceScore(Form):
     """1 - the error rate of texts or of tokens."""
 
     kind: ClassVar[str] = "sequence"
@@ -59,7 +54,7 @@ class SequenceScore(_Score):
     blank: int | None = Field(None, ge=0, description="of CTC: this id is nothing, and repeated ids are one")
 
 
-class SegmentationScore(_Score):
+class SegmentationScore(Form):
     """Mean intersection over union of maps of classes."""
 
     kind: ClassVar[str] = "segmentation"
@@ -69,7 +64,7 @@ class SegmentationScore(_Score):
     )
 
 
-class VerificationScore(_Score):
+class VerificationScore(Form):
     """1 - the equal error rate."""
 
     kind: ClassVar[str] = "verification"
@@ -79,7 +74,7 @@ class VerificationScore(_Score):
     )
 
 
-SCORE_FORMS: tuple[type[_Score], ...] = (
+SCORE_FORMS: tuple[type[Form], ...] = (
     FunctionScore,
     DetectionScore,
     SequenceScore,
@@ -88,27 +83,12 @@ SCORE_FORMS: tuple[type[_Score], ...] = (
 )
 
 
-def _form(value: Any) -> str | None:
-    if isinstance(value, Mapping):
-        return next((f"score.{form.kind}" for form in SCORE_FORMS if form.kind in value), None)
-    return f"score.{value.kind}" if isinstance(value, SCORE_FORMS) else None
-
-
-def _named(value: Any) -> Any:
-    return {"function": value} if isinstance(value, str) else value
-
-
 AnyScore = Annotated[
     Annotated[FunctionScore, Tag("score.function")]
     | Annotated[DetectionScore, Tag("score.detection")]
     | Annotated[SequenceScore, Tag("score.sequence")]
     | Annotated[SegmentationScore, Tag("score.segmentation")]
     | Annotated[VerificationScore, Tag("score.verification")],
-    Discriminator(
-        _form,
-        custom_error_type="score_form",
-        custom_error_message="a score is package.module:function, or a mapping with one of the keys "
-        + ", ".join(form.kind for form in SCORE_FORMS),
-    ),
-    BeforeValidator(_named),
+    told_by_key("score", SCORE_FORMS, "a score is package.module:function, or"),
+    short_for("function"),
 ]

@@ -18,7 +18,7 @@ from typing import NamedTuple, cast
 
 from pydantic import TypeAdapter
 
-from leanserve.bases.loaded import LoadedBase, Rows
+from leanserve.bases.loaded import LoadedBase, RowsOver
 from leanserve.config.schema import ServiceConfig, VariantConfig
 from leanserve.contracts import BuildContext, Data, Json, Model, OnnxModel, Share, Split
 from leanserve.evaluation.candidates import CandidateEvaluator
@@ -43,18 +43,8 @@ class LeftOut(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FewRows:
+class FewRows(RowsOver):
     """The first rows of every split."""
-
-    rows: Rows
-
-    @property
-    def digest(self) -> str:
-        return self.rows.digest
-
-    @property
-    def unit(self) -> int:
-        return self.rows.unit
 
     def split(self, split: Split, n: int | None) -> Data:
         return self.rows.split(split, ROWS if n is None else min(n, ROWS))

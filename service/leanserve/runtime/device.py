@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -137,8 +137,10 @@ class Device:
                 lane.due_at = 0.0
         batch.share.charge(late_s * len(lanes))
 
-    def wait_s(self, own_s: float, own: DeviceShare, rivals: Iterable[Rival] = ()) -> float:
+    def wait_s(self, own_s: float, own: DeviceShare, rivals: Sequence[Rival] = ()) -> float:
         """Predicted seconds of a request in the queue, behind `own_s` lane-seconds of its own variant."""
+        if not rivals:  # every request asks this
+            return self.remaining_s() + own_s / len(self.lanes)
         seconds = self._turns.seconds_before(own_s, own, rivals, len(self.lanes), time.perf_counter())
         return self.remaining_s() + seconds
 

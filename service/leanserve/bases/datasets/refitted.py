@@ -13,25 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from leanserve.bases.loaded import Rows
+from leanserve.bases.loaded import RowsOver
 from leanserve.contracts import Array, Arrays, Batch, Data, ModelSpec, Split, TensorSpec
 from leanserve.errors import PassFailed
 
 
 @dataclass(frozen=True)
-class RefittedRows:
-    """A `bases.loaded.Rows` over others, for a model of `spec`."""
+class RefittedRows(RowsOver):
+    """Those of another for a model of `spec`."""
 
-    rows: Rows
     spec: ModelSpec
-
-    @property
-    def digest(self) -> str:
-        return self.rows.digest
-
-    @property
-    def unit(self) -> int:
-        return self.rows.unit
 
     def split(self, split: Split, n: int | None) -> Data:
         return RefittedData(self.rows.split(split, n), self.spec)
