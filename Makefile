@@ -28,7 +28,7 @@ bench: install
 	$(BIN)/leanserve bench --config $(CONFIG)
 
 # What measures time, or floods sockets, has the machine to itself; all else runs side by side, the longest first.
-ALONE := serving robustness peers test_loadtest.py test_memory.py test_timing.py test_bench.py \
+ALONE := serving robustness peers test_memory.py test_timing.py test_bench.py \
 	evaluation/test_lane_rates.py evaluation/test_interleaved_benchmark.py \
 	$(addprefix runtime/test_,device.py huge_pages.py isolation.py onnx_arena.py onnx_runtime.py spin_control.py turns.py)
 LONGEST := test_end_to_end.py test_example_checkpoints.py test_example_python_module.py test_zoo.py test_onnx_service.py deploy

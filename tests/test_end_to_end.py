@@ -34,8 +34,6 @@ variants:
     passes: [{kind: prune_channels, macs: 0.1}]
 drain: {delay_s: 1.0, timeout_s: 10}
 """
-# Alone on two cores a start from the cache takes 3-4 s; continuous integration shares its cores.
-CACHED_START_S = 15.0
 
 
 @dataclass
@@ -154,7 +152,7 @@ def test_a_second_start_builds_nothing(service: Service, place: Path) -> None:
     again = start(place / "service.yaml", place / "cache", place / "log2", within=60)
     assert stop(again) == 0
     assert "[1/" not in again.log.read_text()
-    assert again.ready_s < CACHED_START_S
+    assert again.ready_s < service.ready_s / 3  # both beside whatever else runs here; alone 4 s and 100 s
 
 
 def test_a_read_only_cache_of_another_machine_serves_and_says_so(
@@ -204,6 +202,7 @@ def test_a_flipped_byte_is_told_and_rebuilt(service: Service, place: Path) -> No
     assert str(victim) in done.stderr
 
 
+@pytest.mark.soak
 def test_kill_9_during_a_build_then_start_again(place: Path, tmp_path: Path) -> None:
     config = tmp_path / "service.yaml"
     config.write_text("base: digits\nvariants: [{name: onnx, passes: [{kind: fold_bn}, {kind: onnxruntime}]}]\n")

@@ -18,6 +18,8 @@ from leanserve.config.schema import read_config
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 KEPT = {"timm-checkpoint": ("float", "int8"), "transformers-checkpoint": ("float", "int8")}
+RUN = [pytest.param("timm-checkpoint", marks=pytest.mark.soak), "transformers-checkpoint"]
+"""A minute of one core each."""
 
 
 class Running(NamedTuple):
@@ -28,7 +30,7 @@ class Running(NamedTuple):
     url: str
 
 
-@pytest.fixture(scope="module", params=KEPT)
+@pytest.fixture(scope="module", params=RUN)
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     name: str = request.param
     folder = tmp_path_factory.mktemp(name)
