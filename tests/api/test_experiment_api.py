@@ -7,12 +7,15 @@ import logging
 import threading
 from pathlib import Path
 
+import grpc
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
 from fakes import live_server
 from leanserve.__main__ import app
+from leanserve.api.v2.grpc_messages import SERVICE, message
 from leanserve.errors import StartupError
 from leanserve.experiment_client import RunningService
 from live_arms import Arm, Arms, play
@@ -39,7 +42,8 @@ def test_traffic_is_shared_out_anew_and_written_back(tmp_path: Path, caplog: pyt
     with caplog.at_level(logging.INFO, "leanserve.audit"):
         play(scene, TWO, tmp_path / "store")
     entries = [json.loads(record.getMessage()) for record in caplog.records if record.name == "leanserve.audit"]
-    assert [entry["outcome"] for entry in entries] == ["ok", "ok"]
+    assert [(entry["action"], entry["outcome"]) for entry in entries] == [("traffic", "ok"), ("traffic", "ok")]
+    assert json.loads(entries[1]["target"]) == {"weights": {"b": 1.0}, "caps": {"b": 0.001}}
     assert entries[0]["before"]["shares"] == {"a": 1.0, "b": 0.0}
     assert entries[0]["after"]["shares"] == entries[1]["before"]["shares"] == {"a": 0.25, "b": 0.75}
     assert entries[0]["who"] == "127.0.0.1"
@@ -113,6 +117,15 @@ def test_live_numbers_are_those_of_the_metrics_with_a_price() -> None:
     play(scene, TWO, hardware={"price_per_hour": 2.0})
 
 
+def experiment_over_grpc(address: str) -> str:
+    """What the trailing metadata of a prediction tell."""
+    request = message("ModelInferRequest")(model_name="pixels", raw_input_contents=[np.zeros(4, "<f4").tobytes()])
+    request.inputs.add(name="image", datatype="FP32", shape=[1, 1, 2, 2])
+    with grpc.insecure_channel(address) as channel:
+        infer = channel.unary_unary(f"/{SERVICE}/ModelInfer", type(request).SerializeToString)
+        return str(dict(infer.with_call(request)[1].trailing_metadata())["x-experiment"])
+
+
 def test_the_command_starts_watches_and_ends_an_experiment() -> None:
     variants = [{"name": "a"}, {"name": "b"}]
     with live_server(variants=variants, traffic={}, experiment={"shadow_time": 1.0}) as live:
@@ -128,6 +141,7 @@ def test_the_command_starts_watches_and_ends_an_experiment() -> None:
             run("abort")
         started = run("start", "b", "--name", "mine", "--stages", "0.5,1")
         assert "b beside a is running with 50 % of the traffic" in started
+        assert experiment_over_grpc(live.grpc) == "mine"
         ending = threading.Timer(0.5, lambda: run("abort", "--reason", "seen enough"))
         ending.start()
         assert "seen enough" in run("watch", "--every", "0.2")

@@ -41,13 +41,12 @@ class ExperimentEndpoints:
     def endpoints(self) -> list[Endpoint]:
         """Their rows in the table."""
         director = self._director
-        begin, promote, abort = f"{EXPERIMENT}/start", f"{EXPERIMENT}/promote", f"{EXPERIMENT}/abort"
         return [
             self._read(EXPERIMENT, "Traffic and the experiment on it", self._document),
-            self._admin("PUT", EXPERIMENT, "Share traffic out", (TrafficWish, self._direct)),
-            self._admin("POST", begin, "Start an experiment", (StartWish, partial(self._as_caller, director.start))),
-            self._admin("POST", promote, "Promote", (EndWish, partial(self._as_caller, director.promote))),
-            self._admin("POST", abort, "Abort", (EndWish, partial(self._as_caller, director.abort))),
+            self._admin("PUT", "", "Share traffic out", (TrafficWish, director.direct)),
+            self._admin("POST", "/start", "Start an experiment", (StartWish, _as_caller(director.start))),
+            self._admin("POST", "/promote", "Promote the candidate", (EndWish, _as_caller(director.promote))),
+            self._admin("POST", "/abort", "Abort the experiment", (EndWish, _as_caller(director.abort))),
             self._read(f"{EXPERIMENT}/disagreements", "Rows that were answered differently", self._disagreements),
             self._read(LIVE, "What every variant does now", self._live.snapshot),
         ]
@@ -69,12 +68,6 @@ class ExperimentEndpoints:
         kept = {key: traffic[key] for key in ("weights", "shares", "caps")}
         return kept | {"experiment": experiment_in_short(self._director)}
 
-    async def _direct(self, wish: TrafficWish) -> None:
-        await self._director.direct(wish)
-
-    async def _as_caller(self, act: Callable[[_Wish, str], Awaitable[None]], wish: _Wish) -> None:
-        await act(wish, CALLER.get())
-
     def _read(self, path: str, summary: str, tell: Callable[[], Json]) -> Endpoint:
         async def answer(_: Request) -> Response:
             return json_response(tell(), [(b"cache-control", b"no-store")])
@@ -82,17 +75,24 @@ class ExperimentEndpoints:
         return endpoint(path, Route("GET", "read", answer), Declaration(summary))
 
     def _admin(
-        self, method: str, path: str, summary: str, takes: tuple[type[_Wish], Callable[[_Wish], Awaitable[None]]]
+        self, method: str, verb: str, summary: str, takes: tuple[type[_Wish], Callable[[_Wish], Awaitable[None]]]
     ) -> Endpoint:
         kind, act = takes
 
         async def answer(request: Request) -> Response:
             wish = read_wish(kind, _parsed(await plain_body(request, MOST_BYTES)))
-            action = f"experiment {summary.lower()}"
-            await self._audit.do(action, orjson.dumps(wish.model_dump()).decode(), self._state, partial(act, wish))
+            action = f"experiment {verb[1:]}" if verb else "traffic"
+            await self._audit.do(action, wish.model_dump_json(exclude_unset=True), self._state, partial(act, wish))
             return json_response(self._document(), [(b"cache-control", b"no-store")])
 
-        return endpoint(path, Route(method, "admin", answer), Declaration(summary, {"body": in_body(kind)}))
+        return endpoint(
+            f"{EXPERIMENT}{verb}", Route(method, "admin", answer), Declaration(summary, {"body": in_body(kind)})
+        )
+
+
+def _as_caller(act: Callable[[_Wish, str], Awaitable[None]]) -> Callable[[_Wish], Awaitable[None]]:
+    """The same, in the name of whoever asks."""
+    return lambda wish: act(wish, CALLER.get())
 
 
 def _parsed(body: bytes | memoryview) -> Json:
