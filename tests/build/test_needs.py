@@ -62,6 +62,7 @@ FOLD, DISTILL = {"kind": "fold_bn"}, {"kind": "distill"}
         ({"kind": "smooth"}, "calibration"),
         ({"kind": "quantize_static"}, "calibration"),
         ({"kind": "quantize_weights"}, "calibration"),
+        ({"kind": "quantize_select"}, "calibration"),
     ],
     ids=str,
 )

@@ -141,6 +141,21 @@ def test_a_machine_without_instructions_is_not_offered_what_would_be_emulated(fo
 
 
 @pytest.mark.usefixtures("unrehearsed")
+def test_openvino_is_offered_where_it_is_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = write_config("init_model:images", folder / "a.yaml", IMAGES, None)
+
+    def offered(*flags: str) -> dict[str, list[str]]:
+        found = suggest(seen.profile, Hardware("x", 1, flags), trainable=False)
+        return {item.name: [step["kind"] for step in item.passes] for item in found}
+
+    assert offered(*EVERYTHING)["int8-openvino"] == ["fold_bn", "quantize_static", "openvino"]
+    assert offered(*EVERYTHING)["bf16-openvino"] == ["fold_bn", "openvino"]
+    assert "bf16-openvino" not in offered("avx2", "avx512_vnni")
+    monkeypatch.setattr("leanserve.passes.families.runtime.openvino.find_spec", lambda _: None)
+    assert not any(name.endswith("openvino") for name in offered(*EVERYTHING))
+
+
+@pytest.mark.usefixtures("unrehearsed")
 def test_data_is_looked_at_before_it_is_written_down(folder: Path) -> None:
     rows = np.random.default_rng(0).integers(0, 255, (40, 16, 16, 3), np.uint8)
     np.savez(folder / "rows.npz", photos=rows, y=np.arange(40) % 3)
@@ -403,7 +418,7 @@ def test_what_cannot_be_made_of_the_model_is_left_out_with_the_reason(tmp_path: 
     kept = [suggestion.name for suggestion in seen.suggestions]
     assert kept[0] == "float"
     assert not any(name.startswith("int8") for name in kept)
-    assert {item.name for item in seen.left} == {"int8", "int8-percentile", "int8-minmax"}
+    assert {item.name for item in seen.left} == {"int8", "int8-percentile", "int8-minmax", "int8-openvino"}
     assert all("finds no convolution or linear layer" in item.reason for item in seen.left)
     assert (
         "  # Left out: int8, which does not suit this model: quantize_static finds no"

@@ -45,6 +45,7 @@ CASES: Mapping[str, tuple[Mapping[str, Any], float]] = {
     "smooth": ({}, 0.99999),
     "cast": ({}, 0.999),
     "quantize_static": ({}, 0.99),
+    "quantize_select": ({"max_drop": 0.5}, 0.99),
     "quantize_dynamic": ({}, 0.99),
     "quantize_weights": ({}, 0.97),
     "channels_last": ({}, 0.99999),

@@ -268,3 +268,50 @@ def test_layers_that_share_a_bias_get_one_each(net: OnnxModel, tmp_path: Path) -
     (images,) = BASE.inputs
     one, other = (open_session(item.path).run(None, feeds(net.spec, (images,)))[0] for item in (int8, shared))
     assert cosine(np.asarray(one), np.asarray(other)) > 0.99
+
+
+def test_symmetric_ranges_have_their_zero_in_the_middle_or_at_an_end(net: OnnxModel, tmp_path: Path) -> None:
+    def zeros(model: OnnxModel) -> set[int]:
+        return {int(item) for item in constants(model, "_zero_point").values() if item.dtype == np.uint8}
+
+    symmetric = quantize(net, tmp_path, activations="symmetric")
+    assert zeros(symmetric) <= {0, 127, 128}, "what a ReLU gives needs no room below zero"
+    assert cosine(answers(symmetric, *BASE.inputs), answers(net, *BASE.inputs)) > 0.99
+    assert not zeros(quantize(net, tmp_path)) <= {0, 127, 128}
+
+
+def test_rounding_moves_weights_by_less_than_a_step(net: OnnxModel, tmp_path: Path) -> None:
+    whole = {
+        kind: constants(quantize(net, tmp_path, rounding=kind), "weight_quantized")
+        for kind in ("nearest", "stochastic", "adaround")
+    }
+    again = constants(quantize(net, tmp_path, rounding="stochastic"), "weight_quantized")
+    for name, nearest in whole["nearest"].items():
+        assert (again[name] == whole["stochastic"][name]).all()
+        for kind in ("stochastic", "adaround"):
+            change = whole[kind][name].astype(int) - nearest
+            assert np.abs(change).max() == 1, kind
+            assert abs(change.mean()) < 0.2, kind
+    near, fitted = (quantize(net, tmp_path, rounding=kind, reduce_range="on") for kind in ("nearest", "adaround"))
+    wanted = answers(net, *BASE.inputs)
+    errors = [np.abs(answers(item, *BASE.inputs) - wanted).mean() for item in (near, fitted)]
+    assert errors[1] < 1.2 * errors[0]
+
+
+def test_attention_and_embeddings_are_quantized_where_they_are_asked_for(tmp_path: Path) -> None:
+    base = tiny_encoder_base()
+    model = export_onnx(TorchModel(base.torch_module(), base.spec), tmp_path / "float.onnx")
+    wanted = answers(model, *base.inputs)
+    plain = quantize(model, tmp_path, base)
+    small = plain.path.stat().st_size
+    operators = running_operators(quantize(model, tmp_path, base, attention="int8"), tmp_path)
+    assert operators["MatMulIntegerToFloat"] + operators["QLinearMatMul"] == 8
+    assert cosine(answers(quantize(model, tmp_path, base, attention="int8"), *base.inputs), wanted) > 0.98
+    tables = quantize(model, tmp_path, base, embeddings="int8")
+    assert small - tables.path.stat().st_size > 0.5 * 50 * 32 * 3
+    assert cosine(answers(tables, *base.inputs), wanted) > 0.99
+    [table] = constants(tables, "tokens.weight.int8").values()
+    assert table.dtype == np.int8
+    assert table.shape == (50, 32)
+    kept = quantize(model, tmp_path, base, embeddings="int8", keep_float=("Gather",))
+    assert not constants(kept, "tokens.weight.int8")

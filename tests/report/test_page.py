@@ -156,3 +156,15 @@ def test_many_long_and_foreign_names_have_a_page(tmp_path: Path) -> None:
 
 def test_the_same_reports_give_the_same_bytes(tmp_path: Path) -> None:
     assert page(a_few(), tmp_path) == page(a_few(), tmp_path)
+
+
+def test_what_a_pass_found_out_stands_there_as_a_table(tmp_path: Path) -> None:
+    rows = [
+        {"layer": "stem/<Conv>", "SQNR, dB": 12.345678, "KL, nats": 0.25, "kept": "float"},
+        {"layer": "head/Gemm", "SQNR, dB": 40.0, "KL, nats": None, "kept": "int8"},
+    ]
+    chosen = artifact("quantize_select", 2.0, 0.98, decisions={"float_layers": ["stem"], "tables": {"layers": rows}})
+    outline = Outline(page([variant("float"), variant("int8", chosen)], tmp_path))
+    assert ["layer", "SQNR, dB", "KL, nats", "kept"] in outline.rows
+    assert ["stem/<Conv>", "12.35", "0.25", "float"] in outline.rows
+    assert ["head/Gemm", "40", "–", "int8"] in outline.rows

@@ -29,7 +29,7 @@ from leanserve.passes.base import Pass
 
 _PASS: TypeAdapter[Pass] = TypeAdapter(AnyPass)
 ROWS = 8
-OPTIONAL = ({"fold_bn"}, {"channels_last"}, {"fold_bn", "channels_last"})
+OPTIONAL = ({"fold_bn"}, {"channels_last"}, {"smooth"}, {"fold_bn", "channels_last"}, {"fold_bn", "smooth"})
 """Passes that a variant is worth trying without."""
 LONGEST_REASON = 240
 """Characters; some exporters explain themselves on pages."""

@@ -29,6 +29,9 @@ DYNAMIC: Json = {"kind": "quantize_dynamic"}
 RECURRENT: Json = {"kind": "quantize_dynamic", "ops": ["MatMul", "Gemm", "LSTM"], "scale": "tensor"}
 BFLOAT: Json = {"kind": "cast", "dtype": "bf16"}
 LAYOUT: Json = {"kind": "channels_last"}
+SMOOTH: Json = {"kind": "smooth"}
+OPENVINO: Json = {"kind": "openvino"}
+OPENVINO_BFLOAT: Json = {"kind": "openvino", "precision": "bf16"}
 ASLEEP_EXPECT = "the same answers, later on idle cores, but sooner where other processes keep cores busy"
 
 
@@ -76,6 +79,7 @@ def suggest(profile: ModelProfile, hardware: Hardware, *, trainable: bool) -> tu
         "graph": _graph,
         "program": _program,
     }[profile.shape](profile, fast)
+    suggestions = (*suggestions, *_in_openvino(profile, fast))
     if profile.recurs and profile.spec.rows == "one":  # beside others, one scale for all rows fails the gate
         expect = f"{fast}LSTMs in int8: 2-3x their time in float"
         suggestions = (*suggestions, Suggestion("int8-lstm", (RECURRENT, RUNTIME), expect))
@@ -132,7 +136,9 @@ def _linear(profile: ModelProfile, fast: str) -> tuple[Suggestion, ...]:
             "int8", (*fold, DYNAMIC, RUNTIME), f"{fast}{{gain}} the variant onnx, no calibration needed", (1.5, 1.8)
         ),
         Suggestion(
-            "int8-static", (*fold, STATIC, RUNTIME), "ranges fixed by calibration data, not found while running"
+            "int8-static",
+            (*fold, SMOOTH, STATIC, RUNTIME),
+            "ranges fixed by calibration data, not found while running: a tenth sooner than int8",
         ),
         Suggestion("bf16", (*fold, BFLOAT), "1.3-2.5x torch, most at larger batches; nearly the same answers"),
         Suggestion(
@@ -166,6 +172,23 @@ def _quantized(profile: ModelProfile, fast: str) -> Iterable[Suggestion]:
     yield Suggestion("int8-minmax", (WIDE, RUNTIME), "the same speed, ranges of all that was seen")
     if profile.multiplies and not profile.convolves:
         yield Suggestion("int8-dynamic", (DYNAMIC, RUNTIME), "ranges found while running: no calibration needed")
+
+
+def _in_openvino(profile: ModelProfile, fast: str) -> Iterable[Suggestion]:
+    """What measured best on x86, where OpenVINO is installed."""
+    fold = () if profile.shape in {"graph", "program"} else _fold(profile)
+    smooth = (SMOOTH,) if profile.shape in {"attention", "dense"} else ()
+    yield Suggestion(
+        "int8-openvino",
+        (*fold, *smooth, STATIC, OPENVINO),
+        f"{fast}{{gain}} float in onnxruntime: the fastest there is for most models",
+        (2.5, 3.5),
+    )
+    yield Suggestion(
+        "bf16-openvino",
+        (*fold, OPENVINO_BFLOAT),
+        "about 2x float in onnxruntime for large layers, uncalibrated",
+    )
 
 
 def _trained(profile: ModelProfile) -> Iterable[Suggestion]:

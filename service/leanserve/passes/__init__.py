@@ -16,6 +16,7 @@ from leanserve.passes.families.prune.prune_channels import PruneChannels
 from leanserve.passes.families.prune.prune_magnitude import PruneMagnitude
 from leanserve.passes.families.prune.prune_oneshot import PruneOneshot
 from leanserve.passes.families.quantize.quantize_dynamic import QuantizeDynamic
+from leanserve.passes.families.quantize.quantize_select import QuantizeSelect
 from leanserve.passes.families.quantize.quantize_static import QuantizeStatic
 from leanserve.passes.families.quantize.quantize_weights import QuantizeWeights
 from leanserve.passes.families.quantize.smooth import Smooth
@@ -38,6 +39,7 @@ AnyPass = Annotated[
     | Cast
     | QuantizeDynamic
     | QuantizeStatic
+    | QuantizeSelect
     | QuantizeWeights
     | ChannelsLast
     | OnnxRuntime

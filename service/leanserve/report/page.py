@@ -7,10 +7,12 @@ name and reason is escaped by the template.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from leanserve.artifacts.manifest import Manifest
-from leanserve.report.columns import Column, answers, by_output, footprint, speed
+from leanserve.contracts import Json
+from leanserve.report.columns import ABSENT, Column, answers, by_output, footprint, speed
 from leanserve.report.columns import waterfall as waterfall_columns
 from leanserve.report.headline import hardware, headline, tiles
 from leanserve.report.summary import Summary
@@ -50,6 +52,7 @@ def render(summary: Summary, title: str) -> str:
             if variant.passes
         },
         details=_details,
+        findings=_findings,
     )
 
 
@@ -60,6 +63,19 @@ def _tables(summary: Summary) -> tuple[tuple[str, tuple[Column, ...]], ...]:
         (f"How fast is it?{summary.mark}", speed(summary.measured, summary.batches, summary.price)),
         (f"What else does it take?{summary.mark}", footprint(summary.measured)),
     )
+
+
+def _findings(manifest: Manifest) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """What a pass found out, as it stands in its decisions under `tables`: name, columns, and the cells of each row."""
+    for name, rows in manifest.decisions.get("tables", {}).items():
+        columns = list(rows[0]) if rows else []
+        yield name, columns, [[_cell(row[column]) for column in columns] for row in rows]
+
+
+def _cell(value: Json) -> str:
+    if value is None:
+        return ABSENT
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _details(manifest: Manifest) -> str:

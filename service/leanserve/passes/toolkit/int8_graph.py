@@ -4,7 +4,7 @@ A quantized graph is fast where int8 tensors flow from kernel to kernel, and slo
 forth. *Layers* (convolution, Gemm, MatMul with constant weights) do the arithmetic. *Carriers* (activation, residual
 addition, pooling, reshaping) must take and give int8 between such layers and must stay float anywhere else: there each
 conversion costs time and precision and buys nothing. A MatMul hands on float: in transformers it feeds biases, residual
-sums and norms, which need the precision. Attention's products of two activations stay float for the same reason.
+sums and norms, which need the precision. Attention's products of two activations stay float unless they are asked for.
 """
 
 from __future__ import annotations
@@ -46,9 +46,14 @@ def weight_bits(choice: ReduceRange, isa: Collection[str]) -> Bits:
     return 7 if choice == "on" else 8
 
 
-def int8_nodes(graph: Graph, kept: Collection[str]) -> Nodes:
-    """The layers and the carriers between them, in the order of the graph, without the nodes named in `kept`."""
+def int8_nodes(graph: Graph, kept: Collection[str], *, attention: bool = False) -> Nodes:
+    """The layers and the carriers between them, in the order of the graph, without the nodes named in `kept`.
+
+    `attention`: the products of two activations, too.
+    """
     layers = {node.name for node in graph.layers}
+    if attention:
+        layers |= {node.name for node in graph.nodes if node.op_type == "MatMul" and {*node.input} <= {*graph.shapes}}
     chosen: list[onnx.NodeProto] = []
     emitted: set[str] = set()
     for node in graph.nodes:
@@ -101,6 +106,15 @@ def int8_tensors(graph: Graph, chosen: Nodes) -> Sequence[str]:
     given = {name for node in chosen for name in node.output if node.op_type not in GIVES_FLOAT}
     ordered = dict.fromkeys(name for node in chosen for name in (*node.input, *node.output))
     return [name for name in ordered if name in graph.shapes and name in taken | given and name not in cut]
+
+
+def symmetric_ranges(graph: Graph, ranges: Mapping[str, Range]) -> dict[str, Range]:
+    """The ranges as wide below zero as above it; not those of one sign, nor of activations, which do their cutting."""
+    cutting = {name for node in graph.nodes if node.op_type in ACTIVATIONS for name in node.output}
+    return {
+        name: (low, high) if name in cutting or not low < 0 < high else (-max(-low, high), max(-low, high))
+        for name, (low, high) in ranges.items()
+    }
 
 
 def _cut_by(graph: Graph, chosen: Nodes) -> dict[str, str]:

@@ -10,35 +10,20 @@ little accuracy; layers that lose too much stay float by `keep_float`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, Self
-
-from pydantic import Field, PositiveInt, model_validator
+from typing import ClassVar, Literal
 
 from leanserve.contracts import BuildContext, Model, OnnxModel
 from leanserve.errors import PassFailed
 from leanserve.passes.base import EXPORTED, Applied, Need, Pass, Stage, Tag
+from leanserve.passes.toolkit.static_quantization import StaticOptions
 
-PERCENTILE = 99.99
 
-
-class QuantizeStatic(Pass):
+class QuantizeStatic(StaticOptions, Pass):
     """Quantize convolutions, linear layers and what lies between them to int8."""
 
     kind: Literal["quantize_static"] = "quantize_static"
-    observer: Literal["minmax", "percentile", "entropy", "mse"] = "mse"
-    """How an activation's range is chosen from its values: all of them, a share, least KL divergence, least error."""
-    percentile: float | None = Field(default=None, gt=50, le=100)
-    """With `observer: percentile`, the share of values in percent that the range holds (default 99.99)."""
-    weights: Literal["per_channel", "per_tensor"] = "per_channel"
-    """One scale per output channel, or one per layer: smaller tables, lower accuracy."""
-    reduce_range: Literal["auto", "on", "off"] = "auto"
-    """Whether weights use 7 of their 8 bits. `auto`: only on CPUs whose sums of 8-bit products overflow (no VNNI)."""
     keep_float: tuple[str, ...] = ()
     """Globs of node names (`head/*`, `stages.0.*`) or operator types (`Gemm`) that stay float32."""
-    samples: PositiveInt = 256
-    """Rows of the calibration split to look at, fewer if it has fewer."""
-    batch: PositiveInt = 32
-    """Rows per batch while calibrating: bounds the memory."""
 
     requires: ClassVar[frozenset[Tag]] = frozenset({"exportable", "float_weights"})
     forbids: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
@@ -48,12 +33,6 @@ class QuantizeStatic(Pass):
     libraries: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")
     isa_bound: ClassVar[bool] = True
 
-    @model_validator(mode="after")
-    def _percentile_is_used(self) -> Self:
-        if self.percentile is not None and self.observer != "percentile":
-            raise ValueError(f"percentile has no effect with observer '{self.observer}'; set observer: percentile")
-        return self
-
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"calibration"})
@@ -61,30 +40,20 @@ class QuantizeStatic(Pass):
     def apply(self, model: Model, context: BuildContext) -> Applied:
         import onnx
 
-        from leanserve.passes.toolkit.calibration import Recording, ranges_of
-        from leanserve.passes.toolkit.histograms import range_finder
-        from leanserve.passes.toolkit.int8_graph import int8_nodes, int8_tensors, quantized, weight_bits
         from leanserve.passes.toolkit.onnx_graph import fused_graph
 
         graph = fused_graph(model, context.scratch)
-        chosen = int8_nodes(graph, graph.matching(self.keep_float))
-        names = {node.name for node in chosen}
-        left = [node.name for node in graph.layers if node.name not in names]
-        if len(left) == len(graph.layers):
-            raise PassFailed(_nothing_quantized(left))
-        data = context.base.data("calibration", self.samples, model.spec)
-        if not len(data):
-            raise PassFailed("quantize_static calibrates with data, but the base's calibration split is empty")
-        tensors = int8_tensors(graph, chosen)
-        recording = Recording(graph.model, model.spec, tensors, data, self.batch, context.threads)
-        ranges = ranges_of(recording, range_finder(self.observer, self.percentile or PERCENTILE), context.progress)
-        bits = weight_bits(self.reduce_range, context.hardware.isa)
+        kept = graph.matching(self.keep_float)
+        if all(node.name in kept for node in graph.layers):
+            raise PassFailed(_nothing_quantized([node.name for node in graph.layers]))
+        calibrated = self.calibrated(graph, [kept], model, context)
         path = context.scratch / "int8.onnx"
-        onnx.save(quantized(graph, chosen, ranges, self.weights, bits), path)
+        onnx.save(calibrated.quantized(kept), path)
+        left, nodes = calibrated.left(kept), calibrated.nodes(kept)
         return Applied(
             OnnxModel(path, model.spec),
-            {"float_layers": left, "weight_bits": bits},
-            {"int8_nodes": len(chosen), "float_layers": len(left), "calibration_rows": len(data)},
+            {"float_layers": left, "weight_bits": calibrated.bits},
+            {"int8_nodes": len(nodes), "float_layers": len(left), "calibration_rows": calibrated.rows},
         )
 
 
