@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from leanserve import child
+from leanserve.bases import time_limit
 from leanserve.bases.description import Description
+from leanserve.config.base_section import TorchExportBase
 from leanserve.errors import ConfigError, StartupError
+from leanserve.memory import bound_memory
 
 if TYPE_CHECKING:
     from leanserve.bases.opening import Origin
@@ -38,7 +41,12 @@ def described_apart(origin: Origin) -> Description:
         StartupError: the child ended without a word.
     """
     command = child.command("leanserve.bases.apart", origin.model_dump_json())
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    # A program of a stranger ends here, whatever it does; models of libraries may be downloaded first.
+    limit = time_limit.TRIAL_S if isinstance(origin.base, TorchExportBase) else None
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=limit)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"base.torch_export: to look at the program does not end within {limit:g} s") from None
     try:
         answer = _Answer.model_validate_json(done.stdout.strip().rpartition("\n")[2])
     except ValidationError as error:
@@ -54,6 +62,8 @@ def main(request: str) -> None:
     from leanserve.bases.opening import Origin, source_of
 
     origin = Origin.model_validate_json(request)
+    if isinstance(origin.base, TorchExportBase):
+        bound_memory()
     try:
         answer = _Answer(description=source_of(origin).describe())
     except ConfigError as error:

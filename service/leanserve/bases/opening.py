@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, cast
 
+from leanserve.bases import time_limit
 from leanserve.bases.apart import described_apart
 from leanserve.bases.checkpoints import file_digest
 from leanserve.bases.datasets.arrays import shapes_told
@@ -136,12 +138,14 @@ def open_base(origin: Origin, where: Where = "here") -> LoadedBase:
         ConfigError: it cannot be opened; the text names the key. Or it is not the one that was opened before.
     """
     source = source_of(origin)
-    fingerprint = source.fingerprint()
+    with _in_time(origin.base):
+        fingerprint = source.fingerprint()
     describe = source.describe
     # To tell their fingerprint, these have been loaded already, or nothing heavy is.
     if where == "apart" and not isinstance(source, PythonSource | ModuleSource):
         describe = partial(described_apart, origin)
-    description = remembered(origin.cache, _description_key(origin, fingerprint), describe)
+    with _in_time(origin.base):
+        description = remembered(origin.cache, _description_key(origin, fingerprint), describe)
     spec = description.spec()
     codec = codec_of(description, spec, origin.images)
     rows, score = _rows_and_score(origin, source, description, codec_of(description, spec))
@@ -179,6 +183,15 @@ def open_base(origin: Origin, where: Where = "here") -> LoadedBase:
         make_rows=partial(_rows_for, origin, rows, description),
         outputs=description.outputs,
     )
+
+
+def _in_time(base: ShippedBase | BroughtBase) -> AbstractContextManager[None]:
+    """Code and programs of the user's own have a time limit; models of libraries may be downloaded first."""
+    if isinstance(base, PythonBase):
+        return time_limit.time_limit(time_limit.TRIAL_S, f"base.python: to make and run {base.python}")
+    if isinstance(base, TorchExportBase):
+        return time_limit.time_limit(time_limit.TRIAL_S, f"base.torch_export: to look at {base.torch_export}")
+    return nullcontext()
 
 
 def _description_key(origin: Origin, fingerprint: str) -> str:
