@@ -83,3 +83,42 @@ def test_costs_are_summed_over_length_buckets() -> None:
     assert (costs.turn_seconds([0, 0]), costs.drain_seconds([0, 0])) == (0.0, 0.0)
     assert costs.table() == long.table(), "64 is the typical length"
     assert Costs([short]).table() == short.table()
+
+
+def observed(costs: CostTable, seconds: dict[int, float], looks: int) -> list[int]:
+    """The knee after each look, while batches take so long."""
+    knees = []
+    for _ in range(looks):
+        for rows in [rows for rows in seconds if rows <= costs.knee]:
+            for _ in range(3):
+                costs.observe(rows, seconds[rows])
+        costs.follow()
+        knees.append(costs.knee)
+    return knees
+
+
+QUIET, CROWDED = {1: 1.0, 2: 1.5, 4: 2.5, 8: 4.0, 16: 20.0}, {1: 1.2, 2: 1.8, 4: 3.0, 8: 12.0, 16: 60.0}
+
+
+def test_the_knee_follows_what_batches_cost_and_comes_back() -> None:
+    costs = CostTable(QUIET)
+    assert (costs.knee, costs.reach) == (8, 8)
+    assert set(observed(costs, QUIET, 100)) == {8}
+    assert observed(costs, CROWDED, 30)[-1] == 4
+    assert {4, 8} >= set(observed(costs, CROWDED, 500)), "8 rows are tried again now and then"
+    crowded = observed(costs, CROWDED, 1000)
+    assert crowded.count(8) < 0.3 * len(crowded)
+    assert observed(costs, QUIET, 300)[-1] == 8
+    assert max(observed(costs, dict.fromkeys(QUIET, 1.0), 500)) == 8, "no further than there is memory for sure"
+
+
+def test_the_knee_does_not_move_for_what_is_worth_nothing() -> None:
+    costs = CostTable({1: 1.0, 2: 1.99, 4: 3.94})
+    assert costs.knee == 4
+    assert set(observed(costs, {1: 1.0, 2: 1.98, 4: 3.97}, 100)) == {4}
+
+
+def test_a_knee_between_the_measured_sizes_stays() -> None:
+    costs = CostTable({1: 1.0, 8: 2.0}, most=4)
+    assert not costs.follow()
+    assert costs.knee == 4

@@ -12,6 +12,7 @@ import pytest
 from leanserve.contracts import Arrays, Result
 from leanserve.serving import deferred_metrics as tally
 from leanserve.serving.batcher import QueueLimits
+from leanserve.serving.opening import with_knees
 from leanserve.serving.variant import Variant
 from scripted import ScriptedBackend, play, sample, stay
 
@@ -93,5 +94,27 @@ def test_requests_are_not_kept_until_their_batch_is_counted(monkeypatch: pytest.
                 gc.collect()
                 await asyncio.sleep(0.001)
         assert variant.metrics.rows.count == 0
+
+    play(scenario, QueueLimits(4, 100))
+
+
+def test_batches_follow_what_was_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tally, "LEARNT_S", 0.0)
+
+    async def scenario(variant: Variant, backend: ScriptedBackend) -> None:
+        (table,) = variant.costs.tables
+        variant.batcher.limits = with_knees(variant.batcher.limits, variant.costs)
+        most = table.knee
+        assert most > 1
+        for rows in table.buckets[1:]:
+            for _ in range(200):
+                table.observe(rows, 1000.0)
+        await variant.predict(sample(1), stay)
+        variant.metrics.catch_up()
+        limits = variant.batcher.limits
+        assert (limits.max_rows, limits.rows_at, limits.queue_rows) == (1, (1,), 100)
+        backend.ran.clear()
+        assert (await variant.predict(sample(1, rows=most), stay)).outputs[0].shape[0] == most
+        assert backend.ran == [1] * most
 
     play(scenario, QueueLimits(4, 100))

@@ -1,4 +1,4 @@
-"""What a batch costs: measured at warm-up, kept current while serving.
+"""What a batch costs: measured at warm-up, kept current while serving, and the knee with it.
 
 Admission asks it how long the queue will take, the batcher asks it for the *knee*: the smallest batch whose throughput
 is close to the best. On CPUs throughput often falls beyond a few rows, because activations no longer fit the caches; of
@@ -18,6 +18,10 @@ OUTLIER = 2.0
 all of them are like it the estimate will follow soon."""
 KNEE = 0.99
 """A batch at the knee reaches at least this share of the best measured throughput."""
+WORTH = 1.03
+"""The knee moves where that brings at least so many times the throughput."""
+FORGETTING = 0.02
+"""Share of what is known of batches beyond the knee that is forgotten at each look: nothing corrects it any more."""
 OVERHEAD_S = 50e-6
 """What a batch costs besides its run, whatever its size: it is formed, handed over, handed out and counted."""
 SHORTEST = 16
@@ -64,8 +68,11 @@ class CostTable:
         """
         self.buckets = tuple(sorted(measured))
         self._seconds = [measured[rows] for rows in self.buckets]
+        self._at_first = tuple(self._seconds)
         self._compiled = shapes == "compiled"
         self.knee = self._find_knee() if most is None else min(most, self._find_knee())
+        self.reach = self.knee
+        """Rows of the largest batch that is ever run; there is memory for it, and it was run at warm-up."""
 
     def bucket(self, rows: int) -> int:
         """The smallest bucket that holds `rows` (the largest one for more)."""
@@ -91,6 +98,28 @@ class CostTable:
         if self.buckets[index] == rows:
             known = self._seconds[index]
             self._seconds[index] += SMOOTHING * (min(seconds, OUTLIER * known) - known)
+
+    def follow(self) -> bool:
+        """Have the knee follow what was observed, within reach; whether it moved. Call it about once a second.
+
+        Of batches beyond the knee none is run, and what is known of them goes back to what it was at first beside one
+        at the knee: so they are tried again after minutes.
+        """
+        if self.reach not in self.buckets:
+            return False
+        rates = {rows: rate(rows, self.seconds(rows)) for rows in self.buckets if rows <= self.reach}
+        best = max(rates.values())
+        found = next(rows for rows, reached in rates.items() if reached >= KNEE * best)
+        moves = found != self.knee and rates[found] >= WORTH * rates[self.knee]
+        if moves:
+            self.knee = found
+        self._forget_beyond(self._index(self.knee))
+        return moves
+
+    def _forget_beyond(self, knee: int) -> None:
+        now = self._seconds[knee] / self._at_first[knee]
+        for index in range(knee + 1, self._index(self.reach) + 1):
+            self._seconds[index] += FORGETTING * (now * self._at_first[index] - self._seconds[index])
 
     def table(self) -> dict[int, float]:
         """Rows -> seconds, as known now."""
@@ -128,6 +157,11 @@ class Costs:
             return table.seconds(min(count, table.knee)) if count else 0.0
         batches = ((table, min(count, table.knee)) for table, count in zip(self.tables, rows, strict=True) if count)
         return max((table.seconds(count) for table, count in batches), default=0.0)
+
+    def follow(self) -> bool:
+        """As `CostTable.follow`, of all tables."""
+        moved = [table.follow() for table in self.tables]
+        return any(moved)
 
     def table(self) -> dict[int, float]:
         """Rows -> seconds, as known now; of rows of a typical length where they vary."""

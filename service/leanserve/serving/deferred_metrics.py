@@ -7,7 +7,7 @@ once waits for that. A dozen batches take hardly longer than one.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from leanserve.serving.batch_runner import CompletedBatch, PendingResult, Timed
@@ -16,6 +16,8 @@ from leanserve.telemetry.observations import VariantMetrics
 
 LATER_S, MOST = 0.05, 16
 """How long batches wait to be counted, and how many of them."""
+LEARNT_S = 1.0
+"""How often it is told that there was something to learn, at most."""
 
 
 class Record(NamedTuple):
@@ -31,8 +33,13 @@ class Record(NamedTuple):
 class DeferredMetrics:
     """Counts the batches of one variant. All on the event loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, metrics: VariantMetrics) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, metrics: VariantMetrics, learnt: Callable[[], object] = bool
+    ) -> None:
+        """`learnt` is called now and then, after costs have been corrected by what was run."""
         self._loop = loop
+        self._learnt = learnt
+        self._learnt_at = loop.time()
         self._metrics = metrics
         self._records: list[Record] = []
         self._due = False
@@ -51,6 +58,9 @@ class DeferredMetrics:
         records, self._records = self._records, []
         for record in records:
             self._count(record)
+        if records and (now := self._loop.time()) >= self._learnt_at + LEARNT_S:
+            self._learnt_at = now
+            self._learnt()
 
     def _count(self, record: Record) -> None:
         rows, infer_s, timed, queue_seconds, padding = record

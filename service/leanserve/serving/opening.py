@@ -193,14 +193,19 @@ def _warm_alone(costs: Costs, spec: ModelSpec, backend: Backend) -> None:
 
 def queue_limits(batch: BatchLimits, costs: Costs) -> QueueLimits:
     """Those of the queue of a variant whose batches cost so much."""
-    knees = tuple(table.knee for table in costs.tables)
-    return QueueLimits(
-        max_rows=max(knees),
+    limits = QueueLimits(
+        max_rows=1,
         queue_rows=batch.queue_rows,
         max_delay_s=batch.max_delay_s,
         timeout_s=batch.timeout_s,
         levels=batch.levels,
         default_level=batch.default_level,
         lengths=costs.lengths,
-        rows_at=knees,
     )
+    return with_knees(limits, costs)
+
+
+def with_knees(limits: QueueLimits, costs: Costs) -> QueueLimits:
+    """The same with batches as large as is worth it."""
+    knees = tuple(table.knee for table in costs.tables)
+    return replace(limits, max_rows=max(knees), rows_at=knees)

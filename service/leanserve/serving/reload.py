@@ -169,12 +169,12 @@ async def close_all(threads: LoadingThreads, backends: Iterable[Backend]) -> Non
 
 
 def shapes_to_meet(costs: Costs) -> list[tuple[int, int]]:
-    """Rows and length of all batches that a backend will meet: up to the knee, beyond which no batch grows."""
+    """Rows and length of all batches that a backend will meet: up to where the knee may move."""
     return [
         (rows, length)
         for table, length in zip(costs.tables, costs.lengths or (0,), strict=True)
         for rows in table.buckets
-        if rows <= table.bucket(table.knee)
+        if rows <= table.bucket(table.reach)
     ]
 
 

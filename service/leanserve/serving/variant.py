@@ -24,7 +24,7 @@ from leanserve.serving.batcher import Batcher, Formed, Ticket
 from leanserve.serving.deferred_metrics import DeferredMetrics
 from leanserve.serving.expiry import ExpiryTimer
 from leanserve.serving.in_flight import InFlightCount
-from leanserve.serving.opening import WarmVariant
+from leanserve.serving.opening import WarmVariant, with_knees
 from leanserve.serving.scheduler import CompletedRound, Scheduler
 from leanserve.serving.second_chances import SecondChances
 from leanserve.telemetry.observations import VariantMetrics
@@ -68,7 +68,7 @@ class Variant:
         self._second_chances = SecondChances(loop, self._unsettled.settle)
         self._expected = [0] * warm.limits.levels
         """Requests that are being decoded, by level."""
-        self._tally = DeferredMetrics(loop, metrics)
+        self._tally = DeferredMetrics(loop, metrics, self._follow_costs)
         metrics.catch_up = self._tally.catch_up
         metrics.queue_rows, metrics.queue_requests = self.waiting_rows, self.batcher.waiting_requests
         self._scheduler = Scheduler(
@@ -223,6 +223,12 @@ class Variant:
         """What a neighbour has to know of this variant's queue."""
         rows = self.batcher.rows_by_length(self.batcher.limits.levels)
         return Rival(self._share, self.costs.drain_seconds(rows), self.costs.turn_seconds(rows))
+
+    def _follow_costs(self) -> None:
+        """Have batches be as large as is worth it now."""
+        if self.costs.follow():
+            self.batcher.limits = with_knees(self.batcher.limits, self.costs)
+            logger.info("variant '%s': batches of up to %s rows now", self.name, self.batcher.limits.rows_at)
 
     def _length(self, sample: Arrays) -> int:
         length = longest(sample, self._axes)
