@@ -19,6 +19,7 @@ from leanserve.contracts import Json
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 RATE = 50.0
+STAY = {"candidate": "equal", "stages": [1.0], "min_stage_s": 3600}
 CONFIG = """\
 base: digits
 variants:
@@ -123,22 +124,62 @@ def test_a_candidate_is_judged_for_what_it_is(
     assert shares[candidate if state == "promoted" else "base"] == 1.0
 
 
+def test_at_saturation_shadows_are_dropped_and_users_answered_as_before(url: str) -> None:
+    """Interleaved, closed loop: 10 s with an experiment that shadows all batches, 10 s without, three times."""
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    for turn in range(6):
+        shadows = bool(turn % 2)
+        httpx.put(f"{url}/v1/experiment", json={"weights": {"base": 1}})
+        if shadows:
+            httpx.post(f"{url}/v1/experiment/start", json=STAY).raise_for_status()
+        rates[shadows].append(answered_per_second(url, 10.0))
+        if shadows:
+            counts = httpx.post(f"{url}/v1/experiment/abort", json={}).json()["experiment"]["counts"]["shadow"]
+            dropped = sum(counts["dropped"].values())
+            print(f"compared {counts['compared']}, dropped {counts['dropped']}, {100 * counts['time_share']:.2f} %")
+            assert dropped > 10 * counts["compared"]
+    ratios = [ours / theirs for ours, theirs in zip(rates[True], rates[False], strict=True)]
+    print(f"requests/s with shadows over without: {np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+
+
+def answered_per_second(url: str, seconds: float) -> float:
+    """By sixteen clients that ask again as soon as they are answered."""
+    answered = [0] * 16
+    until = time.monotonic() + seconds
+
+    def client(number: int) -> None:
+        row = {"inputs": [[0] * 28] * 28}
+        with httpx.Client(base_url=url) as http:
+            while time.monotonic() < until:
+                answered[number] += http.post("/v1/predict", json=row).status_code == 200
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(len(answered))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(answered) / seconds
+
+
 def test_shadowing_everything_hardly_shows_in_live_latency(url: str, traffic: list[float]) -> None:
-    """Interleaved: 20 s with an experiment that shadows all batches, 20 s without, four times."""
+    """Interleaved: 20 s with an experiment that shadows all batches, 20 s without, six times."""
     httpx.put(f"{url}/v1/experiment", json={"weights": {"base": 1}})
-    seen: dict[bool, list[float]] = {True: [], False: []}
-    for turn in range(8):
+    seen: dict[bool, list[list[float]]] = {True: [], False: []}
+    for turn in range(12):
         shadows = bool(turn % 2)
         if shadows:
-            body = {"candidate": "equal", "stages": [1.0], "min_stage_s": 3600}
-            httpx.post(f"{url}/v1/experiment/start", json=body).raise_for_status()
+            httpx.post(f"{url}/v1/experiment/start", json=STAY).raise_for_status()
         before = len(traffic)
         time.sleep(20)
-        seen[shadows] += traffic[before:]
+        seen[shadows].append(traffic[before:])
         if shadows:
             httpx.post(f"{url}/v1/experiment/abort", json={}).raise_for_status()
             httpx.put(f"{url}/v1/experiment", json={"weights": {"base": 1}})
     for share in (0.5, 0.95, 0.99):
-        without, with_shadows = (1000 * float(np.quantile(seen[which], share)) for which in (False, True))
-        print(f"p{100 * share:g}: {without:.2f} ms without, {with_shadows:.2f} ms with: x {with_shadows / without:.3f}")
-    assert np.quantile(seen[True], 0.5) < 1.5 * np.quantile(seen[False], 0.5)
+        without, with_shadows = ([1000 * np.quantile(turn, share) for turn in seen[which]] for which in (False, True))
+        ratios = [ours / theirs for ours, theirs in zip(with_shadows, without, strict=True)]
+        print(
+            f"p{100 * share:g}: {np.median(without):.2f} ms ({min(without):.2f} to {max(without):.2f}) without, "
+            f"with them x {np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        )
+        assert share > 0.5 or np.median(ratios) < 1.5

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import leanserve.live.director as director_module
+from leanserve.config.schema import read_config
+from leanserve.serving.traffic import TrafficRules
 from live_arms import LOOK_S, QUICK, Arm, Arms, play
 
 
@@ -84,6 +86,30 @@ def test_an_experiment_goes_on_after_a_restart_with_the_evidence_that_it_had(tmp
 
     play(first, {"a": Arm(), "b": Arm()}, tmp_path / "store")
     play(again, {"a": Arm(), "b": Arm()}, tmp_path / "store")
+
+
+def test_a_promotion_holds_until_the_config_shares_traffic_out_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("base: pixels\nvariants: [{name: a}, {name: b}]\n")
+
+    async def first(arms: Arms) -> None:
+        director, settings = arms.service.experiments, arms.service.config.experiment
+        await arms.verb("POST", "/start", {"candidate": "b", "min_stage_s": 3600})
+        await arms.verb("POST", "/promote", {"reason": "I know it", "write": True})
+        assert read_config(tmp_path / "config.yaml").traffic.weights == {"b": 1.0}
+        arms.service.fleet.direct(TrafficRules({"b": 1.0}))  # as a reload of that file
+        director.reconfigure(settings)
+        assert (await arms.experiment())["history"][-1]["reason"] == "I know it"
+        assert (await arms.ask()).json()["model_version"] == "b"
+        arms.service.fleet.direct(TrafficRules({"a": 1.0}))
+        director.reconfigure(settings)
+        assert (await arms.ask()).json()["model_version"] == "a"
+
+    async def again(arms: Arms) -> None:
+        assert (await arms.experiment())["state"] == "promoted"
+        assert (await arms.ask()).json()["model_version"] == "a"
+
+    play(first, {"a": Arm(), "b": Arm()}, tmp_path / "store")
+    play(again, {"a": Arm(), "b": Arm()}, tmp_path / "store", traffic={"weights": {"a": 1.0}})
 
 
 def test_what_differs_is_kept_to_be_looked_at_and_inputs_only_where_that_is_asked_for() -> None:

@@ -39,9 +39,9 @@ logger = logging.getLogger(__name__)
 HEADER = b"x-experiment"
 ITSELF = "leanserve"
 """Who moves an experiment when nobody asks."""
-LOOK_S, REST = 1.0, 100
+LOOK_S, REST = 1.0, 200
 """How often the evidence is looked at; and how many times as long as a look takes passes between two, at least."""
-FORESEE_S, KEEP_S = 10.0, 5.0
+FORESEE_S, KEEP_S = 30.0, 5.0
 """How often it is foreseen when a decision falls, and how often grown evidence is kept."""
 WriteTraffic = Callable[[Mapping[str, float], Mapping[str, float]], None]
 """Writes weights and caps into the config file."""
