@@ -43,10 +43,11 @@ ENV MPLCONFIGDIR=/tmp/matplotlib
 VOLUME /var/cache/leanserve
 
 EXPOSE 8000
-# A first start builds every variant before it is ready, hence the long start period; urlopen raises on a 503. What would
-# kill an unhealthy container (Kubernetes, Swarm) should ask /healthz, which is 200 from the first second.
+# A first start builds every variant before it is ready, hence the long start period. What would kill an unhealthy
+# container (Kubernetes, Swarm) should ask /healthz, which is 200 from the first second.
+COPY deploy/ready.py /usr/local/lib/leanserve-ready.py
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
-    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/readyz', timeout=3)"]
+    CMD ["python", "/usr/local/lib/leanserve-ready.py", "127.0.0.1:8000"]
 
 ENTRYPOINT ["leanserve"]
 CMD ["serve", "--host", "0.0.0.0", "--port", "8000"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import runpy
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,6 +132,58 @@ def test_plain_text_is_not_answered(live: Live) -> None:
         httpx.get(f"http://{live.http}/healthz")
     with triton_grpc.InferenceServerClient(live.grpc) as plain, pytest.raises(InferenceServerException):
         plain.is_server_live(client_timeout=1)
+
+
+def test_the_health_check_of_the_image_works_with_and_without_tls(live: Live) -> None:
+    is_ready = runpy.run_path(str(Path(__file__).parents[2] / "deploy/ready.py"))["is_ready"]
+    assert is_ready(live.http)
+    with live_server() as plain:
+        assert is_ready(plain.http)
+        plain.service.fleet.drain()
+        assert not is_ready(plain.http)
+    assert not is_ready(plain.http)
+
+
+def shown(address: str) -> str:
+    """The certificate that a new connection is shown."""
+    host, _, port = address.rpartition(":")
+    return ssl.get_server_certificate((host, int(port)), timeout=10)
+
+
+def test_a_renewed_certificate_is_shown_to_new_connections(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+
+    def renew() -> str:
+        made = authority.issue_cert("127.0.0.1")
+        made.private_key_pem.write_to_path(tmp_path / "server.key")
+        made.cert_chain_pems[0].write_to_path(tmp_path / "server.pem")
+        return (tmp_path / "server.pem").read_text()
+
+    def read_again(live: Live) -> None:
+        renewing = live.server._renew_certificate(live.service.fleet)  # type: ignore[attr-defined]
+        asyncio.run_coroutine_threadsafe(renewing, live.server.servers[0].get_loop()).result(10)
+
+    first = renew()
+    declared = TlsConfig(certificate=Path("server.pem"), key=Path("server.key"))
+    with (
+        live_server(tls=tls_files(declared, tmp_path / "leanserve.yaml")) as live,
+        client(live, tmp_path, None) as kept,
+    ):
+        assert kept.get("/readyz").status_code == 200
+        assert {shown(live.http), shown(live.grpc)} == {first}
+        second = renew()
+        for _ in range(2):
+            read_again(live)
+            assert {shown(live.http), shown(live.grpc)} == {second}
+        assert kept.get("/readyz").status_code == 200, "what is open stays"
+        (tmp_path / "server.key").write_text("no key")
+        read_again(live)
+        assert {shown(live.http), shown(live.grpc)} == {second}
+    told = [record.getMessage().partition(":")[2] for record in caplog.records if record.msg.startswith("tls:")]
+    assert told[0] == " the certificate has changed; new connections get it"
+    assert "server.key is not the key of" in told[1]
+    assert len(told) == 2
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,12 @@ MISTAKES = {
         4,
         "default_priority 3 is beyond priority_levels 2",
     ),
+    "workers that outlive the service": (
+        "base: digits",
+        "base: digits\nisolation: process\nstuck_after_s: 60",
+        3,
+        "stuck_after_s is 60 and watchdog.batch_s 60: a batch that hangs in the worker of variant 'float'",
+    ),
     "no threads": ("base: digits", "base: digits\nthreads: 0", 2, "threads: must be at least 1 or 'auto' (got 0)"),
     "no lanes": ("base: digits", "base: digits\n\nlanes: 0", 3, "lanes: must be at least 1 or 'auto' (got 0)"),
     "lanes in words": (

@@ -207,7 +207,9 @@ def test_image_runs_as_a_user_with_a_cache_volume_and_a_health_check() -> None:
         assert line in DOCKERFILE.splitlines()
     health = re.search(r"HEALTHCHECK .*?CMD (\[.*?\])\n", DOCKERFILE, re.DOTALL)
     assert health
-    assert "/readyz" in json.loads(health[1])[2]
+    _, script, address = json.loads(health[1])
+    assert f"COPY deploy/ready.py {script}" in DOCKERFILE.splitlines()
+    assert address == "127.0.0.1:8000"
     assert re.search(r'^ENTRYPOINT \["leanserve"\]$', DOCKERFILE, re.MULTILINE)
     command = re.search(r"^CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)
     assert command
@@ -216,7 +218,6 @@ def test_image_runs_as_a_user_with_a_cache_volume_and_a_health_check() -> None:
 
 def test_build_context_holds_everything_the_image_copies() -> None:
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    copied = {
-        Path(source).parts[0] for line in re.findall(r"^COPY (.*)$", DOCKERFILE, re.M) for source in line.split()[:-1]
-    }
+    sources = [source for line in re.findall(r"^COPY (.*)$", DOCKERFILE, re.M) for source in line.split()[:-1]]
+    copied = {source if source in allowed else Path(source).parts[0] for source in sources}
     assert copied == allowed

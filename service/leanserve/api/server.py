@@ -15,6 +15,7 @@ import gc
 import logging
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,9 +33,10 @@ from leanserve.api.reloading import Reload, reload_config
 from leanserve.api.routes import HotPath
 from leanserve.api.service import Service
 from leanserve.api.starting import StartingApp
-from leanserve.api.tls import TlsFiles
+from leanserve.api.tls import ServedCertificate, TlsFiles
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Base
+from leanserve.errors import ConfigError
 from leanserve.http.connection import connections_to
 from leanserve.http.limits import HttpLimits
 from leanserve.http.listening import allow_descriptors, refuse_connections
@@ -176,6 +178,7 @@ class Server(uvicorn.Server):
         self._address = address
         self._start = start
         self._announce = announce
+        self._certificate = None if address.tls is None else ServedCertificate(address.tls)
         self._grpc: GrpcServer | None = None
         self._is_reload_wanted = False
         self._reloading: asyncio.Task[None] | None = None
@@ -186,7 +189,7 @@ class Server(uvicorn.Server):
         if self._address.grpc is not None:
             from leanserve.api.v2.grpc_server import GrpcPort, start_grpc
 
-            credentials = None if self._address.tls is None else self._address.tls.grpc_credentials()
+            credentials = None if self._certificate is None else self._certificate.grpc_credentials()
             port = GrpcPort(*self._address.grpc, self._connections.limits, credentials)
             self._grpc = await start_grpc(port, self._start.startup, self._access)
         loop = asyncio.get_running_loop()
@@ -284,9 +287,21 @@ class Server(uvicorn.Server):
         service = self.service
         while self._is_reload_wanted and service is not None and not service.fleet.draining:
             self._is_reload_wanted = False
+            await self._renew_certificate(service.fleet)
             await reload_config(self._start.reload(service.config, service.base), service, self._adopt)
             service = self.service
         self._reloading = None
+
+    async def _renew_certificate(self, fleet: Fleet) -> None:
+        """Read it again, whatever becomes of the config."""
+        if self._certificate is None:
+            return
+        assert isinstance(self.config.ssl, ssl.SSLContext)
+        try:
+            if await fleet.threads.do(partial(self._certificate.read_again, self.config.ssl)):
+                logger.warning("tls: the certificate has changed; new connections get it")
+        except ConfigError as error:
+            logger.error("tls: the certificate stays as it was: %s", error)
 
     def _adopt(self, config: ServiceConfig) -> None:
         """In one step with the fleet: answer by another config."""

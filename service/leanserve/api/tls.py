@@ -1,4 +1,4 @@
-"""The certificate with which both ports answer, tried before anything is built."""
+"""The certificate with which both ports answer, tried before anything is built, and read again when it was renewed."""
 
 from __future__ import annotations
 
@@ -29,13 +29,62 @@ class TlsFiles(NamedTuple):
             options |= {"ssl_ca_certs": str(self.client_ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
         return options
 
+    def pair(self) -> tuple[bytes, bytes]:
+        """The content of key and certificate."""
+        return self.key.read_bytes(), self.certificate.read_bytes()
+
+    def check_pair(self) -> None:
+        """See that OpenSSL takes both.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.key, _no_password)
+        except OSError as error:
+            raise ConfigError(f"{self.key} is not the key of {self.certificate}: {_reason(error)}") from None
+
+
+class ServedCertificate:
+    """What both ports show; connections that are made after it was read again see the new one."""
+
+    def __init__(self, files: TlsFiles) -> None:
+        self._files = files
+        self._shown = files.pair()
+        self._authorities = None if files.client_ca is None else files.client_ca.read_bytes()
+        self._for_grpc: tuple[bytes, bytes] | None = None
+        """What gRPC has not asked for yet."""
+
+    def read_again(self, http: ssl.SSLContext) -> bool:
+        """Whether it has changed; `http` is what new connections over HTTP begin with.
+
+        Raises:
+            ConfigError: key and certificate do not belong together, or cannot be read; the old ones stay.
+        """
+        try:
+            found = self._files.pair()
+        except OSError as error:
+            raise ConfigError(f"{error.filename}: {error.strerror}") from None
+        if found == self._shown:
+            return False
+        self._files.check_pair()
+        http.load_cert_chain(self._files.certificate, self._files.key, _no_password)
+        self._shown = self._for_grpc = found
+        return True
+
     def grpc_credentials(self) -> grpc.ServerCredentials:
-        """The same for gRPC."""
+        """The same for gRPC, which asks for what is new at every connection."""
         import grpc
 
-        pair = (self.key.read_bytes(), self.certificate.read_bytes())
-        authorities = None if self.client_ca is None else self.client_ca.read_bytes()
-        return grpc.ssl_server_credentials([pair], authorities, require_client_auth=self.client_ca is not None)
+        def config(pair: tuple[bytes, bytes]) -> grpc.ServerCertificateConfiguration:
+            return grpc.ssl_server_certificate_configuration([pair], self._authorities)
+
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            pair, self._for_grpc = self._for_grpc, None
+            return None if pair is None else config(pair)
+
+        mutual = self._authorities is not None
+        return grpc.dynamic_ssl_server_credentials(config(self._shown), changed, require_client_authentication=mutual)
 
 
 def tls_files(tls: TlsConfig | None, path: Path) -> TlsFiles | None:
@@ -58,9 +107,9 @@ def tls_files(tls: TlsConfig | None, path: Path) -> TlsFiles | None:
             except OSError as error:
                 raise _wrong(path, name, f"{file}: {_reason(error)}") from None
     try:
-        context.load_cert_chain(found.certificate, found.key, _no_password)
-    except OSError as error:
-        raise _wrong(path, "key", f"{found.key} is not the key of {found.certificate}: {_reason(error)}") from None
+        found.check_pair()
+    except ConfigError as error:
+        raise _wrong(path, "key", str(error)) from None
     return found
 
 

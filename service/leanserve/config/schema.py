@@ -240,6 +240,17 @@ class ServiceConfig(Section):
             states[variant.name] = state_after(variant.passes, parents)
         return self
 
+    @model_validator(mode="after")
+    def _workers_end_before_the_service(self) -> Self:
+        isolated = next((variant.name for variant in self.variants if self.isolation_of(variant) == "process"), None)
+        if isolated is not None and self.stuck_after_s >= self.watchdog.batch_s:
+            raise ValueError(
+                f"stuck_after_s is {self.stuck_after_s:g} and watchdog.batch_s {self.watchdog.batch_s:g}: a batch that "
+                f"hangs in the worker of variant '{isolated}' would end the service before it ends the worker; make "
+                "stuck_after_s the smaller one"
+            )
+        return self
+
     def _what_applies(self) -> str:
         """For a base on which only some passes can work at all: which."""
         if self.base_tags == BASE_TAGS:
