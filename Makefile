@@ -5,7 +5,7 @@ HOST ?= 127.0.0.1
 ONNXRUNTIME ?= cpu# or gpu
 BIN := .venv/bin
 
-.PHONY: install serve test soak perf-analyzer prometheus lock zoo fuzz check build bench train-digits clean
+.PHONY: install serve test soak perf-analyzer prometheus browser lock zoo fuzz check build bench train-digits clean
 
 install: .venv/.installed
 
@@ -48,6 +48,10 @@ perf-analyzer: install
 # Optional, on Debian: the dashboards and rules are tested in a real Prometheus.
 prometheus: install
 	tests/tools/prometheus.sh
+
+# Optional, on Debian, as root: the page at `/` is tested in a real browser.
+browser: install
+	command -v chromium || { apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium; }
 
 # The versions with which the tests passed; run it in an environment that was made without constraints.
 lock: install

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from leanserve.build.plan import Plan
     from leanserve.build.progress import BuildProgress
     from leanserve.config.schema import BatchConfig, ServiceConfig
-    from leanserve.contracts import Backend
+    from leanserve.contracts import Backend, Json
     from leanserve.hardware import Hardware
     from leanserve.serving.opening import BatchLimits, TrafficPlan, VariantPlan, WarmFleet
     from leanserve.serving.reload import Read
@@ -155,6 +155,7 @@ class AppContext:
         device = Device("cpu", self.threads, self.lanes(reports))
         warm = WarmFleet(self.base, serving_plans(self.config, reports), device, traffic_plan(self.config), self.post)
         warm.decode_memory = self.config.limits.decode_mb * 2**20
+        warm.report = self._report_document(reports)
 
         def load(name: str, read: Read, threads: int) -> Backend:
             backend = read()(threads)
@@ -184,7 +185,14 @@ class AppContext:
         reports = self.reports()
         serving = [report for report in reports if report.state == "serving"]
         sources = {report.name: self._source(report, lanes, alone=is_alone(reports)) for report in serving}
-        return FleetPlan(serving_plans(self.config, reports), traffic_plan(self.config), sources)
+        traffic = traffic_plan(self.config)
+        return FleetPlan(serving_plans(self.config, reports), traffic, sources, self._report_document(reports))
+
+    def _report_document(self, reports: list[VariantReport]) -> Json:
+        from leanserve.report.document import report_document
+        from leanserve.report.summary import summarise
+
+        return report_document(summarise(reports, self.base.caveats, self.elsewhere))
 
     def _source(self, report: VariantReport, lanes: int, *, alone: bool) -> VariantSource:
         """How the model of a variant is read, and its backends are opened: here, or by workers."""

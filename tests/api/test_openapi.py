@@ -34,7 +34,8 @@ def test_every_path_is_told_with_its_verb(document: Any) -> None:
         *(("post", f"{root}/{swap}") for root in swaps for swap in ("load", "unload")),
         ("post", "/v1/predict"),
         ("post", "/v2/repository/index"),
-        *(("get", path) for path in ("/v1/live", "/v1/experiment", "/v1/experiment/disagreements")),
+        *(("get", path) for path in ("/v1/live", "/v1/live/stream", "/v1/base", "/v1/report")),
+        *(("get", path) for path in ("/v1/experiment", "/v1/experiment/disagreements")),
         *(("post", f"/v1/experiment/{verb}") for verb in ("start", "promote", "abort")),
         ("put", "/v1/experiment"),
     }

@@ -105,7 +105,7 @@ def test_its_metrics_say_that_it_is_not_ready(startup: Startup, accept: str) -> 
         ("POST", "/v2/models/digits/infer"),
         ("GET", "/v2"),
         ("POST", "/v2/repository/index"),
-        ("GET", "/docs"),
+        ("GET", "/openapi.json"),
         ("POST", "/healthz"),
         ("GET", "/nothing"),
     ],

@@ -9,18 +9,21 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from leanserve import __version__
 from leanserve.api.endpoint import Endpoint, declared_routes
+from leanserve.api.guarded_app import GuardedApp
+from leanserve.api.live_stream import EVENT_STREAM, LiveStream
 from leanserve.api.metrics_page import MetricsPage
-from leanserve.api.pages import GuardedApp
 from leanserve.api.routes import CrossOriginHotPath, HotPath, endpoints_of
 from leanserve.api.service import Service
+from leanserve.api.v1.base import base_document
 from leanserve.contracts import Json
 from leanserve.errors import ServiceError
 from leanserve.http.messages import error_body, error_headers
@@ -28,10 +31,17 @@ from leanserve.serving.fleet import Fleet
 from leanserve.serving.incidents import details_in_log
 
 
+class _EventStreamResponse(StreamingResponse):
+    """So that `/openapi.json` tells the type."""
+
+    media_type = EVENT_STREAM
+
+
 def create_app(service: Service) -> HotPath:
     """The whole HTTP service."""
-    fleet, page = service.fleet, MetricsPage(service.fleet.metrics)
-    app = FastAPI(title="leanserve", version=__version__, redoc_url=None, swagger_ui_oauth2_redirect_url=None)
+    fleet, page, plans = service.fleet, MetricsPage(service.fleet.metrics), service.fleet.plans
+    stream = LiveStream(service.live.snapshot, is_over=lambda: fleet.draining or fleet.plans is not plans)
+    app = FastAPI(title="leanserve", version=__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -60,6 +70,18 @@ def create_app(service: Service) -> HotPath:
             "variants": [_variant(fleet, name) for name in fleet.plans],
         }
 
+    async def base() -> JSONResponse:
+        """What the base takes and gives: kind of input, media types, tensors, labels; caveats."""
+        return JSONResponse(base_document(service.base))
+
+    async def report() -> Response:
+        """What the build has measured of every variant, pass by pass, and which is the cheapest that answers right."""
+        return Response(orjson.dumps(fleet.report), media_type="application/json")  # infinity becomes null
+
+    async def live_stream() -> Response:
+        """The numbers of `GET /v1/live` once a second, as server-sent events, until the service drains or reloads."""
+        return _EventStreamResponse(stream.listen(), headers={"cache-control": "no-store"})
+
     async def metrics(request: Request) -> Response:
         """Prometheus metrics."""
         return await page.answer(request)
@@ -67,7 +89,10 @@ def create_app(service: Service) -> HotPath:
     add_route("/healthz", healthz)
     add_route("/readyz", readyz)
     add_route("/v1/variants", variants)
+    add_route("/v1/base", base)
+    add_route("/v1/report", report)
     add_route("/metrics", metrics, PlainTextResponse)
+    app.add_api_route("/v1/live/stream", live_stream, response_class=_EventStreamResponse)
     endpoints = endpoints_of(service)
     app.openapi = cache(partial(_openapi, app, endpoints))  # type: ignore[method-assign]
     hot_path = CrossOriginHotPath if service.config.cors.origins else HotPath

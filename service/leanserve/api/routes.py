@@ -15,6 +15,7 @@ from leanserve.api.cors import Grants
 from leanserve.api.endpoint import Endpoint
 from leanserve.api.openai.embeddings import embeddings_endpoint
 from leanserve.api.openai.models import MODELS, ModelList
+from leanserve.api.page_files import page_endpoints
 from leanserve.api.service import Service
 from leanserve.api.v1.experiment import ExperimentEndpoints
 from leanserve.api.v1.predict import predict_endpoint
@@ -29,13 +30,14 @@ App = Callable[[AsgiScope, Receive, Send], Awaitable[None]]
 
 
 def endpoints_of(service: Service) -> list[Endpoint]:
-    """The table: every endpoint that FastAPI describes, but does not answer."""
+    """The table: every endpoint that FastAPI does not answer."""
     return [
         predict_endpoint(service),
         embeddings_endpoint(service),
         *ExperimentEndpoints(service).endpoints(),
         *ModelList(service).endpoints(),
         *open_inference_endpoints(service),
+        *page_endpoints(),
     ]
 
 

@@ -11,6 +11,7 @@ from leanserve.api.access import Access
 from leanserve.api.cors import Grants
 from leanserve.api.openai.embeddings import EMBEDDINGS
 from leanserve.api.openai.models import MODELS, refusal
+from leanserve.api.page_files import page_files
 from leanserve.config.lineage import lineage
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Json
@@ -44,6 +45,7 @@ class StartingApp:
             for variant in config.variants
         }
         self._metrics = StartMetrics(startup)
+        self._files = page_files()
         self._routes: dict[str, Callable[[Request], Response]] = {
             "/healthz": lambda _: json_response({"live": True}),
             "/v2/health/live": lambda _: json_response({"live": True, "ready": False}),
@@ -57,6 +59,8 @@ class StartingApp:
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         caller, grants = Request(scope["path"], dict(scope["headers"]), receive), self._grants
+        if caller.path in self._files and scope["method"] in {"GET", "HEAD"}:
+            return await send_response(send, await self._files[caller.path].answer(caller))
         if grants is None:
             return await send_response(send, self._reply(scope["method"], caller))
         if scope["method"] == "OPTIONS" and (preflight := grants.preflight(caller.headers)):

@@ -7,6 +7,7 @@ import math
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, Literal, NamedTuple
 
 import orjson
@@ -156,7 +157,8 @@ def disconnect_check(receive: Receive) -> Callable[[], bool]:
 
 async def send_response(send: Send, reply: Response) -> None:
     """Send a reply in one go. For a HEAD request, too: the server leaves the body out."""
-    headers = [(b"content-length", b"%d" % len(reply.body)), *reply.headers]
+    length = [] if reply.status == HTTPStatus.NOT_MODIFIED else [(b"content-length", b"%d" % len(reply.body))]
+    headers = [*length, *reply.headers]
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
     await send({"type": "http.response.body", "body": reply.body})
 

@@ -56,6 +56,7 @@ class Fleet:
         flush_denormals()  # as on the lanes: the loop runs short batches itself
         self.name = warm.base.name
         self.plans: Mapping[str, VariantPlan] = warm.plans
+        self.report = warm.report
         self.device = warm.device
         self.sticky_header = warm.traffic.sticky_header.lower().encode()
         self._base = warm.base
@@ -220,6 +221,7 @@ class Fleet:
             if not self._is_loaded(name):
                 self.metrics.remove(name)  # the others', when they are closed
         self.plans = {plan.name: plan for plan in planned.plans}
+        self.report = planned.report
         self.sticky_header = planned.traffic.sticky_header.lower().encode()
         self._warm = {name: opened.get(name) or self._warm[name] for name in self.plans if name in planned.sources}
         self.opened, self.status_of = {}, {}

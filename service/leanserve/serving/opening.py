@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from leanserve.codecs.postprocess.chain import PostChain
-from leanserve.contracts import Backend, Base, Codec, ModelSpec
+from leanserve.contracts import Backend, Base, Codec, Json, ModelSpec
 from leanserve.errors import StartupError
 from leanserve.memory import is_out_of_memory
 from leanserve.runtime.costs import Costs
@@ -130,6 +130,8 @@ class WarmFleet:
         self.traffic = traffic or TrafficPlan()
         self.post = post or PostChain((), base.spec, Path())
         """What becomes of the outputs before clients see them."""
+        self.report: Json = None
+        """What the build has measured (`GET /v1/report`)."""
         self.decode_memory = MEMORY
         """Bytes that decoding one body may take."""
         self.variants: dict[str, WarmVariant] = {}

@@ -12,7 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 from leanserve.codecs.text import TextCodec
-from leanserve.contracts import Backend, Base, ModelSpec
+from leanserve.contracts import Backend, Base, Json, ModelSpec
 from leanserve.runtime.assembly import dynamic_axes
 from leanserve.runtime.costs import Costs, costs_like, length_buckets
 from leanserve.runtime.device import Device
@@ -31,11 +31,12 @@ class VariantSource(NamedTuple):
 
 
 class FleetPlan(NamedTuple):
-    """All variants of a fleet, the split among them, and the sources of those that pass their gates."""
+    """All variants of a fleet, the split among them, the sources of those that pass their gates, and the report."""
 
     plans: Sequence[VariantPlan]
     traffic: TrafficPlan
     sources: Mapping[str, VariantSource]
+    report: Json = None
 
 
 class Serving(NamedTuple):

@@ -1,0 +1,32 @@
+"""What stands between FastAPI and its callers: the check of who may ask.
+
+Everything that FastAPI answers only reads (`tests/api/test_auth.py` holds that), so one role does for all but health.
+"""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from leanserve.api.access import Access
+from leanserve.errors import ServiceError
+from leanserve.http.messages import AsgiScope, Receive, Send, error_response, send_response
+
+OPEN = ("/healthz", "/readyz")
+"""What probes ask, which have no key."""
+
+
+class GuardedApp:
+    """An ASGI app in front of FastAPI's."""
+
+    def __init__(self, app: FastAPI, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                role = "open" if scope["path"] in OPEN else "read"
+                self._access.admit_over_http(role, dict(scope["headers"]))  # type: ignore[arg-type]
+            except ServiceError as error:
+                return await send_response(send, error_response(error))
+        return await self._app(scope, receive, send)
