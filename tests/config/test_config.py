@@ -98,6 +98,12 @@ MISTAKES = {
         3,
         "stuck_after_s is 60 and watchdog.batch_s 60: a batch that hangs in the worker of variant 'float'",
     ),
+    "no room for a body": (
+        "base: digits",
+        "base: digits\nlimits: {body_bytes: 500000000}",
+        2,
+        "buffered_bytes (268435456) is less than body_bytes (500000000)",
+    ),
     "no threads": ("base: digits", "base: digits\nthreads: 0", 2, "threads: must be at least 1 or 'auto' (got 0)"),
     "no lanes": ("base: digits", "base: digits\n\nlanes: 0", 3, "lanes: must be at least 1 or 'auto' (got 0)"),
     "lanes in words": (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from leanserve.config.section import Section
 from leanserve.http.limits import HttpLimits
@@ -23,6 +25,13 @@ class LimitsConfig(Section):
     image_pixels: int = Field(50_000_000, ge=1, description="most pixels of a request's images together")
     image_side: int = Field(16_384, ge=1, description="longest side of an image, in pixels")
     decode_mb: int = Field(512, ge=64, description="most memory, in MB, that decoding one body may take")
+
+    @model_validator(mode="after")
+    def _a_body_fits(self) -> Self:
+        if self.buffered_bytes < self.body_bytes:
+            told = f"buffered_bytes ({self.buffered_bytes}) is less than body_bytes ({self.body_bytes})"
+            raise ValueError(f"{told}, so that a body of that size would never be taken")
+        return self
 
     @property
     def http(self) -> HttpLimits:
