@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from leanserve.contracts import CandidateQuality, Model, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.hardware import this_hardware
 from leanserve.passes.families.merge.merge import Merge
+from leanserve.passes.toolkit.mixing import slerp, task_sum
 from tiny_base import TinyBase, TinyNet, context_of, lively, tiny_base
 
 
@@ -134,3 +137,96 @@ def test_parents_of_another_structure_are_refused(method: str, base: TinyBase, t
     more = TorchModel(lively(More(), seed=1), base.spec)
     with pytest.raises(PassFailed, match="parent 2 has the weight 'scale' and parent 1 has not; merge variants"):
         Merge().join([base.model(), more], context_of(base, tmp_path))
+
+
+def flat(model: Model) -> Tensor:
+    assert isinstance(model, TorchModel)
+    return torch.cat([weight.detach().flatten() for weight in model.module.parameters()]).double()
+
+
+def joined(options: dict[str, Any], models: list[Model], base: TinyBase, folder: Path) -> Model:
+    return Merge.model_validate(options).join(models, context_of(base, folder)).model
+
+
+def test_weights_of_an_average_are_shares(base: TinyBase, tmp_path: Path) -> None:
+    parents = moved(base, 1, 2)
+    made = joined({"weights": [1, 3]}, parents, base, tmp_path)
+    torch.testing.assert_close(flat(made), flat(parents[0]) / 4 + 3 * flat(parents[1]) / 4, rtol=0, atol=1e-6)
+
+
+def test_slerp_keeps_the_length_that_a_mean_shortens(base: TinyBase, tmp_path: Path) -> None:
+    parents = moved(base, 1, 2, by=0.5)
+    lengths = [float(weights(parent)["head.weight"].norm()) for parent in parents]
+    made, mean = (joined({"method": method}, parents, base, tmp_path) for method in ("slerp", "average"))
+    assert float(weights(mean)["head.weight"].norm()) < 0.95 * min(lengths)
+    assert min(lengths) * 0.97 < float(weights(made)["head.weight"].norm()) < max(lengths) * 1.03
+    first = joined({"method": "slerp", "weights": [1, 0]}, parents, base, tmp_path)
+    torch.testing.assert_close(flat(first), flat(parents[0]), rtol=0, atol=1e-6)
+
+
+def test_slerp_is_half_way_along_a_quarter_circle_and_a_line_where_there_is_no_arc() -> None:
+    a, b = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])
+    torch.testing.assert_close(slerp(a, b, 0.5), torch.full((2,), 2 / 2**0.5, dtype=torch.float64))
+    torch.testing.assert_close(slerp(a, 2 * a, 0.5), 1.5 * a.double())
+    torch.testing.assert_close(slerp(torch.zeros(2), b, 0.5), b.double() / 2)
+
+
+def test_task_arithmetic_adds_and_takes_away_what_was_learned(base: TinyBase, tmp_path: Path) -> None:
+    ancestor, one, other = base.model(), *moved(base, 1, 2)
+    made = joined({"method": "task_arithmetic"}, [ancestor, one, other], base, tmp_path)
+    torch.testing.assert_close(flat(made), flat(one) + flat(other) - flat(ancestor), rtol=0, atol=1e-6)
+    away = joined({"method": "task_arithmetic", "weights": [1, -1]}, [ancestor, one, one], base, tmp_path)
+    torch.testing.assert_close(flat(away), flat(ancestor), rtol=0, atol=1e-6)
+
+
+def test_ties_trims_elects_a_sign_and_averages_those_that_agree() -> None:
+    one, other, third = (
+        torch.tensor(numbers, dtype=torch.float64)
+        for numbers in ([5.0, -4.0, 0.1, 3.0, 0.0], [3.0, 6.0, 0.2, 0.0, 0.0], [0.1, 1.0, 0.0, -5.0, 4.0])
+    )
+    made = task_sum("ties", [one, other, third], [1, 1, 1], density=0.6)
+    # Trimmed to three of five: [5, -4, 0, 3, 0], [3, 6, 0.2, 0, 0], [0, 1, 0, -5, 4].
+    assert made.tolist() == pytest.approx([4.0, 3.5, 0.2, -5.0, 4.0])
+
+
+def test_dare_drops_at_random_scales_up_and_goes_by_the_seed(base: TinyBase, tmp_path: Path) -> None:
+    ancestor, one = base.model(), moved(base, 1)[0]
+    options = {"method": "dare", "density": 0.25}
+    change = flat(joined(options, [ancestor, one], base, tmp_path)) - flat(ancestor)
+    kept = change.abs() > 1e-6
+    assert 0.2 < float(kept.double().mean()) < 0.3
+    torch.testing.assert_close(change[kept], 4 * (flat(one) - flat(ancestor))[kept], rtol=1e-3, atol=1e-5)
+    again = flat(joined(options, [ancestor, one], base, tmp_path)) - flat(ancestor)
+    assert torch.equal(change, again)
+    other = Merge.model_validate(options).join([ancestor, one], context_of(base, tmp_path, seed=1)).model
+    assert not torch.equal(flat(other) - flat(ancestor), change)
+
+
+@pytest.mark.parametrize(
+    ("options", "parents", "text"),
+    [
+        ({"method": "slerp"}, 3, "slerp takes exactly two parents, and the variant has 3"),
+        ({"method": "ties"}, 1, "ties takes at least two parents"),
+        ({"weights": [1, 1]}, 3, "2 numbers for 3 parents; give one of each"),
+        ({"method": "dare", "weights": [1, 1]}, 2, "2 numbers for 1 parents after the first, which is their ancestor"),
+    ],
+)
+def test_parents_that_do_not_fit_the_method_are_refused(
+    options: dict[str, Any], parents: int, text: str, base: TinyBase, tmp_path: Path
+) -> None:
+    with pytest.raises(PassFailed, match=text):
+        joined(options, [base.model()] * parents, base, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"density": 0.5}, "drop it with average"),
+        ({"method": "greedy", "weights": [1, 1]}, "greedy finds out which parents count"),
+        ({"weights": [1, -1]}, "none below 0"),
+        ({"method": "ties", "repair": True}, "which ties does not make"),
+    ],
+)
+def test_options_of_another_method_are_refused(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValidationError, match=text):
+        Merge.model_validate(options)

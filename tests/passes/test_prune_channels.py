@@ -16,8 +16,8 @@ from leanserve.contracts import ArrayData, ModelSpec, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied
 from leanserve.passes.families.prune.prune_channels import PruneChannels
-from leanserve.passes.toolkit.channels import without
-from leanserve.passes.toolkit.importance import importance_of
+from leanserve.passes.toolkit.channels import channel_groups, without
+from leanserve.passes.toolkit.importance import BY_LABELS, Criterion, importance_of
 from leanserve.passes.toolkit.targets import Targets
 from leanserve.passes.toolkit.training import TrainingOptions
 from leanserve.runtime.formats.torch_size import count_macs
@@ -103,13 +103,13 @@ def test_taylor_ranks_by_the_output_that_the_labels_name() -> None:
     assert model.module.get_parameter("first.weight").grad is None
 
 
-@pytest.mark.parametrize("importance", ["l1", "l2", "taylor", "bn_scale"])
+@pytest.mark.parametrize("importance", ["l1", "l2", "taylor", "hessian", "bn_scale", "fpgm", "lamp", "group_lasso"])
 @pytest.mark.parametrize("net", [Residual, Mobile])
 def test_structure_is_replayed_and_the_input_left_alone(
-    net: type[nn.Module], importance: Literal["l1", "l2", "taylor", "bn_scale"], tmp_path: Path
+    net: type[nn.Module], importance: Criterion, tmp_path: Path
 ) -> None:
     base = image_base(net())
-    recovery = None if importance == "taylor" else TrainingOptions(epochs=1, batch=16)
+    recovery = None if importance in BY_LABELS else TrainingOptions(epochs=1, batch=16)
     pass_ = PruneChannels(ratio=0.3, importance=importance, round_to=8, steps=2, recovery=recovery)
     model = TorchModel(base.torch_module(), base.spec)
     before = answers(model.module, base)
@@ -246,11 +246,11 @@ def test_parameters_outside_of_layers_are_pruned_and_replayed(tmp_path: Path) ->
     assert torch.equal(answers(fresh, base), answers(module, base))
 
 
-@pytest.mark.parametrize("importance", ["l1", "l2", "bn_scale"])
+@pytest.mark.parametrize("importance", ["l1", "bn_scale", "fpgm"])
 def test_steps_that_would_come_to_one_are_refused(importance: str) -> None:
     options = {"macs": 0.5, "steps": 4, "importance": importance}
     with pytest.raises(
-        ValidationError, match=r"steps: 4 would measure .* set recovery, importance: taylor, or steps: 1"
+        ValidationError, match=r"steps: 4 would measure .* set recovery, importance: taylor or hessian, or steps: 1"
     ):
         PruneChannels.model_validate(options)
     assert PruneChannels.model_validate({**options, "recovery": {}}).steps == 4
@@ -307,3 +307,54 @@ def test_a_target_that_is_missed_is_told(tmp_path: Path, caplog: pytest.LogCaptu
         "prune_channels.ratio: 0.45 was asked for and 0.500 is the nearest that was reached; lower round_to (16), "
         "exclude fewer layers or ask for another value"
     ]
+
+
+def scores_of(criterion: Criterion, module: nn.Module, data: ArrayData | None = None) -> dict[str, tuple[float, ...]]:
+    model = TorchModel(module, image_base(Residual()).spec)
+    return {group.root: group.scores for group in channel_groups(model, importance_of(criterion, model, data), [])}
+
+
+def test_fpgm_ranks_a_filter_that_others_can_stand_for_below_a_small_one_that_they_cannot() -> None:
+    module = lively(Residual(), seed=1)
+    weight = module.get_parameter("conv1.weight")
+    with torch.no_grad():
+        weight[:] += 1  # all near each other
+        weight[5] = weight[[0, 1, 2, 3]].mean(0)
+        weight[7] *= -0.1
+    scores = scores_of("fpgm", module)["conv1"]
+    assert scores[5] == min(scores)
+    assert scores[7] == max(scores)
+    assert scores_of("l2", module)["conv1"][7] < scores_of("l2", module)["conv1"][5]
+
+
+def test_hessian_is_the_mean_square_of_every_rows_gradient() -> None:
+    base = image_base(Residual(width=8), rows=3)
+    module = base.torch_module()
+    assert base.labels is not None
+    data = ArrayData(base.inputs, base.labels)
+    importance_of("hessian", TorchModel(module, base.spec), data)
+    squares = []
+    for row in range(3):
+        fresh = base.torch_module()
+        answers = fresh(torch.from_numpy(base.inputs[0][row : row + 1]))
+        torch.autograd.backward(nn.functional.cross_entropy(answers, torch.from_numpy(base.labels[row : row + 1])))
+        gradient = fresh.get_parameter("conv1.weight").grad
+        assert gradient is not None
+        squares.append(gradient.square())
+    torch.testing.assert_close(module.get_parameter("conv1.weight").grad, torch.stack(squares).mean(0))
+
+
+def test_group_lasso_pulls_whole_channels_down(tmp_path: Path) -> None:
+    base = image_base(Residual(width=8))
+    options = TrainingOptions(epochs=3, batch=16, learning_rate=0.01, precision="float32")
+    lengths = {}
+    for strength in (1e-9, 1e-1):
+        pass_ = PruneChannels(ratio=0.3, round_to=2, importance="group_lasso", recovery=options, strength=strength)
+        made = pass_.apply(base.model(), context_of(base, tmp_path / str(strength))).model
+        assert isinstance(made, TorchModel)
+        lengths[strength] = float(made.module.get_parameter("conv1.weight").detach().flatten(1).norm(dim=1).mean())
+    assert lengths[1e-1] < 0.9 * lengths[1e-9]
+    with pytest.raises(ValidationError, match="group_lasso ranks channels after training"):
+        PruneChannels(ratio=0.3, importance="group_lasso")
+    with pytest.raises(ValidationError, match="strength is that of group_lasso"):
+        PruneChannels(ratio=0.3, strength=0.1)

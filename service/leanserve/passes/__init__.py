@@ -7,13 +7,25 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from leanserve.passes.base import Pass
+from leanserve.passes.families.architecture.student import Student
 from leanserve.passes.families.distill.distill import Distill
+from leanserve.passes.families.distill.distill_datafree import DistillDatafree
+from leanserve.passes.families.distill.distill_ensemble import DistillEnsemble
+from leanserve.passes.families.distill.distill_features import DistillFeatures
+from leanserve.passes.families.distill.train_flat import TrainFlat
 from leanserve.passes.families.lowrank.lowrank_conv import LowrankConv
 from leanserve.passes.families.lowrank.lowrank_linear import LowrankLinear
 from leanserve.passes.families.merge.merge import Merge
+from leanserve.passes.families.merge.merge_lora import MergeLora
+from leanserve.passes.families.merge.rebasin import Rebasin
 from leanserve.passes.families.precision.cast import Cast
+from leanserve.passes.families.prune.lottery_ticket import LotteryTicket
+from leanserve.passes.families.prune.prune_at_init import PruneAtInit
 from leanserve.passes.families.prune.prune_channels import PruneChannels
+from leanserve.passes.families.prune.prune_heads import PruneHeads
+from leanserve.passes.families.prune.prune_layers import PruneLayers
 from leanserve.passes.families.prune.prune_magnitude import PruneMagnitude
+from leanserve.passes.families.prune.prune_movement import PruneMovement
 from leanserve.passes.families.prune.prune_oneshot import PruneOneshot
 from leanserve.passes.families.quantize.quantize_dynamic import QuantizeDynamic
 from leanserve.passes.families.quantize.quantize_select import QuantizeSelect
@@ -27,13 +39,25 @@ from leanserve.passes.families.runtime.openvino import OpenVino
 from leanserve.passes.families.runtime.torch_compile import TorchCompile
 
 AnyPass = Annotated[
-    PruneChannels
+    Student
+    | PruneChannels
+    | PruneLayers
+    | PruneHeads
     | LowrankConv
     | LowrankLinear
     | PruneMagnitude
     | PruneOneshot
+    | PruneMovement
+    | PruneAtInit
+    | LotteryTicket
     | Distill
+    | DistillFeatures
+    | DistillDatafree
+    | DistillEnsemble
+    | TrainFlat
     | Merge
+    | Rebasin
+    | MergeLora
     | FoldBn
     | Smooth
     | Cast

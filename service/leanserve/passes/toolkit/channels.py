@@ -72,7 +72,7 @@ def channel_groups(model: TorchModel, importance: Importance, frozen: Collection
     """The groups that may be pruned, in the model's order: none of a frozen layer, none that reaches an output."""
     from torch_pruning.ops import OPTYPE
 
-    graph = _graph(model.module, model.spec)
+    graph = traced_graph(model.module, model.spec)
     names = {child: name for name, child in model.module.named_modules()}
     found = []
     for group in graph.get_all_groups(ignored_layers=list(frozen), root_module_types=[nn.Conv2d, nn.Linear]):
@@ -93,7 +93,7 @@ def without(model: TorchModel, blocks: Sequence[Block]) -> TorchModel:
         PassFailed: the model's code depends on the channel counts that changed.
     """
     made = replace(model, module=copy.deepcopy(model.module))
-    graph = _graph(made.module, made.spec)
+    graph = traced_graph(made.module, made.spec)
     channels: dict[str, list[int]] = {}
     for block in blocks:
         channels.setdefault(block.root, []).extend(block.channels)
@@ -164,7 +164,8 @@ def _check_outputs(model: TorchModel, pruned: Sequence[str]) -> None:
             )
 
 
-def _graph(module: nn.Module, spec: ModelSpec) -> Any:
+def traced_graph(module: nn.Module, spec: ModelSpec) -> Any:
+    """torch-pruning's dependency graph of a module: which channels belong together."""
     import torch_pruning
 
     module.requires_grad_(requires_grad=True)  # the tracing follows gradients

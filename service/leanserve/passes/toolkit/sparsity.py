@@ -56,19 +56,23 @@ def masks_by_score(scores: Mapping[str, Tensor], sparsity: float, scope: Sparsit
     Raises:
         PassFailed: nothing would be left of a layer.
     """
-    if scope == "global":
-        ranked = lowest(torch.cat([item.flatten() for item in scores.values()]), _count(sparsity, scores.values()))
-        parts = torch.split(ranked, [item.numel() for item in scores.values()])
-        masks = {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
-    else:
-        density = dict.fromkeys(scores, 1 - sparsity) if scope == "local" else erk_density(scores, 1 - sparsity)
-        masks = {name: lowest(item, _count(1 - density[name], [item])) for name, item in scores.items()}
+    masks = ranked_masks(scores, sparsity, scope)
     for name, mask in masks.items():
         if not bool(mask.any()):
             raise PassFailed(
-                f"sparsity: {sparsity} leaves nothing of '{name}'; lower it, exclude it or take scope: erk"
+                f"sparsity: {sparsity:.3g} leaves nothing of '{name}'; lower it, exclude it or take scope: erk"
             )
     return masks
+
+
+def ranked_masks(scores: Mapping[str, Tensor], sparsity: float, scope: SparsityScope) -> dict[str, Tensor]:
+    """As `masks_by_score`, whatever is left of a layer."""
+    if scope == "global":
+        ranked = lowest(torch.cat([item.flatten() for item in scores.values()]), _count(sparsity, scores.values()))
+        parts = torch.split(ranked, [item.numel() for item in scores.values()])
+        return {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
+    density = dict.fromkeys(scores, 1 - sparsity) if scope == "local" else erk_density(scores, 1 - sparsity)
+    return {name: lowest(item, _count(1 - density[name], [item])) for name, item in scores.items()}
 
 
 def erk_density(shaped: Mapping[str, Tensor], density: float) -> dict[str, float]:

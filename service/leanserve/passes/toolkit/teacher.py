@@ -5,11 +5,13 @@ Hinton, Vinyals and Dean 2015: the teacher's soft answers say more per row than 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanserve.contracts import Base, ModelSpec, TorchModel
@@ -47,39 +49,72 @@ def require_inputs_of(base: Base, student: TorchModel, kind: str) -> None:
 
 
 class MatchTeacher(Objective):
-    """The student's distance from the base's answers to the same (augmented) inputs, and from the labels."""
+    """The student's distance from a teacher's answers to the same (augmented) inputs, and from the labels.
 
-    def __init__(self, student: TorchModel, base: Base, terms: TeacherTerms) -> None:
-        self._student = student.module
-        self._teacher = base.torch_module().eval()
+    The teacher is the base if no other is given.
+    """
+
+    def __init__(self, student: TorchModel, base: Base, terms: TeacherTerms, teacher: nn.Module | None = None) -> None:
+        self.student = student.module
+        self.teacher = (base.torch_module() if teacher is None else teacher).eval()
         self._alpha = terms.alpha
         self._labelled = student.spec.labelled
         self._measures = terms.measures(student.spec)
-        scales = _scales(self._teacher, student.spec, base) if "mse" in self._measures.values() else {}
+        scales = _scales(self.teacher, student.spec, base) if "mse" in self._measures.values() else {}
         self._outputs = [
             Output(item.meaning, scales.get(index, torch.ones(1)), terms.temperature)
             for index, item in enumerate(student.spec.outputs)
         ]
 
     def to(self, device: str) -> None:
-        self._teacher.to(device)
+        self.teacher.to(device)
         self._outputs = [item._replace(scales=item.scales.to(device)) for item in self._outputs]
 
     def loss(self, inputs: tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
         with torch.no_grad():
-            wanted = _floats(self._teacher(*inputs))
-        given = _floats(self._student(*inputs))
-        distances = [MEASURES[measure](given[i], wanted[i], self._outputs[i]) for i, measure in self._measures.items()]
-        distance = torch.stack(distances).sum()
+            wanted = floats_of(self.teacher(*inputs))
+        return self.compared(floats_of(self.student(*inputs)), wanted, labels)
+
+    def compared(self, given: tuple[Tensor, ...], wanted: tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
+        """The loss of answers, beside those of a teacher and the labels."""
+        distance = self.distance(given, wanted)
         if not self._alpha:
             return distance
         if labels is None:
-            raise PassFailed(f"distill.alpha is {self._alpha}, but the train split has no labels; set it to 0")
+            raise PassFailed(f"alpha is {self._alpha}, but the train split has no labels; set it to 0")
         hard = cross_entropy(given[self._labelled], labels, self._outputs[self._labelled].meaning)
         return self._alpha * hard + (1 - self._alpha) * distance
 
+    def distance(self, given: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> Tensor:
+        """How far answers are from others, each output by its measure."""
+        distances = [MEASURES[measure](given[i], wanted[i], self._outputs[i]) for i, measure in self._measures.items()]
+        return torch.stack(distances).sum()
 
-def _floats(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+
+class Committee(nn.Module):
+    """Several teachers as one: the mean of their probabilities, directions or values."""
+
+    def __init__(self, teachers: Sequence[nn.Module], spec: ModelSpec) -> None:
+        super().__init__()
+        self.teachers = nn.ModuleList(teachers)
+        self._meanings = [item.meaning for item in spec.outputs]
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Logits of classes become those of the mean probabilities."""
+        answers = [floats_of(teacher(*inputs)) for teacher in self.teachers]
+        return tuple(
+            _mean(torch.stack(parts), meaning)
+            for parts, meaning in zip(zip(*answers, strict=True), self._meanings, strict=True)
+        )
+
+
+def _mean(answers: Tensor, meaning: str) -> Tensor:
+    if meaning in ("logits", "log_probabilities"):
+        return answers.log_softmax(-1).logsumexp(0) - math.log(len(answers))
+    return F.normalize(answers, dim=-1).mean(0) if meaning == "embedding" else answers.mean(0)
+
+
+def floats_of(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Outputs in float32: softmax and norms of bfloat16 lose what distillation is about."""
     return tuple(item.float() for item in (outputs if isinstance(outputs, tuple | list) else (outputs,)))
 
@@ -88,7 +123,7 @@ def _scales(teacher: nn.Module, spec: ModelSpec, base: Base) -> dict[int, Tensor
     """By position of the output, what an error of each channel is relative to, shaped to be divided by."""
     batches = base.data("train", SPREAD_ROWS).batches(32)
     with torch.no_grad():
-        answers = [_floats(teacher(*map(torch.from_numpy, batch.inputs))) for batch in batches]
+        answers = [floats_of(teacher(*map(torch.from_numpy, batch.inputs))) for batch in batches]
     found = {}
     for index, parts in enumerate(zip(*answers, strict=True)):
         axis = channel_axis(spec.outputs[index].shape)

@@ -7,10 +7,12 @@ costs minutes of training. Masks of earlier passes are kept.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 
 from leanserve.contracts import BuildContext, Model, ModelSpec
 from leanserve.errors import PassFailed
@@ -18,7 +20,11 @@ from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.training import TrainingOptions, train
 
 if TYPE_CHECKING:
+    from leanserve.contracts import TorchModel
+    from leanserve.passes.toolkit.features import TeachExits
     from leanserve.passes.toolkit.objectives import LossKind
+    from leanserve.passes.toolkit.teacher import MatchTeacher
+    from leanserve.passes.toolkit.training import Objective
 
 
 class Distill(TrainingOptions, Pass):
@@ -33,9 +39,23 @@ class Distill(TrainingOptions, Pass):
     alpha: float = Field(default=0.0, ge=0, le=1)
     """Weight of the hard-label cross-entropy beside the teacher's 1 - alpha; above 0 it needs labels."""
 
+    mode: Literal["offline", "online", "self"] = "offline"
+    """Who teaches: the base; a copy of it that learns along, from the student and the labels (`online`); or the base
+    and, for exits on the student's inner layers, the student's own last answers (`self`)."""
+    weight: PositiveFloat | None = None
+    """Of the exits in mode `self`, beside the answers; 0.5 by default."""
+
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
     stage: ClassVar[Stage] = Stage.TRAINING
     isa_bound: ClassVar[bool] = True  # `precision: auto` trains differently where the CPU has bfloat16
+
+    @model_validator(mode="after")
+    def _options_of_the_mode(self) -> Self:
+        if self.weight is not None and self.mode != "self":
+            raise ValueError(f"weight is that of the exits in mode: self; drop it with mode: {self.mode}")
+        if self.mode == "online" and not self.alpha:
+            raise ValueError("without labels two networks that learn from each other may agree on anything; set alpha")
+        return self
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -54,13 +74,42 @@ class Distill(TrainingOptions, Pass):
         measures = terms.measures(student.spec)
         self._check(student.spec, measures)
         require_inputs_of(context.base, student, self.kind)
-        objective = MatchTeacher(student, context.base, terms)
+        answers = MatchTeacher(student, context.base, terms)
         callbacks = usual_callbacks(student, self, context)
-        outcome = train(student.module, objective, context.base.data("train"), self, callbacks, context)
+        with self._objective(answers, student, context) as objective:
+            outcome = train(student.module, objective, context.base.data("train"), self, callbacks, context)
         named = {student.spec.outputs[index].name: measure for index, measure in measures.items()}
         decisions = {"loss": named, "precision": self.resolved_precision(context)}
         facts = {"first_loss": outcome.first_loss, "last_loss": outcome.last_loss, "epochs": outcome.epochs}
         return Applied(student, decisions, facts)
+
+    @contextmanager
+    def _objective(self, answers: MatchTeacher, student: TorchModel, context: BuildContext) -> Iterator[Objective]:
+        """What the mode lowers; what it watches of the student is let go afterwards."""
+        if self.mode == "offline":
+            yield answers
+        elif self.mode == "online":
+            from leanserve.passes.toolkit.peers import LearnTogether
+
+            yield LearnTogether(answers)
+        else:
+            exits = self._exits(answers, student, context)
+            with exits.watch.watching():
+                yield exits
+
+    def _exits(self, answers: MatchTeacher, student: TorchModel, context: BuildContext) -> TeachExits:
+        import torch
+
+        from leanserve.passes.toolkit.features import TeachExits, stack_layers
+
+        inner = stack_layers(student.module)[:-1]
+        if not inner:
+            raise PassFailed(
+                "mode: self puts exits on the blocks of a list or sequence, and this model has fewer than two"
+            )
+        with torch.random.fork_rng([]):
+            torch.manual_seed(context.seed)
+            return TeachExits(answers, student, inner, 0.5 if self.weight is None else self.weight)
 
     def _check(self, spec: ModelSpec, measures: dict[int, LossKind]) -> None:
         if not measures:

@@ -1,8 +1,11 @@
 """Removes whole channels, so that every kernel stays dense and the model really gets smaller and faster.
 
 Channels are ranked by `l1` or `l2` norm (Li et al., "Pruning Filters for Efficient ConvNets", 2017), by the batch-norm
-scale (Liu et al., "Network Slimming", 2017) or by `taylor`, the first-order change of the loss (Molchanov et al.,
-"Importance Estimation for Neural Network Pruning", 2019); groups of tied channels come from torch-pruning (2023).
+scale (Liu et al., "Network Slimming", 2017), by `taylor`, the first-order change of the loss (Molchanov et al.,
+"Importance Estimation for Neural Network Pruning", 2019), or `hessian`, the second-order one (LeCun et al., "Optimal
+Brain Damage", 1990), by their distance from all other filters (`fpgm`; He et al. 2019), by norms that layers can be
+compared by (`lamp`; Lee et al. 2021) or after training that pulls whole channels to zero (`group_lasso`; Wen et al.
+2016). Groups of tied channels come from torch-pruning (2023).
 
 It buys latency nearly in proportion: a residual CNN with half its MACs is 1.6 times as fast on a CPU in float32, with
 counts in multiples of 16, and 1.3 times without. It costs accuracy until `distill` has recovered it: gate only then.
@@ -10,12 +13,13 @@ counts in multiples of 16, and 1.3 times without. It costs accuracy until `disti
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, model_validator
 
 from leanserve.contracts import BuildContext, Json, Model
 from leanserve.errors import PassFailed
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 
     from leanserve.contracts import TorchModel
     from leanserve.passes.toolkit.channels import Block, ChannelGroup
+    from leanserve.passes.toolkit.training import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +55,8 @@ class PruneChannels(Pass):
     """Share of the prunable channels to remove."""
     macs: float | None = Field(default=None, gt=0, lt=1)
     """Share of the model's MACs to keep."""
-    importance: Literal["l1", "l2", "taylor", "bn_scale"] = "l2"
+    importance: Literal["l1", "l2", "taylor", "hessian", "bn_scale", "fpgm", "lamp", "group_lasso"] = "l2"
+    """`group_lasso` trains with `recovery` before each ranking, while whole channels are pulled towards zero."""
     scope: Literal["global", "uniform"] = "uniform"
     """`global` compares channels across layers, `uniform` removes the same share of every layer."""
     round_to: int = Field(default=16, ge=1)
@@ -60,8 +66,10 @@ class PruneChannels(Pass):
     recovery: Annotated[TrainingOptions, AfterValidator(_in_float32)] | None = None
     """Training towards the base's answers between the steps; after the last one it is `distill` that trains.
     `precision: auto` is float32 here."""
+    strength: PositiveFloat | None = None
+    """Of `group_lasso`: the weight of the channels' lengths in the loss; 0.0001 by default."""
     samples: int = Field(default=256, ge=2)
-    """Calibration rows to re-estimate batch norm, and training rows for `taylor`."""
+    """Calibration rows to re-estimate batch norm, and training rows for `taylor` and `hessian`."""
     targets: Targets = Targets()
     """Layers whose outputs may be pruned."""
 
@@ -76,19 +84,25 @@ class PruneChannels(Pass):
         return self
 
     @model_validator(mode="after")
-    def _steps_differ(self) -> Self:
+    def _training_counts(self) -> Self:
+        if self.importance == "group_lasso":
+            if self.recovery is None:
+                raise ValueError("group_lasso ranks channels after training that pulls them to zero; set recovery")
+            return self
+        if self.strength is not None:
+            raise ValueError(f"strength is that of group_lasso; drop it with importance: {self.importance}")
         if self.steps == 1 and self.recovery is not None:
             raise ValueError("recovery trains between steps, and there is one; raise steps, or let distill follow")
-        if self.steps > 1 and self.recovery is None and self.importance != "taylor":
+        if self.steps > 1 and self.recovery is None and self.importance not in ("taylor", "hessian"):
             raise ValueError(
                 f"steps: {self.steps} would measure '{self.importance}' of weights that nothing has trained in "
-                "between, which comes to one step; set recovery, importance: taylor, or steps: 1"
+                "between, which comes to one step; set recovery, importance: taylor or hessian, or steps: 1"
             )
         return self
 
     @property
     def needs(self) -> frozenset[Need]:
-        ranks: frozenset[Need] = frozenset({"train", "labels"}) if self.importance == "taylor" else frozenset()
+        ranks: frozenset[Need] = frozenset({"train", "labels"}) if self._by_labels else frozenset()
         trains = frozenset() if self.recovery is None else self.recovery.training_needs
         return ranks | trains | {"calibration"}
 
@@ -99,7 +113,10 @@ class PruneChannels(Pass):
         from leanserve.runtime.formats.torch_size import count_macs, count_parameters
 
         made = base = copy_of(model, self.kind)
-        first = groups = self._groups(base, context)
+        if self.importance == "group_lasso":
+            made = replace(base, module=copy.deepcopy(base.module))
+            self._train(made, replace(context, scratch=context.scratch / "lasso"), lasso=True)
+        first = groups = self._groups(made, context)
         if not self._blocks(groups, first):
             raise PassFailed(f"round_to: no prunable layer has more than {self.round_to} channels; lower it")
         whole = self._size(first, base)
@@ -116,7 +133,8 @@ class PruneChannels(Pass):
             changed = differences(base.module, made.module)
             refit_batch_norm(made, changed, context.base.data("calibration", self.samples, made.spec))
             if self.recovery is not None and step < self.steps:
-                self._recover(made, self.recovery, replace(context, scratch=context.scratch / f"step-{step}"))
+                place = replace(context, scratch=context.scratch / f"step-{step}")
+                self._train(made, place, lasso=self.importance == "group_lasso")
         self._check(kept(made))
         context.progress(self.steps, self.steps, "pruned")
         return Applied(
@@ -133,15 +151,24 @@ class PruneChannels(Pass):
 
         return reshape(module, decisions["layers"])
 
-    def _recover(self, model: TorchModel, options: TrainingOptions, context: BuildContext) -> None:
-        """Train in place what the channels that are left can learn, so that the next step measures it."""
+    @property
+    def _by_labels(self) -> bool:
+        return self.importance in ("taylor", "hessian")
+
+    def _train(self, model: TorchModel, context: BuildContext, *, lasso: bool) -> None:
+        """Train in place what the channels that are left can learn, so that the next ranking measures it."""
         from leanserve.passes.toolkit.callbacks import usual_callbacks
+        from leanserve.passes.toolkit.group_lasso import GroupLasso
+        from leanserve.passes.toolkit.permutations import permutation_groups
         from leanserve.passes.toolkit.teacher import MatchTeacher, TeacherTerms
 
-        objective = MatchTeacher(model, context.base, TeacherTerms())
-        callbacks = usual_callbacks(model, options, context)
+        assert self.recovery is not None
+        objective: Objective = MatchTeacher(model, context.base, TeacherTerms())
+        if lasso:
+            objective = GroupLasso(objective, model.module, permutation_groups(model), self.strength or 1e-4)
+        callbacks = usual_callbacks(model, self.recovery, context)
         data = context.base.data("train", spec=model.spec)
-        train(model.module, objective, data, options, callbacks, context)
+        train(model.module, objective, data, self.recovery, callbacks, context)
 
     def _groups(self, model: TorchModel, context: BuildContext) -> list[ChannelGroup]:
         """The prunable groups with their importance in `model`."""
@@ -153,8 +180,9 @@ class PruneChannels(Pass):
         chosen = self.targets.select(model.module, nn.Conv2d, nn.Linear).values()
         frozen = [child for child in model.module.modules() if isinstance(child, nn.Conv2d | nn.Linear)]
         frozen = [child for child in frozen if child not in set(chosen)]
-        data = context.base.data("train", self.samples, model.spec) if self.importance == "taylor" else None
-        return channel_groups(model, importance_of(self.importance, model, data), frozen)
+        data = context.base.data("train", self.samples, model.spec) if self._by_labels else None
+        criterion = "l2" if self.importance == "group_lasso" else self.importance
+        return channel_groups(model, importance_of(criterion, model, data), frozen)
 
     def _blocks(self, groups: Sequence[ChannelGroup], first: Sequence[ChannelGroup]) -> list[Block]:
         """Everything that can be removed, in the order of removal; `first` are the groups before any pruning."""

@@ -1,0 +1,74 @@
+"""Takes out the weights that training moves towards zero, not those that are small (Sanh et al. 2020).
+
+For models that are tuned to another task than they were trained for: there the large weights are those of the old one.
+With a `block` whole tiles go, for example of 16 x 16. It trains towards the base's answers, with `alpha` towards
+labels, and costs one training. On a model that only has to answer as before `prune_magnitude` does as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from leanserve.contracts import BuildContext, Model
+from leanserve.errors import PassFailed
+from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
+from leanserve.passes.toolkit.targets import Targets
+from leanserve.passes.toolkit.training import TrainingOptions, train
+
+
+class PruneMovement(TrainingOptions, Pass):
+    """Sparsity that is learned while the model trains."""
+
+    kind: Literal["prune_movement"] = "prune_movement"
+    sparsity: float = Field(gt=0, lt=1)
+    """Share of every layer's weights (or blocks) that becomes zero."""
+    block: tuple[PositiveInt, PositiveInt] = (1, 1)
+    """Outputs times inputs that go together; kernels are laid flat."""
+    ramp: float = Field(default=0.7, gt=0, le=1)
+    """Share of the training in which the sparsity grows."""
+    alpha: float = Field(default=0.0, ge=0, le=1)
+    """Weight of the hard labels beside the base's answers; above 0 it needs labels."""
+    targets: Targets = Targets()
+    """Modules whose matrices and kernels may lose weights; embedding tables never do."""
+
+    requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
+    stage: ClassVar[Stage] = Stage.SPARSIFICATION
+    simulated: ClassVar[bool] = True
+    isa_bound: ClassVar[bool] = True  # `precision: auto` trains differently where the CPU has bfloat16
+
+    @model_validator(mode="after")
+    def _ends_sparse(self) -> Self:
+        if self.patience is not None or self.ema:
+            raise ValueError("patience and ema end in weights of an earlier sparsity; drop them")
+        return self
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        labels: frozenset[Need] = frozenset({"labels"}) if self.alpha else frozenset()
+        return self.training_needs | labels
+
+    def apply(self, model: Model, context: BuildContext) -> Applied:
+        from leanserve.passes.toolkit.callbacks import usual_callbacks
+        from leanserve.passes.toolkit.masks import masks_of
+        from leanserve.passes.toolkit.movement import GrowMovement, MovementScores
+        from leanserve.passes.toolkit.sparsity import apply_masks, sparse_weights, sparsity_of
+        from leanserve.passes.toolkit.structure import copy_of
+        from leanserve.passes.toolkit.teacher import MatchTeacher, TeacherTerms, require_inputs_of
+
+        made = copy_of(model, self.kind)
+        made = replace(made, masks=masks_of(made))
+        require_inputs_of(context.base, made, self.kind)
+        if self.alpha and not made.spec.labels:
+            raise PassFailed(f"alpha is {self.alpha}, but the base has no classes; set it to 0")
+        answers = MatchTeacher(made, context.base, TeacherTerms(alpha=self.alpha))
+        scores = MovementScores(answers, sparse_weights(made, self.targets), self.sparsity, self.block)
+        callbacks = [*usual_callbacks(made, self, context), GrowMovement(scores, self.ramp)]
+        outcome = train(made.module, scores, context.base.data("train"), self, callbacks, context)
+        chosen = {name: mask.cpu() for name, mask in scores.masks().items()}
+        masks = {name: mask & made.masks[name] if name in made.masks else mask for name, mask in chosen.items()}
+        apply_masks(made.module, masks)
+        facts = {"sparsity": sparsity_of(masks), "first_loss": outcome.first_loss, "last_loss": outcome.last_loss}
+        return Applied(replace(made, masks={**made.masks, **masks}), {}, facts)
