@@ -15,7 +15,7 @@ from leanserve.bases.opening import Origin, open_base
 from leanserve.bases.shipped import shipped_module
 from leanserve.bases.sources.python_imports import make_torchvision_importable
 from leanserve.config.schema import read_config
-from leanserve.contracts import ArrayData, Arrays, Base, Share, TorchModel
+from leanserve.contracts import ArrayData, Arrays, Base, Model, Share, TorchModel
 from leanserve.errors import ConfigError
 from leanserve.evaluation.measure import outputs_on
 from leanserve.runtime.formats import open_backend
@@ -88,13 +88,15 @@ def test_a_row_without_any_token_gives_zeros(encoder: SentenceBert) -> None:
 
 def test_the_int8_variant_as_configured_keeps_its_promise(encoder: SentenceBert, base: Base, tmp_path: Path) -> None:
     variant = next(item for item in read_config(CONFIG).variants if item.name == "int8")
-    quantize = variant.passes[0].model_copy(update={"samples": 32})
     context = context_of(base, tmp_path)
-    backend = open_backend(quantize.apply(TorchModel(encoder, base.spec), context).model, Share(1))
+    model: Model = TorchModel(encoder, base.spec)
+    for pass_ in variant.passes[:2]:
+        model = pass_.model_copy(update={"samples": 32}).apply(model, context).model
+    backend = open_backend(model, Share(1))
     gate = base.data("gate", 40)
     found = outputs_on(backend, gate)[0]
     wanted = np.concatenate([embeddings(encoder, batch.inputs) for batch in gate.batches(8)])
-    assert np.sum(found * wanted, axis=1).mean() >= 0.99
+    assert np.sum(found * wanted, axis=1).mean() >= 0.995
     # Nor does an answer depend on the company in its batch.
     alone = next(iter(gate.batches(1))).inputs
     np.testing.assert_allclose(backend.run(alone).outputs[0][0], found[0], atol=1e-5)

@@ -59,6 +59,7 @@ CASES: Mapping[str, tuple[Mapping[str, Any], float]] = {
     "smooth": ({}, 0.99999),
     "cast": ({}, 0.999),
     "quantize_static": ({}, 0.99),
+    "qat": ({"epochs": 1, "precision": "float32"}, 0.98),
     "quantize_select": ({"max_drop": 0.5}, 0.99),
     "quantize_dynamic": ({}, 0.99),
     "quantize_weights": ({}, 0.97),
@@ -68,6 +69,10 @@ CASES: Mapping[str, tuple[Mapping[str, Any], float]] = {
     "torch_compile": ({"buckets": [4], "freezing": "off"}, 0.9999),
 }
 LINEAR = {"lowrank_linear", "smooth", "quantize_dynamic", "quantize_weights"}
+
+
+BEFORE: Mapping[str, list[Mapping[str, Any]]] = {"qat": [{"kind": "fold_bn"}]}
+"""What a pass cannot do without before it."""
 
 
 def base_for(kind: str) -> TinyBase:
@@ -85,7 +90,7 @@ def variant_of(kind: str) -> ServiceConfig:
     """Its last variant has the pass as its last; what a joining pass joins is the base and a student of it."""
     step = {"kind": kind, **CASES[kind][0]}
     if not PASS.validate_python(step).joins:
-        return config_of([step])
+        return config_of([*BEFORE.get(kind, ()), step])
     variants = [
         {"name": "teacher"},
         {"name": "student", "passes": [{"kind": "distill", **CASES["distill"][0]}]},

@@ -27,6 +27,7 @@ from leanserve.passes.families.prune.prune_layers import PruneLayers
 from leanserve.passes.families.prune.prune_magnitude import PruneMagnitude
 from leanserve.passes.families.prune.prune_movement import PruneMovement
 from leanserve.passes.families.prune.prune_oneshot import PruneOneshot
+from leanserve.passes.families.quantize.qat import Qat
 from leanserve.passes.families.quantize.quantize_dynamic import QuantizeDynamic
 from leanserve.passes.families.quantize.quantize_select import QuantizeSelect
 from leanserve.passes.families.quantize.quantize_static import QuantizeStatic
@@ -64,6 +65,7 @@ AnyPass = Annotated[
     | QuantizeDynamic
     | QuantizeStatic
     | QuantizeSelect
+    | Qat
     | QuantizeWeights
     | ChannelsLast
     | OnnxRuntime
