@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-def forget(module: nn.Module, seed: int) -> None:
+def begin_anew(module: nn.Module, seed: int) -> None:
     """Begin anew, in place: layers as torch makes them, parameters of no layer as small random numbers."""
     with torch.random.fork_rng([]), torch.no_grad():
         torch.manual_seed(seed)

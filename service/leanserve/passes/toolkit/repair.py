@@ -21,7 +21,7 @@ from leanserve.passes.toolkit.layer_calls import trace_calls
 ROWS = 64
 FLAT = 1e-6
 """Spread below which a channel is constant and only its mean is set."""
-Layer: TypeAlias = nn.Linear | nn.Conv2d
+HiddenLayer: TypeAlias = nn.Linear | nn.Conv2d
 
 
 class Spread(NamedTuple):
@@ -75,7 +75,7 @@ def average_spread(parents: Sequence[Mapping[str, Spread]], shares: Sequence[flo
 
 
 @torch.no_grad()
-def _set(layer: Layer, found: Spread, goal: Spread) -> None:
+def _set(layer: HiddenLayer, found: Spread, goal: Spread) -> None:
     scale = torch.where(found.deviation > FLAT, goal.deviation / found.deviation.clamp_min(FLAT), 1.0)
     bias = torch.zeros(len(scale), dtype=torch.float64) if layer.bias is None else layer.bias.double()
     shift = (bias - found.mean) * scale + goal.mean
@@ -84,9 +84,9 @@ def _set(layer: Layer, found: Spread, goal: Spread) -> None:
         layer.bias.copy_(shift)
 
 
-def _hidden_layers(model: TorchModel) -> dict[str, Layer]:
+def _hidden_layers(model: TorchModel) -> dict[str, HiddenLayer]:
     """By name in the order of execution, each once; not the last, whose outputs are answers."""
-    found = {name: child for name, child in model.module.named_modules() if isinstance(child, Layer)}
+    found = {name: child for name, child in model.module.named_modules() if isinstance(child, HiddenLayer)}
     order: list[str] = []
     with ExitStack() as stack:
         for name, layer in found.items():
@@ -95,7 +95,7 @@ def _hidden_layers(model: TorchModel) -> dict[str, Layer]:
     return {name: found[name] for name in dict.fromkeys(order) if order.count(name) == 1 and name != order[-1]}
 
 
-def _run(model: TorchModel, layers: Mapping[str, Layer], data: Data, see: Any) -> None:
+def _run(model: TorchModel, layers: Mapping[str, HiddenLayer], data: Data, see: Any) -> None:
     with ExitStack() as stack, torch.no_grad():
         for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(lambda _, __, output, name=name: see(name, output)).remove)
@@ -103,6 +103,6 @@ def _run(model: TorchModel, layers: Mapping[str, Layer], data: Data, see: Any) -
             model.module(*inputs)
 
 
-def _flat(layer: Layer, output: Tensor) -> Tensor:
+def _flat(layer: HiddenLayer, output: Tensor) -> Tensor:
     """[positions, channels]."""
     return (output.movedim(1, -1) if isinstance(layer, nn.Conv2d) else output).reshape(-1, len(layer.weight))

@@ -38,7 +38,7 @@ class Skip(nn.Module):
 
 
 @dataclass(frozen=True)
-class Block:
+class StackBlock:
     """A block by its name; `items` is the length of the tuple it gives, 0 for a tensor. `stack` holds it and others."""
 
     name: str
@@ -50,7 +50,7 @@ class Block:
         return self.name.rpartition(".")[0]
 
 
-def blocks_of(model: TorchModel, targets: Targets) -> list[Block]:
+def blocks_of(model: TorchModel, targets: Targets) -> list[StackBlock]:
     """The blocks among the targets, in the order of execution; not those inside of others.
 
     Raises:
@@ -64,7 +64,7 @@ def blocks_of(model: TorchModel, targets: Targets) -> list[Block]:
         and any(True for _ in child.children())
         and any(True for _ in child.parameters())
     }
-    calls: dict[str, list[Block | None]] = {name: [] for name in wanted}
+    calls: dict[str, list[StackBlock | None]] = {name: [] for name in wanted}
     with ExitStack() as stack, torch.no_grad():
         for name, child in wanted.items():
             hook = _recorder(calls, name)
@@ -88,7 +88,7 @@ def skip(module: nn.Module, blocks: Mapping[str, Json]) -> nn.Module:
 
 
 @torch.no_grad()
-def changes_of(model: TorchModel, blocks: list[Block], data: Data) -> dict[str, float]:
+def changes_of(model: TorchModel, blocks: list[StackBlock], data: Data) -> dict[str, float]:
     """By block, 1 - the cosine between what goes in and what comes out, mean over positions (Men et al., "ShortGPT",
     2024): a block that changes little can go."""
     sums, counts = dict.fromkeys((item.name for item in blocks), 0.0), dict.fromkeys((item.name for item in blocks), 0)
@@ -111,11 +111,11 @@ def changes_of(model: TorchModel, blocks: list[Block], data: Data) -> dict[str, 
     return {name: total / counts[name] for name, total in sums.items()}
 
 
-def _recorder(calls: dict[str, list[Block | None]], name: str) -> Any:
+def _recorder(calls: dict[str, list[StackBlock | None]], name: str) -> Any:
     def hook(_: nn.Module, inputs: tuple[Any, ...], __: Mapping[str, Any], output: Any) -> None:
         first = output[0] if isinstance(output, tuple) and output else output
         alike = bool(inputs) and isinstance(first, Tensor) and isinstance(inputs[0], Tensor)
         same = alike and inputs[0].shape == first.shape and inputs[0].dtype == first.dtype
-        calls[name].append(Block(name, len(output) if isinstance(output, tuple) else 0) if same else None)
+        calls[name].append(StackBlock(name, len(output) if isinstance(output, tuple) else 0) if same else None)
 
     return hook

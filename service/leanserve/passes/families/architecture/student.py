@@ -58,7 +58,7 @@ class Student(Pass):
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.activations import refit_batch_norm
-        from leanserve.passes.toolkit.beginnings import forget
+        from leanserve.passes.toolkit.beginnings import begin_anew
         from leanserve.passes.toolkit.stacks import skip
         from leanserve.passes.toolkit.structure import copy_of, differences
         from leanserve.runtime.formats.torch_size import count_macs, count_parameters
@@ -71,7 +71,7 @@ class Student(Pass):
         made = made if self.width is None else self._thinner(made, self.width)
         changed = differences(whole.module, made.module)
         if self.init == "random":
-            forget(made.module, context.seed)
+            begin_anew(made.module, context.seed)
         else:
             data = context.base.data("calibration", self.samples, made.spec)
             refit_batch_norm(made, [*skipped, *changed], data)

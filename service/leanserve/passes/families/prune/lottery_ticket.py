@@ -61,12 +61,12 @@ class LotteryTicket(TrainingOptions, Pass):
         return True
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
-        from leanserve.passes.toolkit.beginnings import forget
+        from leanserve.passes.toolkit.beginnings import begin_anew
         from leanserve.passes.toolkit.sparsity import apply_masks, sparsity_of
         from leanserve.passes.toolkit.structure import copy_of
 
         ticket = replace(copy_of(model, self.kind), masks={})
-        forget(ticket.module, context.seed)
+        begin_anew(ticket.module, context.seed)
         if self.rewind:
             self._train(ticket, self.rewind, context, "rewind")
         early = copy.deepcopy(ticket.module.state_dict())
@@ -78,7 +78,7 @@ class LotteryTicket(TrainingOptions, Pass):
             apply_masks(ticket.module, masks)
             ticket = replace(ticket, masks=masks)
         other = replace(ticket, module=copy.deepcopy(ticket.module))
-        forget(other.module, context.seed + 1)
+        begin_anew(other.module, context.seed + 1)
         apply_masks(other.module, masks)
         values = {}
         for name, contestant in (("ticket", ticket), ("random", other)):

@@ -45,13 +45,13 @@ class PruneAtInit(Pass):
         return frozenset() if self.method == "synflow" else frozenset({"train", "labels"})
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
-        from leanserve.passes.toolkit.beginnings import forget
+        from leanserve.passes.toolkit.beginnings import begin_anew
         from leanserve.passes.toolkit.sparsity import apply_masks, sparse_weights, sparsity_of
         from leanserve.passes.toolkit.structure import copy_of
 
         made = copy_of(model, self.kind)
         if self.init == "random":
-            forget(made.module, context.seed)
+            begin_anew(made.module, context.seed)
         masks = self._masks(made, list(sparse_weights(made, self.targets)), context)
         masks = {name: mask & made.masks[name] if name in made.masks else mask for name, mask in masks.items()}
         apply_masks(made.module, masks)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from leanserve.contracts import Data, TorchModel
-    from leanserve.passes.toolkit.stacks import Block
+    from leanserve.passes.toolkit.stacks import StackBlock
 
 
 class PruneLayers(Pass):
@@ -76,7 +76,9 @@ class PruneLayers(Pass):
 
         return skip(module, decisions["dropped"])
 
-    def _least(self, model: TorchModel, blocks: list[Block], data: Data, context: BuildContext) -> tuple[str, float]:
+    def _least(
+        self, model: TorchModel, blocks: list[StackBlock], data: Data, context: BuildContext
+    ) -> tuple[str, float]:
         """The block that is missed least, and its score."""
         from leanserve.passes.toolkit.stacks import changes_of
 
@@ -86,7 +88,7 @@ class PruneLayers(Pass):
             scores = {block.name: self._distance_without(model, block, data, context) for block in blocks}
         return min(scores.items(), key=lambda item: item[1])
 
-    def _distance_without(self, model: TorchModel, block: Block, data: Data, context: BuildContext) -> float:
+    def _distance_without(self, model: TorchModel, block: StackBlock, data: Data, context: BuildContext) -> float:
         from leanserve.passes.toolkit.activations import refit_batch_norm
         from leanserve.passes.toolkit.barrier import answer_loss
         from leanserve.passes.toolkit.stacks import skip
