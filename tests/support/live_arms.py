@@ -90,16 +90,12 @@ class Arms:
     async def experiment(self) -> Json:
         return (await self.client.get("/v1/experiment")).json()["experiment"]
 
-    async def until_over(self, most: int = 1500) -> Json:
-        """Ask, a few at a time, until the experiment has ended."""
-        for _ in range(most // 8):
+    async def until_over(self) -> Json:
+        """Ask, a few at a time, until the experiment has ended; `play` waits for no scene for ever."""
+        while self.service.experiments.running is not None:
             await asyncio.gather(*(self.ask() for _ in range(2)))
             await asyncio.sleep(0.008)
-            record = self.service.experiments.record
-            assert record is not None
-            if record.state != "running":
-                return await self.experiment()
-        raise AssertionError(f"nothing decided: {await self.experiment()}")
+        return await self.experiment()
 
 
 Scene = Callable[[Arms], Awaitable[None]]
