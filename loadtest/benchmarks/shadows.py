@@ -4,7 +4,7 @@
 
 Batches sleep for 5 ms, so that other programs on the machine have little part in it; queues, lanes, shadows, looks,
 verdict and ramp are the service's own. Requests come at a steady rate of 50 a second; to saturate it, 32 clients ask
-again as soon as they are answered. Turns with an experiment that answers all batches again alternate with turns without.
+again as soon as they are answered. Turns with an experiment that answers all batches again alternate with others.
 """
 
 from __future__ import annotations
