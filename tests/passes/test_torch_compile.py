@@ -77,11 +77,15 @@ def test_a_fixed_choice_is_not_measured_against_the_other(tmp_path: Path) -> Non
 @pytest.mark.parametrize("freezing", ["on", "off"])
 def test_any_batch_answers_as_eager_does_with_one_graph_per_bucket(freezing: str) -> None:
     compiled, eager = equipped(TorchCompile(buckets=(4, 1)), freezing)
-    before = graphs()
+    before, told = graphs(), []
     for rows in (1, 2, 4, 11):
         batch = SPEC.example(rows)
-        assert compiled.run(batch).outputs[0] == pytest.approx(eager.run(batch).outputs[0], abs=1e-5)
+        result = compiled.run(batch)
+        assert result.outputs[0] == pytest.approx(eager.run(batch).outputs[0], abs=1e-5)
+        told.append(dict(result.facts))
     assert graphs() - before == 2
+    assert told == [{"compiled_graphs": 1}, {"compiled_graphs": 1}, {}, {}], "each is told with the batch that made it"
+    assert not eager.run(batch).facts
     assert (compiled.row_buckets, eager.row_buckets) == ((1, 4), ())
 
 

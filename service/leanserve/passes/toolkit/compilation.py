@@ -46,6 +46,11 @@ class CompiledModule(nn.Module):
         self._options = dict(options)
         self._graphs: dict[int, Callable[..., Any]] = {}
 
+    @property
+    def compilations(self) -> int:
+        """Graphs that were compiled so far: one per row count, all of them at warm-up."""
+        return len(self._graphs)
+
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor | Tensors:
         rows = len(inputs[0])
         if rows in self.row_buckets or not self.row_buckets:

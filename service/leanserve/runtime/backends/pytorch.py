@@ -19,7 +19,8 @@ class TorchBackend:
     """A `contracts.Backend`. Run it on threads on which one was created: that sets their threads and denormals.
 
     A module with an attribute `row_buckets` is compiled: it is fed as it was compiled, and the attribute says for which
-    numbers of rows (empty: any). Any other module is fed channels-last images if its weights are channels-last.
+    numbers of rows (empty: any). How many graphs it compiles in a batch, as its `compilations` counts them, is told
+    with the batch. Any other module is fed channels-last images if its weights are channels-last.
     """
 
     def __init__(self, model: TorchModel, threads: int, device: str = "cpu") -> None:
@@ -30,6 +31,7 @@ class TorchBackend:
         self._dtypes = [_torch_dtype(item.dtype) for item in model.spec.outputs]
         compiled: tuple[int, ...] | None = getattr(model.module, "row_buckets", None)
         self._row_buckets = compiled or ()
+        self._compiles = compiled is not None
         self._channels_last = compiled is None and _has_channels_last_weights(model.module)
 
     @property
@@ -56,6 +58,7 @@ class TorchBackend:
                 inputs = [_to_channels_last(item) for item in inputs]
             if self._device != "cpu":
                 inputs = [item.to(self._device) for item in inputs]
+            before = self._compilations()
             try:
                 outputs = self._module(*inputs)
             except IndexError as error:
@@ -64,7 +67,11 @@ class TorchBackend:
                 raise BadInput(f"the model looks up what an input's values point to: {error}") from error
             tensors = outputs if isinstance(outputs, tuple) else (outputs,)
             outputs = (item.to("cpu", dtype).numpy() for item, dtype in zip(tensors, self._dtypes, strict=True))
-            return Result(tuple(outputs))
+            made = self._compilations() - before
+            return Result(tuple(outputs), {"compiled_graphs": made}) if made else Result(tuple(outputs))
+
+    def _compilations(self) -> int:
+        return int(getattr(self._module, "compilations", 0)) if self._compiles else 0
 
     def close(self) -> None:
         """Let go of the weights."""
