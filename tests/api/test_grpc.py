@@ -132,6 +132,14 @@ def test_typed_contents_are_answered_typed(infer: Any) -> None:
     assert not reply.raw_output_contents
 
 
+def test_a_call_has_as_many_headers_as_a_request(infer: Any) -> None:
+    assert infer(typed(), metadata=[(f"x-{number}", "b") for number in range(80)])
+    with pytest.raises(grpc.RpcError) as refused:
+        infer(typed(), metadata=[(f"x-{number}", "b") for number in range(101)])
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "limits.headers" in refused.value.details()
+
+
 def changed(change: Callable[[Any], Any]) -> Any:
     made = typed()
     change(made)

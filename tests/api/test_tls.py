@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import runpy
+import socket
 import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,6 +144,18 @@ def test_the_health_check_of_the_image_works_with_and_without_tls(live: Live) ->
         plain.service.fleet.drain()
         assert not is_ready(plain.http)
     assert not is_ready(plain.http)
+
+
+def test_who_says_nothing_is_not_waited_for(folder: Path) -> None:
+    declared = TlsConfig(certificate=Path("server.pem"), key=Path("server.key"))
+    with live_server(tls=tls_files(declared, folder / "leanserve.yaml"), limits={"head_s": 0.5}) as live:
+        host, _, port = live.http.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=10) as silent:
+            began = time.monotonic()
+            assert silent.recv(1) == b""
+            assert time.monotonic() - began > 0.4
+        with client(live, folder, None) as http:
+            assert http.get("/readyz").status_code == 200
 
 
 def shown(address: str) -> str:

@@ -183,9 +183,10 @@ class Server(uvicorn.Server):
         self._is_reload_wanted = False
         self._reloading: asyncio.Task[None] | None = None
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - it has its own
         """Listen, and begin to start what is served."""
-        await super().startup(sockets)
+        await super().startup([])
+        self.servers = [await self._listen(asyncio.get_running_loop())]
         if self._address.grpc is not None:
             from leanserve.api.v2.grpc_server import GrpcPort, start_grpc
 
@@ -194,6 +195,16 @@ class Server(uvicorn.Server):
             self._grpc = await start_grpc(port, self._start.startup, self._access)
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._run_start, args=(loop,), name="start", daemon=True).start()
+
+    async def _listen(self, loop: asyncio.AbstractEventLoop) -> asyncio.Server:
+        """As uvicorn does, which gives clients a minute for the handshake of TLS, in which nobody counts them."""
+        config = self.config
+        protocol: Callable[..., asyncio.Protocol] = config.http_protocol_class
+        made = partial(protocol, config=config, server_state=self.server_state, app_state=self.lifespan.state)
+        wait_s = None if config.ssl is None else self._connections.limits.head_s
+        return await loop.create_server(
+            made, sock=self._address.http, ssl=config.ssl, backlog=config.backlog, ssl_handshake_timeout=wait_s
+        )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - it has its own
         """Take no more connections and calls, and let those that are open finish."""

@@ -47,6 +47,11 @@ class MessageRoom:
         self._timer: asyncio.TimerHandle | None = None
         self._log = RateLimitedLog(logger)
 
+    @property
+    def most_headers(self) -> int:
+        """Fields of metadata that a call may have."""
+        return self._limits.headers
+
     def keep(self, limits: HttpLimits) -> None:
         """Keep these limits from now on, but for the size of the largest message, which gRPC knows for good."""
         self._limits = limits._replace(body_bytes=self._limits.body_bytes)

@@ -166,9 +166,7 @@ async def start_grpc(at: GrpcPort, startup: Startup, access: Access) -> GrpcServ
     }
     services = {SERVICE: methods, HEALTH: _health_methods(health, door)}
     services |= dict.fromkeys(REFLECTION, _reflection_methods(tuple(services), door))
-    server.add_generic_rpc_handlers(
-        tuple(grpc.method_handlers_generic_handler(name, handlers) for name, handlers in services.items())
-    )
+    server.add_generic_rpc_handlers((_Methods(services, room),))
     address = f"[{at.host}]:{at.port}" if ":" in at.host else f"{at.host}:{at.port}"
     try:
         if at.credentials is None:
@@ -277,6 +275,33 @@ async def _refuse(failure: ServiceError, context: Context) -> Any:
     told = [(name.decode(), value.decode()) for name, value in identity]
     context.set_trailing_metadata((*told, *error_headers(failure).items()))
     return await context.abort(grpc_status(failure.status), clipped(str(failure)))
+
+
+class _Methods:
+    """A `grpc.GenericRpcHandler`: finds what answers a call.
+
+    One with more metadata than HTTP takes headers is refused before anybody looks at them. gRPC itself ends such a
+    call, by their size, but hands all of them over first; a dictionary of a hundred thousand stops the loop for 0.1 s.
+    """
+
+    def __init__(self, services: Mapping[str, Mapping[str, grpc.RpcMethodHandler]], room: MessageRoom) -> None:
+        self._methods = {
+            f"/{service}/{name}": handler
+            for service, handlers in services.items()
+            for name, handler in handlers.items()
+        }
+        self._room = room
+        self._refusing = grpc.stream_stream_rpc_method_handler(self._refuse)
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        """The handler of a call, if there is that method."""
+        if len(handler_call_details.invocation_metadata) > self._room.most_headers:
+            return self._refusing
+        return self._methods.get(handler_call_details.method)
+
+    async def _refuse(self, _: Any, context: Context) -> None:
+        text = f"the call has more than {self._room.most_headers} fields of metadata (limits.headers)"
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
 
 
 class _Door:
