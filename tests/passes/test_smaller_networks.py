@@ -202,3 +202,9 @@ def test_what_is_left_exports_and_answers_the_same(tmp_path: Path) -> None:
     exported = OnnxRuntime().apply(model, context_of(base, tmp_path / "onnx")).model
     given = open_backend(exported, Share(1)).run(base.inputs).outputs[0]
     np.testing.assert_allclose(given, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_thinner_transformer_keeps_its_heads(tmp_path: Path) -> None:
+    made = reloaded(Student(width=0.5), stacked_base(Stacked(Fused)), tmp_path).module
+    assert made.get_parameter("layers.0.attention.qkv.weight").shape[0] == 3 * WIDTH
+    assert made.get_parameter("layers.0.up.weight").shape[0] == WIDTH

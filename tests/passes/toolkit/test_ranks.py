@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from leanserve.errors import PassFailed
+from leanserve.passes.toolkit.noise_rank import directions_above_noise
 from leanserve.passes.toolkit.ranks import Candidate, RankRule
 
 
@@ -20,7 +22,15 @@ FLAT = [1.0] * 100
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"rank": 4, "energy": 0.5}, {"energy": 0.5, "macs": 0.5}, {"rank": 4, "round_to": 8}, {"macs": 1.0}]
+    "options",
+    [
+        {},
+        {"rank": 4, "energy": 0.5},
+        {"energy": 0.5, "macs": 0.5},
+        {"rank": 4, "round_to": 8},
+        {"macs": 1.0},
+        {"vbmf": True, "rank": 4},
+    ],
 )
 def test_exactly_one_rule(options: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
@@ -69,3 +79,25 @@ def test_macs_are_met_from_below_and_nearly_used(share: float, decays: list[floa
 def test_macs_out_of_reach_say_what_remains() -> None:
     with pytest.raises(PassFailed, match=r"macs: 0.3 cannot be reached, the lowest ranks still leave 0.510"):
         RankRule(macs=0.3, round_to=1).choose({"a": candidate(FALLING)}, 20_000, {})
+
+
+def spectrum_of(rank: int, noise: float, sides: tuple[int, int] = (60, 200)) -> list[float]:
+    random = np.random.default_rng(0)
+    signal = random.standard_normal((sides[0], rank)) @ random.standard_normal((rank, sides[1]))
+    values = np.linalg.svd(signal + noise * random.standard_normal(sides), compute_uv=False)
+    squares: list[float] = (values**2).tolist()
+    return squares
+
+
+@pytest.mark.parametrize("rank", [1, 5, 20])
+@pytest.mark.parametrize("noise", [0.01, 1.0])
+def test_what_is_more_than_noise_is_counted(rank: int, noise: float) -> None:
+    assert directions_above_noise(spectrum_of(rank, noise), (60, 200)) == rank
+    assert directions_above_noise(spectrum_of(rank, noise), (200, 60)) == rank
+
+
+def test_noise_alone_has_one_direction_and_a_layer_gets_what_its_weight_has() -> None:
+    assert directions_above_noise(spectrum_of(0, 1.0), (60, 200)) == 1
+    item = Candidate((spectrum_of(5, 0.1),), 12_000, lambda ranks: ranks[0] * 260, ((60, 200),))
+    assert RankRule(vbmf=True, round_to=1).choose({"a": item}, 12_000, {}).ranks == {"a": (5,)}
+    assert RankRule(vbmf=True).choose({"a": item}, 12_000, {}).ranks == {"a": (16,)}

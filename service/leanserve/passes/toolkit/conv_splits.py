@@ -72,6 +72,11 @@ class ConvSplit(ABC):
         """The weights of the chain."""
 
     @property
+    @abstractmethod
+    def sides(self) -> tuple[tuple[int, int], ...]:
+        """Of the matrix of weights behind each rank."""
+
+    @property
     def dense(self) -> int:
         """MACs per row of the convolution as it is."""
         return positions(self.calls, channel_axis=-3) * self.conv.weight.numel()
@@ -164,6 +169,11 @@ class Spatial(ConvSplit):
     def bases(self, approximate: Approximate) -> tuple[Basis, ...]:
         return (self._input_basis(self._matrix(), approximate),)
 
+    @property
+    def sides(self) -> tuple[tuple[int, int], ...]:
+        rows, columns = self._matrix().shape
+        return ((rows, columns),)
+
     def weights(self, bases: Sequence[Basis], ranks: Ranks) -> list[Tensor]:
         (basis,), (rank,) = bases, ranks
         outputs, inputs, height, width = self.weight.shape
@@ -188,6 +198,10 @@ class Channel(ConvSplit):
 
     def bases(self, approximate: Approximate) -> tuple[Basis, ...]:
         return (self._output_basis(approximate),)
+
+    @property
+    def sides(self) -> tuple[tuple[int, int], ...]:
+        return ((len(self.weight), self.weight[0].numel()),)
 
     def weights(self, bases: Sequence[Basis], ranks: Ranks) -> list[Tensor]:
         (basis,), (rank,) = bases, ranks
@@ -218,6 +232,11 @@ class Tucker2(ConvSplit):
     def bases(self, approximate: Approximate) -> tuple[Basis, ...]:
         inputs = self.weight.transpose(0, 1).flatten(1)
         return (self._input_basis(inputs, approximate), self._output_basis(approximate))
+
+    @property
+    def sides(self) -> tuple[tuple[int, int], ...]:
+        outputs, inputs = self.weight.shape[:2]
+        return ((inputs, self.weight.numel() // inputs), (outputs, self.weight.numel() // outputs))
 
     def weights(self, bases: Sequence[Basis], ranks: Ranks) -> list[Tensor]:
         inputs, outputs = bases

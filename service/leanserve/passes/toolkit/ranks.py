@@ -26,11 +26,13 @@ class Candidate:
 
     `spectra` holds, for each rank to be chosen, the energies (squared singular values) of the directions, strongest
     first. `dense` is the layer's cost as it is and `cost` its cost with given ranks, both in MACs per row.
+    `sides` are those of the matrix behind each spectrum, where it is a matrix of weights.
     """
 
     spectra: tuple[Sequence[float], ...]
     dense: int
     cost: Callable[[Ranks], int]
+    sides: tuple[tuple[int, int], ...] = ()
 
 
 class Choice(NamedTuple):
@@ -41,7 +43,7 @@ class Choice(NamedTuple):
 
 
 class RankRule(BaseModel):
-    """Options of a pass that chooses ranks: exactly one of `rank`, `energy` and `macs`."""
+    """Options of a pass that chooses ranks: exactly one of `rank`, `energy`, `macs` and `vbmf`."""
 
     rank: int | None = Field(default=None, ge=1)
     """The same rank for every layer."""
@@ -49,14 +51,16 @@ class RankRule(BaseModel):
     """Share of each layer's energy that is kept."""
     macs: float | None = Field(default=None, gt=0, lt=1)
     """Share of the model's MACs that may remain; every layer keeps the same share of its energy."""
+    vbmf: bool = False
+    """Keep what of each layer's weight is more than noise, by variational Bayes."""
     round_to: int | None = Field(default=None, ge=1)
-    """Ranks chosen by `energy` or `macs` are rounded up to a multiple of it; 16 by default."""
+    """Ranks chosen by `energy`, `macs` or `vbmf` are rounded up to a multiple of it; 16 by default."""
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
-        given = [name for name in ("rank", "energy", "macs") if getattr(self, name) is not None]
+        given = self._given
         if len(given) != 1:
-            raise ValueError(f"give exactly one of rank, energy and macs (got {', '.join(given) or 'none'})")
+            raise ValueError(f"give exactly one of rank, energy, macs and vbmf (got {', '.join(given) or 'none'})")
         if self.rank is not None and self.round_to is not None:
             raise ValueError("round_to rounds chosen ranks; with rank there is nothing to choose, so drop one of them")
         return self
@@ -92,6 +96,8 @@ class RankRule(BaseModel):
             }
         if self.energy is not None:
             return self._by_energy(candidates, self.energy)
+        if self.vbmf:
+            return {name: self._above_noise(candidate) for name, candidate in candidates.items()}
         return self._by_macs(candidates, total, self.macs or 0.0)
 
     def _by_energy(self, candidates: Mapping[str, Candidate], energy: float) -> dict[str, Ranks]:
@@ -100,6 +106,16 @@ class RankRule(BaseModel):
             name: tuple(_rank(spectrum, energy, multiple) for spectrum in candidate.spectra)
             for name, candidate in candidates.items()
         }
+
+    def _above_noise(self, candidate: Candidate) -> Ranks:
+        from leanserve.passes.toolkit.noise_rank import directions_above_noise
+
+        multiple = self.round_to or DEFAULT_MULTIPLE
+        found = [directions_above_noise(*item) for item in zip(candidate.spectra, candidate.sides, strict=True)]
+        return tuple(
+            min(-(-rank // multiple) * multiple, len(spectrum))
+            for rank, spectrum in zip(found, candidate.spectra, strict=True)
+        )
 
     def _by_macs(self, candidates: Mapping[str, Candidate], total: int, share: float) -> dict[str, Ranks]:
         """The highest energy, common to all layers, at which the model fits into its share of the MACs."""
@@ -118,8 +134,12 @@ class RankRule(BaseModel):
         return self._by_energy(candidates, low)
 
     def _rule(self) -> str:
-        name = next(name for name in ("rank", "energy", "macs") if getattr(self, name) is not None)
+        [name] = self._given
         return f"{name} {getattr(self, name)}"
+
+    @property
+    def _given(self) -> list[str]:
+        return [name for name in ("rank", "energy", "macs", "vbmf") if getattr(self, name) not in (None, False)]
 
 
 def _rank(spectrum: Sequence[float], energy: float, multiple: int) -> int:

@@ -32,7 +32,7 @@ class Student(Pass):
     blocks: float | None = Field(default=None, gt=0, le=1)
     """Share of the blocks of every stack that is kept, at least one of each."""
     width: float | None = Field(default=None, gt=0, lt=1)
-    """Share of the channels of every hidden layer that is kept."""
+    """Share of the channels of every hidden layer that is kept; heads of attention are no channels, and stay."""
     init: Literal["teacher", "random"] = "teacher"
     """What the weights are at first."""
     round_to: int = Field(default=16, ge=1)
@@ -101,8 +101,12 @@ class Student(Pass):
     def _thinner(self, model: TorchModel, share: float) -> TorchModel:
         from leanserve.passes.toolkit.channels import channel_groups, nearest, width
         from leanserve.passes.toolkit.importance import importance_of
+        from leanserve.passes.toolkit.narrow import units_of
 
-        groups = channel_groups(model, importance_of("l2", model, None), [])
+        # Heads are no channels: what makes them keeps its outputs, and prune_heads takes whole ones.
+        attention = [name for item in units_of(model) if item.what == "heads" for name in item.makers]
+        frozen = [model.module.get_submodule(name) for name in attention]
+        groups = channel_groups(model, importance_of("l2", model, None), frozen)
         blocks = [block for group in groups for block in group.blocks(self.round_to, len(group.scores), "uniform")]
         if not blocks:
             raise PassFailed(f"round_to: no hidden layer has more than {self.round_to} channels; lower it")

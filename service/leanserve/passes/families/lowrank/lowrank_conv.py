@@ -13,9 +13,9 @@ times as fast in torch and 2.0-2.3 times in ONNX Runtime.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from leanserve.contracts import BuildContext, Json, Model
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
@@ -44,6 +44,12 @@ class LowrankConv(RankRule, Pass):
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
     stage: ClassVar[Stage] = Stage.FACTORISATION
 
+    @model_validator(mode="after")
+    def _vbmf_is_of_weights(self) -> Self:
+        if self.vbmf and self.approximate != "weight":
+            raise ValueError("vbmf tells noise in weights from the rest; set approximate: weight, or take energy")
+        return self
+
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"calibration"})
@@ -58,7 +64,9 @@ class LowrankConv(RankRule, Pass):
         splits, left = self._splits(made)
         bases = self._bases(made, splits, context)
         spectra = {name: tuple(basis.energies.tolist() for basis in bases[name]) for name in splits}
-        candidates = {name: Candidate(spectra[name], split.dense, split.cost) for name, split in splits.items()}
+        candidates = {
+            name: Candidate(spectra[name], split.dense, split.cost, split.sides) for name, split in splits.items()
+        }
         choice = self.choose(candidates, macs, left)
         self._replace(made, {name: splits[name] for name in choice.ranks}, bases, choice, context)
         refit_batch_norm(made, choice.ranks, context.base.data("calibration", self.samples, made.spec))

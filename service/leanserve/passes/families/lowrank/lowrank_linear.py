@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from leanserve.contracts import BuildContext, Json, Model
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
@@ -40,6 +40,12 @@ class LowrankLinear(RankRule, Pass):
 
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
     stage: ClassVar[Stage] = Stage.FACTORISATION
+
+    @model_validator(mode="after")
+    def _vbmf_is_of_weights(self) -> Self:
+        if self.vbmf and self.method != "svd":
+            raise ValueError("vbmf tells noise in weights from the rest; set method: svd, or take energy")
+        return self
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -124,6 +130,7 @@ def _candidates(model: TorchModel, layers: Mapping[str, nn.Linear], bases: Mappi
             (bases[name].energies.tolist(),),
             places[name] * layer.in_features * layer.out_features,
             partial(_cost, places[name] * (layer.in_features + layer.out_features)),
+            ((layer.in_features, layer.out_features),),
         )
         for name, layer in layers.items()
     }
