@@ -86,6 +86,8 @@ def test_every_section_may_change_or_is_said_to_be_fixed() -> None:
         "batch",
         "traffic",
         "limits",
+        "experiment",
+        "hardware",
         "embeddings",
         "drain",
         "isolation",
