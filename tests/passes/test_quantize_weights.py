@@ -6,12 +6,13 @@ import numpy as np
 import onnx
 import pytest
 
-from leanserve.contracts import Array, OnnxModel, TorchModel
+from leanserve.contracts import Array, OnnxModel, Share, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.composition import find_violation
 from leanserve.passes.families.quantize.quantize_weights import QuantizeWeights
 from leanserve.passes.families.runtime.openvino import OpenVino
 from leanserve.passes.toolkit.lowering import export_onnx, feeds, open_session
+from leanserve.runtime.formats import open_backend
 from structural_nets import Residual, image_base
 from tiny_base import TinyBase, context_of
 from tiny_encoder import tiny_encoder_base
@@ -120,6 +121,17 @@ def test_only_methods_that_look_at_data_need_some(encoder: OnnxModel, tmp_path: 
     with pytest.raises(PassFailed, match=r"method gptq calibrates with data.* take rtn or hqq"):
         quantize(encoder, tmp_path, broken)
     quantize(encoder, tmp_path, broken, method="rtn")
+
+
+def test_openvino_answers_as_onnxruntime_does_but_reads_no_3_bits(encoder: OnnxModel, tmp_path: Path) -> None:
+    context = context_of(BASE, tmp_path)
+    coded = quantize(encoder, tmp_path, bits=4)
+    backend = open_backend(OpenVino().apply(coded, context).model, Share(1))
+    ours, theirs = backend.run(BASE.inputs).outputs[0], answers(coded, *BASE.inputs)
+    backend.close()
+    assert np.linalg.norm(ours - theirs) < 0.05 * np.linalg.norm(theirs)
+    with pytest.raises(PassFailed, match="take the runtime onnxruntime"):
+        OpenVino().apply(quantize(encoder, tmp_path, bits=3), context)
 
 
 def test_it_is_the_only_quantization_of_a_variant() -> None:

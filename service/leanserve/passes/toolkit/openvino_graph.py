@@ -17,6 +17,8 @@ from leanserve.runtime.formats.openvino import GRAPH, OpenVinoModel
 
 MEASURED_WHILE_RUNNING = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"})
 """Operators that find the range of their input at every run; OpenVINO computes what they belong to in float32."""
+ROUNDED = frozenset({"QuantizeLinear", "MatMulNBits"})
+"""Operators of graphs in which activations are rounded to integers: by onnxruntime in `MatMulNBits`, too."""
 TOLERANCE = 1e-3
 """Largest accepted difference, relative to the largest finite output, of a graph of floats."""
 INTEGER_TOLERANCE = 0.05
@@ -47,7 +49,7 @@ def convert(model: OnnxModel, folder: Path, threads: int) -> OpenVinoModel:
             f"OpenVINO cannot read the graph: {_last_line(error)}; take the runtime onnxruntime"
         ) from error
     converted = OpenVinoModel(path, model.spec)
-    _check(model, converted, threads, INTEGER_TOLERANCE if "QuantizeLinear" in operators else TOLERANCE)
+    _check(model, converted, threads, INTEGER_TOLERANCE if operators & ROUNDED else TOLERANCE)
     return converted
 
 
