@@ -54,8 +54,9 @@ class Reloaded:
 
 @pytest.fixture(scope="module")
 def reloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reloaded]:
-    with serving(tmp_path_factory.mktemp("reloaded"), "rule", "onnx1", limits={"body_bytes": 100_000}) as service:
-        yield Reloaded(service, variants=variants("rule", "onnx1"), limits={"body_bytes": 100_000})
+    limits, both = {"body_bytes": 100_000}, {"weights": {"rule": 1, "onnx1": 1}}
+    with serving(tmp_path_factory.mktemp("reloaded"), "rule", "onnx1", limits=limits, traffic=both) as service:
+        yield Reloaded(service, variants=variants("rule", "onnx1"), limits=limits)
 
 
 def variants(*names: str) -> list[dict[str, Any]]:
@@ -104,7 +105,7 @@ def test_variants_come_and_go_under_load_and_no_request_fails(reloaded: Reloaded
             # The removed one is closed and forgotten once nobody can be on the way to it any more.
             await until(lambda: service.metric("leanserve_variant_info", version="onnx1") == 0)
             line = await reloaded.change(variants=variants("onnx1", "rule"), traffic={})
-            assert line.endswith("-> onnx1 50%, rule 50%")
+            assert line.endswith("-> onnx1 100%, rule 0%")
             reloaded.config["traffic"] = {}
         return seen
 
