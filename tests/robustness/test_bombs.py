@@ -20,6 +20,7 @@ from bombs import (
     BOMBS,
     GRPC_HEAVY,
     GRPC_TOO_MANY,
+    INFER,
     JSON,
     PREDICT,
     Bomb,
@@ -160,6 +161,22 @@ def test_an_honest_client_waits_for_no_flood(service: RuleService, bomb: Bomb) -
     statuses, seconds = asyncio.run(flood(service, bomb, 40))
     assert set(statuses) <= {200, 429, 504}
     assert seconds < HONEST_S
+
+
+def test_hundreds_of_small_bodies_stop_nobody(service: RuleService) -> None:
+    body = b'{"inputs":[' + b"[]," * 21_000 + b"[]]}"
+    request, lags = Bomb(INFER, JSON, body).request("rules"), []
+
+    async def at_once() -> set[int]:
+        return {reply.status for reply in await asyncio.gather(*(ask(service.port, request) for _ in range(300)))}
+
+    for _ in range(TRIES):
+        with loop_lag(service.port, service.process.pid) as lag:
+            assert asyncio.run(at_once()) == {400}
+        lags.append(lag.worst_ms)
+        if lag.worst_ms < STALL_MS:
+            break
+    assert min(lags) < STALL_MS
 
 
 FLAT = ModelSpec((TensorSpec("x", "float32", (4,)),), (TensorSpec("y", "float32", (4,)),))

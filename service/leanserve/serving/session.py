@@ -99,6 +99,8 @@ class Session(ABC, Generic[Reply]):
 
     is_chosen_by_body = False
     """Whether the body has to be read to know what is asked."""
+    heavy = 0
+    """Bytes of text to be parsed, where that is too little for a thread, and too much to be done by the hundred."""
     encodes_quickly = True
     """Whether encoding takes no longer than the outputs are large."""
     fleet: Fleet
@@ -212,7 +214,11 @@ class Session(ABC, Generic[Reply]):
         return self.variant
 
     async def _decoded_apart(self, variant: Variant) -> tuple[Variant, ModelRequest]:
-        """Decode apart from the loop; it counts as waiting meanwhile."""
+        """Decode apart from the loop, or in a turn of it; it counts as waiting meanwhile."""
+        if self.heavy:
+            await self.fleet.decoders.turn_for(self.heavy)
+            variant = self._confirmed(variant)
+            return variant, self.decode(variant)
         arrived = time.perf_counter()
         while True:
             terms = self.terms(variant)

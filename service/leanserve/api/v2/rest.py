@@ -32,6 +32,7 @@ from leanserve.errors import BadInput, NotFound
 from leanserve.http.content_encoding import compress, encoding_of_reply
 from leanserve.http.messages import Request, Response, Role, Route, json_response
 from leanserve.serving.decoder_process import Decoding
+from leanserve.serving.decoding import LIGHT
 from leanserve.serving.fleet import Fleet
 from leanserve.serving.session import UNKNOWN_TERMS, Answered, ModelRequest, Terms, VariantChoice
 from leanserve.serving.variant import Variant
@@ -216,7 +217,8 @@ class _Infer(HttpSession):
     def decodes_quickly(self) -> bool:
         body, json_length = self.body or b"", self._json_length
         parsed = len(body) if json_length is None or self._protocol.takes_strings else json_length
-        return parsed <= SMALL and len(body) <= SMALL_BINARY
+        self.heavy = parsed if LIGHT < parsed <= SMALL and len(body) <= SMALL_BINARY else 0
+        return parsed <= LIGHT and len(body) <= SMALL_BINARY
 
     def decoding(self, variant: Variant) -> Decoding[InferRequest]:
         return InferDecoding(self._protocol.decoder_of(variant), self.body or b"", self._json_length)
