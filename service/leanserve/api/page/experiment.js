@@ -140,7 +140,7 @@ export class Experiment {
   cost(cost) {
     const known = Object.entries(cost).filter(([, each]) => each);
     if (!known.length) return null;
-    return el("p", {}, "Per million answers: ", known.map(([name, each]) => `${name} ${money(each.per_million, this.currency)} (${number(each.low)} to ${number(each.high)})`).join(", "), ".");
+    return el("p", {}, "Per million answers: ", known.map(([name, each]) => `${name} ${money(each.per_million, this.currency)}${each.high === null ? "" : ` (${number(each.low)} to ${number(each.high)})`}`).join(", "), ".");
   }
 
   more(told) {
