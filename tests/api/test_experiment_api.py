@@ -52,6 +52,7 @@ def test_traffic_is_shared_out_anew_and_written_back(tmp_path: Path, caplog: pyt
 REFUSED = [
     ("PUT", "", {"weights": {"z": 1}}, 400, "names 'z'"),
     ("PUT", "", {"caps": {"a": 1}}, 400, "cannot have one"),
+    ("PUT", "", {"weights": {"b": 1}, "write": True}, 409, "nothing has changed: this fleet was made without"),
     ("PUT", "", {"colour": 1}, 400, "'colour' is not taken"),
     ("POST", "/start", {}, 400, "candidate"),
     ("POST", "/start", {"candidate": "z"}, 400, "no variant 'z'"),

@@ -173,7 +173,8 @@ class Opened:
     def stop(self) -> None: ...
 
     def write_traffic(self, weights: Mapping[str, float], caps: Mapping[str, float]) -> None:
-        assert self.file is not None
+        if self.file is None:
+            raise FileNotFoundError("this fleet was made without a config file")
         write_traffic(self.file, weights, caps)
 
     def reload(self, current: ServiceConfig, base: Base) -> Reload:

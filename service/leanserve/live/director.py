@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from leanserve.config.experiment_section import ExperimentConfig
 from leanserve.config.traffic_section import TrafficConfig, traffic_fault
 from leanserve.contracts import Json
-from leanserve.errors import BadInput, Conflict, NotReady, ServiceError
+from leanserve.errors import BadInput, Conflict, NotReady
 from leanserve.experiments.ramp import RampPolicy, RampState, Rules, aborted, promoted
 from leanserve.experiments.verdict import Limits
 from leanserve.live.asked import EndWish, StartWish, TrafficWish
@@ -107,7 +107,7 @@ class Director:
         """Share traffic out by other weights or caps.
 
         Raises:
-            Conflict: an experiment runs. BadInput: they name no variant. ServiceError: the file cannot be written.
+            Conflict: an experiment runs, or the file cannot be written. BadInput: they name no variant.
         """
         async with self._changing:
             self._refuse_running("the traffic is its to share out")
@@ -345,7 +345,7 @@ class Director:
         try:
             await self._keeper.apart(partial(self._write, weights, caps))
         except (OSError, ValueError) as error:
-            raise ServiceError(f"the config file is not written, and nothing has changed: {error}") from error
+            raise Conflict(f"the config file cannot be written, and nothing has changed: {error}") from error
 
 
 def _state_of(found: Look) -> ExperimentState:
