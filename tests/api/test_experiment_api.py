@@ -57,7 +57,7 @@ REFUSED = [
     ("POST", "/start", {}, 400, "candidate"),
     ("POST", "/start", {"candidate": "z"}, 400, "no variant 'z'"),
     ("POST", "/start", {"candidate": "a"}, 400, "is the base"),
-    ("POST", "/start", {"candidate": "b", "limits": {"min_agreement": 2}}, 400, "less than 1"),
+    ("POST", "/start", {"candidate": "b", "limits": {"min_agreement": 2}}, 400, "min_agreement: Input"),
     ("POST", "/start", {"candidate": "b", "stages": [0.5]}, 400, "ascend"),
     ("POST", "/start", {"candidate": "b", "stages": [1], "shadow_share": 0}, 400, "would answer nothing"),
     ("POST", "/promote", {}, 409, "no experiment runs"),

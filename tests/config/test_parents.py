@@ -48,7 +48,7 @@ def document(*variants: dict[str, Any]) -> dict[str, Any]:
         (
             [variant("a"), variant("b"), variant("c", PRUNE, parents=["a", "b"])],
             "parents:",
-            "several are joined by the first pass, and it is none that joins; those that do: distill_ensemble, merge, rebasin",
+            "several are joined by the first pass, and it is none that joins; those that do: distill_ensemble, merge",
         ),
         ([variant("a"), variant("b"), variant("c", parents=["a", "b"])], "parents:", "several are joined by the first"),
         (

@@ -199,8 +199,7 @@ class Director:
             policy = RampPolicy(**self.config.ramp.model_dump() | {k: v for k, v in given.items() if v is not None})
             limits = Limits(**self.config.limits.model_dump() | wish.limits)
         except (ValidationError, TypeError) as error:
-            told = "; ".join(item["msg"] for item in error.errors()) if isinstance(error, ValidationError) else error
-            raise BadInput(f"limits or stages: {told}") from None
+            raise BadInput(f"limits or stages: {_what_is_wrong(error)}") from None
         share = self.config.shadow_share if wish.shadow_share is None else wish.shadow_share
         if not share and len(policy.stages) == 1:
             raise BadInput("shadow_share 0 and a single stage: the candidate would answer nothing; give it one of both")
@@ -346,6 +345,12 @@ class Director:
             await self._keeper.apart(partial(self._write, weights, caps))
         except (OSError, ValueError) as error:
             raise Conflict(f"the config file cannot be written, and nothing has changed: {error}") from error
+
+
+def _what_is_wrong(error: ValidationError | TypeError) -> str:
+    if isinstance(error, TypeError):
+        return str(error)
+    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
 
 
 def _state_of(found: Look) -> ExperimentState:
