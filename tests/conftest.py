@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -12,6 +13,13 @@ import pytest
 import torch
 
 os.environ.setdefault("LEANSERVE_MEASURE_SECONDS", "0")  # how fast variants are is of no account in tests
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kept_from_the_collector() -> None:
+    """Every variant that is opened collects garbage; it need not look through all that tests have imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
