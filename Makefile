@@ -31,9 +31,8 @@ bench: install
 ALONE := serving robustness peers test_memory.py test_timing.py test_bench.py \
 	evaluation/test_lane_rates.py evaluation/test_interleaved_benchmark.py \
 	$(addprefix runtime/test_,device.py huge_pages.py isolation.py onnx_arena.py onnx_runtime.py spin_control.py turns.py)
-LONGEST := test_end_to_end.py init/test_init_config.py test_example_checkpoints.py test_example_python_module.py test_zoo.py test_onnx_service.py deploy
 test: install
-	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(LONGEST:%=tests/%) tests $(ALONE:%=--ignore=tests/%)
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder tests $(ALONE:%=--ignore=tests/%)
 	$(BIN)/pytest $(ALONE:%=tests/%)
 
 # What takes minutes: bombs and floods at their full size, shutdowns, builds beside other work.

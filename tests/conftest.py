@@ -14,6 +14,22 @@ import torch
 
 os.environ.setdefault("LEANSERVE_MEASURE_SECONDS", "0")  # how fast variants are is of no account in tests
 
+LONGEST = (
+    "test_end_to_end",
+    "test_init_config",
+    "test_example",
+    "test_zoo",
+    "test_onnx_service",
+    "test_toy_format",
+    "deploy",
+)
+"""What files begin with that take a process tens of seconds, or the folder they are in."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, or the last process works alone for a minute."""
+    items.sort(key=lambda item: not (item.path.name.startswith(LONGEST) or item.path.parent.name in LONGEST))
+
 
 @pytest.fixture(autouse=True, scope="module")
 def kept_from_the_collector() -> None:
