@@ -24,7 +24,8 @@ def test_while_requests_wait_nothing_is_answered_again() -> None:
         while shadows.outcomes["compared"] + shadows.outcomes["busy"] < 60:
             await asyncio.sleep(0.01)
 
-    play(scene, {"a": Arm(seconds=0.002), "b": Arm()}, batch=ONE_BY_ONE)
+    # Slow enough that requests come faster than they are answered, on any machine.
+    play(scene, {"a": Arm(seconds=0.02), "b": Arm()}, batch=ONE_BY_ONE)
 
 
 def shadowed(arms: Arms) -> dict[str, Any]:
