@@ -23,9 +23,10 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 
 from fakes import POOR, Live, PixelBackend, live_server, open_variants
 from leanserve.api.access import Access
+from leanserve.api.v2.grpc_answers import model_answers
 from leanserve.api.v2.grpc_infer import GrpcInferDecoder, encode
 from leanserve.api.v2.grpc_messages import PROTOCOL, SERVICE, message
-from leanserve.api.v2.grpc_server import METHODS, GrpcPort, grpc_status, model_answers, start_grpc
+from leanserve.api.v2.grpc_server import METHODS, GrpcPort, grpc_status, start_grpc
 from leanserve.api.v2.grpc_wire import parse
 from leanserve.api.v2.open_inference import OpenInference
 from leanserve.config.limits_section import LimitsConfig
@@ -172,7 +173,7 @@ def test_refusals(infer: Any, request_: Any, code: str, text: str) -> None:
 
 
 def test_a_bug_of_ours_shows_no_stack(infer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leanserve.api.v2.grpc_server.encode", lambda *_: 1 / 0)
+    monkeypatch.setattr("leanserve.api.v2.grpc_answers.encode", lambda *_: 1 / 0)
     with pytest.raises(grpc.RpcError) as refused:
         infer(typed())
     assert refused.value.code() is grpc.StatusCode.INTERNAL
