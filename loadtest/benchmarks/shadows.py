@@ -14,6 +14,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,6 +57,11 @@ class SleepingClassifier:
         """Nothing is held."""
 
 
+def sleeping(factor: float, wrong: float, _: object) -> SleepingClassifier:
+    """The backend of any lane."""
+    return SleepingClassifier(factor, wrong)
+
+
 @asynccontextmanager
 async def directed() -> AsyncIterator[Director]:
     """A fleet of the base and all candidates, and who runs experiments on it."""
@@ -65,7 +71,7 @@ async def directed() -> AsyncIterator[Director]:
     plans = [VariantPlan(name, batch=BatchLimits(max_rows=4, timeout_s=60.0)) for name in variants]
     warm = WarmFleet(base, plans, Device("cpu", 1))
     for name, faults in variants.items():
-        warm.open(name, lambda _, faults=faults: SleepingClassifier(*faults))  # type: ignore[misc]
+        warm.open(name, partial(sleeping, *faults))
     fleet = Fleet(warm)
     director = Director(fleet, ExperimentConfig(), None, lambda *_: None)
     try:

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 from leanserve.api.access import Access
 from leanserve.errors import ServiceError
-from leanserve.http.messages import AsgiScope, Receive, Send, error_response, send_response
+from leanserve.http.messages import AsgiScope, Receive, Role, Send, error_response, send_response
 
 OPEN = ("/healthz", "/readyz")
 """What probes ask, which have no key."""
@@ -25,8 +25,8 @@ class GuardedApp:
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                role = "open" if scope["path"] in OPEN else "read"
-                self._access.admit_over_http(role, dict(scope["headers"]))  # type: ignore[arg-type]
+                role: Role = "open" if scope["path"] in OPEN else "read"
+                self._access.admit_over_http(role, dict(scope["headers"]))
             except ServiceError as error:
                 return await send_response(send, error_response(error))
         return await self._app(scope, receive, send)

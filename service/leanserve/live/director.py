@@ -354,6 +354,10 @@ def _what_is_wrong(error: ValidationError | TypeError) -> str:
 
 
 def _state_of(found: Look) -> ExperimentState:
-    if found.state.status == "rolled_back":
-        return "inconclusive" if found.judgement.state == "inconclusive" else "rejected"
-    return {"ramping": "running", "promoted": "promoted", "aborted": "aborted"}[found.state.status]  # type: ignore[return-value]
+    match found.state.status:
+        case "ramping":
+            return "running"
+        case "rolled_back":
+            return "inconclusive" if found.judgement.state == "inconclusive" else "rejected"
+        case ended:
+            return ended

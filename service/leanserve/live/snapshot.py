@@ -59,7 +59,7 @@ class _Sums(NamedTuple):
             return self
         latencies = tuple(now - then for now, then in zip(self.latencies, before.latencies, strict=True))
         rest = (now - then for now, then in zip(self[2:], before[2:], strict=True))
-        return _Sums(self.requests - before.requests, latencies, *rest)  # type: ignore[arg-type]
+        return _Sums._make((self.requests - before.requests, latencies, *rest))
 
 
 class _Note(NamedTuple):

@@ -53,7 +53,7 @@ def extents_of(recording: Recording, progress: Progress) -> dict[str, Extent]:
         PassFailed: a tensor contains NaN or infinity.
     """
     extents = {name: Extent() for name in recording.tensors}
-    for activations in _reported(recording, progress, "finding ranges"):
+    for activations in watched(recording, progress, "finding ranges"):
         for name, values in activations.items():
             try:
                 extents[name].add(values)
@@ -68,13 +68,14 @@ def ranges_of(recording: Recording, find: FindRange | None, progress: Progress) 
     if find is None:
         return {name: (extent.low, extent.high) for name, extent in extents.items()}
     histograms = {name: Histogram(extent) for name, extent in extents.items()}
-    for activations in _reported(recording, progress, "filling histograms"):
+    for activations in watched(recording, progress, "filling histograms"):
         for name, values in activations.items():
             histograms[name].add(values)
     return {name: find(histogram) for name, histogram in histograms.items()}
 
 
-def _reported(recording: Recording, progress: Progress, note: str) -> Iterator[Mapping[str, Array]]:
+def watched(recording: Recording, progress: Progress, note: str) -> Iterator[Mapping[str, Array]]:
+    """What the tensors are in each batch; `progress` is told of it with this note."""
     done = 0
     for rows, activations in recording.play():
         yield activations

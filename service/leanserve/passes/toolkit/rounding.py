@@ -21,7 +21,7 @@ from onnx import numpy_helper
 
 from leanserve.contracts import Array, BuildContext
 from leanserve.errors import PassFailed
-from leanserve.passes.toolkit.calibration import Recording
+from leanserve.passes.toolkit.calibration import Recording, watched
 from leanserve.passes.toolkit.histograms import Floats
 from leanserve.passes.toolkit.onnx_graph import Graph
 
@@ -125,13 +125,10 @@ def input_moments(
         PassFailed: a tensor holds NaN or infinity.
     """
     sums: dict[str, Any] = {}
-    done = 0
-    for rows, activations in recording.play():
+    for activations in watched(recording, context.progress, "watching layers"):
         for node in layers:
             for vectors in _vectors(node, activations, graph):
                 sums[node.name] = sums.get(node.name, 0.0) + vectors
-        done += rows
-        context.progress(done, len(recording.data), "watching layers")
     if broken := [name for name, total in sums.items() if not np.isfinite(total).all()]:
         raise PassFailed(f"what layer '{broken[0]}' reads cannot be calibrated: it contains NaN or infinite values")
     return sums

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
-from leanserve.contracts import Batch, BuildContext, Data
+from leanserve.contracts import Batch, BuildContext, Data, ModelSpec
 from leanserve.errors import PassFailed
 from leanserve.memory import is_out_of_memory
 from leanserve.passes.base import Need
@@ -87,6 +87,23 @@ class TrainingOptions(BaseModel):
         if step < rising:
             return self.learning_rate * (step + 1) / (rising + 1)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+
+
+class LabelledTrainingOptions(TrainingOptions):
+    """Of passes that train on a teacher's answers, and on labels beside them where `alpha` says so."""
+
+    alpha: float = Field(default=0.0, ge=0, le=1)
+    """Weight of the hard-label cross-entropy beside the teacher's 1 - alpha; above 0 it needs labels."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        labels: frozenset[Need] = frozenset({"labels"}) if self.alpha else frozenset()
+        return self.training_needs | labels
+
+    def require_classes(self, spec: ModelSpec, kind: str) -> None:
+        """Raise `PassFailed` if a pass of this kind is to learn labels, and the model has no classes."""
+        if self.alpha and not spec.labels:
+            raise PassFailed(f"{kind}.alpha is {self.alpha}, but the base has no classes; set it to 0")
 
 
 class Objective:

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import PositiveFloat, model_validator
 
 from leanserve.contracts import BuildContext, Model, ModelSpec
 from leanserve.errors import PassFailed
-from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
-from leanserve.passes.toolkit.training import TrainingOptions, train
+from leanserve.passes.base import Applied, Pass, Stage, Tag
+from leanserve.passes.toolkit.training import LabelledTrainingOptions, train
 
 if TYPE_CHECKING:
     from leanserve.contracts import TorchModel
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from leanserve.passes.toolkit.training import Objective
 
 
-class Distill(TrainingOptions, Pass):
+class Distill(LabelledTrainingOptions, Pass):
     """Train on the base's answers to the train split; the teacher sees the same augmented inputs as the student."""
 
     kind: Literal["distill"] = "distill"
@@ -36,8 +36,6 @@ class Distill(TrainingOptions, Pass):
     spread in the teacher. `auto`: what suits the meaning of each output. The losses of all outputs add up."""
     temperature: PositiveFloat = 4.0
     """Softens both distributions in `kl`: the larger, the more the small probabilities count."""
-    alpha: float = Field(default=0.0, ge=0, le=1)
-    """Weight of the hard-label cross-entropy beside the teacher's 1 - alpha; above 0 it needs labels."""
 
     mode: Literal["offline", "online", "self"] = "offline"
     """Who teaches: the base; a copy of it that learns along, from the student and the labels (`online`); or the base
@@ -56,11 +54,6 @@ class Distill(TrainingOptions, Pass):
         if self.mode == "online" and not self.alpha:
             raise ValueError("without labels two networks that learn from each other may agree on anything; set alpha")
         return self
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        labels: frozenset[Need] = frozenset({"labels"}) if self.alpha else frozenset()
-        return self.training_needs | labels
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.callbacks import usual_callbacks
@@ -114,8 +107,7 @@ class Distill(TrainingOptions, Pass):
     def _check(self, spec: ModelSpec, measures: dict[int, LossKind]) -> None:
         if not measures:
             raise PassFailed("distill trains on outputs of floats, and the base gives whole numbers only")
-        if self.alpha and not spec.labels:
-            raise PassFailed(f"distill.alpha is {self.alpha}, but the base has no classes; set it to 0")
+        self.require_classes(spec, self.kind)
         if self.augment != "none" and not any(len(item.shape) == 3 for item in spec.inputs):
             names = ", ".join(f"{item.name} {list(item.shape)}" for item in spec.inputs)
             raise PassFailed(f"distill.augment is '{self.augment}', but no input is an image (C, H, W): {names}")

@@ -10,32 +10,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import PositiveFloat
 
 from leanserve.contracts import BuildContext, Model
 from leanserve.errors import PassFailed
-from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
-from leanserve.passes.toolkit.training import TrainingOptions, train
+from leanserve.passes.base import Applied, Pass, Stage, Tag
+from leanserve.passes.toolkit.training import LabelledTrainingOptions, train
 
 
-class DistillEnsemble(TrainingOptions, Pass):
+class DistillEnsemble(LabelledTrainingOptions, Pass):
     """Train the first parent on the mean answers of all others."""
 
     kind: Literal["distill_ensemble"] = "distill_ensemble"
     temperature: PositiveFloat = 4.0
     """As in `distill`."""
-    alpha: float = Field(default=0.0, ge=0, le=1)
-    """Weight of the hard-label cross-entropy beside the teachers' answers; above 0 it needs labels."""
 
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
     stage: ClassVar[Stage] = Stage.TRAINING
     joins: ClassVar[bool] = True
     isa_bound: ClassVar[bool] = True  # `precision: auto` trains differently where the CPU has bfloat16
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        labels: frozenset[Need] = frozenset({"labels"}) if self.alpha else frozenset()
-        return self.training_needs | labels
 
     def join(self, models: Sequence[Model], context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.callbacks import usual_callbacks

@@ -12,18 +12,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import PositiveFloat
 
 from leanserve.contracts import BuildContext, Model
 from leanserve.errors import PassFailed
-from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
-from leanserve.passes.toolkit.training import TrainingOptions, train
+from leanserve.passes.base import Applied, Pass, Stage, Tag
+from leanserve.passes.toolkit.training import LabelledTrainingOptions, train
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-class DistillFeatures(TrainingOptions, Pass):
+class DistillFeatures(LabelledTrainingOptions, Pass):
     """Train on the base's features and answers to the train split."""
 
     kind: Literal["distill_features"] = "distill_features"
@@ -35,17 +35,10 @@ class DistillFeatures(TrainingOptions, Pass):
     """Of the features beside the answers."""
     temperature: PositiveFloat = 4.0
     """As in `distill`, for the answers."""
-    alpha: float = Field(default=0.0, ge=0, le=1)
-    """Weight of the hard-label cross-entropy beside the base's answers; above 0 it needs labels."""
 
     requires: ClassVar[frozenset[Tag]] = frozenset({"eager_module", "float_weights"})
     stage: ClassVar[Stage] = Stage.TRAINING
     isa_bound: ClassVar[bool] = True  # `precision: auto` trains differently where the CPU has bfloat16
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        labels: frozenset[Need] = frozenset({"labels"}) if self.alpha else frozenset()
-        return self.training_needs | labels
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         import torch

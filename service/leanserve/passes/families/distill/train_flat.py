@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from leanserve.contracts import BuildContext, Model
-from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
-from leanserve.passes.toolkit.training import TrainingOptions, train
+from leanserve.passes.toolkit.training import LabelledTrainingOptions, train
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from leanserve.passes.toolkit.training import TrainingCallback
 
 
-class TrainFlat(TrainingOptions, Pass):
+class TrainFlat(LabelledTrainingOptions, Pass):
     """Training with an eye on the neighbourhood of the weights."""
 
     kind: Literal["train_flat"] = "train_flat"
@@ -34,8 +33,6 @@ class TrainFlat(TrainingOptions, Pass):
     """Of `sam`: how far away the worst neighbour is looked for; 0.05 by default."""
     start: float | None = Field(default=None, ge=0, lt=1)
     """Of `swa`: the share of the training after which the mean begins; 0.5 by default."""
-    alpha: float = Field(default=0.0, ge=0, le=1)
-    """Weight of the hard-label cross-entropy beside the base's answers; above 0 it needs labels."""
     samples: PositiveInt = 256
     """Calibration rows to measure the flatness on, and to re-estimate batch norm after `swa`."""
 
@@ -56,8 +53,7 @@ class TrainFlat(TrainingOptions, Pass):
 
     @property
     def needs(self) -> frozenset[Need]:
-        labels: frozenset[Need] = frozenset({"labels"}) if self.alpha else frozenset()
-        return self.training_needs | labels | {"calibration"}
+        return super().needs | {"calibration"}
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.activations import refit_batch_norm
@@ -68,8 +64,7 @@ class TrainFlat(TrainingOptions, Pass):
 
         made = copy_of(model, self.kind)
         made = replace(made, masks=masks_of(made))
-        if self.alpha and not made.spec.labels:
-            raise PassFailed(f"alpha is {self.alpha}, but the base has no classes; set it to 0")
+        self.require_classes(made.spec, self.kind)
         require_inputs_of(context.base, made, self.kind)
         data = context.base.data("calibration", self.samples, made.spec)
         before = rise_under_noise(made, context.base, data, context.seed)

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from leanserve.contracts import BuildContext, Model
-from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.targets import Targets
-from leanserve.passes.toolkit.training import TrainingOptions, train
+from leanserve.passes.toolkit.training import LabelledTrainingOptions, train
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from leanserve.contracts import TorchModel
 
 
-class LotteryTicket(TrainingOptions, Pass):
+class LotteryTicket(LabelledTrainingOptions, Pass):
     """Iterative pruning by size with rewinding; the options of training are those of each round."""
 
     kind: Literal["lottery_ticket"] = "lottery_ticket"
@@ -35,8 +34,6 @@ class LotteryTicket(TrainingOptions, Pass):
     rounds: PositiveInt = 3
     rewind: int = Field(default=0, ge=0)
     """The epoch to whose end weights are rewound; 0: to the random beginning."""
-    alpha: float = Field(default=0.0, ge=0, le=1)
-    """Weight of the hard labels beside the base's answers; above 0 it needs labels."""
     targets: Targets = Targets()
     """Modules whose matrices and kernels may lose weights; embedding tables never do."""
 
@@ -53,8 +50,7 @@ class LotteryTicket(TrainingOptions, Pass):
 
     @property
     def needs(self) -> frozenset[Need]:
-        labels: frozenset[Need] = frozenset({"labels"}) if self.alpha else frozenset()
-        return self.training_needs | labels | {"calibration"}
+        return super().needs | {"calibration"}
 
     @property
     def evaluates(self) -> bool:
@@ -98,8 +94,7 @@ class LotteryTicket(TrainingOptions, Pass):
         from leanserve.passes.toolkit.teacher import MatchTeacher, TeacherTerms, require_inputs_of
 
         require_inputs_of(context.base, model, self.kind)
-        if self.alpha and not model.spec.labels:
-            raise PassFailed(f"alpha is {self.alpha}, but the base has no classes; set it to 0")
+        self.require_classes(model.spec, self.kind)
         schedule = self.model_copy(update={"epochs": epochs})
         own = replace(context, scratch=context.scratch / place)
         objective = MatchTeacher(model, context.base, TeacherTerms(alpha=self.alpha))

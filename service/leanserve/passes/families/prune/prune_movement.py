@@ -13,13 +13,12 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from leanserve.contracts import BuildContext, Model
-from leanserve.errors import PassFailed
-from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
+from leanserve.passes.base import Applied, Pass, Stage, Tag
 from leanserve.passes.toolkit.targets import Targets
-from leanserve.passes.toolkit.training import TrainingOptions, train
+from leanserve.passes.toolkit.training import LabelledTrainingOptions, train
 
 
-class PruneMovement(TrainingOptions, Pass):
+class PruneMovement(LabelledTrainingOptions, Pass):
     """Sparsity that is learned while the model trains."""
 
     kind: Literal["prune_movement"] = "prune_movement"
@@ -29,8 +28,6 @@ class PruneMovement(TrainingOptions, Pass):
     """Outputs times inputs that go together; kernels are laid flat."""
     ramp: float = Field(default=0.7, gt=0, le=1)
     """Share of the training in which the sparsity grows."""
-    alpha: float = Field(default=0.0, ge=0, le=1)
-    """Weight of the hard labels beside the base's answers; above 0 it needs labels."""
     targets: Targets = Targets()
     """Modules whose matrices and kernels may lose weights; embedding tables never do."""
 
@@ -45,11 +42,6 @@ class PruneMovement(TrainingOptions, Pass):
             raise ValueError("patience and ema end in weights of an earlier sparsity; drop them")
         return self
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        labels: frozenset[Need] = frozenset({"labels"}) if self.alpha else frozenset()
-        return self.training_needs | labels
-
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.callbacks import usual_callbacks
         from leanserve.passes.toolkit.masks import masks_of
@@ -61,8 +53,7 @@ class PruneMovement(TrainingOptions, Pass):
         made = copy_of(model, self.kind)
         made = replace(made, masks=masks_of(made))
         require_inputs_of(context.base, made, self.kind)
-        if self.alpha and not made.spec.labels:
-            raise PassFailed(f"alpha is {self.alpha}, but the base has no classes; set it to 0")
+        self.require_classes(made.spec, self.kind)
         answers = MatchTeacher(made, context.base, TeacherTerms(alpha=self.alpha))
         scores = MovementScores(answers, sparse_weights(made, self.targets), self.sparsity, self.block)
         callbacks = [*usual_callbacks(made, self, context), GrowMovement(scores, self.ramp)]

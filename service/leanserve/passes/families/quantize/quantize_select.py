@@ -10,6 +10,7 @@ what has been found out is kept, so that an interrupted search goes on. The gate
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
@@ -114,7 +115,7 @@ class QuantizeSelect(StaticOptions, Pass):
 
         found = []
         for done, name in enumerate(layers, start=1):
-            found.append(Damage(**notes.once(f"layer {name}", lambda name=name: measured(name))))  # type: ignore[misc]
+            found.append(Damage(**notes.once(f"layer {name}", partial(measured, name))))
             context.progress(done, len(layers), "quantizing layers one by one")
         return found
 

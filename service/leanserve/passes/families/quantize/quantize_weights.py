@@ -129,7 +129,7 @@ class QuantizeWeights(Pass):
         """
         import numpy as np
 
-        from leanserve.passes.toolkit.calibration import Recording
+        from leanserve.passes.toolkit.calibration import Recording, watched
 
         data = context.base.data("calibration", self.samples, model.spec)
         if not len(data):
@@ -142,15 +142,12 @@ class QuantizeWeights(Pass):
         moments: dict[str, Floats] = {}
         magnitudes: dict[str, Floats] = {}
         counts: dict[str, int] = dict.fromkeys(sources, 0)
-        done = 0
-        for rows, activations in recording.play():
+        for activations in watched(recording, context.progress, "watching layers"):
             for name, values in activations.items():
                 vectors = values.reshape(-1, values.shape[-1])
                 moments[name] = moments.get(name, 0.0) + (vectors.T @ vectors).astype(np.float64)
                 magnitudes[name] = magnitudes.get(name, 0.0) + np.abs(vectors).sum(0, dtype=np.float64)
                 counts[name] += len(vectors)
-            done += rows
-            context.progress(done, len(data), "watching layers")
         if broken := [name for name in sources if not np.isfinite(moments[name]).all()]:
             raise PassFailed(f"tensor '{broken[0]}' cannot be calibrated: it contains NaN or infinite values")
         return {name: Seen(moments[name] / counts[name], magnitudes[name] / counts[name]) for name in sources}
