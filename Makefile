@@ -32,6 +32,7 @@ ALONE := serving robustness peers test_memory.py test_timing.py test_bench.py \
 	evaluation/test_lane_rates.py evaluation/test_interleaved_benchmark.py \
 	$(addprefix runtime/test_,device.py huge_pages.py isolation.py onnx_arena.py onnx_runtime.py spin_control.py turns.py)
 test: install
+	$(BIN)/python -m compileall -q service models tests/support # some environments forbid Python to do so by itself
 	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder tests $(ALONE:%=--ignore=tests/%)
 	$(BIN)/pytest $(ALONE:%=tests/%)
 

@@ -202,6 +202,7 @@ def test_a_flipped_byte_is_told_and_rebuilt(service: Service, place: Path) -> No
     assert str(victim) in done.stderr
 
 
+@pytest.mark.soak
 def test_kill_9_during_a_build_then_start_again(place: Path, tmp_path: Path) -> None:
     config = tmp_path / "service.yaml"
     config.write_text("base: digits\nvariants: [{name: onnx, passes: [{kind: fold_bn}, {kind: onnxruntime}]}]\n")

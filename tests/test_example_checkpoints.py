@@ -18,8 +18,6 @@ from leanserve.config.schema import read_config
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 KEPT = {"timm-checkpoint": ("float", "int8"), "transformers-checkpoint": ("float", "int8")}
-RUN = [pytest.param("timm-checkpoint", marks=pytest.mark.soak), "transformers-checkpoint"]
-"""A minute of one core each."""
 
 
 class Running(NamedTuple):
@@ -30,7 +28,7 @@ class Running(NamedTuple):
     url: str
 
 
-@pytest.fixture(scope="module", params=RUN)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.soak) for name in KEPT])
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     name: str = request.param
     folder = tmp_path_factory.mktemp(name)

@@ -383,6 +383,7 @@ def test_a_folder_of_images_is_counted_and_named(folder: Path) -> None:
         write_config("init_model:images", folder / "d.yaml", hints, folder / "nothing")
 
 
+@pytest.mark.soak
 def test_the_command_writes_a_file_once_and_checks_out(tmp_path: Path) -> None:
     def leanserve(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -10,6 +10,8 @@ import statistics
 import time
 from pathlib import Path
 
+import pytest
+
 from raw_http import connected, infer_request, read_reply
 from rule_service import RuleService, needs_proc, serving
 from rules import row
@@ -34,6 +36,7 @@ async def keep_asking(service: RuleService, seconds: float) -> int:
 
 
 @needs_proc
+@pytest.mark.soak
 def test_three_idle_neighbours_cost_the_hot_variant_nothing_and_idle_costs_no_cpu(tmp_path: Path) -> None:
     four = ("onnx1", "onnx2", "onnx3", "onnx4")
     with serving(tmp_path / "alone", "onnx1") as alone, serving(tmp_path / "four", *four) as together:
