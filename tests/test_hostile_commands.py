@@ -67,14 +67,16 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
 
     monkeypatch.setattr(os, "_exit", end)
     monkeypatch.chdir(tmp_path)
-    terminated, level = signal.getsignal(signal.SIGTERM), logging.getLogger("leanserve").level
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    level = logging.getLogger("leanserve").level
     (tmp_path / "hostile_small.py").write_text(MODULE)
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "junk").write_bytes(bytes(range(256)) * 16)
     path = list(sys.path)
     with warnings.catch_warnings():
         yield ran
-    signal.signal(signal.SIGTERM, terminated)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     logging.getLogger("leanserve").setLevel(level)
     sys.path[:] = path
     sys.modules.pop("hostile_small", None)

@@ -197,6 +197,32 @@ def test_a_signal_during_the_build_ends_both_processes_promptly(
     assert "Traceback" not in start.log
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_process_ends_raises_in_no_finalizer(number: signal.Signals) -> None:
+    code = f"import atexit, signal\natexit.register(signal.raise_signal, {number.value})\n{COMMAND}"
+    ended = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_build_is_asked_to_end_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    counting = "asked = []\nsignal.signal(signal.SIGTERM, lambda *_: asked.append(1))\n"
+    waiting = "while not asked:\n    time.sleep(0.01)\ntime.sleep(0.3)\nsys.exit(10 + len(asked))\n"
+    start = built_by(monkeypatch, tmp_path, counting + TELLS + waiting)
+
+    def end() -> None:
+        wait_for(lambda: start.startup.built)
+        start.stop()
+        time.sleep(0.1)
+        start.close()
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    with pytest.raises(BuildFailed) as failed:
+        start.build_in_child(tmp_path)
+    ending.join()
+    assert failed.value.status == 11
+
+
 @needs_proc
 def test_a_build_ends_with_a_server_that_is_killed(start: Start) -> None:
     wait_for(lambda: children_of(start.process.pid))

@@ -492,6 +492,10 @@ def main() -> None:
         if ended.code == INTERRUPTED:
             err.print("interrupted", highlight=False)
         raise
+    finally:
+        # The process ends. A signal that comes now would raise inside a finalizer of some library.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _end(text: str) -> NoReturn:

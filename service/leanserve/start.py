@@ -93,9 +93,9 @@ class ServiceStart:
     def stop(self) -> None:
         """End the build, if one is running. What else is going on ends with the process."""
         with self._changing:
-            self._stopped = True
-            if self._build is not None:
+            if self._build is not None and not self._stopped:
                 self._build.send_signal(signal.SIGTERM)
+            self._stopped = True
 
     def close(self) -> None:
         """Stop, and wait until no build is running any more."""
