@@ -1,4 +1,8 @@
-"""`make zoo`: bring every model of the zoo, print the table. What was tried before is not tried again."""
+"""`make zoo`: bring every model of the zoo and print the table.
+
+A run may be stopped at any time: each result is stored and told as soon as it is there, the table is written anew with
+it, and what was served right before is not tried again.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from rich.table import Table
 
 from zoo.catalogue import MODELS, ZooModel
-from zoo.trial import Outcome, stored, try_out
+from zoo.trial import Outcome, Trial, stored
 from zoo.wheels import cache_folder
 
 out = Console()
@@ -28,28 +32,38 @@ def main(
     measure_s: Annotated[
         float, typer.Option("--measure-seconds", help="Timing per model; 60 for speeds to quote.")
     ] = 5.0,
-    markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
+    limit_s: Annotated[
+        float, typer.Option("--limit-seconds", help="Longest that a model may take, from init to its last answer.")
+    ] = 900.0,
+    markdown: Annotated[
+        Path | None, typer.Option(help="The table's file; by default table.md in the zoo's folder.")
+    ] = None,
 ) -> None:
     """Try the models, and end with status 1 if one that was tried is not served right."""
     models = [model for model in MODELS if not only or model.name in only]
-    outcomes = []
+    outcomes: list[Outcome] = []
+    table_path = markdown or cache_folder() / "table.md"
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("zoo", total=len(models))
         for model in models:
             progress.update(task, description=model.name)
-            outcomes.append(_outcome(model, keep, measure_s, fresh=again))
+            outcome = _outcome(model, keep, Trial(measure_s, limit_s), fresh=again)
+            outcomes.append(outcome)
+            table_path.write_text(_markdown(models, outcomes), encoding="utf-8")
+            progress.console.print(_line(outcome), highlight=False, markup=False)
             progress.advance(task)
     out.print(_table(models, outcomes))
-    wrong = [outcome for outcome in outcomes if not outcome.right]
-    for outcome in wrong:
-        out.print(f"{outcome.name}: {outcome.said or 'its base answers otherwise'}", highlight=False, markup=False)
-    if markdown is not None:
-        markdown.write_text(_markdown(models, outcomes), encoding="utf-8")
-    raise typer.Exit(int(bool(wrong)))
+    raise typer.Exit(int(not all(outcome.right for outcome in outcomes)))
 
 
-def _outcome(model: ZooModel, keep: Path | None, measure_s: float, *, fresh: bool) -> Outcome:
+def _line(outcome: Outcome) -> str:
+    """What became of a model, in a line."""
+    told = "right" if outcome.right else outcome.said or "its base answers otherwise"
+    return f"{outcome.name}: {told} ({outcome.seconds:.0f} s)"
+
+
+def _outcome(model: ZooModel, keep: Path | None, trial: Trial, *, fresh: bool) -> Outcome:
     path = cache_folder() / "results" / f"{model.name}.json"
     known = None if fresh else stored(path)
     if known is not None and known.right:
@@ -57,12 +71,12 @@ def _outcome(model: ZooModel, keep: Path | None, measure_s: float, *, fresh: boo
     path.parent.mkdir(parents=True, exist_ok=True)
     if keep is None:
         with tempfile.TemporaryDirectory(prefix="leanserve-zoo-") as temporary:
-            outcome = try_out(model, Path(temporary), measure_s)
+            outcome = trial.of(model, Path(temporary))
     else:
         folder = keep.resolve() / model.name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        outcome = try_out(model, folder, measure_s)
+        outcome = trial.of(model, folder)
     path.write_text(outcome.model_dump_json(), encoding="utf-8")
     return outcome
 
@@ -83,7 +97,7 @@ def _cells(model: ZooModel, outcome: Outcome) -> tuple[str, ...]:
 def _table(models: Sequence[ZooModel], outcomes: Sequence[Outcome]) -> Table:
     right = sum(outcome.right for outcome in outcomes)
     table = Table(*COLUMNS, title=f"{right} of {len(outcomes)} models are served and answer like the original")
-    for model, outcome in zip(models, outcomes, strict=True):
+    for model, outcome in zip(models, outcomes, strict=False):
         table.add_row(*_cells(model, outcome))
     return table
 

@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from zoo.catalogue import Brought, ZooModel
 from zoo.reference import Array
 
 ROWS = 2
-SECONDS = 1800.0
 EXACT = 1e-5
 """Largest error of a base's answers, relative to the largest number of the output."""
 
@@ -52,29 +52,79 @@ class Outcome(BaseModel):
         return self.accepted and self.built and self.error is not None and self.error <= EXACT
 
 
-def try_out(model: ZooModel, folder: Path, measure_s: float = 5.0) -> Outcome:
-    """Bring a model into an empty folder; whatever goes wrong is part of the outcome. Timing takes `measure_s`."""
-    started = time.monotonic()
-    outcome = Outcome(name=model.name)
-    try:
-        brought = model.bring(folder)
-        _leanserve(folder, "init", *brought.arguments)
-        outcome = outcome.model_copy(update={"accepted": True})
-        _leanserve(folder, "build", "--config", "leanserve.yaml", "--measure-seconds", str(measure_s))
-        outcome = outcome.model_copy(update=_reported(folder))
-        outcome = outcome.model_copy(update=_served(folder, brought, outcome.serving))
-    except Exception as error:
-        outcome = outcome.model_copy(update={"said": _last_line(error)})
-    return outcome.model_copy(update={"seconds": round(time.monotonic() - started, 1)})
+@dataclass(frozen=True)
+class Trial:
+    """How models are tried."""
+
+    measure_s: float = 5.0
+    """Seconds that timing may take, all variants of a model together."""
+    limit_s: float = 900.0
+    """Seconds that a model may take, from init to its last answer."""
+
+    def of(self, model: ZooModel, folder: Path) -> Outcome:
+        """Bring a model into an empty folder; whatever goes wrong is part of the outcome."""
+        started = time.monotonic()
+        commands = Commands(folder, started + self.limit_s)
+        outcome = Outcome(name=model.name)
+        try:
+            brought = model.bring(folder)
+            commands.run("init", *brought.arguments)
+            outcome = outcome.model_copy(update={"accepted": True})
+            commands.run("build", "--config", "leanserve.yaml", "--measure-seconds", str(self.measure_s))
+            outcome = outcome.model_copy(update=_reported(folder))
+            outcome = outcome.model_copy(update=_served(commands, brought, outcome.serving))
+        except Exception as error:
+            outcome = outcome.model_copy(update={"said": _last_line(error)})
+        return outcome.model_copy(update={"seconds": round(time.monotonic() - started, 1)})
 
 
-def _leanserve(folder: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "leanserve", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=SECONDS, check=False)
-    (folder / f"{arguments[0]}.log").write_text(done.stderr, encoding="utf-8")
-    if done.returncode != 0:
-        raise RuntimeError(f"{arguments[0]}: {done.stderr.strip()}")
-    return done.stderr
+@dataclass(frozen=True)
+class Commands:
+    """Runs leanserve in a folder, until a point in time (of `time.monotonic`)."""
+
+    folder: Path
+    deadline: float
+
+    def run(self, *arguments: str) -> None:
+        """A command, to its end.
+
+        Raises:
+            RuntimeError: it failed, or is not done in time.
+        """
+        command = [sys.executable, "-m", "leanserve", *arguments]
+        with (self.folder / f"{arguments[0]}.log").open("w+", encoding="utf-8") as log:
+            try:
+                left = max(1.0, self.deadline - time.monotonic())
+                done = subprocess.run(command, cwd=self.folder, stdout=log, stderr=log, timeout=left, check=False)
+            except subprocess.TimeoutExpired:
+                raise RuntimeError(f"{arguments[0]}: not done within the limit of a model") from None
+            if done.returncode != 0:
+                log.seek(0)
+                raise RuntimeError(f"{arguments[0]}: {log.read().strip()}")
+
+    @contextmanager
+    def server(self) -> Iterator[str]:
+        """A service of the config in the folder; its address."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "leanserve", "serve", "--config", "leanserve.yaml", "--port", str(port)]
+        with (self.folder / "serve.log").open("w", encoding="utf-8") as log:
+            process = subprocess.Popen(command, cwd=self.folder, stderr=log, stdout=log)
+            try:
+                self._await_ready(process, port)
+                yield f"127.0.0.1:{port}"
+            finally:
+                process.terminate()
+                process.wait(30)
+
+    def _await_ready(self, process: subprocess.Popen[bytes], port: int) -> None:
+        while time.monotonic() < self.deadline and process.poll() is None:
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2) as reply:
+                if reply.status == 200:
+                    return
+            time.sleep(0.2)
+        raise RuntimeError(f"serve: {(self.folder / 'serve.log').read_text(encoding='utf-8').strip()}")
 
 
 def _reported(folder: Path) -> dict[str, Any]:
@@ -94,11 +144,11 @@ def _reported(folder: Path) -> dict[str, Any]:
     }
 
 
-def _served(folder: Path, brought: Brought, variants: Sequence[str]) -> dict[str, Any]:
+def _served(commands: Commands, brought: Brought, variants: Sequence[str]) -> dict[str, Any]:
     """Errors of every variant's answers over HTTP, against the original's."""
-    rows = _rows(folder)
+    rows = _rows(commands.folder)
     expected = [brought.original(row) for row in rows]
-    with _server(folder) as address:
+    with commands.server() as address:
         errors = {name: _worst(address, name, rows, expected) for name in variants}
     return {"variants": errors, "error": errors[variants[0]]}
 
@@ -161,33 +211,6 @@ def _asked(address: str, variant: str, row: Mapping[str, Array]) -> list[Array]:
         return [np.asarray(answer.as_numpy(item["name"])) for item in known["outputs"]]
     finally:
         client.close()
-
-
-@contextmanager
-def _server(folder: Path) -> Iterator[str]:
-    """A service of the config in the folder; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "leanserve", "serve", "--config", "leanserve.yaml", "--port", str(port)]
-    with (folder / "serve.log").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, cwd=folder, stderr=log, stdout=log)
-        try:
-            _await_ready(process, port, folder / "serve.log")
-            yield f"127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-def _await_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2) as reply:
-            if reply.status == 200:
-                return
-        time.sleep(0.2)
-    raise RuntimeError(f"serve: {log.read_text(encoding='utf-8').strip()}")
 
 
 @contextmanager
