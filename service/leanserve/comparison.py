@@ -14,7 +14,7 @@ from typing import Final, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from leanserve.contracts import Array, Meaning
+from leanserve.contracts import Array, Meaning, TensorSpec
 
 UNLIKE = float(np.finfo(np.float32).max)
 """Stands for the difference between an infinity or NaN and anything else."""
@@ -22,6 +22,8 @@ LEAST_PROBABILITY = float(np.finfo(np.float64).tiny)
 """In place of 0, so that a class which one side rules out makes a divergence large and not infinite."""
 MOST_LOGARITHM = 100.0
 """In place of greater ones, which no probability has, for the same reason."""
+NO_CLASS = -1
+"""The best class of a place with NaN or +inf in it, or where every class is ruled out."""
 PRESENT = 0.5
 """Independent probability from which on a class is there."""
 
@@ -126,6 +128,15 @@ def same_classes(rows: ClassRows, ours: Array, theirs: Array, meaning: Meaning) 
     if meaning != "independent_probabilities":
         return same
     return np.asarray(same & ((np.asarray(ours) >= PRESENT) == (np.asarray(theirs) >= PRESENT)).all(axis=1))
+
+
+def best_classes(output: Array, field: TensorSpec) -> NDArray[np.int64]:
+    """The best class of every place [rows, places] of an output of `contracts.CLASS_MAPS`, as it is or flattened."""
+    first = field.meaning == "classes_first"
+    count, axis = (field.shape[0], 1) if first else (field.shape[-1], 2)
+    assert count is not None  # `bases.meanings` asks for that
+    numbers = output.reshape(len(output), *((count, -1) if first else (-1, count)))
+    return np.where(np.isfinite(numbers.max(axis=axis)), numbers.argmax(axis=axis), NO_CLASS)
 
 
 def _divergence(ours: Array, theirs: Array) -> NDArray[np.float64]:

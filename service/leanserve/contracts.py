@@ -25,15 +25,28 @@ Array: TypeAlias = NDArray[Any]
 Arrays: TypeAlias = tuple[Array, ...]
 Json: TypeAlias = Any
 Split = Literal["train", "calibration", "gate", "test"]
-Meaning = Literal["logits", "probabilities", "log_probabilities", "independent_probabilities", "embedding", "values"]
+Meaning = Literal[
+    "logits",
+    "probabilities",
+    "log_probabilities",
+    "independent_probabilities",
+    "embedding",
+    "classes_first",
+    "classes_last",
+    "values",
+]
 """What the numbers of an output are, which decides how they are answered, compared and trained.
 
 `logits` become the probabilities of classes by a softmax; `probabilities` are that already, `log_probabilities` their
 logarithms; `independent_probabilities` are one of each class by itself (a sigmoid's), any number of which may be true.
-`embedding` is a direction, compared by angles; `values` are everything else.
+`embedding` is a direction, compared by angles. `classes_first` [classes, ...] and `classes_last` [..., classes] have a
+score per class at every place of a row, as segmentation and taggers do, of which the best one counts. `values` are
+everything else.
 """
 CLASSES: frozenset[Meaning] = frozenset({"logits", "probabilities", "log_probabilities", "independent_probabilities"})
 """Meanings of an output with one number per class."""
+CLASS_MAPS: frozenset[Meaning] = frozenset({"classes_first", "classes_last"})
+"""Meanings of an output with one number per class at every pixel, step or proposal."""
 RowsTogether = Literal["any", "one_length", "one"]
 """Which rows may share a batch: any, only those of equal length (nothing is padded), or none (one row per batch)."""
 

@@ -75,6 +75,39 @@ def test_so_does_a_name() -> None:
     assert guessed(output("logits", dtype="int64"), (rows(3),)).meaning == "values"
 
 
+def shares(*shape: int, axis: int) -> Array:
+    numbers = np.exp(np.random.default_rng(0).standard_normal(shape))
+    return np.asarray(numbers / numbers.sum(axis=axis, keepdims=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "values", "meaning", "evidence"),
+    [
+        ("y", (3, None, None), shares(2, 3, 4, 5, axis=1), "classes_first", "numbers"),
+        ("y", (None, 6), np.log(shares(2, 4, 6, axis=2)), "classes_last", "numbers"),
+        ("logits", (None, 6), rows(24).reshape(5, 4, 6), "classes_last", "name"),
+        ("logits", (3, 8, 8), rows(192).reshape(5, 3, 8, 8), "classes_first", "name"),
+        ("logits", (8, 8, 3), rows(192).reshape(5, 8, 8, 3), "classes_last", "name"),
+        ("y", (3, 8), rows(24).reshape(5, 3, 8), "values", "none"),
+        ("y", (1, 8), np.ones((5, 1, 8)), "values", "none"),
+    ],
+)
+def test_maps_of_classes_are_told_by_numbers_or_name(
+    name: str, shape: tuple[int | None, ...], values: Array, meaning: Meaning, evidence: str
+) -> None:
+    found = guessed(output(name, shape), (values[:1], values[1:]))
+    assert (found.meaning, found.evidence) == (meaning, evidence)
+    if evidence == "numbers":
+        assert proven(found, "softmax").evidence == "operator"
+
+
+def test_a_declared_map_needs_a_fixed_number_of_classes() -> None:
+    [told], _ = settle(output("mask", (21, None, None)), labels=(), declared={"mask": "classes_first"})
+    assert told == ("mask", "classes_first")
+    with pytest.raises(ConfigError, match=r"on the last one a fixed number of classes.* 'mask' \[21, None, None\]"):
+        settle(output("mask", (21, None, None)), labels=(), declared={"mask": "classes_last"})
+
+
 # By the last operator
 
 

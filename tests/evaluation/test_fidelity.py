@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from leanserve.artifacts.manifest import OutputFidelity
-from leanserve.contracts import CLASSES, Array, Meaning, TensorSpec
+from leanserve.contracts import CLASS_MAPS, CLASSES, Array, Meaning, TensorSpec
 from leanserve.evaluation import fidelity as module
 from leanserve.evaluation.fidelity import MEASURES, fidelity
 from leanserve.passes.toolkit.spread import channel_axis, channel_scales
@@ -151,6 +151,8 @@ def test_what_is_not_finite_in_both_agrees_and_in_one_does_not(meaning: Meaning,
         assert found.model_validate_json(found.model_dump_json()) == found, "no number in it is NaN or infinite"
         if meaning in {"values", "embedding"}:
             assert found.agreement == (0.0 if meaning == "values" else pytest.approx(7 / 8))
+        elif meaning in CLASS_MAPS:
+            assert found.worst_row == 3 or np.isneginf(value)
         elif not np.isneginf(value):
             assert found.agreement == 7 / 8
 
@@ -217,4 +219,4 @@ def test_embeddings_are_compared_by_direction() -> None:
 
 
 def test_there_is_a_function_for_every_meaning() -> None:
-    assert set(MEASURES) == CLASSES | {"embedding", "values"}
+    assert set(MEASURES) == CLASSES | CLASS_MAPS | {"embedding", "values"}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from leanserve.comparison import UNLIKE
-from leanserve.contracts import Array, TensorSpec
+from leanserve.contracts import Array, Meaning, TensorSpec
 from leanserve.experiments.answer_pairs import (
     MOST_CLASSES,
     Agreed,
@@ -98,6 +98,17 @@ def test_values_agree_within_their_scale() -> None:
     assert row_differences(ours, theirs, VALUES, RULE).agreed.tolist() == [True, False]
     wide = AgreementRule(scales={"values": 20.0})
     assert row_differences(ours, theirs, VALUES, wide).agreed.tolist() == [True, True]
+
+
+@pytest.mark.parametrize(("meaning", "axis"), [("classes_first", 1), ("classes_last", 3)])
+def test_maps_of_classes_agree_by_their_share_of_equal_places(meaning: Meaning, axis: int) -> None:
+    theirs = np.eye(3)[np.zeros((2, 10, 10), int)]
+    ours = theirs.copy()
+    ours[0, 0, :2], ours[1, 0, :3] = np.eye(3)[1], np.eye(3)[2]
+    ours, theirs = (np.moveaxis(array, 3, axis) for array in (ours, theirs))
+    found = row_differences(ours, theirs, TensorSpec("mask", "float64", theirs.shape[1:], meaning=meaning), RULE)
+    assert found.agreed.tolist() == [True, False]
+    assert found.overlap.tolist() == [0.98, 0.97]
 
 
 def test_whole_numbers_agree_only_if_they_are_equal() -> None:

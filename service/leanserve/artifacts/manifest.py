@@ -23,13 +23,15 @@ class OutputFidelity(BaseModel):
     meaning: Meaning
     agreement: float
     """0..1. Of classes: share of rows with the same best class (of independent ones, also the same classes at 0.5 or
-    above); of embeddings: the mean cosine, 0 at least; of values: 1 - `error`, 0 at least."""
+    above); of maps of classes: share of places with the same best class, where the base has the class that is hit
+    least; of embeddings: the mean cosine, 0 at least; of values: 1 - `error`, 0 at least."""
     agreement_low: float
     agreement_high: float
     """95 % confidence interval of the agreement: what other rows like these might have shown."""
     worst_agreement: float
     """0..1, that of the worst row. Of classes: the probability that both sides give to the same; of embeddings: the
-    cosine; of values: 1 - its error over all channels, each by its spread; of whole numbers: the share that is equal.
+    cosine; of maps of classes: the share of its places with the same class; of values: 1 - its error over all channels,
+    each by its spread; of whole numbers: the share that is equal.
     """
     worst_row: int
     """That row of the gate split, from 0."""
@@ -44,7 +46,7 @@ class OutputFidelity(BaseModel):
     """Of values: root mean square error over the standard deviation of the base's, in the worst channel; of whole
     numbers: share of those that differ."""
     channel: int | None = None
-    """The worst channel of values, from 0."""
+    """The worst channel of values, or the class that is hit least, from 0; `None`: classes that are rare, or all."""
     not_finite: int
     """Numbers that are infinite or NaN here or in the base, and not the same in both."""
     constant: bool

@@ -24,7 +24,7 @@ from leanserve.errors import ArtifactCorrupt, ConfigError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Raise when descriptions of the same model come out differently."""
 Evidence = Literal["declared", "operator", "numbers", "name", "labels", "form", "none"]
 """From what the meaning of an output is known: the config, its last operator, what it looked like on random rows, its

@@ -15,7 +15,7 @@ import numpy as np
 
 from leanserve.bases.description import Evidence, Tensor
 from leanserve.config.base_section import Meanings
-from leanserve.contracts import CLASSES, Array, Meaning
+from leanserve.contracts import CLASS_MAPS, CLASSES, Array, Meaning
 from leanserve.errors import ConfigError
 
 Declared = Meanings | None
@@ -24,8 +24,16 @@ LastOperator = Literal["softmax", "log_softmax", "sigmoid"]
 
 SUM_TOLERANCE = 5e-3
 """How far probabilities may sum up beside 1: half precision and 8 bits round."""
+CLASS_AXES: Final[Mapping[Meaning, int]] = {"classes_first": 1, "classes_last": -1}
+"""Of maps of classes, in a batch."""
 LEAST_WIDTH = 16
 """Numbers from which on a list of length 1 looks like an embedding; a quaternion has length 1 too."""
+NAMES: Final[Mapping[Meaning, str]] = {
+    "independent_probabilities": "probabilities",
+    "classes_first": "classes",
+    "classes_last": "classes",
+}
+"""What an output without a name is called, where it is not its meaning."""
 STRENGTH: Final[Mapping[Evidence, int]] = {"declared": 2, "operator": 1}
 """Of what is known about two outputs that both might be the classes; the others are guesses."""
 
@@ -40,7 +48,7 @@ class Outputs(NamedTuple):
 def guessed(tensor: Tensor, samples: Sequence[Array]) -> Tensor:
     """The output with the meaning that its values on random rows, else its name, suggest, if they do."""
     if not _is_list(tensor):
-        return tensor
+        return _guessed_map(tensor, samples)
     rows = np.concatenate([np.asarray(sample, np.float64) for sample in samples])
     if tensor.shape[0] != 1 and (meaning := _by_numbers(rows)) is not None:
         return _meaning(tensor, meaning, "numbers")
@@ -50,6 +58,21 @@ def guessed(tensor: Tensor, samples: Sequence[Array]) -> Tensor:
     return _meaning(tensor, "logits", "name") if "logit" in name else tensor
 
 
+def _guessed_map(tensor: Tensor, samples: Sequence[Array]) -> Tensor:
+    """An output with several axes as a map of classes, if its numbers or its name suggest it."""
+    able = [meaning for meaning in sorted(CLASS_MAPS) if _may_be_map(tensor, meaning)]
+    for meaning in able:
+        places = [np.moveaxis(np.asarray(sample, np.float64), CLASS_AXES[meaning], -1) for sample in samples]
+        rows = np.concatenate([place.reshape(-1, place.shape[-1]) for place in places])
+        if _by_numbers(rows) in {"probabilities", "log_probabilities"}:
+            return _meaning(tensor, meaning, "numbers")
+    if not able or "logit" not in tensor.name.casefold():
+        return tensor
+    first, last = tensor.shape[0], tensor.shape[-1]
+    images = len(tensor.shape) > 2 and first is not None and (last is None or first <= last)
+    return _meaning(tensor, "classes_first" if images and "classes_first" in able else able[-1], "name")
+
+
 def proven(tensor: Tensor, operator: LastOperator | None) -> Tensor:
     """The output, of which the values were looked at, with the meaning that its last operator gives it.
 
@@ -57,6 +80,8 @@ def proven(tensor: Tensor, operator: LastOperator | None) -> Tensor:
     """
     if operator == "sigmoid" and _is_list(tensor) and tensor.meaning != "probabilities":
         return _meaning(tensor, "independent_probabilities", "operator")
+    if tensor.meaning in CLASS_MAPS and operator in {"softmax", "log_softmax"} and tensor.evidence == "numbers":
+        return _meaning(tensor, tensor.meaning, "operator")
     if (operator, tensor.meaning) in {("softmax", "probabilities"), ("log_softmax", "log_probabilities")}:
         return _meaning(tensor, tensor.meaning, "operator")
     return tensor
@@ -110,7 +135,12 @@ def _told(found: Sequence[Tensor], declared: Declared) -> list[Tensor]:
 
 
 def _declared(tensor: Tensor, meaning: Meaning) -> Tensor:
-    if meaning != "values" and not _is_list(tensor):
+    if meaning in CLASS_MAPS and not _may_be_map(tensor, meaning):
+        raise ConfigError(
+            f"base.outputs: {meaning} have two axes or more in a row, floats, and on the {meaning[8:]} one a fixed "
+            f"number of classes, at least 2; {_shown([tensor])} {tensor.dtype} has not"
+        )
+    if meaning not in {"values", *CLASS_MAPS} and not _is_list(tensor):
         raise ConfigError(
             f"base.outputs: {meaning} are one list of floats per row, and {_shown([tensor])} {tensor.dtype} is not; "
             "declare it as values"
@@ -159,7 +189,7 @@ def _named(tensors: Sequence[Tensor], labelled: int) -> tuple[Tensor, ...]:
     """Outputs without a name are called after their meaning where one name is enough, else by their number."""
     named: list[Tensor] = []
     for index, item in enumerate(tensors):
-        plain = "probabilities" if item.meaning == "independent_probabilities" else item.meaning
+        plain = NAMES.get(item.meaning, item.meaning)
         first = "output" if plain == "values" else plain
         name = first if index == 0 or (index == labelled and plain in CLASSES) else f"output_{index}"
         name = f"output_{index}" if any(other.name == name for other in named) else name
@@ -170,6 +200,13 @@ def _named(tensors: Sequence[Tensor], labelled: int) -> tuple[Tensor, ...]:
 def _is_list(tensor: Tensor) -> bool:
     """Whether a row has one list of floats, of the same length as those of all other rows."""
     return len(tensor.shape) == 1 and tensor.shape[0] is not None and tensor.dtype.startswith("float")
+
+
+def _may_be_map(tensor: Tensor, meaning: Meaning) -> bool:
+    """Whether a row has several axes, and the one of the classes a fixed size."""
+    if len(tensor.shape) < 2 or not tensor.dtype.startswith("float"):
+        return False
+    return (tensor.shape[0 if meaning == "classes_first" else -1] or 0) > 1
 
 
 def _meaning(tensor: Tensor, meaning: Meaning, evidence: Evidence) -> Tensor:

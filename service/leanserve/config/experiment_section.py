@@ -25,6 +25,9 @@ class ExperimentConfig(Section):
     shadow_rows: int = Field(256, ge=1, le=10**6, description="rows that may wait to be answered again")
     shadow_mb: int = Field(64, ge=1, le=2**20, description="MB that they may take meanwhile, answers included")
     min_cosine: float = Field(0.99, gt=-1, le=1, description="from where on two embeddings agree")
+    min_places: float = Field(
+        0.98, ge=0, le=1, description="share of places with the same best class from where on two maps of classes agree"
+    )
     max_error: float = Field(
         0.05, ge=0, description="up to where two values agree, relative to the largest of the base's row"
     )

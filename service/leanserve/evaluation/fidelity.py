@@ -25,7 +25,8 @@ from leanserve.comparison import (
     row_cosines,
     same_classes,
 )
-from leanserve.contracts import CLASSES, Array, Arrays, Meaning, TensorSpec
+from leanserve.contracts import CLASS_MAPS, CLASSES, Array, Arrays, Meaning, TensorSpec
+from leanserve.evaluation.class_maps import PlaceCounts, ratios
 from leanserve.evaluation.intervals import resampled_means, sampled_share
 from leanserve.experiments.interval import Interval
 from leanserve.passes.toolkit.spread import by_channel, channel_axis, channel_scales
@@ -38,7 +39,7 @@ PIECE = 2**22
 WHOLE = "biu"
 """Kinds of numpy dtypes that are compared by equality."""
 DRAWN_CHANNELS = 32
-"""The worst channels, of which the interval of the worst is drawn: another one is not the worst by chance."""
+"""The worst channels (or classes), of which the interval of the worst is drawn: no other is the worst by chance."""
 
 Measures = dict[str, float | int | None]
 MeasureOf = Callable[[Array, Array, TensorSpec], Measures]
@@ -96,6 +97,18 @@ def _shared_probability(rows: ClassRows, meaning: Meaning) -> Array:
         return np.asarray(1 - np.abs(ours - theirs).max(axis=1))
     ours, theirs = (np.exp(CLASS_LOGARITHMS[meaning](side)) for side in (rows.ours, rows.theirs))
     return np.asarray(1 - np.abs(ours - theirs).sum(axis=1) / 2)
+
+
+def _class_map(ours: Array, theirs: Array, field: TensorSpec) -> Measures:
+    """Share of places with the base's best class, where the base has the class that is hit least."""
+    counts = PlaceCounts.of(ours, theirs, field, _pieces(theirs))
+    shares = counts.shares
+    drawn = np.argsort(shares)[:DRAWN_CHANNELS]
+    parts = np.concatenate([counts.hits[:, drawn], counts.seen[:, drawn]], axis=1)
+    interval = resampled_means(parts, lambda means: ratios(*np.split(means, 2, axis=1)).min(axis=1))
+    worst = int(shares.argmin())
+    found = {"agreement": float(shares[worst]), "channel": counts.classes[worst]}
+    return found | _worst_row(counts.row_shares) | _between(interval)
 
 
 def _embedding(ours: Array, theirs: Array, _: TensorSpec) -> Measures:
@@ -214,6 +227,7 @@ def _share(value: float) -> float:
 
 MEASURES: Final[Mapping[Meaning, MeasureOf]] = {
     **dict.fromkeys(CLASSES, _classes),
+    **dict.fromkeys(CLASS_MAPS, _class_map),
     "embedding": _embedding,
     "values": _values,
 }

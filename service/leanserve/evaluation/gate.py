@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from leanserve.artifacts.manifest import OutputFidelity, Quality
 from leanserve.config.schema import GateConfig
+from leanserve.contracts import CLASS_MAPS
 
 ROUNDING = 1e-9
 """Of stored numbers, which is forgiven."""
@@ -113,6 +114,9 @@ def _distance(output: OutputFidelity) -> str:
     agreement = f"output '{output.name}'{broken} has an agreement of {output.agreement:.4f}"
     if output.cosine is not None:
         return f"{agreement}, its mean cosine with the base's"
+    if output.meaning in CLASS_MAPS:
+        where = "" if output.channel is None else f" where that is class {output.channel}"
+        return f"{agreement}, the share of places with the base's class{where}"
     if output.error is None:
         return f"{agreement}, the share of rows with the base's answer"
     return f"{agreement}: it is off by {100 * output.error:.1f} % of the base's spread (channel {output.channel})"

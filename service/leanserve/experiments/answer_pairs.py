@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from leanserve.comparison import (
     UNLIKE,
     ClassRows,
+    best_classes,
     class_divergence,
     compared,
     differ_in_kind,
     row_cosines,
     same_classes,
 )
-from leanserve.contracts import CLASSES, Array, Arrays, Json, Meaning, TensorSpec
+from leanserve.contracts import CLASS_MAPS, CLASSES, Array, Arrays, Json, Meaning, TensorSpec
 from leanserve.experiments.interval import Interval
 from leanserve.experiments.mean import MeanSums
 from leanserve.experiments.proportion import Numbers, share_interval
@@ -43,6 +44,8 @@ class AgreementRule:
 
     min_cosine: float = 0.99
     """Of embeddings."""
+    min_places: float = 0.98
+    """Of maps of classes: the share of a row's places with the same best class."""
     max_error: float = 0.05
     """Of values: the largest difference in a row, relative to `scales`."""
     scales: Mapping[str, float] = field(default_factory=dict)
@@ -59,7 +62,8 @@ class RowDifferences(NamedTuple):
     kl: Numbers
     cosine: Numbers
     overlap: Numbers
-    """Share of the best classes, or of the nearest other rows of embeddings, that both have."""
+    """Share of the best classes, of the places of a map with the same one, or of the nearest other rows of embeddings,
+    that both have."""
     classes: Sequence[str]
     """Their best class; empty for what is no output of classes."""
 
@@ -98,6 +102,11 @@ def _classes(ours: Array, theirs: Array, field: TensorSpec, _: AgreementRule) ->
     return {"agreed": agreed, "kl": kl, "overlap": _overlap(ours, theirs), "classes": tuple(best)}
 
 
+def _class_map(ours: Array, theirs: Array, field: TensorSpec, rule: AgreementRule) -> _Found:
+    same = (best_classes(ours, field) == best_classes(theirs, field)).mean(axis=1)
+    return {"agreed": same >= rule.min_places, "overlap": same}
+
+
 def _embeddings(ours: Array, theirs: Array, _: TensorSpec, rule: AgreementRule) -> _Found:
     cosine = row_cosines(ours, theirs)
     overlap = _overlap(_similarities(ours), _similarities(theirs)) if len(ours) > 2 else np.full(len(ours), np.nan)
@@ -130,6 +139,7 @@ def _values(ours: Array, theirs: Array, field: TensorSpec, rule: AgreementRule) 
 
 MEASURES_OF_ROWS: Final[Mapping[Meaning, Callable[[Array, Array, TensorSpec, AgreementRule], _Found]]] = {
     **dict.fromkeys(CLASSES, _classes),
+    **dict.fromkeys(CLASS_MAPS, _class_map),
     "embedding": _embeddings,
     "values": _values,
 }

@@ -17,7 +17,7 @@ from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.opening import Origin, open_base
 from leanserve.bases.shipped import SHIPPED
 from leanserve.config.schema import read_config
-from leanserve.contracts import CLASSES, Json, Meaning, ModelSpec
+from leanserve.contracts import CLASS_MAPS, CLASSES, Json, Meaning, ModelSpec
 from leanserve.disk import open_regular
 from leanserve.errors import ConfigError
 from leanserve.hardware import this_hardware
@@ -41,7 +41,12 @@ KEYS: Mapping[str, str] = {
 }
 """How keys of `base` that an error may ask for are written."""
 TEMPLATE = Path(__file__).parent / "config.yaml.j2"
-AGREEMENT: Mapping[Meaning, float] = dict.fromkeys(CLASSES, 0.98) | {"embedding": 0.99, "values": 0.95}
+AGREEMENT: Mapping[Meaning, float] = {
+    **dict.fromkeys(CLASSES, 0.98),
+    **dict.fromkeys(CLASS_MAPS, 0.95),
+    "embedding": 0.99,
+    "values": 0.95,
+}
 """What a first gate asks of an output by its meaning; of several, the least."""
 WHY: Mapping[Evidence, str] = {
     "declared": "as you say",
@@ -228,6 +233,7 @@ def _measured_by(spec: ModelSpec) -> str:
     """What the agreement of this model's outputs is."""
     words = {
         **dict.fromkeys(CLASSES, "the share of answers equal to the base's"),
+        **dict.fromkeys(CLASS_MAPS, "the share of places with the base's class, where it has the class hit least"),
         "embedding": "the mean cosine to the base's embeddings",
         "values": "1 - the error of the worst channel, relative to its spread",
     }

@@ -41,7 +41,7 @@ class Gathering:
         kept = config.payload_mb * MIB if config.keep_payloads else 0
         self._comparison = Comparison(
             fleet.opened[record.arms.base].spec,
-            AgreementRule(config.min_cosine, config.max_error),
+            AgreementRule(config.min_cosine, config.min_places, config.max_error),
             DisagreementRing(payload_bytes=kept),
             keep_payloads=config.keep_payloads,
         )

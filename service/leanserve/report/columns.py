@@ -141,14 +141,16 @@ class OutputMeasure:
 BY_OUTPUT = (
     OutputMeasure(
         "agreement",
-        "of classes the share of rows with the base's top class, of embeddings the mean cosine, of values 1 - error",
+        "of classes the share of rows with the base's top class, of maps of classes that of places where the base has "
+        "the class hit least, of embeddings the mean cosine, of values 1 - error",
         lambda output: output.agreement,
         share,
         min,
     ),
     OutputMeasure(
         "worst row",
-        "agreement of the row that is farthest from the base's: shared probability of classes, cosine, or 1 - error",
+        "agreement of the row that is farthest from the base's: shared probability of classes, share of places with "
+        "the same class, cosine, or 1 - error",
         lambda output: output.worst_agreement,
         share,
         min,

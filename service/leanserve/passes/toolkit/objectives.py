@@ -22,6 +22,8 @@ BY_MEANING: Final[Mapping[Meaning, LossKind]] = {
     "log_probabilities": "kl",
     "independent_probabilities": "kl",
     "embedding": "cosine",
+    "classes_first": "mse",
+    "classes_last": "mse",
     "values": "mse",
 }
 """What suits an output best."""
