@@ -63,6 +63,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
             status = ended.args[0]
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        for number, handler in handlers.items():  # at once: a process that starts now would inherit what is ignored
+            signal.signal(number, handler)
         return status, capfd.readouterr().err
 
     monkeypatch.setattr(os, "_exit", end)
@@ -75,8 +77,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
     path = list(sys.path)
     with warnings.catch_warnings():
         yield ran
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     logging.getLogger("leanserve").setLevel(level)
     sys.path[:] = path
     sys.modules.pop("hostile_small", None)
