@@ -27,7 +27,8 @@ from leanserve.init import writing
 from leanserve.init.data_argument import ToldColumns, data_section, data_seen
 from leanserve.init.model_argument import Hints, base_section
 from leanserve.init.profile import likely_state
-from leanserve.init.rehearsal import Rehearsed, refused_variants
+from leanserve.init.reach import Reach
+from leanserve.init.rehearsal import Rehearsed, refused_variants, rehearsed
 from leanserve.init.suggestions import Suggestion, suggest
 from leanserve.init.writing import GATE_ROWS, MAX_DROP, is_unfinished, write_config
 from tiny_graphs import graph, write
@@ -328,14 +329,42 @@ def test_arrays_that_match_nothing_ask_to_be_told(tmp_path: Path) -> None:
 def test_a_gain_is_scaled_by_what_a_pass_reaches(folder: Path) -> None:
     told = Suggestion("int8", (), "{gain} the variant onnx", (2, 2.5))
     assert told.expect == "2-2.5x the variant onnx"
-    assert told._replace(reached=0.5).expect == "1.3-1.4x the variant onnx; 8 bits reach 50% of the arithmetic"
-    assert told._replace(reached=1.0).expect == "2-2.5x the variant onnx; 8 bits reach 100% of the arithmetic"
+    half, all_of_it = (told._replace(reach=Reach(eight_bits=share)).expect for share in (0.5, 1.0))
+    assert half == "1.3-1.4x the variant onnx; 8 bits reach 50% of the arithmetic"
+    assert all_of_it == "2-2.5x the variant onnx; 8 bits reach 100% of the arithmetic"
     text = "agraph (float[N, 4] x) => (float[N, 4] y) <float[4, 4] w = {0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, "
     text += "1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6}> { a = MatMul (x, w) b = Mul (a, a) y = MatMul (b, w) }"
     seen = write_config(str(write(folder / "m.onnx", graph(text))), folder / "c.yaml", Hints(), None)
     int8 = next(item for item in seen.suggestions if item.name == "int8")
-    assert int8.reached == 1.0
+    assert int8.reach.eight_bits == 1.0
     assert "8 bits reach 100% of the arithmetic" in (folder / "c.yaml").read_text()
+
+
+def test_so_is_one_by_foldable_norms_convolutions_and_what_is_left() -> None:
+    layout = Suggestion("channels-last", (), "{gain} torch", (1.1, 1.2), (1.1, 1.2))
+    assert layout.expect == "1.2-1.4x torch"
+    partly = layout._replace(reach=Reach(convolutions=0.5, norms=(1, 4)))
+    assert partly.expect == ("1.1x torch; convolutions are 50% of the arithmetic; 1 of 4 batch norms can be folded")
+    fewer = Suggestion("lowrank-int8", (), "{gain} the variant int8", reach=Reach(eight_bits=0.9, left=0.5))
+    assert fewer.expect == (
+        "1.4-1.7x the variant int8; 8 bits reach 90% of the arithmetic; 50% of the arithmetic is left"
+    )
+
+
+def test_what_passes_reach_is_found_by_trying_them(folder: Path) -> None:
+    (folder / "c.yaml").write_text(
+        "base: {python: init_model:images, inputs: {x: {shape: [3, 16, 16]}}}\ndata: {synthetic: 8}\n"
+        "variants: [{name: float}]\n"
+    )
+    config = read_config(folder / "c.yaml")
+    base = open_base(Origin(base=config.base, data=config.data, folder=folder))
+    fold, fewer = {"kind": "fold_bn"}, {"kind": "lowrank_conv", "macs": 0.6, "approximate": "weight"}
+    tried = [Suggestion("layout", (fold, {"kind": "channels_last"}), ""), Suggestion("lowrank", (fewer,), "")]
+    layout, lowrank = (item.reach for item in rehearsed(base, tried).kept)
+    assert (layout.norms, layout.left) == ((4, 4), None)
+    assert layout.convolutions == pytest.approx(1.0, abs=0.001)
+    assert lowrank.left == pytest.approx(0.6, abs=0.05)
+    assert (lowrank.norms, lowrank.convolutions, lowrank.eight_bits) == (None, None, None)
 
 
 def test_gate_rows_are_enough_for_the_limit_that_is_written() -> None:

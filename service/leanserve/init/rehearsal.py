@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +21,10 @@ from pydantic import TypeAdapter
 
 from leanserve.bases.loaded import LoadedBase, RowsOver
 from leanserve.config.schema import ServiceConfig, VariantConfig
-from leanserve.contracts import BuildContext, Data, Json, Model, OnnxModel, Share, Split
+from leanserve.contracts import BuildContext, Data, Json, Model, OnnxModel, Share, Split, TorchModel
 from leanserve.evaluation.candidates import CandidateEvaluator
 from leanserve.hardware import this_hardware, thread_budget
+from leanserve.init.reach import Reach
 from leanserve.init.suggestions import Suggestion
 from leanserve.passes import AnyPass
 from leanserve.passes.base import Pass
@@ -87,7 +89,7 @@ def rehearsed(base: LoadedBase, suggestions: Iterable[Suggestion], spare: Sequen
             reasons = []
             for attempt in _attempts(suggestion, spare):
                 if (reason := stage.failure_of(attempt.passes)) is None:
-                    kept.append(attempt._replace(reached=stage.reached(attempt.passes)))
+                    kept.append(attempt._replace(reach=stage.reach(attempt.passes)))
                     break
                 reasons.append(reason)
             else:
@@ -121,6 +123,7 @@ class _Stage:
         self._base = base
         self._folder = folder
         self._made: dict[str, Model] = {}
+        self._facts: dict[str, Mapping[str, float]] = {}
 
     def failure_of(self, passes: tuple[Json, ...]) -> str | None:
         """Why a model cannot be made with these passes, or not be run; `None` if it can."""
@@ -133,19 +136,38 @@ class _Stage:
         return None
 
     def made(self, passes: tuple[Json, ...]) -> Model:
-        key = json.dumps(passes, sort_keys=True)
+        key = _key(passes)
         if key not in self._made:
             self._made[key] = self._applied(passes) if passes else self._base.model()
         return self._made[key]
 
-    def reached(self, passes: tuple[Json, ...]) -> float | None:
-        """Share of the arithmetic that these passes, which were tried, bring to 8 bits; `None`: not known."""
+    def reach(self, passes: tuple[Json, ...]) -> Reach:
+        """How far these passes, which were tried, reach."""
+        from leanserve.runtime.formats.torch_size import convolution_share
+
+        kinds = [str(step["kind"]) for step in passes]
+        facts = [self._facts.get(_key(passes[:count]), {}) for count in range(1, len(passes) + 1)]
+        ratios = [known["macs_ratio"] for known in facts if "macs_ratio" in known]
+        folded = [int(known["folded"]) for kind, known in zip(kinds, facts, strict=True) if kind == "fold_bn"]
+        return Reach(
+            self._in_eight_bits(passes) if any(kind.startswith("quantize") for kind in kinds) else None,
+            convolution_share(cast(TorchModel, self._base.model())) if "channels_last" in kinds else None,
+            math.prod(ratios) if ratios else None,
+            (folded[0], self._norms()) if folded else None,
+        )
+
+    def _in_eight_bits(self, passes: tuple[Json, ...]) -> float | None:
         from leanserve.runtime.formats.onnx_size import quantized_share
 
-        if not any(str(step["kind"]).startswith("quantize") for step in passes):
-            return None
         model = self.made(passes)
         return quantized_share(cast(OnnxModel, model).path) if model.format == OnnxModel.format else None
+
+    def _norms(self) -> int:
+        """Batch norms of the base."""
+        from torch.nn.modules.batchnorm import _BatchNorm
+
+        module = cast(TorchModel, self._base.model()).module
+        return sum(isinstance(layer, _BatchNorm) for layer in module.modules())
 
     def run(self, model: Model) -> None:
         """Open the model as a server does, and answer one row."""
@@ -165,7 +187,13 @@ class _Stage:
         scratch = Path(mkdtemp(dir=self._folder))
         with closing(CandidateEvaluator(self._base, thread_budget())) as evaluate:
             context = BuildContext(self._base, 0, this_hardware(), scratch, _unheard, evaluate)
-            return step.apply(model, context).model
+            applied = step.apply(model, context)
+        self._facts[_key(passes)] = applied.facts
+        return applied.model
+
+
+def _key(passes: tuple[Json, ...]) -> str:
+    return json.dumps(passes, sort_keys=True)
 
 
 def _unheard(done: float, total: float, note: str = "") -> None:

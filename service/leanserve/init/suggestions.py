@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from leanserve.contracts import Json
 from leanserve.hardware import Hardware
 from leanserve.init.profile import ModelProfile
+from leanserve.init.reach import Gain, Reach
 from leanserve.passes import AnyPass
 from leanserve.passes.base import Pass
 
@@ -32,6 +33,8 @@ LAYOUT: Json = {"kind": "channels_last"}
 SMOOTH: Json = {"kind": "smooth"}
 OPENVINO: Json = {"kind": "openvino"}
 OPENVINO_BFLOAT: Json = {"kind": "openvino", "precision": "bf16"}
+FOLDING: Gain = (1.07, 1.12)
+"""What torch gains by it; a runtime folds batch norms itself."""
 ASLEEP_EXPECT = "the same answers, later on idle cores, but sooner where other processes keep cores busy"
 
 
@@ -41,20 +44,19 @@ class Suggestion(NamedTuple):
     name: str
     passes: tuple[Json, ...]
     words: str
-    """`{gain}` stands for what to expect where 8 bits reach all of the arithmetic."""
-    gain: tuple[float, float] = (1.0, 1.0)
-    reached: float | None = None
-    """Share (0..1) of the arithmetic that 8 bits reach in this model; `None`: not known."""
+    """`{gain}` stands for what to expect."""
+    gain: Gain = (1.0, 1.0)
+    """Where the passes reach all of the model."""
+    folding: Gain = (1.0, 1.0)
+    """Beside it, of folding all batch norms."""
+    reach: Reach = Reach()
 
     @property
     def expect(self) -> str:
-        """What to expect; less by as much as a part of the arithmetic stays as it was (Amdahl 1967)."""
-        share = 1.0 if self.reached is None else self.reached
-        low, high = (1 / (1 - share + share / gain) for gain in self.gain)
-        told = self.words.format(gain=f"{_factor(low)}-{_factor(high)}x")
-        if self.reached is None or "{gain}" not in self.words:
-            return told
-        return f"{told}; 8 bits reach {share:.0%} of the arithmetic"
+        """What to expect in this model."""
+        low, high = (_factor(gain) for gain in self.reach.of(self.gain, self.folding))
+        told = self.words.format(gain=f"{low}x" if low == high else f"{low}-{high}x")
+        return "; ".join([told, *self.reach.told()])
 
 
 def _factor(gain: float) -> str:
@@ -103,10 +105,9 @@ def _convolutional(profile: ModelProfile, fast: str) -> tuple[Suggestion, ...]:
         Suggestion(
             "lowrank-int8",
             ({"kind": "lowrank_conv", "macs": 0.6}, *fold, STATIC, RUNTIME),
-            "fewer operations, no training; up to 1.5x int8 where layers have rank to spare",
+            "{gain} the variant int8, without training",
         ),
-        Suggestion("bf16", (*fold, BFLOAT, LAYOUT), "1.5-4x torch, most at larger batches; nearly the same answers"),
-        Suggestion("channels-last", (*fold, LAYOUT), "the same answers, about 1.2x torch"),
+        *_in_torch(fold),
     )
 
 
@@ -114,7 +115,6 @@ def _depthwise(profile: ModelProfile, fast: str) -> tuple[Suggestion, ...]:
     fold = _fold(profile)
     return (
         Suggestion("float", (), "the baseline: torch, float32, as brought"),
-        Suggestion("channels-last", (*fold, LAYOUT), "the same answers, about 1.2x torch"),
         Suggestion("onnx", (*fold, RUNTIME), "the same answers, 1.5-2.5x torch"),
         Suggestion(
             "int8",
@@ -123,8 +123,16 @@ def _depthwise(profile: ModelProfile, fast: str) -> tuple[Suggestion, ...]:
             (1.5, 2.5),
         ),
         Suggestion("int8-percentile", (*fold, CAUTIOUS, RUNTIME), "the same speed, ranges without outliers"),
-        Suggestion("bf16", (*fold, BFLOAT, LAYOUT), "1.5-4x torch, most at larger batches; nearly the same answers"),
+        *_in_torch(fold),
     )
+
+
+def _in_torch(fold: tuple[Json, ...]) -> Iterable[Suggestion]:
+    """Of images: narrow numbers, and pixels in the order in which convolutions read them."""
+    bfloat = "{gain} torch, most at larger batches; nearly the same answers"
+    yield Suggestion("bf16", (*fold, BFLOAT, LAYOUT), bfloat, (1.5, 4))
+    layout = "the same answers, {gain} torch"
+    yield Suggestion("channels-last", (*fold, LAYOUT), layout, (1.1, 1.15), FOLDING if fold else (1.0, 1.0))
 
 
 def _linear(profile: ModelProfile, fast: str) -> tuple[Suggestion, ...]:
@@ -144,7 +152,7 @@ def _linear(profile: ModelProfile, fast: str) -> tuple[Suggestion, ...]:
         Suggestion(
             "lowrank",
             ({"kind": "lowrank_linear", "macs": 0.8}, *fold, RUNTIME),
-            "fewer operations, no training; pays where layers have rank to spare",
+            "{gain} the variant onnx, without training",
         ),
     )
 
@@ -194,7 +202,7 @@ def _in_openvino(profile: ModelProfile, fast: str) -> Iterable[Suggestion]:
 def _trained(profile: ModelProfile) -> Iterable[Suggestion]:
     fold = _fold(profile)
     pruned: tuple[Json, ...] = ({"kind": "prune_channels", "macs": 0.5}, {"kind": "distill"})
-    expect = "half the operations, then trained to answer like the base: the slowest build, often the fastest variant"
+    expect = "{gain} the variant int8, trained to answer like the base: the slowest build, often the fastest variant"
     yield Suggestion("pruned-int8", (*pruned, *fold, STATIC, RUNTIME), expect)
 
 

@@ -21,10 +21,22 @@ from leanserve.contracts import ModelSpec, TorchModel
 
 def count_macs(model: TorchModel, length: int = 16) -> int:
     """Multiply-accumulates per row; dynamic axes (tokens) are taken as `length`."""
+    return sum(_macs_by_operator(model, length).values())
+
+
+def convolution_share(model: TorchModel) -> float | None:
+    """Share (0..1) of the multiply-accumulates that convolutions make; `None` without any."""
+    macs = _macs_by_operator(model)
+    convolved = sum(count for operator, count in macs.items() if "convolution" in operator)
+    return convolved / sum(macs.values()) if macs else None
+
+
+def _macs_by_operator(model: TorchModel, length: int = 16) -> dict[str, int]:
     counter = FlopCounterMode(display=False)
     with _plain_kernels(model.module), torch.no_grad(), counter:
         model.module(*example(model.spec, length))
-    return int(counter.get_total_flops()) // 2
+    counted = counter.get_flop_counts().get("Global", {})
+    return {str(operator): int(flops) // 2 for operator, flops in counted.items()}
 
 
 def count_parameters(model: TorchModel) -> int:
