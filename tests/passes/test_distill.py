@@ -216,8 +216,8 @@ def test_what_does_not_fit_the_base_is_refused_before_training(tmp_path: Path) -
     context = context_of(tiny_base(), tmp_path)
     with pytest.raises(PassFailed, match=r"distill.alpha is 0.5, but the base has no classes"):
         quick(alpha=0.5).apply(student(EMBEDDINGS), context)
-    with pytest.raises(PassFailed, match=r"distill.augment is 'shift', but no input is an image .*values \[4\]"):
-        quick(augment="shift").apply(student(vectors), context)
+    with pytest.raises(PassFailed, match=r"augment is 'shift', but no input is an image .*values \[4\]"):
+        quick(augment="shift").apply(student(vectors), context_of(replace(tiny_base(), spec=vectors), tmp_path))
     with pytest.raises(PassFailed, match=r"alpha is 0.5, but the train split has no labels"):
         quick(alpha=0.5).apply(student(), context_of(replace(tiny_base(), labels=None), tmp_path))
 

@@ -18,7 +18,7 @@ from leanserve.contracts import Base, ModelSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.toolkit.objectives import BY_MEANING, MEASURES, LossKind, Output, cross_entropy
 from leanserve.passes.toolkit.spread import channel_axis, channel_scales
-from leanserve.passes.toolkit.training import Objective
+from leanserve.passes.toolkit.training import Objective, order_kernels
 
 SPREAD_ROWS = 256
 """Rows of the train split on which the teacher shows how much its outputs vary."""
@@ -68,6 +68,7 @@ class MatchTeacher(Objective):
 
     def to(self, device: str) -> None:
         self.teacher.to(device)
+        order_kernels(self.teacher, torch.channels_last)
         self._outputs = [item._replace(scales=item.scales.to(device)) for item in self._outputs]
 
     def loss(self, inputs: tuple[Tensor, ...], labels: Tensor | None) -> Tensor:

@@ -108,6 +108,3 @@ class Distill(LabelledTrainingOptions, Pass):
         if not measures:
             raise PassFailed("distill trains on outputs of floats, and the base gives whole numbers only")
         self.require_classes(spec, self.kind)
-        if self.augment != "none" and not any(len(item.shape) == 3 for item in spec.inputs):
-            names = ", ".join(f"{item.name} {list(item.shape)}" for item in spec.inputs)
-            raise PassFailed(f"distill.augment is '{self.augment}', but no input is an image (C, H, W): {names}")
