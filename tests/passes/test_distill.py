@@ -15,6 +15,7 @@ from leanserve.contracts import ModelSpec, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.evaluation.fidelity import fidelity
 from leanserve.passes.families.distill.distill import Distill
+from leanserve.passes.toolkit.teacher import require_inputs_of
 from tiny_base import IMAGES, TinyBase, TinyNet, context_of, lively, tiny_base
 
 EMBEDDINGS = replace(IMAGES, outputs=(TensorSpec("embedding", "float32", (2,), meaning="embedding"),), labels=())
@@ -220,6 +221,15 @@ def test_what_does_not_fit_the_base_is_refused_before_training(tmp_path: Path) -
         quick(augment="shift").apply(student(vectors), context_of(replace(tiny_base(), spec=vectors), tmp_path))
     with pytest.raises(PassFailed, match=r"alpha is 0.5, but the train split has no labels"):
         quick(alpha=0.5).apply(student(), context_of(replace(tiny_base(), labels=None), tmp_path))
+
+
+def test_what_the_base_has_learned_of_its_values_makes_no_other_input(tmp_path: Path) -> None:
+    [image] = IMAGES.inputs
+    known = replace(tiny_base(), spec=replace(IMAGES, inputs=(replace(image, values=(0, 9)),)))
+    require_inputs_of(known, student(), "distill")
+    wider = replace(student().spec, inputs=(replace(image, shape=(1, 9, 9)),))
+    with pytest.raises(PassFailed, match="whose inputs were changed"):
+        require_inputs_of(known, replace(student(), spec=wider), "distill")
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"alpha": 1.1}, {"temperature": 0}, {"warmup": 1}, {"lr": 1}])

@@ -227,7 +227,7 @@ def order_kernels(module: nn.Module, order: torch.memory_format) -> None:
 
     for child in module.modules():
         if isinstance(child, nn.Conv2d):
-            child.to(memory_format=order)
+            child.weight.data = child.weight.data.contiguous(memory_format=order)
 
 
 class TrainingRun:
