@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 from leanserve.bases.description import Tensor
+from leanserve.codecs.audio import AudioCodec
 from leanserve.codecs.images import ImageCodec
 from leanserve.codecs.text import TextCodec
 from leanserve.contracts import Array, Arrays, Batch, Codec, Data, Model, ModelSpec, Split, TorchModel
@@ -105,8 +106,10 @@ class LoadedBase:
 
     @property
     def _rows_are_padded(self) -> bool:
-        """Texts to the longest of their batch, images to the largest; arrays are as long as they are."""
+        """Texts and sounds to the longest of their batch, images to the largest; arrays are as long as they are."""
         codec = self.codec
+        if isinstance(codec, AudioCodec):
+            return codec.frame is None
         return isinstance(codec, TextCodec) or (isinstance(codec, ImageCodec) and codec.geometry.is_dynamic)
 
     def score(self, outputs: Arrays, labels: Array) -> float:

@@ -115,6 +115,10 @@ class AudioCodec:
         """
         return self.prepare(media_type, body).finish()
 
+    def count_rows(self, content: bytes) -> int:
+        """Rows that come of a recording, by its header; raises as `decode`. Resampling may make it one less."""
+        return self._made_of(self._opened(EncodedSound("", content, "the body"))).rows
+
     def encode(self, outputs: Arrays, most: int | None = None) -> list[dict[str, Json]]:
         """One answer per row, see `leanserve.codecs.answers`."""
         return self.answers.encode(outputs, most)

@@ -63,6 +63,21 @@ class TextData(_OwnData):
     label: str | int | None = Field(None, description="column of the class, or of the similarity of a pair")
 
 
+class SoundData(_OwnData):
+    """Recordings as WAV or FLAC, in folders or named by a table."""
+
+    kind: ClassVar[str] = "sounds"
+    sounds: Files = Field(
+        description="a folder, or a .csv, .tsv or .jsonl that names files from its own folder on; or one per split"
+    )
+    file: str | int = Field("file", description="column of a table: the path of a recording")
+    label: str | int = Field(
+        "auto",
+        description="of a recording: its folder's name (folder), a column of the table, or none; auto: folder if there "
+        "are, and of a table none",
+    )
+
+
 class SyntheticData(Form):
     """Random rows that fit the model: for a first look at speed, worthless for calibration and for quality."""
 
@@ -70,13 +85,14 @@ class SyntheticData(Form):
     synthetic: int = Field(ge=8, le=100_000, description="number of rows per split")
 
 
-DATA_FORMS: tuple[type[Form], ...] = (ImageData, ArrayFileData, TextData, SyntheticData)
+DATA_FORMS: tuple[type[Form], ...] = (ImageData, ArrayFileData, TextData, SoundData, SyntheticData)
 
 
 AnyData = Annotated[
     Annotated[ImageData, Tag("data.images")]
     | Annotated[ArrayFileData, Tag("data.arrays")]
     | Annotated[TextData, Tag("data.texts")]
+    | Annotated[SoundData, Tag("data.sounds")]
     | Annotated[SyntheticData, Tag("data.synthetic")],
     told_by_key("data", DATA_FORMS, "data is"),
 ]

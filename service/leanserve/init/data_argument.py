@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from leanserve.bases.datasets.arrays import headers
-from leanserve.bases.datasets.image_folder import image_folder
+from leanserve.bases.datasets.image_folder import by_ending, image_folder
+from leanserve.bases.datasets.sounds import sounds_below
 from leanserve.codecs.image_formats import FORMAT_NAMES
 from leanserve.contracts import Json, ModelSpec
 from leanserve.errors import ConfigError
@@ -41,7 +42,7 @@ class ToldColumns:
 def data_section(
     path: Path | None, spec: ModelSpec, folder: Path, told: ToldColumns = ToldColumns()
 ) -> dict[str, Json]:
-    """The `data:` section for a folder of images, an `.npz`, or a table of texts; without a path synthetic rows.
+    """The `data:` section for a folder of images or recordings, an `.npz`, or a table of texts; else synthetic rows.
 
     Raises:
         ConfigError: none of these, or what was told of it is not there.
@@ -50,7 +51,7 @@ def data_section(
         return dict(SYNTHETIC)
     near = os.path.relpath(path, folder)
     if path.is_dir():
-        return {"images": near}
+        return {"sounds" if _holds_sounds(path) else "images": near}
     if not path.is_file():
         raise ConfigError(f"--data: there is nothing at {path}")
     try:
@@ -60,17 +61,28 @@ def data_section(
             return {"texts": near, **_columns(_head(path), told, classes=bool(spec.labels))}
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error, csv.Error) as error:
         raise ConfigError(f"--data {path}: not read as its name says: {str(error).splitlines()[0]}") from error
-    raise ConfigError(f"--data {path}: give a folder of images, an .npz file, or texts as .csv, .tsv or .jsonl")
+    raise ConfigError(
+        f"--data {path}: give a folder of images or recordings, an .npz file, or texts as .csv, .tsv or .jsonl"
+    )
+
+
+def _holds_sounds(folder: Path) -> bool:
+    """Whether a folder has recordings and no images."""
+    return bool(sounds_below(folder)[0]) and not image_folder(folder, FORMAT_NAMES, "--data").files
 
 
 def data_seen(path: Path | None) -> str | None:
-    """What lies in a folder of images, on one line; of files nothing is said.
+    """What lies in a folder of images or recordings, on one line; of files nothing is said.
 
     Raises:
         ConfigError: the folder cannot be listed.
     """
     if path is None or not path.is_dir():
         return None
+    if _holds_sounds(path):
+        sounds, others = sounds_below(path)
+        skipped = f"; {len(others)} other files are skipped: {by_ending(others)}" if others else ""
+        return f"{len(sounds)} recordings: {by_ending(sounds)}{skipped}"
     return image_folder(path, FORMAT_NAMES, "--data").seen()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from leanserve.bases.datasets.arrays import open_arrays
 from leanserve.bases.datasets.images import open_images
+from leanserve.bases.datasets.sounds import open_sounds
 from leanserve.bases.datasets.texts import open_texts
 from leanserve.bases.description import Description
 from leanserve.bases.loaded import Rows
@@ -56,7 +57,7 @@ def open_rows(
         return open_images(data, description.labels, description.image, codec, folder)
     if isinstance(data, TextData):
         return open_texts(data, spec, codec, folder, own_labels=own_labels)
-    raise ConfigError(f"data.{data.kind}")
+    return open_sounds(data, spec, codec, folder, own_labels=own_labels)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def _text(path: Path) -> str:
         with open_regular(path) as stream:
             content = stream.read()
     except OSError as error:
-        raise ConfigError(f"data.texts: cannot read {path}: {error.strerror}") from error
+        raise ConfigError(f"data: cannot read {path}: {error.strerror}") from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
