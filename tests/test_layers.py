@@ -82,6 +82,7 @@ MAY_IMPORT_AT_TOP = (
     "runtime/backends/",
     "runtime/formats/tied_tensors.py",
     "runtime/formats/torch_masks.py",
+    "runtime/formats/torch_storage.py",
     "runtime/formats/torch_size.py",
     "runtime/linux/spin_control.py",
     "runtime/onnx_arena.py",

@@ -222,13 +222,15 @@ class TorchModel:
     """A model as a torch module in eval mode that takes the spec's fields as positional tensors.
 
     `masks` holds the sparsity that passes made: by the name of a parameter, bool in its shape, `False` where it stays
-    zero. They are stored with the weights; of a weight that is gone or was reshaped they say nothing.
+    zero. They are stored with the weights; of a weight that is gone or was reshaped they say nothing. `storage` says
+    which parameters are stored in fewer bits that hold them exactly: `bf16`, `fp16` or `fp8`.
     """
 
     format: ClassVar[str] = "torch"
     module: nn.Module
     spec: ModelSpec
     masks: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    storage: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from leanserve.contracts import ModelSpec, OnnxModel, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
-from leanserve.hardware import Hardware
+from leanserve.hardware import Gpu, Hardware
 from leanserve.passes.families.precision.cast import Cast
 from tiny_base import IMAGES, TinyBase, TinyNet, context_of, lively, tiny_base
 
@@ -157,6 +158,77 @@ def test_emulation_is_refused(dtype: str, flags: set[str]) -> None:
     assert reason is not None
     assert f"cast to {dtype} would be emulated" in reason
     assert next(iter(flags)) in reason
+
+
+def test_a_gpu_computes_in_all_of_them_and_tf32_asks_for_one() -> None:
+    gpu = Hardware("x", 1, (), (Gpu("H200", 1),))
+    for dtype in ("bf16", "fp16", "tf32"):
+        assert Cast.model_validate({"dtype": dtype}).unsupported_reason(gpu) is None
+    assert "there is no GPU; take bf16" in str(Cast(dtype="tf32").unsupported_reason(Hardware("x", 1, ("amx_bf16",))))
+    with pytest.raises(ValidationError, match="tf32 changes no tensor"):
+        Cast(dtype="tf32", how="autocast")
+
+
+class Traced(nn.Module):
+    """Notes in what its products and its norms compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(64, 16), nn.LayerNorm(16), nn.Linear(16, 2)
+        self.seen: dict[str, torch.dtype] = {}
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        first = self.first(image.flatten(1))
+        norm = self.norm(first)
+        second: torch.Tensor = self.second(norm)
+        self.seen = {"first": first.dtype, "norm": norm.dtype, "second": second.dtype}
+        return second
+
+
+@pytest.mark.parametrize(
+    ("keep", "first", "second"), [((), "bf16", "bf16"), (("second",), "bf16", None), (("first",), None, "bf16")]
+)
+def test_autocast_chooses_by_operation_and_weights_stay_float32(
+    tmp_path: Path, keep: tuple[str, ...], first: str | None, second: str | None
+) -> None:
+    given = TorchModel(lively(Traced(), seed=3), IMAGES)
+    applied = Cast(how="autocast", keep=keep).apply(given, context_of(tiny_base(), tmp_path))
+    assert isinstance(applied.model, TorchModel)
+    module, images = applied.model.module, torch.from_numpy(tiny_base().inputs[0])
+    assert {weight.dtype for weight in module.parameters()} == {torch.float32}
+    answers, right = module(images), given.module(images)
+    assert answers.dtype == torch.float32
+    assert 0 < (answers - right).abs().max() < 0.05 * right.abs().max()
+    seen = getattr(module, "seen")  # noqa: B009 - of a module, torch's types know tensors and modules only
+    wanted = {"first": first, "second": second}
+    assert {name: seen[name] for name in wanted} == {
+        name: torch.float32 if dtype is None else DTYPES[dtype] for name, dtype in wanted.items()
+    }
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_tf32_is_set_around_the_module_and_not_around_what_it_keeps() -> None:
+    seen: dict[str, str] = {}
+    module = Traced()
+    for name in ("first", "second"):
+        inner = module.get_submodule(name)
+        inner.forward = Noting(inner.forward, seen, name)
+    before = torch.backends.cuda.matmul.fp32_precision
+    made = Cast(dtype="tf32", keep=("second",)).rebuild_structure(module, {"keep": ["second"]})
+    made(torch.zeros(1, 64))
+    assert seen == {"first": "tf32", "second": "ieee"}
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+class Noting:
+    """A `forward` that notes the setting under which it runs."""
+
+    def __init__(self, forward: Any, seen: dict[str, str], name: str) -> None:
+        self.forward, self.seen, self.name = forward, seen, name
+
+    def __call__(self, *args: Any) -> Any:
+        self.seen[self.name] = torch.backends.cuda.matmul.fp32_precision
+        return self.forward(*args)
 
 
 def test_overflow_and_unknown_layers_are_errors(tmp_path: Path) -> None:

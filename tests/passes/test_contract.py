@@ -26,48 +26,13 @@ from leanserve.hardware import this_hardware
 from leanserve.passes import AnyPass
 from leanserve.passes.base import Pass
 from leanserve.runtime.formats import open_backend
-from lora_files import lora_files
+from pass_cases import CASES
 from stacked_nets import stacked_base
 from structural_nets import Residual, image_base, row_base
 from tiny_base import TinyBase
 
 PASS: TypeAdapter[Pass] = TypeAdapter(AnyPass)
 Result = TypeVar("Result")
-# Options that make sense on a tiny net, and the least cosine of its answers to the base's. Training and structure get a
-# low bound: the answers of a random net are noise, and nothing recovers what was cut.
-CASES: Mapping[str, tuple[Mapping[str, Any], float]] = {
-    "student": ({"width": 0.66}, 0.3),
-    "prune_channels": ({"ratio": 0.34}, 0.3),
-    "prune_layers": ({"drop": 1}, 0.3),
-    "prune_heads": ({"heads": 0.3, "feed_forward": 0.5}, 0.5),
-    "lowrank_conv": ({"energy": 0.98}, 0.6),
-    "lowrank_linear": ({"energy": 0.98}, 0.6),
-    "prune_magnitude": ({"sparsity": 0.5}, 0.6),
-    "prune_oneshot": ({"pattern": "2:4"}, 0.6),
-    "prune_movement": ({"sparsity": 0.5, "epochs": 1, "precision": "float32"}, 0.3),
-    "prune_at_init": ({"sparsity": 0.5, "init": "given"}, 0.3),
-    "lottery_ticket": ({"sparsity": 0.5, "rounds": 1, "epochs": 1, "precision": "float32"}, -1.0),
-    "distill": ({"epochs": 1, "precision": "float32"}, 0.7),
-    "distill_features": ({"epochs": 1, "precision": "float32"}, 0.7),
-    "distill_datafree": ({"epochs": 1, "precision": "float32", "rows": 32, "inversion_steps": 2}, 0.5),
-    "distill_ensemble": ({"epochs": 1, "precision": "float32"}, 0.7),
-    "train_flat": ({"epochs": 1, "precision": "float32"}, 0.7),
-    "merge": ({}, 0.7),
-    "rebasin": ({}, 0.7),
-    "merge_lora": (lora_files(), 0.9),
-    "fold_bn": ({}, 0.99999),
-    "smooth": ({}, 0.99999),
-    "cast": ({}, 0.999),
-    "quantize_static": ({}, 0.99),
-    "qat": ({"epochs": 1, "precision": "float32"}, 0.98),
-    "quantize_select": ({"max_drop": 0.5}, 0.99),
-    "quantize_dynamic": ({}, 0.99),
-    "quantize_weights": ({}, 0.97),
-    "channels_last": ({}, 0.99999),
-    "onnxruntime": ({}, 0.99999),
-    "openvino": ({}, 0.99999),
-    "torch_compile": ({"buckets": [4], "freezing": "off"}, 0.9999),
-}
 LINEAR = {"lowrank_linear", "smooth", "quantize_dynamic", "quantize_weights"}
 
 

@@ -1,4 +1,4 @@
-"""An adapter as PEFT writes it: for the layers `head` (linear) and `conv1` (a convolution) of `Residual`."""
+"""An adapter as PEFT writes it, for the layers `head` (linear) and `conv1` (a convolution) of two small networks."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def write_lora(folder: Path, tensors: dict[str, Tensor], **settings: Any) -> dic
 
 
 @cache
-def lora_files() -> dict[str, Any]:
-    return write_lora(Path(tempfile.mkdtemp()), lora_tensors())
+def lora_files(width: int = 48) -> dict[str, Any]:
+    return write_lora(Path(tempfile.mkdtemp()), lora_tensors(width))

@@ -19,6 +19,7 @@ from leanserve.passes.families.merge.merge import Merge
 from leanserve.passes.families.merge.merge_lora import MergeLora
 from leanserve.passes.families.merge.rebasin import Rebasin
 from leanserve.passes.families.precision.cast import Cast
+from leanserve.passes.families.precision.store_weights import StoreWeights
 from leanserve.passes.families.prune.lottery_ticket import LotteryTicket
 from leanserve.passes.families.prune.prune_at_init import PruneAtInit
 from leanserve.passes.families.prune.prune_channels import PruneChannels
@@ -62,6 +63,7 @@ AnyPass = Annotated[
     | FoldBn
     | Smooth
     | Cast
+    | StoreWeights
     | QuantizeDynamic
     | QuantizeStatic
     | QuantizeSelect

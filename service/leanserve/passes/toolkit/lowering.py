@@ -27,6 +27,7 @@ import torch
 from leanserve.comparison import largest_difference, largest_finite
 from leanserve.contracts import Arrays, Model, ModelSpec, OnnxModel, RowsTogether, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
+from leanserve.passes.toolkit.narrow_graph import narrow_graph
 from leanserve.passes.toolkit.recurrent_shapes import recurrent_shapes
 from leanserve.runtime.formats.expected import onnx_model, torch_model
 from leanserve.runtime.formats.onnx_session import onnx_session
@@ -74,6 +75,8 @@ def export_onnx(model: TorchModel, path: Path) -> OnnxModel:
     graph = _exported(model)
     _tidy(graph)
     _give_names(graph.graph)
+    for storage in set(model.storage.values()):
+        narrow_graph(graph, storage, only_exact=True)
     onnx.save(graph, path)
     exported = OnnxModel(path, model.spec)
     _check(model, exported)

@@ -28,18 +28,22 @@ class TorchFormat:
     def save(self, model: TorchModel, folder: Path) -> None:
         from leanserve.runtime.formats.tied_tensors import write_tensors
         from leanserve.runtime.formats.torch_masks import packed_state
+        from leanserve.runtime.formats.torch_storage import narrow_state
 
-        write_tensors(packed_state(model), folder / WEIGHTS)
+        state, notes = narrow_state(packed_state(model), model.storage)
+        write_tensors(state, folder / WEIGHTS, notes)
 
     def load(self, folder: Path, spec: ModelSpec, rebuild: Callable[[], nn.Module]) -> TorchModel:
         from leanserve.runtime.formats.tied_tensors import load_tensors, read_tensors
         from leanserve.runtime.formats.torch_masks import unpacked_state
+        from leanserve.runtime.formats.torch_storage import wide_state
 
         module = rebuild()
         shapes = {name: weight.shape for name, weight in module.named_parameters()}
-        weights, masks = unpacked_state(read_tensors(folder / WEIGHTS)[0], shapes)
+        stored, storage = wide_state(*read_tensors(folder / WEIGHTS))
+        weights, masks = unpacked_state(stored, shapes)
         load_tensors(module, weights)
-        return TorchModel(module.eval(), spec, masks)
+        return TorchModel(module.eval(), spec, masks, storage)
 
     def size(self, model: TorchModel) -> ModelSize:
         from leanserve.runtime.formats.torch_size import count_macs, count_parameters

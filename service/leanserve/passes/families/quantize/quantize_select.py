@@ -3,8 +3,9 @@
 Each layer is quantized alone and the model's outputs are compared with those in float (`toolkit.layer_damage`). Then
 all are quantized, and the worst go back to float, first one, then two, four and so on, until the loss on the
 calibration split is at most `max_drop`; what was given back too much is taken again by bisection. The loss is measured
-on answers, not on the ranking, and needs no labels. It costs a run of some rows per layer, and an evaluation per step;
-what has been found out is kept, so that an interrupted search goes on. The gate's rows are never looked at.
+on answers, against those of the model in float, and needs no labels. It costs a run of some rows per layer, and an
+evaluation per step; what has been found out is kept, so that an interrupted search goes on. The gate's rows are never
+looked at.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class QuantizeSelect(StaticOptions, Pass):
 
     kind: Literal["quantize_select"] = "quantize_select"
     max_drop: float = Field(default=0.01, ge=0, lt=1)
-    """The loss on the calibration split that is accepted: of agreement with the base, or of the score."""
+    """What quantizing may lose on the calibration split, of agreement with the base, or of the score: of what the model
+    has in float, which passes before this one may have lowered."""
     by: Literal["agreement", "score"] = "agreement"
     """What may be lost. Agreement needs no labels."""
     rank: Literal["auto", "sqnr", "kl"] = "auto"
@@ -76,7 +78,8 @@ class QuantizeSelect(StaticOptions, Pass):
 
         def lost(count: int) -> float:
             onnx.save(calibrated.quantized(frozenset(item.layer for item in damages[:count])), path)
-            return self._lost(OnnxModel(path, model.spec), context)
+            whole = float(notes.once("in float", lambda: self._worth(model, context)))
+            return whole - self._worth(OnnxModel(path, model.spec), context)
 
         search = _Search(notes, lost, self.max_drop)
         kept = search.least(max(1, int(self.most * len(layers))))
@@ -119,15 +122,14 @@ class QuantizeSelect(StaticOptions, Pass):
             context.progress(done, len(layers), "quantizing layers one by one")
         return found
 
-    def _lost(self, model: OnnxModel, context: BuildContext) -> float:
-        """On the calibration split, against the base."""
+    def _worth(self, model: Model, context: BuildContext) -> float:
+        """On the calibration split: agreement with the base, or the score."""
         found = context.evaluate(model)
         if self.by == "agreement":
-            return 1 - found.agreement
-        whole = context.evaluate(context.base.model())
-        if found.score is None or whole.score is None:
+            return found.agreement
+        if found.score is None:
             raise PassFailed("quantize_select.by is score, but the calibration split has no labels; take agreement")
-        return whole.score - found.score
+        return found.score
 
     def _out_of_reach(self, trail: Sequence[tuple[int, float]]) -> str:
         count, least = min(trail, key=lambda item: item[1])
