@@ -13,10 +13,10 @@ from leanserve.build import builder as build
 from leanserve.build import plan as planning
 from leanserve.build.progress import BuildProgress
 from leanserve.config.schema import ServiceConfig
+from leanserve.contracts import Base
 from leanserve.evaluation.quality import GateOutputs
 from leanserve.evaluation.speed import Stopwatch
 from leanserve.hardware import cpu_name, this_hardware
-from tiny_base import TinyBase
 
 
 def measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ def measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stopwatch, "beside_anchor", lambda *_: [])
 
 
-def constructed(store: ArtifactStore, config: ServiceConfig, base: TinyBase) -> tuple[list[list[str]], str]:
+def constructed(store: ArtifactStore, config: ServiceConfig, base: Base) -> tuple[list[list[str]], str]:
     """Build a config; the keys of all that each variant is made of, and what the progress said."""
     said = io.StringIO()
     work = planning.plan(config, base, this_hardware())

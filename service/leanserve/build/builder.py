@@ -17,6 +17,7 @@ from leanserve.artifacts.load import OneByOne, load_model
 from leanserve.artifacts.manifest import Failure, Measurement, Recipe
 from leanserve.artifacts.store import ArtifactStore, checksums
 from leanserve.build.cache_key import RecipeStep, versions_of
+from leanserve.build.peers import SharedPass, beside_peers
 from leanserve.build.plan import Plan, known_only, living, machine_of, place_of, step_kind
 from leanserve.build.progress import BuildProgress
 from leanserve.config.schema import ServiceConfig
@@ -217,7 +218,8 @@ class Builder:
         )
         started = time.perf_counter()
         try:
-            return step.pass_.join(models, context), time.perf_counter() - started
+            with beside_peers(SharedPass(step.pass_, step.parents, self._store), context) as own:
+                return step.pass_.join(models, own), time.perf_counter() - started
         except StartupError:
             raise
         except ModuleNotFoundError as error:

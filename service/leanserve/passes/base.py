@@ -123,6 +123,11 @@ class Pass(BaseModel):
         """What this pass cannot do without, given its options; checked before any work (`leanserve.build.needs`)."""
         return frozenset()
 
+    @property
+    def processes_needed(self) -> int:
+        """How many processes run it together, each with all of the model (`leanserve.build.peers`)."""
+        return 1
+
     def unsupported_reason(self, hardware: Hardware) -> str | None:
         """Why this pass cannot pay on a machine with these instruction-set flags; `None` if it can."""
         return None

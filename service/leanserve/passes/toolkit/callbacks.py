@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from leanserve.contracts import BuildContext, Data, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.toolkit.checkpoint import module_state
 from leanserve.passes.toolkit.masks import KeepMasks, masks_of
-from leanserve.passes.toolkit.training import TrainingCallback, TrainingOptions, TrainingRun
+from leanserve.passes.toolkit.training import RecoveryOptions, TrainingCallback, TrainingOptions, TrainingRun
 
 if TYPE_CHECKING:
     from leanserve.passes.toolkit.checkpoint import TrainingState
@@ -113,6 +113,51 @@ class EarlyStop(TrainingCallback):
             inputs, labels = run.tensors(batch)
             total += run.objective.loss(inputs, labels).item() * len(inputs[0])
         return total / len(self._data)
+
+
+class LateGradients(TrainingCallback):
+    """Steps go by the gradients of so many steps ago, as those of asynchronous processes would that read the weights
+    and write their gradients when they get to it (Dean et al., "Large Scale Distributed Deep Networks", 2012). What
+    that costs in quality can be seen in one process; what it saves in time cannot."""
+
+    def __init__(self, late: int) -> None:
+        self._late = late
+        self._waiting: list[list[Tensor]] = []
+
+    def gradients(self, run: TrainingRun, compute: Callable[[], Tensor]) -> Tensor:
+        loss = compute()
+        trained = [item for group in run.optimiser.param_groups for item in group["params"]]
+        self._waiting.append([torch.zeros_like(item) if item.grad is None else item.grad for item in trained])
+        due = self._waiting.pop(0) if len(self._waiting) > self._late else None
+        for place, item in enumerate(trained):
+            item.grad = None if due is None else due[place]
+        return loss
+
+    def state(self) -> TrainingState:
+        kept = {f"{age}.{place}": grad for age, row in enumerate(self._waiting) for place, grad in enumerate(row)}
+        return {"ages": len(self._waiting), **kept}
+
+    def restore(self, state: TrainingState) -> None:
+        places = sum(name.startswith("0.") for name in state)
+        self._waiting = [[state[f"{age}.{place}"] for place in range(places)] for age in range(state["ages"])]
+
+
+def recovery_callbacks(
+    model: TorchModel, schedule: RecoveryOptions, context: BuildContext
+) -> Sequence[TrainingCallback]:
+    """As `usual_callbacks`, and adapters and late gradients where the schedule asks for them.
+
+    Raises:
+        PassFailed: as there, or adapters would fill what a mask keeps at zero.
+    """
+    from leanserve.passes.toolkit.adapters import TrainAdapters
+
+    usual = list(usual_callbacks(model, schedule, context))
+    if schedule.lora is not None:
+        if masks_of(model):
+            raise PassFailed("lora: the model has weights that stay zero, which low-rank changes would fill; drop it")
+        usual.insert(0, TrainAdapters(schedule.lora))
+    return [*usual, LateGradients(schedule.late)] if schedule.late else usual
 
 
 def usual_callbacks(model: TorchModel, schedule: TrainingOptions, context: BuildContext) -> Sequence[TrainingCallback]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from leanserve.contracts import Base, ModelSpec, TorchModel
 from leanserve.errors import PassFailed
-from leanserve.passes.toolkit.objectives import BY_MEANING, MEASURES, LossKind, Output, cross_entropy
+from leanserve.passes.toolkit.objectives import BY_MEANING, MEASURES, LossKind, Output, cross_entropy, logits
 from leanserve.passes.toolkit.spread import channel_axis, channel_scales
 from leanserve.passes.toolkit.training import Objective, order_kernels
 
@@ -31,6 +31,8 @@ class TeacherTerms:
     loss: Literal["auto"] | LossKind = "auto"
     temperature: float = 4.0
     alpha: float = 0.0
+    pseudo_labels: float | None = None
+    """Probability from which on the teacher's answer is the label of a row that has none."""
 
     def measures(self, spec: ModelSpec) -> dict[int, LossKind]:
         """By position, how each output is compared; whole numbers have no gradient and are left out."""
@@ -58,7 +60,7 @@ class MatchTeacher(Objective):
     def __init__(self, student: TorchModel, base: Base, terms: TeacherTerms, teacher: nn.Module | None = None) -> None:
         self.student = student.module
         self.teacher = (base.torch_module() if teacher is None else teacher).eval()
-        self._alpha = terms.alpha
+        self._alpha, self._sure = terms.alpha, terms.pseudo_labels
         self._labelled = student.spec.labelled
         self._measures = terms.measures(student.spec)
         scales = _scales(self.teacher, student.spec, base) if "mse" in self._measures.values() else {}
@@ -82,10 +84,23 @@ class MatchTeacher(Objective):
         distance = self.distance(given, wanted)
         if not self._alpha:
             return distance
-        if labels is None:
-            raise PassFailed(f"alpha is {self._alpha}, but the train split has no labels; set it to 0")
-        hard = cross_entropy(given[self._labelled], labels, self._outputs[self._labelled].meaning)
+        hard = self._hard(given[self._labelled], wanted[self._labelled], labels)
         return self._alpha * hard + (1 - self._alpha) * distance
+
+    def _hard(self, given: Tensor, wanted: Tensor, labels: Tensor | None) -> Tensor:
+        """The cross entropy of labels; of a row without one, that of the teacher's answer where it is sure."""
+        meaning = self._outputs[self._labelled].meaning
+        if labels is not None:
+            return cross_entropy(given, labels, meaning)
+        if self._sure is None:
+            raise PassFailed(
+                f"alpha is {self._alpha}, but the train split has no labels; set it to 0, or pseudo_labels"
+            )
+        chances, answers = logits(wanted, meaning).softmax(-1).max(-1)
+        sure = chances >= self._sure
+        if not bool(sure.any()):
+            return given.sum() * 0
+        return cross_entropy(given[sure], answers[sure], meaning) * sure.float().mean()
 
     def distance(self, given: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> Tensor:
         """How far answers are from others, each output by its measure."""

@@ -67,12 +67,21 @@ class TrainingOptions(BaseModel):
     """Decay per step of a moving average of the weights, in which training ends instead of the last ones; 0: none."""
     patience: PositiveInt | None = None
     """Stop after so many epochs without a lower loss on the calibration split, and keep the best epoch's weights."""
+    parts: PositiveInt = 1
+    """Each batch goes through the model in so many parts, whose gradients add up: less memory, the same step."""
+    processes: PositiveInt = 1
+    """Each computes its share of every batch, on its share of the threads."""
 
     @property
     def training_needs(self) -> frozenset[Need]:
         """What a pass needs to train by these options."""
         judged: frozenset[Need] = frozenset({"calibration"}) if self.patience is not None else frozenset()
         return judged | {"train", "batches"}
+
+    @property
+    def processes_needed(self) -> int:
+        """How many processes run a pass with these options."""
+        return self.processes
 
     def resolved_precision(self, context: BuildContext) -> Literal["float32", "bf16"]:
         """What `auto` means where this context trains."""
@@ -112,6 +121,27 @@ class LabelledTrainingOptions(TrainingOptions):
         """Raise `PassFailed` if a pass of this kind is to learn labels, and the model has no classes."""
         if self.alpha and not spec.labels:
             raise PassFailed(f"{kind}.alpha is {self.alpha}, but the base has no classes; set it to 0")
+
+
+class RecoveryOptions(LabelledTrainingOptions):
+    """Of passes that train a given model on, and change nothing else of it."""
+
+    lora: PositiveInt | None = None
+    """Only changes of the weights of this rank are trained, and folded into them in the end."""
+    pseudo_labels: float | None = Field(default=None, gt=0, le=1)
+    """Rows without labels get the teacher's answer as their label where its probability is at least this."""
+    late: int = Field(default=0, ge=0)
+    """Every gradient is used so many steps late: a simulation of as many asynchronous processes."""
+
+    @model_validator(mode="after")
+    def _pseudo_labels_weigh(self) -> Self:
+        if self.pseudo_labels is not None and not self.alpha:
+            raise ValueError("pseudo_labels are labels, whose weight is alpha: set that above 0, or drop them")
+        return self
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return self.training_needs if self.pseudo_labels is not None else super().needs
 
 
 class Objective:
@@ -210,7 +240,8 @@ def train(
             extra.to(context.device)
         order_kernels(module, torch.channels_last)
         with torch.random.fork_rng([0] if context.device != "cpu" else []), torch.enable_grad():
-            return TrainingRun(module, objective, schedule, callbacks, context).to_the_end(data)
+            run = TrainingRun(module, objective, schedule, _shared(callbacks, schedule), context)
+            return run.to_the_end(data)
     except Exception as error:
         if isinstance(error, PassFailed) or not is_out_of_memory(error):
             raise
@@ -219,6 +250,15 @@ def train(
     finally:
         torch.set_num_threads(threads)
         order_kernels(module.cpu().eval(), torch.contiguous_format)
+
+
+def _shared(callbacks: Sequence[TrainingCallback], schedule: TrainingOptions) -> Sequence[TrainingCallback]:
+    """And what several processes have to tell each other."""
+    if schedule.processes == 1:
+        return callbacks
+    from leanserve.passes.toolkit.processes import ShareStatistics, ShareSteps
+
+    return [ShareStatistics(), *callbacks, ShareSteps()]
 
 
 def order_kernels(module: nn.Module, order: torch.memory_format) -> None:
@@ -248,6 +288,8 @@ class TrainingRun:
         self.optimiser = _optimiser(module, objective.extra(), schedule)
         self.step = 0
         """Steps that are done."""
+        self.rows = self.all_rows = 0
+        """Of the batch: those that this process computes, and all."""
         self.steps = 0
         """Steps of all epochs."""
         self._callbacks = callbacks
@@ -263,6 +305,15 @@ class TrainingRun:
     def stop(self) -> None:
         """Make this epoch the last one."""
         self._stopped = True
+
+    def train_only(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Change these of the module's parameters and no others; for `TrainingCallback.begin`."""
+        self.optimiser = _optimiser(self.module, self.objective.extra(), self.schedule)
+        chosen = {id(parameter) for parameter in parameters}
+        for group, _ in zip(self.optimiser.param_groups, range(2), strict=False):  # the others are the objective's
+            for parameter in group["params"]:
+                parameter.requires_grad_(id(parameter) in chosen)
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) in chosen]
 
     def to_the_end(self, data: Data) -> Trained:
         """Train what is left to train on `data`."""
@@ -309,7 +360,20 @@ class TrainingRun:
         batches = islice(data.batches(self.schedule.batch, shuffle_seed=seed), max(1, len(data) // self.schedule.batch))
         for batch in batches:
             inputs, labels = self.tensors(batch)
-            yield augmented(self.schedule.augment, inputs), labels
+            yield self._own(augmented(self.schedule.augment, inputs), labels)
+
+    def _own(
+        self, inputs: tuple[torch.Tensor, ...], labels: torch.Tensor | None
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """The rows of a batch that this process computes."""
+        self.rows = self.all_rows = len(inputs[0])
+        if self.schedule.processes > 1:
+            from leanserve.passes.toolkit.processes import own_share
+
+            inputs = tuple(own_share(item) for item in inputs)
+            labels = None if labels is None else own_share(labels)
+            self.rows = len(inputs[0])
+        return inputs, labels
 
     def tensors(self, batch: Batch) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
         """Inputs and labels of a batch, where the module is."""
@@ -341,10 +405,17 @@ class TrainingRun:
         device = torch.device(self.context.device).type
         bf16 = self.schedule.resolved_precision(self.context) == "bf16"
         self.optimiser.zero_grad()
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            loss = self.objective.loss(inputs, labels)
-        torch.autograd.backward(loss)
-        return loss.detach()
+        total = torch.zeros((), device=self.context.device)
+        for rows in torch.arange(self.rows).tensor_split(min(self.schedule.parts, self.rows)):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            with torch.autocast(device, torch.bfloat16, enabled=bf16):
+                loss = self.objective.loss(
+                    tuple(item[part] for item in inputs), None if labels is None else labels[part]
+                )
+            loss = loss * (len(rows) / self.rows)
+            torch.autograd.backward(loss)
+            total += loss.detach()
+        return total
 
     def _each(self, hook: Literal["begin", "begin_epoch", "end_step", "end_epoch"]) -> None:
         for callback in self._callbacks:

@@ -17,7 +17,7 @@ from pydantic import PositiveFloat, model_validator
 from leanserve.contracts import BuildContext, Model, ModelSpec
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied, Pass, Stage, Tag
-from leanserve.passes.toolkit.training import LabelledTrainingOptions, train
+from leanserve.passes.toolkit.training import RecoveryOptions, train
 
 if TYPE_CHECKING:
     from leanserve.contracts import TorchModel
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from leanserve.passes.toolkit.training import Objective
 
 
-class Distill(LabelledTrainingOptions, Pass):
+class Distill(RecoveryOptions, Pass):
     """Train on the base's answers to the train split; the teacher sees the same augmented inputs as the student."""
 
     kind: Literal["distill"] = "distill"
@@ -56,19 +56,19 @@ class Distill(LabelledTrainingOptions, Pass):
         return self
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
-        from leanserve.passes.toolkit.callbacks import usual_callbacks
+        from leanserve.passes.toolkit.callbacks import recovery_callbacks
         from leanserve.passes.toolkit.masks import masks_of
         from leanserve.passes.toolkit.structure import copy_of
         from leanserve.passes.toolkit.teacher import MatchTeacher, TeacherTerms, require_inputs_of
 
         student = copy_of(model, self.kind)
         student = replace(student, masks=masks_of(student))
-        terms = TeacherTerms(self.loss, self.temperature, self.alpha)
+        terms = TeacherTerms(self.loss, self.temperature, self.alpha, self.pseudo_labels)
         measures = terms.measures(student.spec)
         self._check(student.spec, measures)
         require_inputs_of(context.base, student, self.kind)
         answers = MatchTeacher(student, context.base, terms)
-        callbacks = usual_callbacks(student, self, context)
+        callbacks = recovery_callbacks(student, self, context)
         with self._objective(answers, student, context) as objective:
             outcome = train(student.module, objective, context.base.data("train"), self, callbacks, context)
         named = {student.spec.outputs[index].name: measure for index, measure in measures.items()}

@@ -15,10 +15,10 @@ from pydantic import PositiveFloat
 from leanserve.contracts import BuildContext, Model
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied, Pass, Stage, Tag
-from leanserve.passes.toolkit.training import LabelledTrainingOptions, train
+from leanserve.passes.toolkit.training import RecoveryOptions, train
 
 
-class DistillEnsemble(LabelledTrainingOptions, Pass):
+class DistillEnsemble(RecoveryOptions, Pass):
     """Train the first parent on the mean answers of all others."""
 
     kind: Literal["distill_ensemble"] = "distill_ensemble"
@@ -31,7 +31,7 @@ class DistillEnsemble(LabelledTrainingOptions, Pass):
     isa_bound: ClassVar[bool] = True  # `precision: auto` trains differently where the CPU has bfloat16
 
     def join(self, models: Sequence[Model], context: BuildContext) -> Applied:
-        from leanserve.passes.toolkit.callbacks import usual_callbacks
+        from leanserve.passes.toolkit.callbacks import recovery_callbacks
         from leanserve.passes.toolkit.masks import masks_of
         from leanserve.passes.toolkit.structure import copy_of
         from leanserve.passes.toolkit.teacher import Committee, MatchTeacher, TeacherTerms, require_inputs_of
@@ -45,8 +45,8 @@ class DistillEnsemble(LabelledTrainingOptions, Pass):
             if teacher.spec != student.spec:
                 raise PassFailed(f"parent {place} takes or gives other tensors than the student, the first parent")
         committee = Committee([teacher.module for teacher in teachers], student.spec)
-        terms = TeacherTerms("auto", self.temperature, self.alpha)
+        terms = TeacherTerms("auto", self.temperature, self.alpha, self.pseudo_labels)
         objective = MatchTeacher(student, context.base, terms, committee)
-        callbacks = usual_callbacks(student, self, context)
+        callbacks = recovery_callbacks(student, self, context)
         outcome = train(student.module, objective, context.base.data("train"), self, callbacks, context)
         return Applied(student, {}, {"first_loss": outcome.first_loss, "last_loss": outcome.last_loss})

@@ -17,13 +17,13 @@ from pydantic import PositiveFloat
 from leanserve.contracts import BuildContext, Model
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied, Pass, Stage, Tag
-from leanserve.passes.toolkit.training import LabelledTrainingOptions, train
+from leanserve.passes.toolkit.training import RecoveryOptions, train
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-class DistillFeatures(LabelledTrainingOptions, Pass):
+class DistillFeatures(RecoveryOptions, Pass):
     """Train on the base's features and answers to the train split."""
 
     kind: Literal["distill_features"] = "distill_features"
@@ -43,7 +43,7 @@ class DistillFeatures(LabelledTrainingOptions, Pass):
     def apply(self, model: Model, context: BuildContext) -> Applied:
         import torch
 
-        from leanserve.passes.toolkit.callbacks import usual_callbacks
+        from leanserve.passes.toolkit.callbacks import recovery_callbacks
         from leanserve.passes.toolkit.features import MatchFeatures
         from leanserve.passes.toolkit.masks import masks_of
         from leanserve.passes.toolkit.structure import copy_of
@@ -52,12 +52,13 @@ class DistillFeatures(LabelledTrainingOptions, Pass):
         student = copy_of(model, self.kind)
         student = replace(student, masks=masks_of(student))
         require_inputs_of(context.base, student, self.kind)
-        answers = MatchTeacher(student, context.base, TeacherTerms("auto", self.temperature, self.alpha))
+        terms = TeacherTerms("auto", self.temperature, self.alpha, self.pseudo_labels)
+        answers = MatchTeacher(student, context.base, terms)
         layers = self._pairs(student.module, answers.teacher)
         with torch.random.fork_rng([]):
             torch.manual_seed(context.seed)
             objective = MatchFeatures(answers, student, layers, self.method, self.weight)
-        callbacks = usual_callbacks(student, self, context)
+        callbacks = recovery_callbacks(student, self, context)
         with objective.ours.watching(), objective.theirs.watching():
             outcome = train(student.module, objective, context.base.data("train"), self, callbacks, context)
         facts = {"first_loss": outcome.first_loss, "last_loss": outcome.last_loss, "epochs": outcome.epochs}

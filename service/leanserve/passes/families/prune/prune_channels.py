@@ -106,6 +106,10 @@ class PruneChannels(Pass):
         trains = frozenset() if self.recovery is None else self.recovery.training_needs
         return ranks | trains | {"calibration"}
 
+    @property
+    def processes_needed(self) -> int:
+        return 1 if self.recovery is None else self.recovery.processes
+
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.activations import refit_batch_norm
         from leanserve.passes.toolkit.channels import nearest

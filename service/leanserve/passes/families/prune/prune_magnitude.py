@@ -59,6 +59,10 @@ class PruneMagnitude(Pass):
     def needs(self) -> frozenset[Need]:
         return frozenset({"calibration"}) if self.recovery is None else self.recovery.training_needs
 
+    @property
+    def processes_needed(self) -> int:
+        return 1 if self.recovery is None else self.recovery.processes
+
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.sparsity import sparse_weights, sparsity_of
         from leanserve.passes.toolkit.structure import copy_of
