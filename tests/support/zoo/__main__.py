@@ -22,7 +22,17 @@ from zoo.trial import Outcome, Trial, stored
 from zoo.wheels import cache_folder
 
 out = Console()
-COLUMNS = ("model", "what", "accepted", "built", "serve / excluded", "error of the base", "speed-up", "seconds")
+COLUMNS = (
+    "model",
+    "what",
+    "accepted",
+    "built",
+    "serve / excluded",
+    "error of the base",
+    "answers",
+    "speed-up",
+    "seconds",
+)
 
 
 def main(
@@ -89,6 +99,7 @@ def _cells(model: ZooModel, outcome: Outcome) -> tuple[str, ...]:
         "yes" if outcome.built else "no",
         f"{len(outcome.serving)} / {len(outcome.excluded)}",
         "" if outcome.error is None else f"{outcome.error:.1g}",
+        "" if outcome.answers is None else "{} of {}".format(*outcome.answers),
         f"{outcome.speed:.1f}x",
         f"{outcome.seconds:.0f}",
     )

