@@ -56,6 +56,39 @@ def test_a_child_runs_ours_and_pythons_own_modules(folder: Path) -> None:
     assert '"title": "ServiceConfig"' in schema
 
 
+REPORTS = """\
+import multiprocessing, pathlib, sys
+import numpy as np, onnx, onnxruntime
+from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
+x, y = (make_tensor_value_info(name, 1, [1]) for name in "xy")
+graph = make_graph([make_node("Neg", ["x"], ["y"])], "g", [x], [y])
+model = make_model(graph, opset_imports=[make_opsetid("", 20)], ir_version=9)
+onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": np.ones(1, np.float32)})
+try:
+    import openvino.tools.ovc
+except ImportError:
+    pass
+home = pathlib.Path.home()
+print([str(path.relative_to(home)) for path in home.rglob("*")], "openvino_telemetry.main" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("as_child", [True, False])
+def test_libraries_report_to_nobody(tmp_path: Path, *, as_child: bool) -> None:
+    """What onnxruntime and OpenVINO would send is kept in the home folder first; in CI neither does."""
+    (tmp_path / "reports.py").write_text(REPORTS)
+    run_it = "import runpy; runpy.run_path('reports.py', run_name='__main__')"
+    own = f"import typer, leanserve.__main__ as m\nm.app = lambda: exec({run_it!r})\nm.main()"
+    home = tmp_path / "home"
+    home.mkdir()
+    silent = {"CI", "GITHUB_ACTIONS", "TF_BUILD", "ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED"}
+    environment = {key: value for key, value in os.environ.items() if key not in silent}
+    arguments = command("timeit", "-n1", "-r1", run_it) if as_child else [sys.executable, "-c", own]
+    environment |= {"HOME": str(home), "PYTHONPATH": PATH}
+    told = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    assert told.splitlines()[0] == "[] False"
+
+
 def test_the_working_directory_is_not_on_the_path_of_a_child(folder: Path) -> None:
     printed = run(folder, "site")  # which prints the path
     assert str(folder) not in printed.partition("]")[0]

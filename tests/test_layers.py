@@ -19,6 +19,7 @@ LAYERS = {
     "errors": 0,
     "hardware": 0,
     "memory": 0,
+    "privacy": 0,
     "request_identity": 0,
     "scoring": 0,
     "timing": 0,
@@ -89,7 +90,7 @@ MAY_IMPORT_AT_TOP = (
 )
 """Files that are themselves imported only where they are needed."""
 NEVER = {"utils.py", "util.py", "helpers.py", "common.py"}
-READERS_OF_THE_ENVIRONMENT = ("__main__", "bench", "context", "init")
+READERS_OF_THE_ENVIRONMENT = ("__main__", "bench", "context", "init", "privacy")
 CONSTRUCTORS = {
     "str",
     "cache",

@@ -22,6 +22,7 @@ from leanserve import __version__
 from leanserve.context import AppContext
 from leanserve.disk import explained
 from leanserve.errors import StartupError
+from leanserve.privacy import send_nothing
 from leanserve.request_identity import RequestInLog
 from leanserve.timing import MEASURE_S
 
@@ -470,6 +471,7 @@ def _log_to_stderr() -> None:
 def main() -> None:
     """Run the command line; what is wrong with files, memory or settings is one line, without a stack, and status 2."""
     faulthandler.enable()
+    send_nothing()
     _log_to_stderr()
     logging.getLogger("leanserve").setLevel(logging.INFO)
     # It warns of every damaged form; the sender is told, and the log is not theirs to fill.

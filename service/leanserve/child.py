@@ -45,6 +45,9 @@ def main(parent: str, module: str, *arguments: str) -> None:
     faulthandler.enable()  # the last words of what crashes in a native library
     for name in PACKAGES:
         _bind(name)
+    from leanserve.privacy import send_nothing
+
+    send_nothing()
     sys.argv[1:] = arguments
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
