@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,14 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from leanserve.contracts import ArrayData, ModelSpec, TensorSpec, TorchModel
+from leanserve.contracts import ArrayData, CandidateQuality, ModelSpec, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied
 from leanserve.passes.families.prune.prune_channels import PruneChannels
-from leanserve.passes.toolkit.channels import channel_groups, without
+from leanserve.passes.toolkit import channel_search, layer_times
+from leanserve.passes.toolkit.channels import blocks_of_groups, channel_groups, without
 from leanserve.passes.toolkit.importance import BY_LABELS, Criterion, importance_of
+from leanserve.passes.toolkit.layer_calls import Call
 from leanserve.passes.toolkit.targets import Targets
 from leanserve.passes.toolkit.training import TrainingOptions
 from leanserve.runtime.formats.torch_size import count_macs
@@ -288,11 +291,11 @@ def test_recovery_is_the_same_on_every_cpu_unless_asked() -> None:
 def test_a_block_too_large_is_passed_over_for_smaller_ones(
     net: type[nn.Module], macs: float, missed: float, tmp_path: Path
 ) -> None:
-    base, pass_ = image_base(net()), PruneChannels(macs=macs)
+    base, pass_ = image_base(net()), PruneChannels(macs=macs, scope="uniform")
     _, result = applied(pass_, base, tmp_path)
     model = base.model()
     groups = pass_._groups(model, context_of(base, tmp_path))
-    blocks = pass_._blocks(groups, groups)
+    blocks = blocks_of_groups(groups, 16, {group.root: len(group.scores) for group in groups}, "uniform")
     in_order = [count_macs(without(model, blocks[:count])) / count_macs(model) for count in range(1, len(blocks) + 1)]
     assert abs(result.facts["macs_ratio"] - macs) < missed
     assert min(abs(share - macs) for share in in_order) > missed, "what blocks in order would come to"
@@ -358,3 +361,57 @@ def test_group_lasso_pulls_whole_channels_down(tmp_path: Path) -> None:
         PruneChannels(ratio=0.3, importance="group_lasso")
     with pytest.raises(ValidationError, match="strength is that of group_lasso"):
         PruneChannels(ratio=0.3, strength=0.1)
+
+
+def test_of_all_scopes_the_one_that_agrees_most_is_taken(tmp_path: Path) -> None:
+    base = image_base(Residual(width=32))
+    context = context_of(base, tmp_path)
+    agreements = iter((0.5, 0.4, 0.9))
+    judged = replace(context, evaluate=lambda _: CandidateQuality(8, None, next(agreements)))
+    tried = PruneChannels(macs=0.8, round_to=8).apply(base.model(), judged)
+    assert next(agreements, None) is None, "every scope that comes near the target is judged"
+    assert tried.decisions["scope"] == "inner"
+    assert isinstance(tried.model, TorchModel)
+    found = widths(tried.model.module)
+    assert found["stem.0"] == found["conv2"] == 32, "what the residual sum ties is left alone"
+    assert min(found["conv1"], found["down"] / 2) < 32
+    assert tried.decisions["reached"]["macs"] == pytest.approx(0.8, abs=0.03)
+
+
+def test_channels_that_cost_time_go_before_those_that_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layer is slow here, as early convolutions are; by MACs both would go alike."""
+
+    def seconds(module: nn.Module, calls: Sequence[Call], _: int) -> float:
+        assert isinstance(module, nn.Linear)
+        return module.weight.numel() * (1.0 if calls[0].input == (1, 24) else 0.01)
+
+    def whole(module: nn.Module) -> float:
+        return sum(
+            seconds(child, [Call((1, 24 if name == "first" else 64), ())], 0)
+            for name, child in module.named_modules()
+            if isinstance(child, nn.Linear)
+        )
+
+    base = row_base()
+    monkeypatch.setattr(layer_times, "seconds_of", seconds)
+    monkeypatch.setattr(channel_search, "ratio_of", lambda made, of: whole(made.module) / whole(of.module))
+    module, result = applied(PruneChannels(latency=0.6, round_to=8), base, tmp_path)
+    assert result.facts["latency_ratio"] == pytest.approx(0.6, abs=0.05)
+    before, after = widths(base.teacher), widths(module)
+    assert after["first"] < before["first"]
+    assert after["second"] == before["second"], "what saves no time stays"
+
+
+def test_a_layer_is_timed_once_at_each_width_and_more_channels_take_longer() -> None:
+    model = image_base(Residual(width=64)).model()
+    times = layer_times.LayerTimes(model)
+    narrow, wide = times.seconds("conv1", 16, 16), times.seconds("conv1", 64, 64)
+    assert narrow == times.seconds("conv1", 16, 16)
+    assert 0 < narrow < wide  # 16 times the operations
+
+
+def test_the_time_that_is_asked_for_belongs_to_one_kind_of_cpu() -> None:
+    assert PruneChannels(latency=0.5).times
+    assert not PruneChannels(macs=0.5).times
+    with pytest.raises(ValidationError, match="latency ranks channels by the time that they cost; drop scope: inner"):
+        PruneChannels(latency=0.5, scope="inner")

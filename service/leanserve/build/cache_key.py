@@ -93,7 +93,7 @@ def _ingredients(pass_: Pass, parents: Sequence[str], seed: int, hardware: Hardw
         "source": closure_digest(Path(inspect.getfile(type(pass_))), ROOT),
         "seed": seed,
         "versions": versions_of(pass_.libraries),
-        "isa": list(hardware.isa) if pass_.isa_bound else None,
+        "isa": list(hardware.isa) if pass_.isa_bound or pass_.times else None,
     }
 
 

@@ -119,6 +119,11 @@ class Pass(BaseModel):
         return False
 
     @property
+    def times(self) -> bool:
+        """Whether it measures time to decide, so that the artifact is one for this kind of CPU."""
+        return False
+
+    @property
     def needs(self) -> frozenset[Need]:
         """What this pass cannot do without, given its options; checked before any work (`leanserve.build.needs`)."""
         return frozenset()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -23,10 +23,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 from leanserve.contracts import ModelSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.toolkit.importance import Importance
+from leanserve.passes.toolkit.layer_times import LayerTimes
 from leanserve.runtime.formats.torch_size import example
 
-Scope: TypeAlias = Literal["global", "uniform"]
+Scope: TypeAlias = Literal["global", "uniform", "inner"]
+"""In which order channels go: `uniform` takes the same share of every layer, `inner` of those alone that no sum ties to
+others, such as the first layer of a residual block; with `global` channels compete across layers."""
 
+LEAST_S = 1e-9
+"""What a block saves at least, in seconds: a layer may be faster at a larger width."""
 CLOSE = 0.01
 """A share that is near enough to its goal."""
 LOOK = 12
@@ -41,6 +46,10 @@ class ChannelGroup:
     scores: tuple[float, ...]
     """Importance of each slot."""
     repeat: int
+    makers: tuple[str, ...] = ()
+    """The layers that make these channels: several, where a sum ties their outputs."""
+    readers: tuple[str, ...] = ()
+    """The layers that take them in."""
 
     def blocks(self, round_to: int, widest: int, scope: Scope) -> list[Block]:
         """Blocks that may be removed, weakest first, leaving a multiple of `round_to` channels (at least one).
@@ -82,8 +91,55 @@ def channel_groups(model: TorchModel, importance: Importance, frozen: Collection
         if scores is not None:
             repeat = _repeat(graph, group)
             slots = scores.reshape(repeat, -1).mean(0)
-            found.append(ChannelGroup(names[group[0].dep.target.module], tuple(slots.tolist()), repeat))
+            root = names[group[0].dep.target.module]
+            found.append(ChannelGroup(root, tuple(slots.tolist()), repeat, *_around(graph, group, names)))
     return found
+
+
+def blocks_of_groups(
+    groups: Sequence[ChannelGroup], round_to: int, widest: Mapping[str, int], scope: Scope
+) -> list[Block]:
+    """Everything that can be removed, in the order of removal; `widest`: each root's slots before any pruning."""
+    chosen = [group for group in groups if scope != "inner" or len(group.makers) == 1]
+    blocks = [block for group in chosen for block in group.blocks(round_to, widest[group.root], scope)]
+    return sorted(blocks, key=lambda block: block.priority)
+
+
+def by_saved_time(
+    groups: Sequence[ChannelGroup], round_to: int, widest: Mapping[str, int], times: LayerTimes
+) -> list[Block]:
+    """As `blocks_of_groups`, in the order of importance for each second that a block saves: the fractional knapsack."""
+    priced = []
+    for group in groups:
+        width, before = len(group.scores) * group.repeat, 0.0
+        for block in group.blocks(round_to, widest[group.root], "global"):
+            left = width - len(block.channels)
+            saved = sum(_saved(times, name, width, left, made=True) for name in group.makers)
+            saved += sum(_saved(times, name, width, left, made=False) for name in group.readers)
+            price = block.priority * len(block.channels) / max(saved, LEAST_S)
+            before = max(before, price)  # those of a group go weakest first, whatever they save
+            priced.append(block._replace(priority=before))
+            width = left
+    return sorted(priced, key=lambda block: block.priority)
+
+
+def _saved(times: LayerTimes, name: str, width: int, left: int, *, made: bool) -> float:
+    inputs, outputs = times.widths(name)
+    if made:
+        return times.seconds(name, inputs, width) - times.seconds(name, inputs, left)
+    share = inputs // width if inputs % width == 0 else 1  # flattened images: several inputs for each channel
+    return times.seconds(name, width * share, outputs) - times.seconds(name, left * share, outputs)
+
+
+def _around(graph: Any, group: Any, names: Mapping[nn.Module, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The layers with weights that make the channels of a group, and those that read them."""
+    makers: list[str] = []
+    readers: list[str] = []
+    for dep, _ in group:
+        layer = dep.target.module
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            (makers if graph.is_out_channel_pruning_fn(dep.handler) else readers).append(names[layer])
+    return tuple(dict.fromkeys(makers)), tuple(dict.fromkeys(readers))
 
 
 def without(model: TorchModel, blocks: Sequence[Block]) -> TorchModel:
@@ -105,10 +161,12 @@ def without(model: TorchModel, blocks: Sequence[Block]) -> TorchModel:
     return made
 
 
-def nearest(model: TorchModel, blocks: Sequence[Block], kept: Callable[[TorchModel], float], goal: float) -> TorchModel:
+def nearest(
+    model: TorchModel, blocks: Sequence[Block], kept: Callable[[TorchModel], float], goal: float, look: int = LOOK
+) -> TorchModel:
     """Remove so many of the `blocks`, in their order, that `kept` comes closest to `goal`; found by bisection.
 
-    Where the next block in order is so large that it leads too far, smaller ones after it are taken in its stead.
+    Where the next block in order is so large that it leads too far, smaller ones of the `look` after it are taken.
     """
     low, high = 0, len(blocks)
     fewer, more = model, without(model, blocks)
@@ -122,7 +180,7 @@ def nearest(model: TorchModel, blocks: Sequence[Block], kept: Callable[[TorchMod
         else:
             low, fewer, above = middle, made, share
     if min(goal - below, above - goal) > CLOSE:
-        fewer = _filled(model, blocks, low, kept, goal) or fewer
+        fewer = _filled(model, blocks[: low + 1 + look], low, kept, goal) or fewer
         above = kept(fewer)
     return more if goal - below <= above - goal else fewer
 
@@ -132,7 +190,7 @@ def _filled(
 ) -> TorchModel | None:
     """Without the first `taken` blocks, and those after the next one that fit above the goal; `None`: none does."""
     chosen, skipped, found = list(blocks[:taken]), {blocks[taken].root}, None
-    for block in blocks[taken + 1 : taken + 1 + LOOK]:
+    for block in blocks[taken + 1 :]:
         if block.root not in skipped:
             made = without(model, [*chosen, block])
             if kept(made) >= goal:

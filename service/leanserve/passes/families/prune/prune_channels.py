@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from leanserve.contracts import TorchModel
-    from leanserve.passes.toolkit.channels import Block, ChannelGroup
+    from leanserve.passes.toolkit.channel_search import ChannelSearch
+    from leanserve.passes.toolkit.channels import ChannelGroup, Scope
     from leanserve.passes.toolkit.training import Objective
 
 logger = logging.getLogger(__name__)
@@ -55,10 +56,14 @@ class PruneChannels(Pass):
     """Share of the prunable channels to remove."""
     macs: float | None = Field(default=None, gt=0, lt=1)
     """Share of the model's MACs to keep."""
+    latency: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the model's time for one row to keep, in torch on this machine: channels go by what they matter for each
+    second that they cost."""
     importance: Literal["l1", "l2", "taylor", "hessian", "bn_scale", "fpgm", "lamp", "group_lasso"] = "l2"
     """`group_lasso` trains with `recovery` before each ranking, while whole channels are pulled towards zero."""
-    scope: Literal["global", "uniform"] = "uniform"
-    """`global` compares channels across layers, `uniform` removes the same share of every layer."""
+    scope: Literal["auto", "global", "uniform", "inner"] = "auto"
+    """`global` compares channels across layers, `uniform` removes the same share of every layer, `inner` of those alone
+    that no sum ties to others; `auto` tries all three and takes the one that agrees most with the base."""
     round_to: int = Field(default=16, ge=1)
     """Channel counts stay multiples of it; odd counts are slower."""
     steps: int = Field(default=1, ge=1)
@@ -79,8 +84,10 @@ class PruneChannels(Pass):
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
-        if (self.ratio is None) == (self.macs is None):
-            raise ValueError("give exactly one of ratio and macs")
+        if sum(value is not None for value in (self.ratio, self.macs, self.latency)) != 1:
+            raise ValueError("give exactly one of ratio, macs and latency")
+        if self.latency is not None and self.scope != "auto":
+            raise ValueError(f"latency ranks channels by the time that they cost; drop scope: {self.scope}")
         return self
 
     @model_validator(mode="after")
@@ -101,6 +108,14 @@ class PruneChannels(Pass):
         return self
 
     @property
+    def evaluates(self) -> bool:
+        return self.scope == "auto" and self.latency is None
+
+    @property
+    def times(self) -> bool:
+        return self.latency is not None
+
+    @property
     def needs(self) -> frozenset[Need]:
         ranks: frozenset[Need] = frozenset({"train", "labels"}) if self._by_labels else frozenset()
         trains = frozenset() if self.recovery is None else self.recovery.training_needs
@@ -112,7 +127,6 @@ class PruneChannels(Pass):
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.activations import refit_batch_norm
-        from leanserve.passes.toolkit.channels import nearest
         from leanserve.passes.toolkit.structure import copy_of, differences
         from leanserve.runtime.formats.torch_size import count_macs, count_parameters
 
@@ -121,33 +135,28 @@ class PruneChannels(Pass):
             made = replace(base, module=copy.deepcopy(base.module))
             self._train(made, replace(context, scratch=context.scratch / "lasso"), lasso=True)
         first = groups = self._groups(made, context)
-        if not self._blocks(groups, first):
-            raise PassFailed(f"round_to: no prunable layer has more than {self.round_to} channels; lower it")
-        whole = self._size(first, base)
-
-        def kept(model: TorchModel) -> float:
-            return self._size(first, model) / whole
-
+        search = self._search(base, first, context)
         changed: dict[str, Json] = {}
         for step in range(1, self.steps + 1):
             context.progress(step - 1, self.steps, "pruning")
             groups = groups if step == 1 else self._groups(made, context)
             goal = 1 - (1 - self._target) * step / self.steps
-            made = nearest(made, self._blocks(groups, first), kept, goal)
+            made = search.nearest(made, groups, goal)
             changed = differences(base.module, made.module)
             refit_batch_norm(made, changed, context.base.data("calibration", self.samples, made.spec))
             if self.recovery is not None and step < self.steps:
                 place = replace(context, scratch=context.scratch / f"step-{step}")
                 self._train(made, place, lasso=self.importance == "group_lasso")
-        self._check(kept(made))
+        kept = search.kept(made)
+        self._check(kept)
         context.progress(self.steps, self.steps, "pruned")
+        facts = {
+            "macs_ratio": count_macs(made) / count_macs(base),
+            "parameters_ratio": count_parameters(made) / count_parameters(base),
+        }
+        facts |= {"latency_ratio": kept} if self.latency is not None else {}
         return Applied(
-            made,
-            {"layers": changed},
-            {
-                "macs_ratio": count_macs(made) / count_macs(base),
-                "parameters_ratio": count_parameters(made) / count_parameters(base),
-            },
+            made, {"layers": changed, "scope": search.scope, "reached": {self._aim: self._told(kept)}}, facts
         )
 
     def rebuild_structure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
@@ -188,31 +197,38 @@ class PruneChannels(Pass):
         criterion = "l2" if self.importance == "group_lasso" else self.importance
         return channel_groups(model, importance_of(criterion, model, data), frozen)
 
-    def _blocks(self, groups: Sequence[ChannelGroup], first: Sequence[ChannelGroup]) -> list[Block]:
-        """Everything that can be removed, in the order of removal; `first` are the groups before any pruning."""
-        widest = {group.root: len(group.scores) for group in first}
-        blocks = [block for group in groups for block in group.blocks(self.round_to, widest[group.root], self.scope)]
-        return sorted(blocks, key=lambda block: block.priority)
+    def _search(self, base: TorchModel, groups: Sequence[ChannelGroup], context: BuildContext) -> ChannelSearch:
+        from leanserve.passes.toolkit.channel_search import AgreementJudge, FasterChannels, FewerChannels
 
-    def _size(self, groups: Sequence[ChannelGroup], model: TorchModel) -> int:
-        """What the target counts: MACs, or output channels of the prunable groups."""
-        from leanserve.passes.toolkit.channels import width
-        from leanserve.runtime.formats.torch_size import count_macs
-
-        return count_macs(model) if self.macs is not None else width(model, [group.root for group in groups])
+        widest = {group.root: len(group.scores) for group in groups}
+        if not any(group.blocks(self.round_to, len(group.scores), "uniform") for group in groups):
+            raise PassFailed(f"round_to: no prunable layer has more than {self.round_to} channels; lower it")
+        if self.latency is not None:
+            return FasterChannels(base, widest, self.round_to, context.threads)
+        scopes: tuple[Scope, ...] = ("uniform", "global", "inner") if self.scope == "auto" else (self.scope,)
+        judge = AgreementJudge(context.base.data("calibration", self.samples, base.spec), context.evaluate)
+        return FewerChannels(base, widest, self.round_to, "ratio" if self.macs is None else "macs", scopes, judge)
 
     def _check(self, kept: float) -> None:
-        name, reached = ("macs", kept) if self.macs is not None else ("ratio", 1 - kept)
         text = (
-            f"{name}: {getattr(self, name)} was asked for and {reached:.3f} is the nearest that was reached; "
-            f"lower round_to ({self.round_to}), exclude fewer layers or ask for another value"
+            f"{self._aim}: {getattr(self, self._aim)} was asked for and {self._told(kept):.3f} is the nearest that was "
+            f"reached; lower round_to ({self.round_to}), exclude fewer layers or ask for another value"
         )
         if kept == 1.0 or abs(kept - self._target) > TOLERANCE:
             raise PassFailed(text)
         if abs(kept - self._target) > TOLD:
             logger.warning("prune_channels.%s", text)
 
+    def _told(self, kept: float) -> float:
+        return 1 - kept if self.ratio is not None else kept
+
+    @property
+    def _aim(self) -> Literal["ratio", "macs", "latency"]:
+        if self.latency is not None:
+            return "latency"
+        return "macs" if self.macs is not None else "ratio"
+
     @property
     def _target(self) -> float:
         """The share to keep."""
-        return self.macs if self.macs is not None else 1 - (self.ratio or 0.0)
+        return 1 - self.ratio if self.ratio is not None else self.macs or self.latency or 0.0
