@@ -13,12 +13,13 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from leanserve.contracts import Array, ArrayData, Batch, ModelSpec, OnnxModel, Split, TorchModel
+from leanserve.contracts import Array, ArrayData, Batch, ModelSpec, OnnxModel, Split, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.families.quantize.quantize_static import QuantizeStatic
 from leanserve.passes.toolkit.lowering import export_onnx, feeds, open_session
 from tiny_base import IMAGES, TinyBase, context_of, lively, no_progress, tiny_base
 from tiny_encoder import tiny_encoder_base
+from tiny_graphs import graph, random, write
 
 BASE = tiny_base()
 
@@ -315,3 +316,13 @@ def test_attention_and_embeddings_are_quantized_where_they_are_asked_for(tmp_pat
     assert table.shape == (50, 32)
     kept = quantize(model, tmp_path, base, embeddings="int8", keep_float=("Gather",))
     assert not constants(kept, "tokens.weight.int8")
+
+
+def test_a_graph_of_one_layer_is_quantized(tmp_path: Path) -> None:
+    text = "agraph (float[N, 4] x) => (float[N, 4] y) { y = MatMul (x, w) }"
+    path = write(tmp_path / "m.onnx", graph(text, {"w": random(4, 4)}))
+    (x,) = inputs = (np.random.default_rng(0).standard_normal((16, 4)).astype(np.float32),)
+    spec = ModelSpec((TensorSpec("x", "float32", (4,)),), (TensorSpec("y", "float32", (4,)),))
+    base = TinyBase(nn.Linear(4, 4), inputs, None, spec)
+    int8 = quantize(OnnxModel(path, spec), tmp_path, base)
+    assert cosine(answers(int8, x), answers(OnnxModel(path, spec), x)) > 0.99

