@@ -52,8 +52,7 @@ class AppContext:
         from leanserve.codecs.postprocess.chain import PostChain
         from leanserve.config.schema import read_config
         from leanserve.config.yaml import read_yaml
-        from leanserve.hardware import this_hardware, thread_budget
-        from leanserve.telemetry.nvml import visible_gpus
+        from leanserve.hardware import thread_budget
 
         self.config: ServiceConfig = config or read_config(path)
         root = cache or self.config.cache
@@ -73,10 +72,10 @@ class AppContext:
         self.post = PostChain(self.config.postprocess, self.base.spec, origin.folder)
         budget = thread_budget()
         threads = budget if self.config.threads == "auto" else self.config.threads
-        self.hardware: Hardware = this_hardware(threads, visible_gpus())
+        self.hardware: Hardware = chosen_hardware(self.config, path, threads)
         self.plan: Plan = plan(self.config, self.base, self.hardware)
         require_machine(self.config, os.environ.get("CXX", "g++"))
-        if self.config.lanes != "auto" and self.config.lanes > self.threads:
+        if self.config.lanes != "auto" and self.config.lanes > self.threads and not self.hardware.on_gpu:
             line = read_yaml(path).place(["lanes"])
             raise ConfigError(
                 f"{line}: lanes is {self.config.lanes}, but there are only {self.threads} threads to share"
@@ -133,6 +132,8 @@ class AppContext:
         timed = stored_benchmark(self.store, self.plan, self.hardware)
         assert timed is not None  # what is reported was timed
         keys = [report.ancestry[-1].key for report in reports if report.state == "serving"]
+        if self.hardware.on_gpu:
+            return timed.best_streams(keys) * len(self.hardware.devices)
         self_contained = all(self.store.format_of(key).self_contained for key in keys)
         return timed.best_lanes(keys, self.threads, self_contained=self_contained)
 
@@ -152,9 +153,10 @@ class AppContext:
         reports = self.reports()
         startup = startup or Startup(report.name for report in reports)
         _tell_verdicts(reports, startup)
-        device = Device("cpu", self.threads, self.lanes(reports))
+        device = Device(self.hardware.devices[0], self.threads, self.lanes(reports))
         warm = WarmFleet(self.base, serving_plans(self.config, reports), device, traffic_plan(self.config), self.post)
         warm.decode_memory = self.config.limits.decode_mb * 2**20
+        warm.cuda_visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         warm.report = self._report_document(reports)
 
         def load(name: str, read: Read, threads: int) -> Backend:
@@ -202,7 +204,8 @@ class AppContext:
         from leanserve.serving.replanning import VariantSource
 
         def share_of(threads: int) -> Share:
-            return Share(threads, alone=alone, callers=max(1, self.threads // threads))
+            callers = lanes if self.hardware.on_gpu else max(1, self.threads // threads)
+            return Share(threads, self.hardware.devices, alone=alone, callers=callers)
 
         key = report.ancestry[-1].key
         if self.config.isolation_of(self.config.variant(report.name)) == "none":
@@ -218,7 +221,7 @@ class AppContext:
         from leanserve.worker import WorkerTask
 
         workers = Workers(report.name, self.config.stuck_after_s)
-        batches = lanes if self.store.format_of(key).self_contained else 1
+        batches = lanes if self.hardware.on_gpu or self.store.format_of(key).self_contained else 1
 
         def open_worker(threads: int) -> Backend:
             task = WorkerTask(str(self.store.root), key, self.base.origin, share_of(threads))
@@ -226,6 +229,28 @@ class AppContext:
             return IsolatedBackend(program, batches, workers)
 
         return VariantSource(lambda: open_worker, workers)
+
+
+def chosen_hardware(config: ServiceConfig, path: Path, threads: int) -> Hardware:
+    """This machine as variants use it: so many threads, and the devices that the config at `path` wants.
+
+    Raises:
+        ConfigError: a device is not there.
+    """
+    from leanserve.config.yaml import read_yaml
+    from leanserve.hardware import this_hardware
+    from leanserve.runtime.cuda.choice import chosen_devices, engines_for_cuda
+    from leanserve.runtime.cuda.driver import visible_gpus
+
+    if config.device == "cpu":
+        return this_hardware(threads)
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as NVML numbers them, for child processes too
+    gpus = visible_gpus()
+    try:
+        devices = chosen_devices(config.device, gpus, engines_for_cuda() if gpus else {})
+    except StartupError as error:
+        raise ConfigError(f"{read_yaml(path).place(['device'])}: device: {error}") from error
+    return this_hardware(threads, gpus, devices)
 
 
 def _tell_verdicts(reports: Sequence[VariantReport], startup: Startup) -> None:

@@ -259,12 +259,17 @@ class Share(NamedTuple):
 
     threads: int
     """CPU threads for every batch."""
-    device: str = "cpu"
-    """`cpu` or `cuda`."""
+    devices: tuple[str, ...] = ("cpu",)
+    """`cpu`, or GPUs (`cuda:0`) of which each computes some of the batches."""
     alone: bool = False
     """Whether no other model is run in this process."""
     callers: int = 1
     """Threads that run the backend at once if it is self-contained; each of them has `threads` CPU threads."""
+
+    @property
+    def device(self) -> str:
+        """The first of the devices."""
+        return self.devices[0]
 
 
 class Format(Protocol[AModel]):
@@ -332,7 +337,7 @@ class Backend(Protocol):
 
     @property
     def device(self) -> str:
-        """Where it computes: `cpu`, or `cuda` while its lane waits."""
+        """Where it computes: `cpu`, or `cuda:0` while its lane waits; of several GPUs `cuda:0,cuda:1`."""
 
     @property
     def self_contained(self) -> bool:

@@ -43,17 +43,34 @@ class Hardware:
     isa: tuple[str, ...] = ()
     """Instruction sets that decide which compressions pay, sorted."""
     gpus: tuple[Gpu, ...] = ()
+    """Those that this process may use, by their CUDA numbers."""
+    devices: tuple[str, ...] = ("cpu",)
+    """What variants run on: `cpu`, or one or more of `cuda:0`, `cuda:1` ..."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether variants run on GPUs."""
+        return self.devices != ("cpu",)
+
+    @property
+    def machine(self) -> str:
+        """What variants run on, by name: measurements are of it, and compared only with others of it."""
+        if not self.on_gpu:
+            return self.cpu
+        names = [self.gpus[int(device.partition(":")[2])].name for device in self.devices]
+        several = f"{len(names)} x " if len(names) > 1 else ""
+        return f"{several}{' and '.join(dict.fromkeys(names))} beside {self.cpu}"
 
     @property
     def words(self) -> str:
-        """Processor and threads, as reports and warnings name a machine."""
-        return f"{self.cpu} with {self.threads} thread{'s' if self.threads > 1 else ''}"
+        """Processor or GPU, and threads, as reports and warnings name a machine."""
+        return f"{self.machine} with {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
-def this_hardware(threads: int | None = None, gpus: Sequence[Gpu] = ()) -> Hardware:
+def this_hardware(threads: int | None = None, gpus: Sequence[Gpu] = (), devices: Sequence[str] = ("cpu",)) -> Hardware:
     """This machine, with so many threads of it; all that may be used by default."""
     budget = thread_budget() if threads is None else threads
-    return Hardware(cpu_name(), budget, tuple(sorted(isa_flags())), tuple(gpus))
+    return Hardware(cpu_name(), budget, tuple(sorted(isa_flags())), tuple(gpus), tuple(devices))
 
 
 @cache

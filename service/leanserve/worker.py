@@ -41,7 +41,8 @@ class WorkerTask(NamedTuple):
     def from_argument(cls, text: str) -> Self:
         """What `to_argument` wrote."""
         store, key, origin, share = orjson.loads(text)
-        return cls(store, key, origin, Share(*share))
+        threads, devices, *others = share
+        return cls(store, key, origin, Share(threads, tuple(devices), *others))
 
 
 class _Structure:

@@ -10,10 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from prometheus_client.samples import Sample
 
 from fake_hardware import FakeNvml, busy_gpu, processor
-from leanserve.hardware import Gpu
 from leanserve.telemetry.hardware_metrics import Sources
 from leanserve.telemetry.metrics import Metrics
-from leanserve.telemetry.nvml import initialised_nvml, visible_gpus
+from leanserve.telemetry.nvml import cuda_numbers, initialised_nvml
 from leanserve.telemetry.observations import VariantFacts
 
 NOWHERE = Path("/nonexistent")
@@ -30,7 +29,7 @@ def value(found: list[Sample], name: str, /, **labels: str) -> float:
 
 def gpu_metrics(*gpus: dict[str, Any], clock: list[float] | None = None) -> Metrics:
     now = clock or [0.0]
-    return Metrics("digits", Sources(NOWHERE, NOWHERE, FakeNvml(*gpus), lambda: now[0]))
+    return Metrics("digits", Sources(NOWHERE, NOWHERE, FakeNvml(*gpus), clock=lambda: now[0]))
 
 
 def test_a_gpu_is_exported_in_base_units() -> None:
@@ -120,7 +119,7 @@ def test_a_batch_that_began_before_the_last_reading_gets_no_more_than_there_was(
 
 def test_the_energy_of_processors_is_counted_over_the_end_of_their_counters(tmp_path: Path) -> None:
     powercap, clock = processor(tmp_path, microjoules=900, wraps_at=999), [0.0]
-    made = Metrics("digits", Sources(NOWHERE, powercap, None, lambda: clock[0]))
+    made = Metrics("digits", Sources(NOWHERE, powercap, clock=lambda: clock[0]))
     served = made.add("int8", VariantFacts(device="cpu", lanes=1))
     (powercap / "intel-rapl:0/energy_uj").write_text("100\n")  # 200 further on
     served.lane_s, clock[0] = 1.0, 4.0
@@ -147,5 +146,9 @@ def test_a_machine_without_gpu_or_package_has_no_nvml(monkeypatch: pytest.Monkey
     assert initialised_nvml() is None
 
 
-def test_gpus_are_part_of_the_hardware() -> None:
-    assert visible_gpus(FakeNvml(busy_gpu())) == [Gpu("NVIDIA H200", 140 * 2**30)]
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [(None, ("cuda:1",)), ("1", ("cuda", "cuda:0")), ("0, 1", ("cuda:1",)), ("GPU-12", ("cuda", "cuda:0")), ("0", ())],
+)
+def test_a_gpu_is_called_by_the_number_that_cuda_gives_it(visible: str | None, names: tuple[str, ...]) -> None:
+    assert cuda_numbers(1, "GPU-1234", visible) == names

@@ -108,7 +108,7 @@ class LaneRates(BaseModel):
     cpu: str
     threads: int
     rates: dict[int, float]
-    """Lanes (1, and one per thread) -> rows per second; 0 where there is no memory for that many lanes."""
+    """Lanes (1, and one per thread; of a GPU 1, 2 and 4) -> rows per second; 0 where there is no memory for so many."""
 
     @property
     def gain(self) -> float:
@@ -184,6 +184,17 @@ class BenchmarkSet:
         """
         enough = PAIR_GAIN if self_contained and threads == 2 else LANE_GAIN
         return threads if self.lane_gain(keys) >= enough else 1
+
+    def best_streams(self, keys: Sequence[str]) -> int:
+        """The lanes of a GPU: as many as bring `LANE_GAIN` over fewer, on the geometric mean over these artifacts."""
+        best, best_gain = 1, 1.0
+        measured = [self.lane_rates[key].rates for key in keys if key in self.lane_rates]
+        for lanes in sorted(set.intersection(*map(set, measured))) if measured else ():
+            gains = [rates[lanes] / rates[1] for rates in measured]
+            gain = statistics.geometric_mean(gains) if all(gains) else 0.0
+            if gain >= LANE_GAIN * best_gain:
+                best, best_gain = lanes, gain
+        return best
 
 
 def best_rate(latency_ms: Mapping[int, float]) -> float:

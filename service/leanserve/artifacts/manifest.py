@@ -145,6 +145,7 @@ class Measurement(BaseModel):
     score_digest: str
     """Of the score by which answers were scored (`contracts.Base.score_digest`)."""
     cpu: str
+    """What computed them (`Hardware.machine`)."""
     threads: int
 
 
@@ -153,6 +154,7 @@ class Manifest(Recipe):
 
     quality: Quality
     cpu: str
+    """What it was measured on (`Hardware.machine`)."""
     threads: int
     ratios: dict[int, RatioInterval] = {}
     """Latency over that of the base, by rows in the batch, with the range of the rounds."""

@@ -86,6 +86,7 @@ def versions_of(libraries: tuple[str, ...]) -> dict[str, str]:
 
 
 def _ingredients(pass_: Pass, parents: Sequence[str], seed: int, hardware: Hardware) -> Json:
+    bound = pass_.isa_bound or pass_.times
     return {
         "format": FORMAT,
         "parents": list(parents),
@@ -93,8 +94,8 @@ def _ingredients(pass_: Pass, parents: Sequence[str], seed: int, hardware: Hardw
         "source": closure_digest(Path(inspect.getfile(type(pass_))), ROOT),
         "seed": seed,
         "versions": versions_of(pass_.libraries),
-        "isa": list(hardware.isa) if pass_.isa_bound or pass_.times else None,
-    }
+        "isa": list(hardware.isa) if bound else None,
+    } | ({"gpu": hardware.machine} if bound and hardware.on_gpu else {})
 
 
 def _by_content(value: Json) -> Json:

@@ -127,7 +127,7 @@ def _intact_benchmark(store: ArtifactStore, work: Plan, machine: tuple[str, int]
 
 def machine_of(hardware: Hardware) -> tuple[str, int]:
     """What tells machines apart whose measurements are not compared."""
-    return hardware.cpu, hardware.threads
+    return hardware.machine, hardware.threads
 
 
 def known_only(found: Mapping[str, _Measured | None]) -> dict[str, _Measured]:

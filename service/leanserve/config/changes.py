@@ -17,6 +17,7 @@ FIXED: Final[Mapping[str, str]] = {
     "data": "every variant was judged by it",
     "score": "every variant was judged by it",
     "seed": "it is in the key of every artifact",
+    "device": "the lanes and all backends are on it",
     "threads": "the lanes have shared them out",
     "lanes": "every backend was opened for them",
     "cache": "what is served lies there",

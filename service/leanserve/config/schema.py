@@ -15,6 +15,7 @@ from leanserve.codecs.postprocess import AnyStep
 from leanserve.config.auth_section import AuthConfig, TlsConfig
 from leanserve.config.base_section import AnyBase, OnnxBase, TorchExportBase
 from leanserve.config.data_section import AnyData
+from leanserve.config.device_choice import DeviceChoice
 from leanserve.config.errors import describe, kind_of
 from leanserve.config.experiment_section import ExperimentConfig, HardwareConfig
 from leanserve.config.limits_section import LimitsConfig
@@ -192,6 +193,7 @@ class ServiceConfig(Section):
     threads: AtLeastOne | Literal["auto"] = Field(
         "auto", description="CPU threads for inference; auto = quota and affinity"
     )
+    device: DeviceChoice = Field("auto", description="what variants run on; auto = a GPU that all engines can use")
     lanes: AtLeastOne | Literal["auto"] = Field("auto", description="batches at a time; auto = measured by the build")
     cache: Path = Field(Path(".leanserve"), description="folder of the artifact store")
     isolation: Isolation = Field("none", description="process: variants run in workers, which may crash or hang alone")

@@ -26,8 +26,9 @@ from leanserve.artifacts.benchmarks import QUIET
 from leanserve.artifacts.load import load_model
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.bases.opening import reopen_base
-from leanserve.contracts import Arrays, Backend, Json, ModelSpec, Progress, Share
+from leanserve.contracts import Arrays, Backend, Json, ModelSpec, Progress
 from leanserve.evaluation.fresh_process import nobody_told
+from leanserve.evaluation.measure import read_share
 from leanserve.memory import exit_when_out, forget, is_out_of_memory
 from leanserve.runtime.costs import TYPICAL
 from leanserve.runtime.device import Device
@@ -157,16 +158,16 @@ def _turn(backend: Backend, batch: Arrays, seconds: float, name: str, most: dict
         return None
 
 
-def main(cache: str, origin: str, threads: str, seconds: str, group: str, *artifacts: str) -> None:
+def main(cache: str, origin: str, share: str, seconds: str, group: str, *artifacts: str) -> None:
     """Time the artifacts, each given as `KEY:ROWS` with the largest batch that fits into memory, the first of them as
     the anchor of `group` others at a time, in about so many seconds; print `TimedArtifact` by key as JSON.
     """
     base = reopen_base(origin)
     store = ArtifactStore(Path(cache))
-    device = Device("benchmark", int(threads))
+    device = Device("benchmark", read_share(share).threads)
 
     def load(key: str) -> Backend:
-        return open_backend(load_model(store, base, key), Share(int(threads)))
+        return open_backend(load_model(store, base, key), read_share(share))
 
     def spec_of(key: str) -> ModelSpec:
         return store.ancestry(key)[-1].spec

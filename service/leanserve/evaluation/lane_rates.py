@@ -21,8 +21,9 @@ from pathlib import Path
 from leanserve.artifacts.load import load_model
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.bases.opening import reopen_base
-from leanserve.contracts import Arrays, Backend, Share
+from leanserve.contracts import Arrays, Backend
 from leanserve.evaluation.interleaved_benchmark import examples, limits_in, sizes_up_to, tell_parent
+from leanserve.evaluation.measure import read_share
 from leanserve.memory import exit_when_out, forget, is_out_of_memory
 from leanserve.runtime.device import Device, Lane
 from leanserve.runtime.formats import open_backend
@@ -31,30 +32,39 @@ from leanserve.timing import runs_per_second, take_turns
 
 ROUNDS = 5
 TURN_S = 0.05
+STREAMS = (1, 2, 4)
+"""Lanes that are compared on a GPU, where each is a stream: beyond four, kernels wait for each other anyway."""
 
 
-def main(cache: str, origin: str, threads: str, seconds: str, *artifacts: str) -> None:
+def main(cache: str, origin: str, share: str, seconds: str, *artifacts: str) -> None:
     """Measure the artifacts, each given as `KEY:ROWS` with the largest batch that fits into memory, in about so many
     seconds, a round of each at least; print rows per second by key and number of lanes as JSON.
     """
     base = reopen_base(origin)
     store = ArtifactStore(Path(cache))
+    whole = read_share(share)
+    numbers = (1, whole.threads) if whole.device == "cpu" else STREAMS
     rates = {}
     for number, (key, rows) in enumerate(limits_in(artifacts).items()):
         tell_parent(number, len(artifacts), "several lanes beside one")
 
         def load(threads: int, key: str = key) -> Backend:
-            return open_backend(load_model(store, base, key), Share(threads))
+            return open_backend(load_model(store, base, key), whole._replace(threads=threads))
 
         batches = examples(store.ancestry(key)[-1].spec, sizes_up_to([rows]))
-        rates[key] = lane_rates(load, batches, int(threads), float(seconds) / len(artifacts))
+        rates[key] = lane_rates(load, batches, whole.threads, float(seconds) / len(artifacts), numbers)
     sys.stdout.write(json.dumps(rates) + "\n")
 
 
 def lane_rates(
-    load: Callable[[int], Backend], batches: Sequence[Arrays], threads: int, seconds: float
+    load: Callable[[int], Backend],
+    batches: Sequence[Arrays],
+    threads: int,
+    seconds: float,
+    numbers: Sequence[int] = (),
 ) -> dict[int, float]:
-    """Number of lanes (1 and `threads`) -> rows per second at the best of the batch sizes, in the best round.
+    """Number of lanes (1 and `threads`, unless `numbers` says which) -> rows per second at the best of the batch
+    sizes, in the best round.
 
     No round is begun after so many `seconds`, but the first.
 
@@ -62,7 +72,7 @@ def lane_rates(
     wait for each other, far more than narrow ones. `load` opens the model for a lane of so many threads, on that lane.
     Every lane takes memory: what there is none for is left out, and 0 where that is everything.
     """
-    numbers = tuple(dict.fromkeys((1, threads)))
+    numbers = tuple(dict.fromkeys(numbers or (1, threads)))
     best = dict.fromkeys(numbers, 0.0)
     ways = [way for lanes in numbers if (way := _open(load, threads, lanes)) is not None]
     try:

@@ -22,6 +22,7 @@ from leanserve.artifacts.store import ArtifactStore
 from leanserve.bases.opening import reopen_base
 from leanserve.contracts import Array, Arrays, Backend, Base, Data, Share
 from leanserve.evaluation.batch_dependence import COMPANY, batch_dependence
+from leanserve.hardware import Hardware
 from leanserve.memory import exit_when_out, largest_that_fits, run_in_parts
 from leanserve.runtime.device import Device
 from leanserve.runtime.formats import open_backend
@@ -31,24 +32,35 @@ ROWS = 32
 
 
 class MeasuringTask(NamedTuple):
-    """What is measured: an artifact of a store, on so many threads, with batches of at most `rows` rows."""
+    """What is measured: an artifact of a store, on its share of the machine, with batches of at most `rows` rows."""
 
     store: ArtifactStore
     base: Base
     key: str
-    threads: int
+    share: Share
     rows: int
 
 
-def main(cache: str, key: str, origin: str, threads: str, rows: str, answers: str) -> None:
+def main(cache: str, key: str, origin: str, share: str, rows: str, answers: str) -> None:
     """Measure the artifact `key`: write its outputs on the gate split to `answers` (.npz), print the rest as JSON."""
-    task = MeasuringTask(ArtifactStore(Path(cache)), reopen_base(origin), key, int(threads), int(rows))
-    device = Device("measure", task.threads)
+    task = MeasuringTask(ArtifactStore(Path(cache)), reopen_base(origin), key, read_share(share), int(rows))
+    device = Device("measure", task.share.threads)
     try:
         [cost] = device.call_on_each(lambda _: _measure(task, Path(answers)))
     finally:
         device.close()
     sys.stdout.write(json.dumps(cost) + "\n")
+
+
+def share_argument(hardware: Hardware) -> str:
+    """What a child gets that measures: all threads, and the first device, as `read_share` reads it."""
+    return f"{hardware.threads}@{hardware.devices[0]}"
+
+
+def read_share(argument: str) -> Share:
+    """What `share_argument` wrote."""
+    threads, _, device = argument.partition("@")
+    return Share(int(threads), (device,))
 
 
 def outputs_on(backend: Backend, data: Data, size: int = 8) -> Arrays:
@@ -83,7 +95,7 @@ def _measure(task: MeasuringTask, answers: Path) -> dict[str, object]:
     _import_runtime(task.store, task.key)
     before = _resident_bytes()
     _reset_peak()
-    backend = open_backend(load_model(task.store, task.base, task.key), Share(task.threads))
+    backend = open_backend(load_model(task.store, task.base, task.key), task.share)
     try:
         loaded = _peak_bytes()
         rows, peak = largest_that_fits(wanted, lambda rows: _peak_of(backend, tuple(array[:rows] for array in batch)))

@@ -21,7 +21,7 @@ from leanserve.errors import PassFailed
 from leanserve.evaluation.fidelity import fidelity
 from leanserve.evaluation.fresh_process import ChildEnded, in_fresh_process
 from leanserve.evaluation.intervals import paired_difference, resampled_score, sampled_share
-from leanserve.evaluation.measure import ROWS
+from leanserve.evaluation.measure import ROWS, share_argument
 from leanserve.experiments.interval import Interval
 from leanserve.hardware import Hardware
 from leanserve.scoring import ACCURACY
@@ -44,7 +44,7 @@ def measure(
         PassFailed: the artifact cannot be loaded or run, not even on a single row.
     """
     path = store.root / "tmp" / f"{recipe.key}.{os.getpid()}.npz"
-    known = _measured(str(store.root), recipe.key, base.origin, str(hardware.threads), answers=str(path))
+    known = _measured(str(store.root), recipe.key, base.origin, share_argument(hardware), answers=str(path))
     with np.load(path, allow_pickle=False) as stored:
         answers = GateOutputs(tuple(stored[name] for name in stored.files), labels_of(base))
     path.unlink()
@@ -53,7 +53,7 @@ def measure(
     near = fidelity(answers.outputs, (reference or answers).outputs, base.spec.outputs)
     worst = min(output.agreement for output in near)
     found = Fidelity.model_validate(known | size | right | {"outputs": near, "agreement": worst})
-    machine = {"cpu": hardware.cpu, "threads": hardware.threads}
+    machine = {"cpu": hardware.machine, "threads": hardware.threads}
     return Measurement.model_validate({"fidelity": found, "score_digest": base.score_digest} | machine), answers
 
 

@@ -12,7 +12,7 @@ from leanserve.contracts import Base, Json, Progress
 from leanserve.errors import PassFailed
 from leanserve.evaluation.fresh_process import ChildEnded, in_fresh_process, nobody_told
 from leanserve.evaluation.interleaved_benchmark import GROUP
-from leanserve.evaluation.measure import ROWS
+from leanserve.evaluation.measure import ROWS, share_argument
 from leanserve.hardware import Hardware
 from leanserve.timing import MEASURE_S
 
@@ -56,12 +56,12 @@ class Stopwatch(NamedTuple):
             if not error.out_of_memory:
                 raise
             rates = {result.key: {1: result.throughput, threads: 0.0} for result in timed}
-        machine = {"cpu": self.hardware.cpu, "threads": threads}
+        machine = {"cpu": self.hardware.machine, "threads": threads}
         return [LaneRates.model_validate({"key": item.key, **machine, "rates": rates[item.key]}) for item in timed]
 
     @property
     def _arguments(self) -> tuple[str, ...]:
-        return str(self.store.root), self.base.origin, str(self.hardware.threads), str(self.seconds)
+        return str(self.store.root), self.base.origin, share_argument(self.hardware), str(self.seconds)
 
     def _timed(self, group: int, asked: Sequence[str]) -> Json:
         return in_fresh_process("interleaved_benchmark", *self._arguments, str(group), *asked, progress=self.progress)
@@ -88,7 +88,7 @@ def _result(key: str, anchor: str, timed: Mapping[str, Json], hardware: Hardware
     return BenchmarkResult(
         key=key,
         anchor=anchor,
-        cpu=hardware.cpu,
+        cpu=hardware.machine,
         threads=hardware.threads,
         latency_ms={rows: measured["ms"] for rows, measured in by_rows.items()},
         anchor_ms={rows: measured["anchor_ms"] for rows, measured in beside.items()},

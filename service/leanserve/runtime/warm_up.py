@@ -93,7 +93,8 @@ def warm_up(
     if not lengths:
         compare_again(partial(measured, _timed), grid[0], ROUNDS_SECONDS / variants)
     costs = Costs([CostTable(known, max_rows, shapes) for known in grid], lengths)
-    wide = _wide(device, open_with, spec, costs) if opened[0].self_contained else None
+    widens = opened[0].self_contained and opened[0].device == "cpu"  # of a GPU every lane has all
+    wide = _wide(device, open_with, spec, costs) if widens else None
     give_back()  # batches beyond the knee were tried, and none of them comes again
     return LoadedVariant(device, backends, costs, wide, memory.largest(grid, lengths or (0,)))
 

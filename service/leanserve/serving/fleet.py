@@ -28,7 +28,9 @@ from leanserve.serving.sequences import Sequences
 from leanserve.serving.traffic import TrafficRules, TrafficSplit
 from leanserve.serving.variant import Variant
 from leanserve.serving.watchdog import Watchdog, WatchdogLimits
+from leanserve.telemetry.hardware_metrics import Sources
 from leanserve.telemetry.metrics import Metrics
+from leanserve.telemetry.nvml import initialised_nvml
 from leanserve.telemetry.observations import VariantFacts, VariantState, WorkerCounts, no_workers
 
 logger = logging.getLogger(__name__)
@@ -61,7 +63,10 @@ class Fleet:
         self.sticky_header = warm.traffic.sticky_header.lower().encode()
         self._base = warm.base
         self.draining = False
-        self.metrics = Metrics(self.name, caveats=warm.base.caveats, ready=self.is_ready, threads=warm.device.threads)
+        sources = Sources(nvml=initialised_nvml(), cuda_visible=warm.cuda_visible)
+        self.metrics = Metrics(
+            self.name, sources, caveats=warm.base.caveats, ready=self.is_ready, threads=warm.device.threads
+        )
         self.opened: dict[str, Variant] = {}
         """All that passed their gate, whether they serve now or not."""
         self._lanes_only = watched is not None and watched.on_stuck == "isolate"

@@ -134,6 +134,8 @@ class WarmFleet:
         """What the build has measured (`GET /v1/report`)."""
         self.decode_memory = MEMORY
         """Bytes that decoding one body may take."""
+        self.cuda_visible: str | None = None
+        """`CUDA_VISIBLE_DEVICES`, by which metrics tell GPUs apart."""
         self.variants: dict[str, WarmVariant] = {}
         """Those that are open."""
 

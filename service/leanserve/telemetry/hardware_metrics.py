@@ -31,6 +31,8 @@ class Sources:
     proc: Path = Path("/proc")
     powercap: Path = Path("/sys/class/powercap")
     nvml: Any = None
+    cuda_visible: str | None = None
+    """The environment's `CUDA_VISIBLE_DEVICES`."""
     clock: Callable[[], float] = time.monotonic
 
 
@@ -42,7 +44,7 @@ class HardwareMetrics:
         self._threads = threads
         self._host = _Host(sources.proc)
         self._processors = _Processors(sources.powercap)
-        self._gpus = gpus_of(sources.nvml)
+        self._gpus = gpus_of(sources.nvml, sources.cuda_visible)
         self._shares = _EnergyShares(sources.clock)
         self.joules: dict[str, float] = {}
         """By variant, as of the last reading."""
@@ -61,7 +63,11 @@ class HardwareMetrics:
     def _energy_of(self, model: str, variants: Iterable[VariantMetrics], cpu: float | None) -> Iterator[Metric]:
         joules = {"cpu": cpu} | {name: gpu.joules() for gpu in self._gpus for name in gpu.names}
         known = {device: spent for device, spent in joules.items() if spent is not None}
-        used = self._shares.update(known, [item for item in variants if item.facts.device in known])
+        served = list(variants)
+        for device in {item.facts.device for item in served if "," in item.facts.device}:
+            if known.keys() >= set(device.split(",")):  # replicas on several GPUs, in turns
+                known[device] = sum(known[name] for name in device.split(","))
+        used = self._shares.update(known, [item for item in served if item.facts.device in known])
         self.joules = {name: spent for (name, _), spent in used.items()}
         if used:
             text = "Energy of the device while it ran the variant."

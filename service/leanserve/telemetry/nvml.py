@@ -1,6 +1,7 @@
 """GPUs as NVML tells of them, by the package `nvidia-ml-py` (extra `gpu`), in base units.
 
-A file of its own because every command asks which GPUs there are, and only a server needs metrics.
+NVML shows all of the machine, and numbers them by their places on the bus; what backends call `cuda:0` is the first of
+those that `CUDA_VISIBLE_DEVICES` names.
 """
 
 from __future__ import annotations
@@ -8,8 +9,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from typing import Any
-
-from leanserve.hardware import Gpu
 
 THROTTLE_REASONS = {
     "idle": 0x1,
@@ -38,27 +37,34 @@ def initialised_nvml() -> Any:
     return pynvml
 
 
-def visible_gpus(nvml: Any = None) -> list[Gpu]:
-    """The GPUs that NVML shows, with their memory; `nvml` is the initialised module."""
-    gpus = gpus_of(nvml or initialised_nvml())
-    return [Gpu(gpu.labels["name"], getattr(gpu.read("MemoryInfo"), "total", 0)) for gpu in gpus]
+def gpus_of(nvml: Any, visible: str | None = None) -> list[NvmlGpu]:
+    """All GPUs of the initialised module, none without it; `visible` is `CUDA_VISIBLE_DEVICES`."""
+    return [NvmlGpu(nvml, index, visible) for index in range(0 if nvml is None else nvml.nvmlDeviceGetCount())]
 
 
-def gpus_of(nvml: Any) -> list[NvmlGpu]:
-    """All GPUs of the initialised module; none without it."""
-    return [NvmlGpu(nvml, index) for index in range(0 if nvml is None else nvml.nvmlDeviceGetCount())]
+def cuda_numbers(index: int, uuid: str, visible: str | None) -> tuple[str, ...]:
+    """What backends call the GPU of this place and UUID, where `visible` is `CUDA_VISIBLE_DEVICES`; empty: nothing."""
+    if visible is None:
+        number = index
+    else:
+        named = [name.strip() for name in visible.split(",")]
+        places = [place for place, name in enumerate(named) if name == str(index) or (name and uuid.startswith(name))]
+        if not places:
+            return ()
+        number = places[0]
+    return ("cuda", "cuda:0") if number == 0 else (f"cuda:{number}",)
 
 
 class NvmlGpu:
     """One GPU's readings; those that it does not support are `None`."""
 
-    def __init__(self, nvml: Any, index: int) -> None:
+    def __init__(self, nvml: Any, index: int, visible: str | None = None) -> None:
         self.nvml = nvml
         self.index = index
         self.handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        self.names = ("cuda", "cuda:0") if index == 0 else (f"cuda:{index}",)
-        """What a backend calls it."""
         self.uuid = _text(self.read("UUID"))
+        self.names = cuda_numbers(index, self.uuid, visible)
+        """What a backend calls it."""
         self.labels = {"gpu": str(index), "name": _text(self.read("Name")), "uuid": self.uuid}
         self._first = self.read("TotalEnergyConsumption")
 

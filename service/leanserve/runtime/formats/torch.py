@@ -61,12 +61,12 @@ FORMAT = TorchFormat()
 
 
 def training_device(hardware: Hardware) -> str:
-    """Where torch trains on a machine: its first GPU, if torch was built for it, else the CPU."""
+    """Where torch trains on a machine: a GPU that it may use, if torch was built for it, else the CPU."""
     if not hardware.gpus:
         return "cpu"
     import torch
 
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    return (hardware.devices[0] if hardware.on_gpu else "cuda:0") if torch.cuda.is_available() else "cpu"
 
 
 def use_threads(threads: int) -> None:
