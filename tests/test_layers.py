@@ -81,6 +81,7 @@ MAY_IMPORT_AT_TOP = (
     "bases/modules/",
     "passes/toolkit/",
     "runtime/backends/",
+    "runtime/formats/packaged_module.py",
     "runtime/formats/tied_tensors.py",
     "runtime/formats/torch_masks.py",
     "runtime/formats/torch_storage.py",

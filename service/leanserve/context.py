@@ -89,7 +89,7 @@ class AppContext:
                     "build` where it can be written, or set 'cache' or LEANSERVE_CACHE to another folder"
                 )
         if not make_cache or self.missing is not None:
-            require_data(self.config, self.base)
+            require_data(self.config, self.base, os.environ.get("CXX", "g++"))
 
     @property
     def threads(self) -> int:

@@ -138,6 +138,13 @@ def test_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_machine(compiled, str(compiler))
 
 
+def test_a_compiler_where_it_is_built(tmp_path: Path) -> None:
+    ahead, nowhere = config_of({"kind": "aot_inductor"}), str(tmp_path / "mine")
+    require_machine(ahead, nowhere)
+    with pytest.raises(PassFailed, match=r"pass 1 \(aot_inductor\) needs a C\+\+ compiler where it is built, and"):
+        require_data(ahead, tiny_base(), nowhere)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model of two numbers, with data for the gate alone."""

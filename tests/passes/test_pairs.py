@@ -1,7 +1,7 @@
 """Every two passes: a legal pair builds, is stored and loaded, and answers; any other is refused with a remedy.
 
 The pairs are made of the registry and the rules of composition, so that a new pass meets all others by itself. All of
-them take half an hour (`make soak`); some, drawn by lot, are built always.
+them take an hour (`make soak`); some, drawn by lot, are built always.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OTHERWISE: Final[Mapping[str, Mapping[str, Any]]] = {
     "prune_channels": {"ratio": 0.34, "round_to": 4, "targets": {"include": ["stem", "conv1", "layers.*.up"]}},
     "prune_heads": {"heads": 0.3, "feed_forward": 0.25},
     "lowrank_conv": {"rank": 2},
-    "lowrank_linear": {"rank": 8},
+    "lowrank_linear": {"rank": 12},
     "merge_lora": lora_files(16),
 }
 """Options that `Hybrid` asks for, where they are others than in `CASES`."""
@@ -46,6 +46,14 @@ PASSES: Final[Mapping[str, Pass]] = {
 }
 PAIRS: Final = list(product(PASSES, PASSES))
 
+CHEAPEST: Final = "no layer gets cheaper by factorising"
+REFUSED: Final[Mapping[tuple[str, str], str]] = {
+    **{(first, "qat"): "put fold_bn before it" for first in PASSES if first != "fold_bn"},
+    ("lowrank_conv", "lowrank_conv"): CHEAPEST,
+    ("lowrank_linear", "lowrank_linear"): CHEAPEST,
+}
+"""Legal pairs that this network is refused, and the remedy or reason: tags know nothing of batch norms and ranks."""
+
 
 def is_legal(first: str, second: str) -> bool:
     """By the rules of composition alone; what joins several variants stands first."""
@@ -53,7 +61,7 @@ def is_legal(first: str, second: str) -> bool:
 
 
 LEGAL: Final = [pair for pair in PAIRS if is_legal(*pair)]
-QUICK: Final = random.Random(18).sample([pair for pair in LEGAL if "torch_compile" not in pair], 4)
+QUICK: Final = random.Random(18).sample([pair for pair in LEGAL if not {"torch_compile", "aot_inductor"} & {*pair}], 4)
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +105,19 @@ def complaint(store: ArtifactStore, base: TinyBase, keys: Iterable[str]) -> str 
 
 
 def complaints(first: str, seconds: Iterable[str], base: TinyBase, folder: Path) -> dict[str, str]:
-    """By the second pass, what is wrong with the pair."""
+    """By the second pass, what is wrong with the pair: it answers wrongly, or is refused, or is not and should be."""
     able = [kind for kind in seconds if PASSES[kind].unsupported_reason(this_hardware()) is None]
     if not able or PASSES[first].unsupported_reason(this_hardware()) is not None:
         return {}
     config, store = config_of(first, able), ArtifactStore(folder)
     keys, _ = constructed(store, config, base)
     found = {kind: complaint(store, base, chain) for kind, chain in zip(able, keys[-len(able) :], strict=True)}
-    return {kind: reason for kind, reason in found.items() if reason is not None}
+    wanted = {kind: REFUSED.get((first, kind)) for kind in able}
+    return {kind: str(reason) for kind, reason in found.items() if not _as_wanted(reason, wanted[kind])}
+
+
+def _as_wanted(reason: str | None, refusal: str | None) -> bool:
+    return reason is None if refusal is None else reason is not None and refusal in reason
 
 
 @pytest.mark.soak

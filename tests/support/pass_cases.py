@@ -31,6 +31,8 @@ CASES: Mapping[str, tuple[Mapping[str, Any], float]] = {
     "smooth": ({}, 0.99999),
     "cast": ({}, 0.999),
     "store_weights": ({"dtype": "fp8"}, 0.99),
+    "fp8": ({}, 0.99),
+    "sparse_2_4": ({}, 0.99),
     "quantize_static": ({}, 0.99),
     "qat": ({"epochs": 1, "precision": "float32"}, 0.98),
     "quantize_select": ({"max_drop": 0.5}, 0.99),
@@ -40,6 +42,7 @@ CASES: Mapping[str, tuple[Mapping[str, Any], float]] = {
     "onnxruntime": ({}, 0.99999),
     "openvino": ({}, 0.99999),
     "torch_compile": ({"buckets": [4], "freezing": "off"}, 0.9999),
+    "aot_inductor": ({"freezing": "off"}, 0.9999),
 }
 """Options, and the least cosine of a tiny network's answers to the base's. Training and structure get a low bound: the
 answers of a random network are noise, and nothing recovers what was cut."""

@@ -1,7 +1,7 @@
 """From stored artifacts to a model that can run: replay the structure, load the weights, repeat the load passes.
 
-Nothing here trains or reads data, which is why a start from the cache takes seconds. What formats store is no code, and
-never a pickle; no code is ever loaded from the cache.
+Nothing here trains or reads data, which is why a start from the cache takes seconds. What formats store is never
+a pickle, and no code but the packages of `aot_inductor` (docs/decisions/026-packages-of-machine-code.md).
 """
 
 from __future__ import annotations

@@ -27,11 +27,11 @@ def require_machine(config: ServiceConfig, compiler: str, devices: Path = Path("
     Raises:
         PassFailed: a need of a pass is not met; the text names variant, pass, position, what is missing and a remedy.
     """
-    _require(config, {"compiler": lambda: _compiler(compiler), "gpu": lambda: _gpu(devices)})
+    _require(config, {"compiler": lambda: _compiler(compiler, "where it serves"), "gpu": lambda: _gpu(devices)})
 
 
-def require_data(config: ServiceConfig, base: Base) -> None:
-    """Check what the base's data must have.
+def require_data(config: ServiceConfig, base: Base, compiler: str = "g++") -> None:
+    """Check what building needs: what the base's data must have, and the command that compiles C++.
 
     Raises:
         PassFailed: as `require_machine`.
@@ -41,6 +41,7 @@ def require_data(config: ServiceConfig, base: Base) -> None:
         "labels": lambda: _rows(base, "train") or _labels(base),
         "calibration": lambda: _rows(base, "calibration"),
         "batches": lambda: _batches(base),
+        "building_compiler": lambda: _compiler(compiler, "where it is built"),
     }
     _require(config, found)
 
@@ -79,10 +80,10 @@ def _batches(base: Base) -> str | None:
     return f"batches of any rows, and base.rows: {base.spec.rows} says that they share none; drop the pass"
 
 
-def _compiler(command: str) -> str | None:
+def _compiler(command: str, where: str) -> str | None:
     if shutil.which(command) is None:
         remedy = "install one (Debian: apt-get install g++), or name yours in the environment variable CXX"
-        return f"a C++ compiler where it serves, and there is no '{command}'; {remedy}"
+        return f"a C++ compiler {where}, and there is no '{command}'; {remedy}"
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.exists():
         return f"Python's headers, and there is no {header}; install them (Debian: apt-get install python3-dev)"

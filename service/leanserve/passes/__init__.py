@@ -19,6 +19,8 @@ from leanserve.passes.families.merge.merge import Merge
 from leanserve.passes.families.merge.merge_lora import MergeLora
 from leanserve.passes.families.merge.rebasin import Rebasin
 from leanserve.passes.families.precision.cast import Cast
+from leanserve.passes.families.precision.fp8 import Fp8
+from leanserve.passes.families.precision.sparse_2_4 import Sparse24
 from leanserve.passes.families.precision.store_weights import StoreWeights
 from leanserve.passes.families.prune.lottery_ticket import LotteryTicket
 from leanserve.passes.families.prune.prune_at_init import PruneAtInit
@@ -34,6 +36,7 @@ from leanserve.passes.families.quantize.quantize_select import QuantizeSelect
 from leanserve.passes.families.quantize.quantize_static import QuantizeStatic
 from leanserve.passes.families.quantize.quantize_weights import QuantizeWeights
 from leanserve.passes.families.quantize.smooth import Smooth
+from leanserve.passes.families.runtime.aot_inductor import AotInductor
 from leanserve.passes.families.runtime.channels_last import ChannelsLast
 from leanserve.passes.families.runtime.fold_bn import FoldBn
 from leanserve.passes.families.runtime.onnxruntime import OnnxRuntime
@@ -64,6 +67,8 @@ AnyPass = Annotated[
     | Smooth
     | Cast
     | StoreWeights
+    | Fp8
+    | Sparse24
     | QuantizeDynamic
     | QuantizeStatic
     | QuantizeSelect
@@ -72,7 +77,8 @@ AnyPass = Annotated[
     | ChannelsLast
     | OnnxRuntime
     | OpenVino
-    | TorchCompile,
+    | TorchCompile
+    | AotInductor,
     Field(discriminator="kind"),
 ]
 

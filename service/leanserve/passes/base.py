@@ -35,6 +35,7 @@ Need = Literal[
     "batches",  # of many rows: a base may keep each of them apart
     "gpu",  # that computes: an NVIDIA driver with a device
     "compiler",  # of C++, where the model is loaded
+    "building_compiler",  # of C++, where the artifact is made
 ]
 
 

@@ -7,8 +7,10 @@ its first batch (the warm-up); any further compilation is an error.
 
 from __future__ import annotations
 
+import sysconfig
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from leanserve.contracts import ModelSpec
+from leanserve.errors import PassFailed
 
 Tensors: TypeAlias = tuple[torch.Tensor, ...]
 
@@ -29,6 +32,24 @@ MOST_GRAPHS = 1024
 
 class RecompiledError(RuntimeError):
     """A compiled model met an input for which it would have to be compiled again."""
+
+
+def require_compiler(kind: str) -> None:
+    """Look for what inductor needs before it fails in the middle of a build.
+
+    Raises:
+        PassFailed: there is no compiler, or Python's headers are missing.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise PassFailed(f"{kind} needs a C++ compiler; install g++ (Debian: apt-get install g++)") from error
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        raise PassFailed(f"{kind} needs {header}; install Python's headers (Debian: apt-get install python3-dev)")
 
 
 class CompiledModule(nn.Module):

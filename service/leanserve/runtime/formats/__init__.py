@@ -16,6 +16,7 @@ FORMATS: Final[Mapping[str, str]] = {
     "torch": "leanserve.runtime.formats.torch",
     "onnx": "leanserve.runtime.formats.onnx",
     "openvino": "leanserve.runtime.formats.openvino",
+    "aot_inductor": "leanserve.runtime.formats.aot_inductor",
 }
 """Name of a format -> the module that has it as `FORMAT`."""
 

@@ -8,7 +8,6 @@ Nothing is stored but the decision: the model is compiled when it is loaded, at 
 
 from __future__ import annotations
 
-import sysconfig
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -100,6 +99,8 @@ class TorchCompile(Pass):
         return tuple(rows for rows in self.buckets if rows == model.spec.most_rows(rows))
 
     def _check(self, model: TorchModel) -> None:
+        from leanserve.passes.toolkit.compilation import require_compiler
+
         if self.mode == "reduce-overhead" and all(weight.device.type == "cpu" for weight in model.module.parameters()):
             raise PassFailed(
                 "torch_compile.mode 'reduce-overhead' records CUDA graphs and does nothing on a CPU; use 'default'"
@@ -112,23 +113,7 @@ class TorchCompile(Pass):
                 f"torch_compile.buckets fix the rows, but {', '.join(free)} also vary in length and every length would "
                 "be compiled anew; set buckets: []"
             )
-        _check_compiler()
-
-
-def _check_compiler() -> None:
-    """Look for what inductor needs before it fails in the middle of a build."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise PassFailed("torch_compile needs a C++ compiler; install g++ (Debian: apt-get install g++)") from error
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    if not header.exists():
-        raise PassFailed(
-            f"torch_compile needs {header}; install Python's headers (Debian: apt-get install python3-dev)"
-        )
+        require_compiler(self.kind)
 
 
 def _run_once(compiled: CompiledModule, example: Tensors) -> None:
