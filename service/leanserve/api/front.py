@@ -13,8 +13,14 @@ from typing import Any
 
 from leanserve.api.routes import App, HotPath
 from leanserve.http.exchange import Answer
+from leanserve.http.loop_turns import LoopTurns
 from leanserve.http.messages import AsgiScope, Receive, Request, Response, Send
 from leanserve.request_identity import CURRENT_REQUEST, RequestIdentities
+
+_AT_ONCE = 4
+"""Requests other than predictions that are begun in one turn of the loop; each takes it about a millisecond."""
+_PROBES = ("/healthz", "/readyz")
+"""Answered at once, however many ask for something else."""
 
 
 class Front:
@@ -24,6 +30,7 @@ class Front:
         self._app: Callable[[AsgiScope, Receive, Send], Awaitable[None]] = starting
         self._answers: Mapping[bytes, Answer] = {}
         self._identities = RequestIdentities()
+        self._turns = LoopTurns(_AT_ONCE)
 
     def serve(self, hot: HotPath) -> None:
         """From now on this app answers."""
@@ -43,6 +50,8 @@ class Front:
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        if scope["path"] not in _PROBES:
+            await self._turns.wait(1)
         identity = self._identities.of(dict(scope["headers"]))
         CURRENT_REQUEST.set(identity)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -22,6 +21,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, TypeVarTuple
 
 from leanserve.contracts import Made
 from leanserve.errors import ClientGone, DeadlineUnreachable, QueueTimeout
+from leanserve.http.loop_turns import LoopTurns
 from leanserve.runtime.unused_memory import give_back
 from leanserve.serving.decoder_process import DecoderProcess, Decoding
 
@@ -105,39 +105,6 @@ class _Line:
         return quick
 
 
-class _LoopTurns:
-    """What is parsed on the loop, a little in each of its turns: hundreds of bodies that come at once are no stall."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._left = _EACH_TURN
-        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
-        self._renews = False
-
-    async def wait(self, size: int) -> None:
-        """Until so many bytes may be parsed."""
-        if not self._renews:
-            self._renews = True
-            self._loop.call_soon(self._renew)
-        if self._left > 0 and not self._waiting:
-            self._left -= size
-            return
-        turn = self._loop.create_future()
-        self._waiting.append((turn, size))
-        await turn
-
-    def _renew(self) -> None:
-        self._left = _EACH_TURN
-        while self._waiting and self._left > 0:
-            turn, size = self._waiting.popleft()
-            if not turn.done():
-                self._left -= size
-                turn.set_result(None)
-        self._renews = bool(self._waiting)
-        if self._renews:
-            self._loop.call_soon(self._renew)
-
-
 class Decoders:
     """All that decodes, for the loop that it was made on."""
 
@@ -152,7 +119,7 @@ class Decoders:
         self._numbers = 0
         self._small = _Line(THREADS, off_loop)
         self._large = _Line(1, self._on_the_other_thread)
-        self.turn_for = _LoopTurns(self._loop).wait
+        self.turn_for = LoopTurns(_EACH_TURN).wait
         self._took_s = self._announced_s = 1.0
         """What bodies took processes, and were announced to take, lately."""
         self._bytes = 0
