@@ -76,7 +76,7 @@ def _line(outcome: Outcome) -> str:
 def _outcome(model: ZooModel, keep: Path | None, trial: Trial, *, fresh: bool) -> Outcome:
     path = cache_folder() / "results" / f"{model.name}.json"
     known = None if fresh else stored(path)
-    if known is not None and known.right:
+    if known is not None and known.right and (known.answers is None) == (model.answers is None):
         return known
     path.parent.mkdir(parents=True, exist_ok=True)
     if keep is None:
