@@ -88,6 +88,7 @@ class Example:
 
     def __init__(self, name: str, folder: Path, make: Callable[[Path], None]) -> None:
         config = yaml.safe_load((EXAMPLES / name / "config.yaml").read_text())
+        config["data"] = {"synthetic": 16}  # the images are made beside the real model
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         (folder / "labels.txt").write_text("\n".join(LABELS) + "\n")
         (folder / "characters.txt").write_text("\n".join(CHARACTERS) + "\n", encoding="utf-8")
