@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from leanserve.contracts import ModelSpec, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied
 from leanserve.passes.families.lowrank.lowrank_conv import LowrankConv
+from leanserve.passes.toolkit import conv_splits, layer_times
 from leanserve.passes.toolkit.conv_splits import SCHEMES, patches
+from leanserve.passes.toolkit.cp_factors import cp_factors
 from leanserve.passes.toolkit.layer_calls import Call
 from leanserve.passes.toolkit.targets import Targets
 from leanserve.runtime.formats.torch_size import count_macs
@@ -176,3 +180,68 @@ def test_progress_is_told(tmp_path: Path) -> None:
     LowrankConv(rank=2, samples=40).apply(TorchModel(base.torch_module(), base.spec), context)
     assert told[-1] == (40, 40)
     assert len(told) > 2
+
+
+def test_a_sum_of_three_products_is_found_again() -> None:
+    generator = torch.Generator().manual_seed(3)
+    sides = [torch.randn(size, 3, generator=generator, dtype=torch.float64) for size in (7, 5, 3, 4)]
+    kernel = torch.einsum("nr,cr,hr,wr->nchw", *sides)
+    found = torch.einsum("nr,cr,hr,wr->nchw", *cp_factors(kernel, 3))
+    assert float((found - kernel).norm() / kernel.norm()) < 0.02
+    assert all(torch.equal(a, b) for a, b in zip(cp_factors(kernel, 3), cp_factors(kernel, 3), strict=True))
+
+
+@pytest.mark.parametrize("geometry", [GEOMETRIES[0], GEOMETRIES[2], GEOMETRIES[6]], ids=str)
+def test_products_of_vectors_become_a_chain_of_the_same_shape(geometry: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, **geometry)
+    images = torch.randn(10, 4, 11, 13)
+    with torch.no_grad():
+        wanted = conv(images)
+        split = SCHEMES["cp"](conv, [Call((1, 4, 11, 13), (1, *wanted.shape[1:]))])
+        errors = []
+        for rank in (2, 20):
+            split.fill(split.bases("weight"), (rank,), bias=True)
+            given = nn.Sequential(*split.convs)(images)
+            errors.append(float((given - wanted).norm() / wanted.norm()))
+        row = TorchModel(nn.Sequential(*split.convs), ModelSpec((TensorSpec("x", "float32", (4, 11, 13)),), ()))
+    assert errors[1] < 0.4 * errors[0]
+    assert split.cost((20,)) == count_macs(row)
+
+
+def test_a_layer_fitted_to_what_it_is_given_now_answers_better(tmp_path: Path) -> None:
+    base = image_base(Residual())
+    wanted, errors = answers(base.teacher, base), {}
+    for asymmetric in (False, True):
+        module, _ = applied(LowrankConv(scheme="channel", rank=6, asymmetric=asymmetric), base, tmp_path)
+        errors[asymmetric] = float((answers(module, base) - wanted).norm())
+    assert errors[True] < 0.98 * errors[False]
+    with pytest.raises(ValidationError, match="asymmetric fits layers to outputs"):
+        LowrankConv(rank=4, asymmetric=True, approximate="weight")
+
+
+def test_ranks_by_time_leave_alone_what_is_measured_to_be_no_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chains of one layer are slow here, whatever their MACs are."""
+
+    def seconds(module: nn.Module, calls: Sequence[Call], channels: int) -> float:
+        convs = [child for child in module.modules() if isinstance(child, nn.Conv2d)]
+        fixed = 1e9 if calls[0].output[1] == 96 and len(convs) > 1 else 0.0
+        return fixed + sum(conv.weight.numel() for conv in convs)
+
+    base = image_base(Residual())
+    whole = sum(child.weight.numel() for child in base.teacher.modules() if isinstance(child, nn.Conv2d))
+    monkeypatch.setattr(conv_splits, "seconds_of", seconds)
+    monkeypatch.setattr(layer_times, "seconds_of_row", lambda _: float(whole))
+    pass_ = LowrankConv(latency=0.75, scheme="channel", round_to=4)
+    _, result = applied(pass_, base, tmp_path)
+    assert "down" in result.decisions["left"]
+    assert "times the layer's time" in result.decisions["left"]["down"]
+    assert {"conv1", "conv2"} <= set(result.decisions["ranks"])
+    assert pass_.times
+    assert result.facts["latency_ratio"] > 0
+    _, guarded = applied(LowrankConv(rank=8, scheme="channel", break_even="time"), base, tmp_path)
+    assert "down" in guarded.decisions["left"]
+    with pytest.raises(ValidationError, match="latency chooses by time, and so does its break-even"):
+        LowrankConv(latency=0.5, break_even="macs")

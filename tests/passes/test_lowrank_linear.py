@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from leanserve.contracts import ArrayData, ModelSpec, OnnxModel, Split, TensorSpec, TorchModel
@@ -188,3 +189,15 @@ def test_one_row_is_too_few_for_batch_norm(tmp_path: Path) -> None:
 def test_infinite_activations_are_refused_at_once() -> None:
     with pytest.raises(PassFailed, match="infinities or NaN"):
         cholesky_scale(torch.tensor([[1.0, torch.inf], [torch.inf, 1.0]]))
+
+
+def test_a_layer_fitted_to_what_it_is_given_now_answers_better(tmp_path: Path) -> None:
+    base = row_base()
+    later = Targets(include=("second", "head"))  # no batch norm after them is estimated anew
+    wanted, errors = answers(base.teacher, base), {}
+    for asymmetric in (False, True):
+        module, _ = applied(LowrankLinear(rank=5, asymmetric=asymmetric, targets=later), base, tmp_path)
+        errors[asymmetric] = float((answers(module, base) - wanted).norm())
+    assert errors[True] < 0.98 * errors[False]
+    with pytest.raises(ValidationError, match="asymmetric fits layers to outputs, as svd_llm does"):
+        LowrankLinear(rank=4, asymmetric=True, method="svd")

@@ -85,6 +85,27 @@ def observe(model: TorchModel, layers: Mapping[str, nn.Module], data: Data, see:
             progress(done, len(data), "watching layers")
 
 
+def observe_beside(made: TorchModel, whole: TorchModel, name: str, data: Data, see: See) -> None:
+    """Run `data` through two models, and let `see` look at what a layer takes in the one and gives in the other.
+
+    What stands in its place in `made` may be a chain of layers; what it gives there is of no interest.
+    """
+    taken: list[Tensor] = []
+    given: list[Tensor] = []
+    batches = tensors(whole, data, OBSERVED_ROWS)
+    with ExitStack() as stack, torch.no_grad():
+        ours, theirs = made.module.get_submodule(name), whole.module.get_submodule(name)
+        stack.callback(ours.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0])).remove)
+        stack.callback(theirs.register_forward_hook(lambda _, __, output: given.append(output)).remove)
+        for inputs in batches:
+            made.module(*inputs)
+            whole.module(*inputs)
+            for x, y in zip(taken, given, strict=True):
+                see(name, x, y)
+            taken.clear()
+            given.clear()
+
+
 def refit_batch_norm(model: TorchModel, changed: Collection[str], data: Data) -> int:
     """Re-estimate the statistics of every batch norm that runs after one of the `changed` modules, in place.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,20 @@ def trace_calls(model: TorchModel, layers: Mapping[str, nn.Module], length: int 
             stack.callback(layer.register_forward_hook(_recorder(calls[name])).remove)
         model.module(*example(model.spec, length))
     return calls
+
+
+def execution_order(model: TorchModel, layers: Mapping[str, nn.Module]) -> list[str]:
+    """The names of these layers in the order of their first calls."""
+    order: dict[str, None] = {}
+    with ExitStack() as stack, torch.no_grad():
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(partial(_note, order, name)).remove)
+        model.module(*example(model.spec))
+    return list(order)
+
+
+def _note(order: dict[str, None], name: str, *_: Any) -> None:
+    order.setdefault(name)
 
 
 def positions(calls: Sequence[Call], channel_axis: int) -> int:

@@ -71,6 +71,12 @@ def seconds_of(module: nn.Module, calls: Sequence[Call], channels: int) -> float
         return sum(seconds_per_call(runs, MEASURED_S * len(rows)).values())
 
 
+def seconds_of_row(model: TorchModel) -> float:
+    """Of a whole model."""
+    with torch.inference_mode():
+        return seconds_per_call({"": partial(model.module, *example(model.spec))}, WHOLE_S / 2)[""]
+
+
 def ratio_of(made: TorchModel, base: TorchModel) -> float:
     """The time of a row in one model as a share of that in another, in turns."""
     inputs = example(base.spec)

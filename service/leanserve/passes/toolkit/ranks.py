@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self, TypeAlias
+from typing import Literal, NamedTuple, Self, TypeAlias
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -33,6 +33,15 @@ class Candidate:
     dense: int
     cost: Callable[[Ranks], int]
     sides: tuple[tuple[int, int], ...] = ()
+    seconds: Callable[[Ranks], float] | None = None
+    """Measured time of a row with given ranks; with none, of the layer as it is."""
+
+    def price(self, ranks: Ranks, *, timed: bool) -> float:
+        """In seconds or MACs of a row; without ranks, of the layer as it is."""
+        if timed:
+            assert self.seconds is not None
+            return self.seconds(ranks)
+        return self.cost(ranks) if ranks else self.dense
 
 
 class Choice(NamedTuple):
@@ -43,7 +52,7 @@ class Choice(NamedTuple):
 
 
 class RankRule(BaseModel):
-    """Options of a pass that chooses ranks: exactly one of `rank`, `energy`, `macs` and `vbmf`."""
+    """Options of a pass that chooses ranks: exactly one of `rank`, `energy`, `macs`, `latency` and `vbmf`."""
 
     rank: int | None = Field(default=None, ge=1)
     """The same rank for every layer."""
@@ -51,35 +60,50 @@ class RankRule(BaseModel):
     """Share of each layer's energy that is kept."""
     macs: float | None = Field(default=None, gt=0, lt=1)
     """Share of the model's MACs that may remain; every layer keeps the same share of its energy."""
+    latency: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the model's time for one row that may remain, in torch on this machine; as `macs`, with layers timed."""
     vbmf: bool = False
     """Keep what of each layer's weight is more than noise, by variational Bayes."""
     round_to: int | None = Field(default=None, ge=1)
-    """Ranks chosen by `energy`, `macs` or `vbmf` are rounded up to a multiple of it; 16 by default."""
+    """Ranks chosen by any of these but `rank` are rounded up to a multiple of it; 16 by default."""
+    break_even: Literal["macs", "time"] | None = None
+    """By what a layer must get cheaper to be factorised; `time` is measured here. By default as ranks are chosen."""
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
         given = self._given
         if len(given) != 1:
-            raise ValueError(f"give exactly one of rank, energy, macs and vbmf (got {', '.join(given) or 'none'})")
+            raise ValueError(
+                f"give exactly one of rank, energy, macs, latency and vbmf (got {', '.join(given) or 'none'})"
+            )
         if self.rank is not None and self.round_to is not None:
             raise ValueError("round_to rounds chosen ranks; with rank there is nothing to choose, so drop one of them")
+        if self.latency is not None and self.break_even == "macs":
+            raise ValueError("latency chooses by time, and so does its break-even; drop break_even: macs")
         return self
 
-    def choose(self, candidates: Mapping[str, Candidate], total: int, left: Mapping[str, str]) -> Choice:
-        """Choose ranks for the candidates of a model of `total` MACs; `left` tells what was ruled out before.
+    @property
+    def times(self) -> bool:
+        """Whether time is measured to decide."""
+        return self.latency is not None or self.break_even == "time"
+
+    def choose(self, candidates: Mapping[str, Candidate], total: float, left: Mapping[str, str]) -> Choice:
+        """Choose ranks for the candidates of a model that costs `total` MACs, with `latency` seconds, for a row; `left`
+        tells what was ruled out before.
 
         Raises:
-            PassFailed: the MACs cannot be reached, or no layer gets cheaper.
+            PassFailed: the share cannot be reached, or no layer gets cheaper.
         """
         wanted = self._wanted(candidates, total)
         choice = Choice({}, dict(left))
         for name, ranks in wanted.items():
             candidate = candidates[name]
-            if (cost := candidate.cost(ranks)) < candidate.dense:
+            cost, dense = (candidate.price(given, timed=self.times) for given in (ranks, ()))
+            if cost < dense:
                 choice.ranks[name] = ranks
             else:
-                ratio = cost / max(1, candidate.dense)
-                choice.left[name] = f"rank {'x'.join(map(str, ranks))} would cost {ratio:.2f} times the layer's MACs"
+                told = f"{cost / (dense or 1):.2f} times the layer's {'time' if self.times else 'MACs'}"
+                choice.left[name] = f"rank {'x'.join(map(str, ranks))} would cost {told}"
         if not choice.ranks:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.left.items())
             raise PassFailed(
@@ -87,7 +111,7 @@ class RankRule(BaseModel):
             )
         return choice
 
-    def _wanted(self, candidates: Mapping[str, Candidate], total: int) -> dict[str, Ranks]:
+    def _wanted(self, candidates: Mapping[str, Candidate], total: float) -> dict[str, Ranks]:
         if self.rank is not None:
             rank = self.rank
             return {
@@ -98,7 +122,7 @@ class RankRule(BaseModel):
             return self._by_energy(candidates, self.energy)
         if self.vbmf:
             return {name: self._above_noise(candidate) for name, candidate in candidates.items()}
-        return self._by_macs(candidates, total, self.macs or 0.0)
+        return self._by_cost(candidates, total, self.macs or self.latency or 0.0)
 
     def _by_energy(self, candidates: Mapping[str, Candidate], energy: float) -> dict[str, Ranks]:
         multiple = self.round_to or DEFAULT_MULTIPLE
@@ -117,17 +141,24 @@ class RankRule(BaseModel):
             for rank, spectrum in zip(found, candidate.spectra, strict=True)
         )
 
-    def _by_macs(self, candidates: Mapping[str, Candidate], total: int, share: float) -> dict[str, Ranks]:
-        """The highest energy, common to all layers, at which the model fits into its share of the MACs."""
+    def _by_cost(self, candidates: Mapping[str, Candidate], total: float, share: float) -> dict[str, Ranks]:
+        """The highest energy, common to all layers, at which the model fits into its share of the cost."""
+        timed = self.latency is not None
 
         def remaining(energy: float) -> float:
             ranks = self._by_energy(candidates, energy)
-            saved = sum(max(0, item.dense - item.cost(ranks[name])) for name, item in candidates.items())
-            return (total - saved) / total
+            costs = (
+                (item.price((), timed=timed), item.price(ranks[name], timed=timed)) for name, item in candidates.items()
+            )
+            return (total - sum(max(0.0, dense - cost) for dense, cost in costs)) / total
 
         low, high = 0.0, 1.0
         if (least := remaining(low)) > share:
-            raise PassFailed(f"macs: {share} cannot be reached, the lowest ranks still leave {least:.3f} of the MACs")
+            what = "time" if timed else "MACs"
+            [name] = self._given
+            raise PassFailed(
+                f"{name}: {share} cannot be reached, the lowest ranks still leave {least:.3f} of the {what}"
+            )
         for _ in range(30):
             middle = (low + high) / 2
             low, high = (middle, high) if remaining(middle) <= share else (low, middle)
@@ -139,7 +170,9 @@ class RankRule(BaseModel):
 
     @property
     def _given(self) -> list[str]:
-        return [name for name in ("rank", "energy", "macs", "vbmf") if getattr(self, name) not in (None, False)]
+        return [
+            name for name in ("rank", "energy", "macs", "latency", "vbmf") if getattr(self, name) not in (None, False)
+        ]
 
 
 def _rank(spectrum: Sequence[float], energy: float, multiple: int) -> int:

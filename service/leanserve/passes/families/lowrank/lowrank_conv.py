@@ -1,7 +1,8 @@
 """Writes a convolution as a chain of cheaper ones, exact at full rank, cheaper below its break-even rank.
 
 Schemes: `spatial` (k x 1 then 1 x k; Jaderberg et al., 2014), `channel` (k x k with r outputs then 1 x 1; Zhang et al.,
-2015) and `tucker2` (1 x 1, k x k between few channels, 1 x 1; Kim et al., 2016). `weight` keeps the directions that
+2015), `tucker2` (1 x 1, k x k between few channels, 1 x 1; Kim et al., 2016) and `cp` (1 x 1, k x 1 and 1 x k on each
+channel alone, 1 x 1; Lebedev et al., 2015). `weight` keeps the directions that
 matter to the weight, `output` those that matter to the layer's outputs on calibration data, and then refits the last
 convolution by least squares to the original outputs (the linear case of Zhang et al., each layer on its own).
 
@@ -12,20 +13,21 @@ times as fast in torch and 2.0-2.3 times in ONNX Runtime.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from functools import cache, partial
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from leanserve.contracts import BuildContext, Json, Model
+from leanserve.contracts import BuildContext, Json, Model, TorchModel
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.ranks import Candidate, Choice, RankRule
 from leanserve.passes.toolkit.targets import Targets
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-    from leanserve.contracts import TorchModel
     from leanserve.passes.toolkit.conv_splits import ConvSplit
     from leanserve.passes.toolkit.factors import Basis
 
@@ -34,9 +36,11 @@ class LowrankConv(RankRule, Pass):
     """Low-rank factorisation of 2-d convolutions."""
 
     kind: Literal["lowrank_conv"] = "lowrank_conv"
-    scheme: Literal["spatial", "channel", "tucker2"] = "spatial"
+    scheme: Literal["spatial", "channel", "tucker2", "cp"] = "spatial"
     approximate: Literal["weight", "output"] = "output"
     """Whether the weight's error is minimised, or the output's error on calibration data."""
+    asymmetric: bool = False
+    """With `output`: layers are fitted one after another, each to what the layers before it give now (Zhang et al.)."""
     samples: int = Field(default=128, ge=2)
     """Calibration rows for `approximate: output`, and to re-estimate batch norm."""
     targets: Targets = Targets()
@@ -48,6 +52,14 @@ class LowrankConv(RankRule, Pass):
     def _vbmf_is_of_weights(self) -> Self:
         if self.vbmf and self.approximate != "weight":
             raise ValueError("vbmf tells noise in weights from the rest; set approximate: weight, or take energy")
+        if self.vbmf and self.scheme == "cp":
+            raise ValueError("vbmf looks at matrices, and cp has none; take macs or energy")
+        return self
+
+    @model_validator(mode="after")
+    def _asymmetric_is_of_outputs(self) -> Self:
+        if self.asymmetric and self.approximate != "output":
+            raise ValueError("asymmetric fits layers to outputs; set approximate: output, or drop it")
         return self
 
     @property
@@ -56,7 +68,10 @@ class LowrankConv(RankRule, Pass):
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.activations import refit_batch_norm
+        from leanserve.passes.toolkit.layer_calls import execution_order
+        from leanserve.passes.toolkit.layer_times import ratio_of, seconds_of_row
         from leanserve.passes.toolkit.structure import copy_of
+        from leanserve.passes.toolkit.timing import inference
         from leanserve.runtime.formats.torch_size import count_macs, count_parameters
 
         made = copy_of(model, self.kind)
@@ -65,11 +80,23 @@ class LowrankConv(RankRule, Pass):
         bases = self._bases(made, splits, context)
         spectra = {name: tuple(basis.energies.tolist() for basis in bases[name]) for name in splits}
         candidates = {
-            name: Candidate(spectra[name], split.dense, split.cost, split.sides) for name, split in splits.items()
+            name: Candidate(spectra[name], split.dense, split.cost, split.sides, cache(split.seconds))
+            for name, split in splits.items()
         }
-        choice = self.choose(candidates, macs, left)
-        self._replace(made, {name: splits[name] for name in choice.ranks}, bases, choice, context)
+        with inference(context.threads):
+            choice = self.choose(candidates, macs if self.latency is None else seconds_of_row(made), left)
+        whole = TorchModel(copy.deepcopy(made.module), made.spec)
+        chosen = {
+            name: splits[name] for name in execution_order(made, {name: splits[name].conv for name in choice.ranks})
+        }
+        self._fill(chosen, bases, choice)
+        if self.asymmetric:
+            self._fit_in_turn(made, whole, chosen, context)
+        else:
+            self._fit(made, chosen, context)
         refit_batch_norm(made, choice.ranks, context.base.data("calibration", self.samples, made.spec))
+        with inference(context.threads):
+            reached = {"latency_ratio": ratio_of(made, whole)} if self.times else {}
         return Applied(
             made,
             {"ranks": {name: list(ranks) for name, ranks in choice.ranks.items()}, "left": choice.left},
@@ -77,6 +104,7 @@ class LowrankConv(RankRule, Pass):
                 "macs_ratio": count_macs(made) / macs,
                 "parameters_ratio": count_parameters(made) / parameters,
                 "layers": len(choice.ranks),
+                **reached,
             },
         )
 
@@ -113,26 +141,38 @@ class LowrankConv(RankRule, Pass):
             self._watch(model, splits, context, "look")
         return {name: split.bases(self.approximate) for name, split in splits.items()}
 
-    def _replace(
-        self,
-        model: TorchModel,
-        splits: Mapping[str, ConvSplit],
-        bases: Mapping[str, tuple[Basis, ...]],
-        choice: Choice,
-        context: BuildContext,
-    ) -> None:
+    def _fill(self, splits: Mapping[str, ConvSplit], bases: Mapping[str, tuple[Basis, ...]], choice: Choice) -> None:
+        for name, split in splits.items():
+            split.fill(bases[name], choice.ranks[name], bias=self._has_bias(split.conv))
+
+    def _fit(self, model: TorchModel, splits: Mapping[str, ConvSplit], context: BuildContext) -> None:
+        """Fit all at once, each to the layer that it takes the place of, and put them there."""
         from torch import nn
 
         from leanserve.passes.toolkit.structure import replace
 
-        for name, split in splits.items():
-            split.fill(bases[name], choice.ranks[name], bias=self._has_bias(split.conv))
         if self.approximate == "output":
             self._watch(model, splits, context, "compare")
         for split in splits.values():
             if self.approximate == "output":
                 split.refit()
             replace(model.module, split.conv, nn.Sequential(*split.convs).eval())
+
+    def _fit_in_turn(
+        self, model: TorchModel, whole: TorchModel, splits: Mapping[str, ConvSplit], context: BuildContext
+    ) -> None:
+        """Put each in its place and fit it to the whole model's layer, by what the layers before it give now."""
+        from torch import nn
+
+        from leanserve.passes.toolkit.activations import observe_beside
+        from leanserve.passes.toolkit.structure import replace
+
+        data = context.base.data("calibration", self.samples, model.spec)
+        for done, (name, split) in enumerate(splits.items()):
+            context.progress(done, len(splits), "fitting layers")
+            replace(model.module, split.conv, nn.Sequential(*split.convs).eval())
+            observe_beside(model, whole, name, data, partial(_compare, split))
+            split.refit()
 
     def _watch(
         self,
@@ -150,3 +190,7 @@ class LowrankConv(RankRule, Pass):
     def _has_bias(self, conv: nn.Conv2d) -> bool:
         """Fitted outputs need a bias to keep their mean."""
         return conv.bias is not None or self.approximate == "output"
+
+
+def _compare(split: ConvSplit, _: str, x: Tensor, y: Tensor) -> None:
+    split.compare(x, y)

@@ -10,13 +10,14 @@ would not get cheaper are left alone. Most trained layers have slowly falling sp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+import copy
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from leanserve.contracts import BuildContext, Json, Model
+from leanserve.contracts import BuildContext, Data, Json, Model, TorchModel
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.ranks import Candidate, RankRule, Ranks
 from leanserve.passes.toolkit.targets import Targets
@@ -24,8 +25,8 @@ from leanserve.passes.toolkit.targets import Targets
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from leanserve.contracts import TorchModel
     from leanserve.passes.toolkit.factors import Basis
+    from leanserve.passes.toolkit.layer_calls import Call
 
 
 class LowrankLinear(RankRule, Pass):
@@ -34,6 +35,8 @@ class LowrankLinear(RankRule, Pass):
     kind: Literal["lowrank_linear"] = "lowrank_linear"
     method: Literal["svd", "asvd", "svd_llm"] = "svd_llm"
     """What the truncation minimises: the weight's error, or the output's error on calibration data."""
+    asymmetric: bool = False
+    """With `svd_llm`: the second layer of each pair is fitted to the output, by what the layers before it give now."""
     samples: int = Field(default=256, ge=2)
     """Calibration rows for `asvd` and `svd_llm`, and to re-estimate batch norm."""
     targets: Targets = Targets()
@@ -47,23 +50,41 @@ class LowrankLinear(RankRule, Pass):
             raise ValueError("vbmf tells noise in weights from the rest; set method: svd, or take energy")
         return self
 
+    @model_validator(mode="after")
+    def _asymmetric_is_of_outputs(self) -> Self:
+        if self.asymmetric and self.method != "svd_llm":
+            raise ValueError("asymmetric fits layers to outputs, as svd_llm does; set that, or drop it")
+        return self
+
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"calibration"})
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.activations import refit_batch_norm
+        from leanserve.passes.toolkit.layer_calls import execution_order
+        from leanserve.passes.toolkit.layer_times import ratio_of, seconds_of_row
         from leanserve.passes.toolkit.structure import copy_of, replace
+        from leanserve.passes.toolkit.timing import inference
         from leanserve.runtime.formats.torch_size import count_macs, count_parameters
 
         made = copy_of(model, self.kind)
         macs, parameters = count_macs(made), count_parameters(made)
         layers, left = self._layers(made)
         bases = self._bases(made, layers, context)
-        choice = self.choose(_candidates(made, layers, bases), macs, left)
-        for name, (rank,) in choice.ranks.items():
-            replace(made.module, layers[name], _factorised(layers[name], bases[name], rank))
-        refit_batch_norm(made, choice.ranks, context.base.data("calibration", self.samples, made.spec))
+        with inference(context.threads):
+            total = macs if self.latency is None else seconds_of_row(made)
+            choice = self.choose(_candidates(made, layers, bases), total, left)
+        whole = TorchModel(copy.deepcopy(made.module), made.spec)
+        rows = context.base.data("calibration", self.samples, made.spec)
+        for name in execution_order(made, {name: layers[name] for name in choice.ranks}):
+            pair = _factorised(layers[name], bases[name], choice.ranks[name][0])
+            replace(made.module, layers[name], pair)
+            if self.asymmetric:
+                _fit(pair, name, made, whole, rows)
+        refit_batch_norm(made, choice.ranks, rows)
+        with inference(context.threads):
+            reached = {"latency_ratio": ratio_of(made, whole)} if self.times else {}
         return Applied(
             made,
             {"ranks": {name: rank for name, (rank,) in choice.ranks.items()}, "left": choice.left},
@@ -71,6 +92,7 @@ class LowrankLinear(RankRule, Pass):
                 "macs_ratio": count_macs(made) / macs,
                 "parameters_ratio": count_parameters(made) / parameters,
                 "layers": len(choice.ranks),
+                **reached,
             },
         )
 
@@ -124,13 +146,15 @@ class LowrankLinear(RankRule, Pass):
 def _candidates(model: TorchModel, layers: Mapping[str, nn.Linear], bases: Mapping[str, Basis]) -> dict[str, Candidate]:
     from leanserve.passes.toolkit.layer_calls import positions, trace_calls
 
-    places = {name: positions(calls, channel_axis=-1) for name, calls in trace_calls(model, layers).items()}
+    calls = trace_calls(model, layers)
+    places = {name: positions(found, channel_axis=-1) for name, found in calls.items()}
     return {
         name: Candidate(
             (bases[name].energies.tolist(),),
             places[name] * layer.in_features * layer.out_features,
             partial(_cost, places[name] * (layer.in_features + layer.out_features)),
             ((layer.in_features, layer.out_features),),
+            cache(partial(_seconds, layer, calls[name])),
         )
         for name, layer in layers.items()
     }
@@ -138,6 +162,37 @@ def _candidates(model: TorchModel, layers: Mapping[str, nn.Linear], bases: Mappi
 
 def _cost(unit: int, ranks: Ranks) -> int:
     return unit * ranks[0]
+
+
+def _seconds(layer: nn.Linear, calls: Sequence[Call], ranks: Ranks) -> float:
+    """Measured time of a row, of the layer or of what takes its place."""
+    from torch import nn
+
+    from leanserve.passes.toolkit.layer_times import seconds_of
+
+    return seconds_of(nn.Sequential(*_thin(layer, *ranks)) if ranks else layer, calls, layer.in_features)
+
+
+def _fit(pair: nn.Sequential, name: str, made: TorchModel, whole: TorchModel, rows: Data) -> None:
+    """Make the second layer of a pair the least-squares answer to what the whole model's layer gives."""
+    import torch
+
+    from leanserve.passes.toolkit.activations import Moments, observe_beside
+    from leanserve.passes.toolkit.factors import regress
+
+    seen, second = Moments(), cast("nn.Linear", pair[1])
+
+    def see(_: str, x: Tensor, y: Tensor) -> None:
+        seen.add(torch.cat([pair[0](x).flatten(0, -2), y.flatten(0, -2)], dim=1))
+
+    observe_beside(made, whole, name, rows, see)
+    features = second.in_features
+    centred = second.bias is not None
+    solution = regress(seen.covariance if centred else seen.gram, features)
+    with torch.no_grad():
+        second.weight.copy_(solution.T)
+        if centred:
+            second.bias.copy_(seen.mean[features:] - seen.mean[:features] @ solution)
 
 
 def _thin(layer: nn.Linear, rank: int) -> tuple[nn.Linear, nn.Linear]:
