@@ -87,7 +87,6 @@ def serve(
     measure_s: MeasureOption = MEASURE_S,
 ) -> None:
     """Listen, build what is missing, gate, load and warm every variant, then answer requests."""
-    from leanserve.api.keys import keys_of
     from leanserve.api.server import Address, Interrupted, run_server
     from leanserve.api.tls import tls_files
     from leanserve.config.schema import read_config
@@ -95,7 +94,9 @@ def serve(
 
     started = time.monotonic()
     settings = read_config(config)
-    keys, tls = keys_of(settings.auth, config, os.environ), tls_files(settings.tls, config)
+    tls = tls_files(settings.tls, config)
+    start = ServiceStart(config, cache, settings, _warn, measure_s, os.environ)
+    keys = start.keys_of(settings)
     _require_admin_key(settings, keys, host)
     claimed = _claim(host, port, "--port")
     if grpc_port is not None:
@@ -103,7 +104,6 @@ def serve(
             raise StartupError("--grpc-port needs the extra 'grpc': pip install 'leanserve[grpc]'")
         _claim(host, grpc_port, "--grpc-port").close()  # grpc binds by itself; this only finds out early
     address = Address(claimed, None if grpc_port is None else (host, grpc_port), tls)
-    start = ServiceStart(config, cache, settings, _warn, measure_s)
 
     def announce(service: Service) -> None:
         fleet, base = service.fleet, service.base

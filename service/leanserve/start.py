@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from leanserve.child import command, how_it_ended
@@ -27,6 +28,7 @@ from leanserve.telemetry.startup import BuildNews, Startup
 from leanserve.timing import MEASURE_S
 
 if TYPE_CHECKING:
+    from leanserve.api.access import Key
     from leanserve.context import AppContext
     from leanserve.serving.opening import WarmFleet
     from leanserve.serving.replanning import FleetPlan
@@ -57,14 +59,16 @@ class ServiceStart:
         config: ServiceConfig,
         warn: Callable[[str], None] = logger.warning,
         measure_s: float = MEASURE_S,
+        environ: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """`measure_s` bounds the time that the build takes for timing."""
+        """`measure_s` bounds the time that the build takes for timing; `environ` may hold keys."""
         self.startup = Startup(variant.name for variant in config.variants)
         self._path = path
         self._cache = cache
         self._config = config
         self._warn = warn
         self._measure_s = measure_s
+        self._environ = environ
         self._build: subprocess.Popen[bytes] | None = None
         self._stopped = False
         self._changing = threading.Lock()
@@ -126,6 +130,12 @@ class ServiceStart:
         """What the file says now, for a service that runs with the config and base that it has."""
         return ConfigReload(self, self._path, self._cache, current, base)
 
+    def keys_of(self, config: ServiceConfig) -> Sequence[Key]:
+        """The keys of a config, as they are now. Raises `ConfigError` where one is missing."""
+        from leanserve.api.keys import keys_of
+
+        return keys_of(config.auth, self._path, self._environ)
+
     def build_in_child(self, cache: Path, nice: int = 0) -> None:
         """Build what is missing from a cache; waits for it.
 
@@ -183,6 +193,15 @@ class ConfigReload:
         refuse_fixed(self._path, self._current, config)
         self._work = self._opened(config)
         return config
+
+    def keys(self) -> Sequence[Key]:
+        """The keys of that config, as they are now.
+
+        Raises:
+            StartupError: one is missing.
+        """
+        assert self._work is not None
+        return self._start.keys_of(self._work.config)
 
     def build(self) -> None:
         """Build what is missing, in a child of the lowest priority; waits for it.

@@ -10,15 +10,15 @@ class TokenBucket:
     """A rate with bursts: tokens come at `rate` per second, at most `burst` of them are kept, a request takes one."""
 
     def __init__(self, rate: float, burst: int, now: Callable[[], float] = time.monotonic) -> None:
-        self._rate, self._burst, self._now = rate, burst, now
+        self.rate, self.burst, self._now = rate, burst, now
         self._tokens, self._at = float(burst), now()
 
     def take(self) -> float:
         """Take a token: 0 if there is one, else the seconds until there will be."""
         now = self._now()
-        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
+        self._tokens = min(self.burst, self._tokens + (now - self._at) * self.rate)
         self._at = now
         if self._tokens < 1:
-            return (1 - self._tokens) / self._rate
+            return (1 - self._tokens) / self.rate
         self._tokens -= 1
         return 0.0

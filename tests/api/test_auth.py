@@ -34,7 +34,7 @@ from leanserve.api.page_files import page_files
 from leanserve.api.routes import endpoints_of
 from leanserve.api.v2.grpc_messages import SERVICE, message
 from leanserve.api.v2.grpc_server import METHODS, REFLECTION
-from leanserve.errors import Unauthorized
+from leanserve.errors import RateLimited, Unauthorized
 from leanserve.token_bucket import TokenBucket
 
 PREDICT, READ, ADMIN, SLOW, ALL = "predict-" + "p" * 32, "read-" + "r" * 32, "admin-" + "a" * 32, "slow-key", "all-key"
@@ -49,6 +49,17 @@ PAGE = "https://console.example.com"
 
 def key(text: str, *roles: str, bucket: TokenBucket | None = None) -> Key:
     return Key(text.partition("-")[0], hashlib.sha256(text.encode()).digest(), frozenset(roles), bucket)
+
+
+def test_the_rate_of_a_key_that_stays_goes_on() -> None:
+    access = Access([key(SLOW, "predict", bucket=TokenBucket(0.01, 1))])
+    header = {b"x-api-key": SLOW.encode()}
+    access.admit("predict", header)
+    assert access.renew([key(SLOW, "predict", bucket=TokenBucket(0.01, 1))]) == []
+    with pytest.raises(RateLimited):
+        access.admit("predict", header)
+    assert access.renew([key(SLOW, "predict", bucket=TokenBucket(0.01, 2))]) == ["'slow' has changed"]
+    access.admit("predict", header)
 
 
 def keys() -> tuple[Key, ...]:

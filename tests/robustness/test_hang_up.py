@@ -140,6 +140,31 @@ def test_limits_of_clients_change(reloaded: Reloaded) -> None:
     asyncio.run(scenario())
 
 
+def test_keys_come_change_and_go(reloaded: Reloaded) -> None:
+    async def scenario() -> None:
+        service, file = reloaded.service, reloaded.service.folder / "client.key"
+
+        async def answered(key: str = "") -> int:
+            request = infer_request("rule", row(1))
+            return (await ask(service.port, request.replace(b"\r\n", f"\r\nx-api-key: {key}\r\n".encode(), 1))).status
+
+        one = [{"name": "client", "roles": ["predict"], "file": "client.key"}]
+        assert await answered() == 200
+        assert "client.key cannot be read: No such file" in await reloaded.change(auth={"keys": one})
+        assert await answered() == 200
+        for key, other, told in (("first-" * 4, "second-" * 4, "is new"), ("second-" * 4, "first-" * 4, "has changed")):
+            file.write_text(key)
+            await reloaded.change(auth={"keys": one})
+            assert [await answered(key), await answered(other), await answered()] == [200, 401, 401]
+            assert f"keys: 'client' {told}" in reloaded.log()
+        await reloaded.change(auth={})
+        assert await answered() == 200
+        assert "keys: 'client' is withdrawn" in reloaded.log()
+        assert "first-" not in reloaded.log()
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize(
     ("changes", "text", "told"),
     [

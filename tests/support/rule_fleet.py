@@ -10,8 +10,9 @@ service config as JSON. FOLDER holds the gate file, the networks, and `config.ya
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from fakes import Opened, PixelBase, report
+from leanserve.api.access import Key
+from leanserve.api.keys import keys_of
 from leanserve.api.server import Address, run_server
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
@@ -122,6 +125,9 @@ class RuleReload:
         self._config = read_config(path)
         refuse_fixed(path, self._current, self._config)
         return self._config
+
+    def keys(self) -> Sequence[Key]:
+        return keys_of(self._config.auth, self._folder / "config.yaml", os.environ)
 
     def build(self) -> None: ...
 

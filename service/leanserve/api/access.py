@@ -34,16 +34,39 @@ class Key(NamedTuple):
     bucket: TokenBucket | None = None
 
 
+def _is_same(before: Key | None, after: Key) -> bool:
+    return before is not None and before[1:3] == after[1:3] and _rate(before) == _rate(after)
+
+
+def _rate(key: Key) -> tuple[float, int] | None:
+    return None if key.bucket is None else (key.bucket.rate, key.bucket.burst)
+
+
 class Access:
     """Admits requests, or refuses them. On the event loop only."""
 
     def __init__(self, keys: Iterable[Key] = (), pages: Iterable[str] = (), *, local: bool = False) -> None:
         """`pages` are the origins of pages that may use admin verbs; `local`: only this machine reaches the ports."""
-        self._keys = {key.digest: key for key in keys}
+        self._keys: dict[bytes, Key] = {}
         self._pages = {page.encode() for page in pages} - {b"*"}
         self._local = local
-        self.keyed = bool(self._keys)
+        self.keyed = False
         """Whether anything but an admin verb asks for a key."""
+        self.renew(keys)
+
+    def renew(self, keys: Iterable[Key]) -> list[str]:
+        """From now on these keys are known: what has changed, in words that tell no key.
+
+        Of a key that stays what it was, the rate goes on.
+        """
+        before = {key.name: key for key in self._keys.values()}
+        after = {key.name: before[key.name] if _is_same(before.get(key.name), key) else key for key in keys}
+        self._keys = {key.digest: key for key in after.values()}
+        self.keyed = bool(after)
+        withdrawn = [f"'{name}' is withdrawn" for name in before if name not in after]
+        new = [f"'{name}' is new" for name in after if name not in before]
+        other = [f"'{name}' has changed" for name, key in before.items() if after.get(name, key) is not key]
+        return [*withdrawn, *new, *other]
 
     def admit(self, role: Role, headers: Mapping[bytes, bytes]) -> str | None:
         """Admit a request with these headers (names in lower case) to what asks for `role`: the name of its key.

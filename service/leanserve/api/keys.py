@@ -1,4 +1,4 @@
-"""From the config to the keys that open the service: read from files and the environment once, when it starts.
+"""From the config to the keys that open the service: read from files and the environment at its start and by SIGHUP.
 
 What stays in memory is a digest. A fast one is enough: a key is 256 random bits, which nobody finds by trying.
 """

@@ -11,11 +11,12 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Protocol, TypeVar
 
+from leanserve.api.access import Key
 from leanserve.api.service import Service
 from leanserve.codecs.open_inference import InferDecoder
 from leanserve.config.changes import config_changes
@@ -25,6 +26,7 @@ from leanserve.serving.fleet import Fleet
 from leanserve.serving.replanning import FleetPlan
 
 logger = logging.getLogger(__name__)
+Adopt = Callable[[ServiceConfig, Sequence[Key]], None]
 _Result = TypeVar("_Result")
 
 
@@ -36,6 +38,13 @@ class Reload(Protocol):
 
         Raises:
             StartupError: it is wrong, or differs in what cannot change.
+        """
+
+    def keys(self) -> Sequence[Key]:
+        """The keys of that config, read again from where they are.
+
+        Raises:
+            StartupError: one is not there.
         """
 
     def build(self) -> None:
@@ -53,18 +62,19 @@ class Reload(Protocol):
         """
 
 
-async def reload_config(reload: Reload, service: Service, adopt: Callable[[ServiceConfig], None]) -> None:
+async def reload_config(reload: Reload, service: Service, adopt: Adopt) -> None:
     """Serve what the file says; `adopt` is called in the moment of the swap. Never raises."""
     fleet, began = service.fleet, time.monotonic()
     try:
         config = await fleet.threads.do(reload.read)
+        keys = await fleet.threads.do(reload.keys)
         changed = config_changes(service.config, config)
         await _apart(reload.build)
         planned = await fleet.threads.do(partial(reload.plan, len(fleet.device.lanes)))
         for plan in planned.plans:
             InferDecoder(plan.spec or service.base.spec)  # raises for what the protocol cannot carry
         before = _shares(fleet)
-        await fleet.replan(planned, partial(adopt, config))
+        await fleet.replan(planned, partial(adopt, config, keys))
     except (StartupError, ServiceError) as error:
         _refused(str(error))
     except Exception as error:

@@ -314,14 +314,16 @@ class Server(uvicorn.Server):
         except ConfigError as error:
             logger.error("tls: the certificate stays as it was: %s", error)
 
-    def _adopt(self, config: ServiceConfig) -> None:
-        """In one step with the fleet: answer by another config."""
+    def _adopt(self, config: ServiceConfig, keys: Sequence[Key]) -> None:
+        """In one step with the fleet: answer by another config, and admit by its keys."""
         from leanserve.api.app import create_app
 
         assert self.service is not None
         if self._grpc is not None and config.limits.body_bytes != self._settings.limits.body_bytes:
             text = "limits.body_bytes: gRPC keeps %d until the service is started again"
             logger.warning(text, self._settings.limits.body_bytes)
+        if changes := self._access.renew(keys):
+            logger.warning("keys: %s", ", ".join(changes))
         self._settings = config
         self._connections.keep(_kept_limits(config))
         self.service = service = self.service._replace(config=config)

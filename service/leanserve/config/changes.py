@@ -24,7 +24,6 @@ FIXED: Final[Mapping[str, str]] = {
     "postprocess": "answers look as it makes them",
     "sequences": "those that are open were promised their place",
     "cors": "web pages were told what they may",
-    "auth": "keys are read at the start",
     "watchdog": "it watches by it",
     "experiment.store": "the state of experiments lies there",
     "tls": "the ports listen with it",
@@ -51,8 +50,8 @@ def _fixed(key: str) -> str:
 
 
 def config_changes(before: ServiceConfig, after: ServiceConfig) -> list[str]:
-    """What differs, as `key: before -> after`; of variants, by name."""
-    mine, others = before.model_dump(mode="json"), after.model_dump(mode="json")
+    """What differs, as `key: before -> after`; of variants, by name. Of keys tells who reads them."""
+    mine, others = (config.model_dump(mode="json", exclude={"auth"}) for config in (before, after))
     variants = [{item["name"]: item for item in dump.pop("variants")} for dump in (mine, others)]
     found = [_difference(key, mine[key], others[key]) for key in mine if mine[key] != others[key]]
     old, new = variants
