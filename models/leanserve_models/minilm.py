@@ -79,7 +79,7 @@ class Sentences:
         if shuffle_seed is not None:
             np.random.default_rng(shuffle_seed).shuffle(order)
         for start in range(0, len(order), size):
-            yield Batch(_padded([self.tokens[row] for row in order[start : start + size]]), None)
+            yield Batch(padded([self.tokens[row] for row in order[start : start + size]]), None)
 
 
 def architecture() -> SentenceBert:
@@ -102,8 +102,12 @@ def build() -> SentenceBert:
 
 def data(split: Split, n: int | None = None) -> Sentences:
     """At most the first `n` texts of a split; short and long ones are mixed in every prefix."""
-    encodings = _tokenizer().encode_batch(texts(split)[:n])
-    return Sentences(tuple(encoding.ids for encoding in encodings))
+    return Sentences(tuple(tokens_of(texts(split)[:n])))
+
+
+def tokens_of(texts: list[str]) -> list[list[int]]:
+    """The ids of each text's tokens, at most `MAX_LENGTH`."""
+    return [encoding.ids for encoding in _tokenizer().encode_batch(texts)]
 
 
 def score(outputs: tuple[Array, ...], labels: Array) -> float:
@@ -140,7 +144,8 @@ def _tokenizer() -> Any:
     return tokenizer
 
 
-def _padded(tokens: list[list[int]]) -> tuple[Array, Array]:
+def padded(tokens: list[list[int]]) -> tuple[Array, Array]:
+    """Ids and mask, int64 [texts, length of the longest]."""
     length = max(map(len, tokens))
     ids = np.array([row + [0] * (length - len(row)) for row in tokens], np.int64)
     mask = np.array([[1] * len(row) + [0] * (length - len(row)) for row in tokens], np.int64)
