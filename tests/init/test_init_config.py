@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -103,6 +104,7 @@ def test_a_shipped_base_gets_a_ladder_with_its_own_data(tmp_path: Path) -> None:
     assert len(config.variants) >= 5
     assert config.variants[0].passes == ()
     assert "distill" in kinds(config)["pruned-int8"]
+    assert kinds(config)["shallow-int8"][:2] == ["student", "distill"]
 
 
 @pytest.mark.usefixtures("unrehearsed")
@@ -135,6 +137,10 @@ def test_a_machine_without_instructions_is_not_offered_what_would_be_emulated(fo
     profile, offered = seen.profile, seen.suggestions
     everything = Hardware("x", 1, tuple(EVERYTHING))
     assert "bf16" in {suggestion.name for suggestion in suggest(profile, everything, trainable=False)}
+    encoder = dataclasses.replace(profile, shape="attention")
+    taught = [suggestion.name for suggestion in suggest(encoder, everything, trainable=True)]
+    assert "student-int8" in taught
+    assert "shallow-int8" not in taught
     poor = suggest(profile, Hardware("x", 1, ("avx2",)), trainable=False)
     assert "bf16" not in {suggestion.name for suggestion in poor}
     assert "no fast int8" in next(suggestion.expect for suggestion in poor if suggestion.name == "int8")

@@ -119,7 +119,9 @@ def test_a_greedy_soup_of_one_is_that_parent(base: TinyBase, tmp_path: Path) -> 
     )
     parents = moved(base, 1, 2)
     applied = Merge(method="greedy").join(parents, context)
-    assert applied.decisions == {"parents": [1]}
+    assert applied.decisions["parents"] == [1]
+    assert len(applied.decisions["curves"]["between the parents"]) == 5
+    assert applied.facts["barrier"] >= 0
     assert all(torch.equal(tensor, weights(parents[0])[name]) for name, tensor in weights(applied.model).items())
 
 

@@ -168,3 +168,12 @@ def test_what_a_pass_found_out_stands_there_as_a_table(tmp_path: Path) -> None:
     assert ["layer", "SQNR, dB", "KL, nats", "kept"] in outline.rows
     assert ["stem/<Conv>", "12.35", "0.25", "float"] in outline.rows
     assert ["head/Gemm", "40", "–", "int8"] in outline.rows
+
+
+def test_the_way_between_two_parents_is_drawn_where_a_pass_has_looked(tmp_path: Path) -> None:
+    curves = {"before": [0.1, 0.9, 1.4, 0.8, 0.2], "after": [0.1, 0.11, 0.12, 0.15, 0.2]}
+    joined = variant("joined", artifact("rebasin", decisions={"curves": curves}))
+    drawn, without = page([variant("eager"), joined], tmp_path), page(a_few(), tmp_path)
+    assert "joined, rebasin: loss from the first to the second parent: before 0.1, 0.9, 1.4, 0.8, 0.2; after" in drawn
+    assert "second parent" in " ".join(Outline(drawn).words)
+    assert "loss from the first" not in without

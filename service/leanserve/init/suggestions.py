@@ -87,6 +87,8 @@ def suggest(profile: ModelProfile, hardware: Hardware, *, trainable: bool) -> tu
         suggestions = (*suggestions, Suggestion("int8-lstm", (RECURRENT, RUNTIME), expect))
     if trainable and profile.shape == "convolutional":
         suggestions = (*suggestions, *_trained(profile))
+    if trainable and profile.shape == "attention":
+        suggestions = (*suggestions, *_taught(profile))
     return tuple(
         suggestion
         for suggestion in suggestions
@@ -204,6 +206,19 @@ def _trained(profile: ModelProfile) -> Iterable[Suggestion]:
     pruned: tuple[Json, ...] = ({"kind": "prune_channels", "macs": 0.5}, {"kind": "distill"})
     expect = "{gain} the variant int8, trained to answer like the base: the slowest build, often the fastest variant"
     yield Suggestion("pruned-int8", (*pruned, *fold, STATIC, RUNTIME), expect)
+    shallow: tuple[Json, ...] = ({"kind": "student", "blocks": 0.5}, {"kind": "distill"})
+    expect = "half of the blocks of every stack, trained likewise: faster than as few operations in thin layers"
+    yield Suggestion("shallow-int8", (*shallow, *fold, STATIC, RUNTIME), expect)
+
+
+def _taught(profile: ModelProfile) -> Iterable[Suggestion]:
+    """Half of an encoder's layers, taught by the whole; its learning rate is that of a trained transformer."""
+    taught: tuple[Json, ...] = (
+        {"kind": "student", "blocks": 0.5},
+        {"kind": "distill", "epochs": 5, "learning_rate": 0.0005},
+    )
+    expect = "half of the layers, trained to answer like the base, which needs thousands of texts: a slow build"
+    yield Suggestion("student-int8", (*taught, *_fold(profile), SMOOTH, STATIC, RUNTIME), expect)
 
 
 def _fold(profile: ModelProfile) -> tuple[Json, ...]:

@@ -51,6 +51,7 @@ def render(summary: Summary, title: str) -> str:
             for variant in summary.variants
             if variant.passes
         },
+        barriers={variant.number: Markup(plots.barriers(variant)) for variant in summary.variants},
         details=_details,
         findings=_findings,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from leanserve.report.columns import amount, milliseconds, ratio
@@ -85,6 +86,34 @@ def waterfall_plot(variant: VariantSummary, yardstick: Yardstick) -> str:
         for step in variant.steps
     )
     return inline(figure, f"waterfall_plot-{variant.number}", f"{variant.name} pass by pass: {facts}")
+
+
+def barriers(variant: VariantSummary) -> str:
+    """The loss on the straight way between two parents, where a pass has looked: what stands above the dashed line is a
+    barrier, on which their mean would stand. Empty where none has."""
+    found = [(step, step.manifest.decisions["curves"]) for step in variant.steps if "curves" in step.manifest.decisions]
+    return "".join(_barrier(variant, step, curves) for step, curves in found)
+
+
+def _barrier(variant: VariantSummary, step: StepSummary, curves: Mapping[str, Sequence[float]]) -> str:
+    figure = new_figure(2.2)
+    axes = figure.add_subplot()
+    bare(axes)
+    for colour, (name, losses) in zip((MUTED, ACCENT, GOOD), curves.items(), strict=False):
+        places = [place / (len(losses) - 1) for place in range(len(losses))]
+        axes.plot(places, losses, "o-", color=colour, markersize=5, linewidth=1.5)
+        axes.plot([0, 1], [losses[0], losses[-1]], color=colour, linewidth=1, linestyle=(0, (4, 3)))
+        middle = len(losses) // 2
+        axes.annotate(
+            name, (places[middle], losses[middle]), xytext=(0, 6), textcoords="offset points", ha="center", size=11,
+            color=colour,
+        )  # fmt: skip
+    axes.set_xticks([0, 0.5, 1], ["first parent", "halfway", "second parent"])
+    axes.set_ylabel("distance from the base")
+    axes.margins(x=0.12, y=0.2)
+    facts = "; ".join(f"{name} {', '.join(f'{loss:.3g}' for loss in losses)}" for name, losses in curves.items())
+    told = f"{variant.name}, {step.measured.label}: loss from the first to the second parent: {facts}"
+    return inline(figure, f"barrier-{variant.number}-{variant.steps.index(step)}", told)
 
 
 def _mark(axes: Axes, variant: VariantSummary, summary: Summary, rows: int) -> None:

@@ -275,7 +275,9 @@ class Cp(ConvSplit):
         them than the kernel has outputs, and need them: they are no orthogonal directions."""
         outputs, inputs, height, width = self.weight.shape
         most = max(1, self.weight.numel() // (outputs + inputs + height + width))
-        lengths = cp_factors(self.weight, most)[-1].square().sum(0)
+        lengths = (
+            cp_factors(self.weight, most)[-1].square().sum(0) ** 4
+        )  # each factor has the fourth root of a product's
         none = torch.empty(0, dtype=torch.float64)
         return (Basis(none, none, lengths.sort(descending=True).values),)
 

@@ -19,7 +19,8 @@ MODES = "ncvh"
 def cp_factors(kernel: Tensor, rank: int) -> list[Tensor]:
     """Factors [outputs, r], [inputs, r], [height, r] and [width, r] of a kernel [outputs, inputs, height, width].
 
-    The first three have columns of length 1. The same kernel gives the same factors. In double precision.
+    The columns of a product have the same length in all four, so that a training moves them alike. The same kernel
+    gives the same factors. In double precision.
     """
     kernel = kernel.double()
     generator = torch.Generator().manual_seed(0)
@@ -29,7 +30,8 @@ def cp_factors(kernel: Tensor, rank: int) -> list[Tensor]:
             factors[mode] = _solved(kernel, factors, mode)
             if mode < 3:  # the last one carries the length of all
                 factors[mode] = factors[mode] / factors[mode].norm(dim=0).clamp_min(1e-30)
-    return factors
+    share = factors[3].norm(dim=0).clamp_min(1e-30) ** 0.25
+    return [*(factor * share for factor in factors[:3]), factors[3] / share**3]
 
 
 def _solved(kernel: Tensor, factors: list[Tensor], mode: int) -> Tensor:

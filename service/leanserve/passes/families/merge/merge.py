@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from leanserve.contracts import BuildContext, Model
+from leanserve.contracts import BuildContext, Json, Model
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 
@@ -80,6 +80,8 @@ class Merge(Pass):
         return self.method in ("task_arithmetic", "ties", "dare")
 
     def join(self, models: Sequence[Model], context: BuildContext) -> Applied:
+        from leanserve.passes.toolkit.barrier import barrier_of
+
         order: Sequence[int] = range(len(models))
         facts: dict[str, float] = {}
         if self.method == "greedy":
@@ -87,7 +89,20 @@ class Merge(Pass):
         else:
             made, taken = self._mixed(models, context), list(order)
         context.progress(len(models), len(models), f"{len(taken)} of {len(models)} parents merged")
-        return Applied(made, {"parents": [index + 1 for index in taken]}, {"merged": len(taken), **facts})
+        decisions: dict[str, Json] = {"parents": [index + 1 for index in taken]}
+        if len(models) == 2 and not self._by_tasks:
+            curve = self._curve(models, context)
+            decisions["curves"] = {"between the parents": curve}
+            facts |= {"barrier": barrier_of(curve)}
+        return Applied(made, decisions, {"merged": len(taken), **facts})
+
+    def _curve(self, models: Sequence[Model], context: BuildContext) -> list[float]:
+        """The distance from the base's answers on the straight way between two parents."""
+        from leanserve.passes.toolkit.barrier import curve_between
+        from leanserve.passes.toolkit.structure import copy_of
+
+        one, other = (copy_of(model, self.kind) for model in models)
+        return curve_between(one, other, context.base, context.base.data("calibration", self.samples, one.spec))
 
     def _mixed(self, models: Sequence[Model], context: BuildContext) -> TorchModel:
         shares = self._shares(len(models))

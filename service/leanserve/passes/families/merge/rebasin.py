@@ -65,7 +65,7 @@ class Rebasin(Pass):
         after = curve_between(one, made, context.base, data)
         moved = sum(int((order != order.sort().values).sum()) for order in orders.values())
         facts = {"barrier_before": barrier_of(before), "barrier_after": barrier_of(after), "channels_moved": moved}
-        return Applied(made, {"loss_before": before, "loss_after": after}, facts)
+        return Applied(made, {"curves": {"before": before, "after": after}}, facts)
 
 
 def _check(one: TorchModel, other: TorchModel) -> None:
