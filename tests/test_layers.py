@@ -81,6 +81,8 @@ MAY_IMPORT_AT_TOP = (
     "bases/modules/",
     "passes/toolkit/",
     "runtime/backends/",
+    "runtime/cuda/card.py",
+    "runtime/cuda/stream_lane.py",
     "runtime/formats/packaged_module.py",
     "runtime/formats/tied_tensors.py",
     "runtime/formats/torch_masks.py",

@@ -140,6 +140,10 @@ class WorkerLost(ServiceError):
         self.alone = alone
 
 
+class DeviceLost(Exception):
+    """A fault after which a device computes nothing right any more for this process, which therefore ends itself."""
+
+
 class QueueTimeout(ServiceError):
     """The request waited in the queue past its deadline and was never executed."""
 

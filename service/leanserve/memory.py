@@ -35,7 +35,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
             return True
-        if _WORDS.search(str(error)):
+        if type(error).__name__ == "OutOfMemoryError" or _WORDS.search(str(error)):  # torch's has a class of its own
             return True
         error = error.__cause__
     return False

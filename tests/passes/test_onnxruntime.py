@@ -21,7 +21,7 @@ def test_a_torch_model_is_exported_and_gets_the_options(tmp_path: Path) -> None:
     applied = pass_.apply(TorchModel(BASE.torch_module(), BASE.spec), context_of(BASE, tmp_path))
     assert isinstance(applied.model, OnnxModel)
     assert applied.model.path.parent == tmp_path
-    assert applied.model.session == {"optimisation": "basic", "threads": 2, "spinning": "on", "provider": "cpu"}
+    assert applied.model.session == {"optimisation": "basic", "threads": 2, "spinning": "on", "provider": "auto"}
     stored = OnnxModel(applied.model.path, BASE.spec)
     assert pass_.on_load(stored, applied.decisions, tmp_path) == applied.model, (
         "loading from the store gives the same model"
@@ -33,7 +33,7 @@ def test_a_graph_is_kept_and_gets_the_options(tmp_path: Path) -> None:
     applied = OnnxRuntime().apply(given, context_of(BASE, tmp_path))
     assert isinstance(applied.model, OnnxModel)
     assert applied.model.path == given.path
-    assert applied.model.session == {"optimisation": "all", "threads": "auto", "spinning": "auto", "provider": "cpu"}
+    assert applied.model.session == {"optimisation": "all", "threads": "auto", "spinning": "auto", "provider": "auto"}
     assert given.session == {}
 
 

@@ -15,5 +15,8 @@ def give_back() -> None:
         from leanserve.runtime.onnx_arena import shrink_arena
 
         shrink_arena()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)  # else freed pages are kept for what this process may allocate later

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from leanserve.contracts import Arrays, ModelSpec
-from leanserve.errors import BackendFailed, BadInput, OutOfMemory, ServiceError, WorkerLost
+from leanserve.errors import BackendFailed, BadInput, DeviceLost, OutOfMemory, ServiceError, WorkerLost
 from leanserve.memory import forget, is_out_of_memory, run_in_parts
 from leanserve.runtime.assembly import dynamic_axes, join, rejoin, split, trim
 from leanserve.runtime.costs import CostTable
@@ -21,6 +21,7 @@ from leanserve.runtime.device import Lane
 from leanserve.runtime.lanes import LanePlacement, LoadedVariant
 from leanserve.serving.batcher import Ticket
 from leanserve.serving.incidents import log_incident
+from leanserve.serving.watchdog import EXIT_STATUS, end_process
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Timed(NamedTuple):
     facts: Mapping[str, float] = MappingProxyType({})
 
 
+End = Callable[[int], None]
 Retry = Callable[[list[Ticket[PendingResult]]], list[CompletedBatch]]
 
 
@@ -76,8 +78,10 @@ class BatchPlace(NamedTuple):
 class BatchRunner:
     """The steps of one variant's batches; the scheduler goes through them."""
 
-    def __init__(self, name: str, spec: ModelSpec, running: LoadedVariant) -> None:
+    def __init__(self, name: str, spec: ModelSpec, running: LoadedVariant, end: End = end_process) -> None:
+        """`end` ends the process, whose device is lost."""
         self.running = running
+        self._end = end
         self._name = name
         self._spec = spec
         self._output_axes = dynamic_axes(spec.outputs)
@@ -107,6 +111,7 @@ class BatchRunner:
 
         Where the worker was lost that would need others, one after the other: all are told, for `second_chances`.
         """
+        self._end_if_lost(error)
         if isinstance(error, WorkerLost):
             failures = [self._failure(error, ticket) for ticket in tickets]
             return [CompletedBatch(tickets, failures, sum(ticket.rows for ticket in tickets))]
@@ -131,8 +136,15 @@ class BatchRunner:
         try:
             [reply] = self.split(rejoin(run_in_parts(run, ticket.sample)), [ticket], ticket.rows)
         except Exception as error:
+            self._end_if_lost(error)
             return CompletedBatch([ticket], [self._failure(error, ticket)], ticket.rows)
         return CompletedBatch([ticket], [reply], ticket.rows, time.perf_counter() - started)
+
+    def _end_if_lost(self, error: BaseException) -> None:
+        """Rather than go on with a device that answers nothing right any more, leave it to a new process."""
+        if isinstance(error, DeviceLost):
+            logger.critical("variant %s: %s: the process ends with status %d", self._name, error, EXIT_STATUS)
+            self._end(EXIT_STATUS)
 
     def _failure(self, error: BaseException, ticket: Ticket[PendingResult]) -> ServiceError:
         """What the client of a request is told on which the model failed."""

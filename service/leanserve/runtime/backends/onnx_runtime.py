@@ -11,18 +11,23 @@ always spins.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import onnxruntime
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 from leanserve.contracts import Arrays, Json, OnnxModel, Result
-from leanserve.errors import BadInput, StartupError
+from leanserve.errors import BadInput, DeviceLost
+from leanserve.runtime.backends.onnx_providers import provider_choice
+from leanserve.runtime.cuda.faults import is_lost
 from leanserve.runtime.formats.onnx_session import onnx_session
 from leanserve.runtime.linux.denormals import flush_denormals
 from leanserve.runtime.linux.spin_control import spin_us
 from leanserve.runtime.onnx_arena import ERRORS_ONLY, share_arena
+
+if TYPE_CHECKING:
+    from leanserve.runtime.backends.onnx_binding import BoundSession
 
 LEVELS = {
     "disable": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -30,7 +35,6 @@ LEVELS = {
     "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 AWAKE_S = 0.002
 """How long threads wait busily for the next batch, where no other session has any."""
 BETWEEN_S = 0.0002
@@ -53,18 +57,24 @@ class OnnxRuntimeBackend:
     def __init__(self, model: OnnxModel, threads: int, device: str = "cpu", *, alone: bool = False) -> None:
         """`device` is where it computes unless the pass decided. `alone`: no other model is run in this process."""
         settings = model.session
-        self._device: str = settings.get("provider", device)
-        provider = PROVIDERS[self._device]
-        _require(provider, onnxruntime.get_available_providers())
+        choice = provider_choice(settings, device)
+        self._device = choice.device
+        choice.require(onnxruntime.get_available_providers())
         self._session = onnx_session(
             str(model.path),
             _options(settings, threads, alone=alone),
-            list(dict.fromkeys([provider, PROVIDERS["cpu"]])),
+            choice.listed(model),
         )
-        _require(provider, self._session.get_providers())
+        choice.require(self._session.get_providers())
         flush_denormals()
         self._inputs = [item.name for item in model.spec.inputs]
         self._outputs = [item.name for item in model.spec.outputs]
+        self._bound = None if self._device == "cpu" else self._with_bound_inputs()
+
+    def _with_bound_inputs(self) -> BoundSession:
+        from leanserve.runtime.backends.onnx_binding import BoundSession
+
+        return BoundSession(self._session, self._inputs, self._outputs, self._device)
 
     @property
     def name(self) -> str:
@@ -83,6 +93,8 @@ class OnnxRuntimeBackend:
         return ()
 
     def run(self, batch: Arrays) -> Result:
+        if self._bound is not None:
+            return self._run_on_gpu(self._bound, batch)
         try:
             outputs: Any = self._session.run(self._outputs, dict(zip(self._inputs, batch, strict=True)))
         except InvalidArgument as error:
@@ -92,8 +104,19 @@ class OnnxRuntimeBackend:
             raise BadInput(f"the model looks up what an input's values point to: {told[1]}") from error
         return Result(tuple(outputs))
 
+    def _run_on_gpu(self, bound: BoundSession, batch: Arrays) -> Result:
+        try:
+            return Result(bound.run(batch))
+        except Exception as error:
+            if is_lost(error):
+                raise DeviceLost(f"{self._device} is lost to this process: {error}") from error
+            raise
+
     def close(self) -> None:
         """Free the session with its threads and memory."""
+        if self._bound is not None:
+            self._bound.clear()
+            self._bound = None
         del self._session
 
 
@@ -114,12 +137,3 @@ def _options(settings: Mapping[str, Json], threads: int, *, alone: bool) -> onnx
         most = spin_us(AWAKE_S if alone else BETWEEN_S)
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(most))
     return options
-
-
-def _require(provider: str, active: Sequence[str]) -> None:
-    """onnxruntime falls back to the CPU without a word; a variant measured as GPU must not run there."""
-    if provider not in active:
-        raise StartupError(
-            f"onnxruntime cannot use {provider} (active: {', '.join(active)}): install the extra 'gpu' instead of "
-            "'cpu' on a machine with a working driver, or set provider: cpu in the pass onnxruntime"
-        )

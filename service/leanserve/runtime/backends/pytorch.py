@@ -1,4 +1,4 @@
-"""Runs torch modules, eager or compiled.
+"""Runs torch modules on the CPU, eager or compiled.
 
 numpy arrays and torch tensors share their memory in both directions; what the thread needs (its share of the cores,
 denormals flushed, since a few of them slow a layer down many times) is set when the backend is created on it.
@@ -23,16 +23,15 @@ class TorchBackend:
     with the batch. Any other module is fed channels-last images if its weights are channels-last.
     """
 
-    def __init__(self, model: TorchModel, threads: int, device: str = "cpu") -> None:
+    def __init__(self, model: TorchModel, threads: int) -> None:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(True)  # before the first parallel region: its worker threads inherit the setting
-        self._device = device
-        self._module = model.module.eval().to(device)
-        self._dtypes = [_torch_dtype(item.dtype) for item in model.spec.outputs]
+        self._module = model.module.eval()
+        self._dtypes = [torch_dtype(item.dtype) for item in model.spec.outputs]
         compiled: tuple[int, ...] | None = getattr(model.module, "row_buckets", None)
         self._row_buckets = compiled or ()
         self._compiles = compiled is not None
-        self._channels_last = compiled is None and _has_channels_last_weights(model.module)
+        self._channels_last = compiled is None and has_channels_last_weights(model.module)
 
     @property
     def name(self) -> str:
@@ -40,7 +39,7 @@ class TorchBackend:
 
     @property
     def device(self) -> str:
-        return self._device
+        return "cpu"
 
     @property
     def self_contained(self) -> bool:
@@ -53,11 +52,9 @@ class TorchBackend:
     def run(self, batch: Arrays) -> Result:
         """Outputs have the dtypes of the spec, so that bfloat16, which numpy lacks, never leaves."""
         with torch.inference_mode():
-            inputs = [torch.from_numpy(_writable(array)) for array in batch]
+            inputs = [torch.from_numpy(writable_view(array)) for array in batch]
             if self._channels_last:
-                inputs = [_to_channels_last(item) for item in inputs]
-            if self._device != "cpu":
-                inputs = [item.to(self._device) for item in inputs]
+                inputs = [to_channels_last(item) for item in inputs]
             before = self._compilations()
             try:
                 outputs = self._module(*inputs)
@@ -66,7 +63,7 @@ class TorchBackend:
                     raise
                 raise BadInput(f"the model looks up what an input's values point to: {error}") from error
             tensors = outputs if isinstance(outputs, tuple) else (outputs,)
-            outputs = (item.to("cpu", dtype).numpy() for item, dtype in zip(tensors, self._dtypes, strict=True))
+            outputs = (item.to(dtype).numpy() for item, dtype in zip(tensors, self._dtypes, strict=True))
             made = self._compilations() - before
             return Result(tuple(outputs), {"compiled_graphs": made}) if made else Result(tuple(outputs))
 
@@ -87,21 +84,25 @@ class _Shared:
         self.__array_interface__: dict[str, Any] = {**array.__array_interface__, "data": (address, False)}
 
 
-def _writable(array: Array) -> Array:
+def writable_view(array: Array) -> Array:
+    """The array, contiguous, as torch takes it without a warning; a copy only where its rows are not contiguous."""
     contiguous = np.ascontiguousarray(array)
     return contiguous if contiguous.flags.writeable else np.asarray(_Shared(contiguous))
 
 
-def _torch_dtype(name: str) -> torch.dtype:
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that numpy calls so."""
     return torch.from_numpy(np.empty(0, name)).dtype
 
 
-def _has_channels_last_weights(module: torch.nn.Module) -> bool:
+def has_channels_last_weights(module: torch.nn.Module) -> bool:
+    """Whether kernels of convolutions lie channels last, and not both ways at once."""
     kernels = [weight for weight in module.parameters() if weight.ndim == 4]
     return any(
         weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous() for weight in kernels
     )
 
 
-def _to_channels_last(item: torch.Tensor) -> torch.Tensor:
+def to_channels_last(item: torch.Tensor) -> torch.Tensor:
+    """Images channels last; anything else as it is."""
     return item.contiguous(memory_format=torch.channels_last) if item.ndim == 4 else item

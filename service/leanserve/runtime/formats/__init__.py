@@ -34,5 +34,15 @@ def format_named(name: str) -> Format[Any]:
 
 
 def open_backend(model: Model, share: Share) -> Backend:
-    """Create the backend of a loaded model for this share of the machine. Call it on the thread that will run it."""
-    return format_named(model.format).open(model, share)
+    """Create the backend of a loaded model for this share of the machine. Call it on the thread that will run it.
+
+    Of several GPUs each gets the model, unless its engine computes on the CPU.
+    """
+    format_ = format_named(model.format)
+    first = format_.open(model, share._replace(devices=share.devices[:1]))
+    if len(share.devices) == 1 or first.device == "cpu":
+        return first
+    from leanserve.runtime.cuda.replicas import Replicas
+
+    others = (format_.open(model, share._replace(devices=(device,))) for device in share.devices[1:])
+    return Replicas([first, *others])

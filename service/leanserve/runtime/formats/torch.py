@@ -51,10 +51,15 @@ class TorchFormat:
         return ModelSize(count_macs(model), count_parameters(model))
 
     def open(self, model: TorchModel, share: Share) -> Backend:
-        """Torch has one setting of threads for the process, so company makes no difference."""
+        """On the CPU torch has one setting of threads for the process, so company makes no difference."""
+        if share.device != "cpu":
+            from leanserve.runtime.backends.pytorch_cuda import TorchCudaBackend
+            from leanserve.runtime.cuda.card import TorchCard
+
+            return TorchCudaBackend(model, TorchCard(share.device), share.callers)
         from leanserve.runtime.backends.pytorch import TorchBackend
 
-        return TorchBackend(model, share.threads, share.device)
+        return TorchBackend(model, share.threads)
 
 
 FORMAT = TorchFormat()

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from leanserve.contracts import Backend, Result
-from leanserve.errors import BadInput
+from leanserve.errors import BadInput, DeviceLost
 from leanserve.memory import forget, is_out_of_memory
 from leanserve.runtime.isolation.channel import BatchChannel
 from leanserve.runtime.linux.denormals import flush_denormals
@@ -112,6 +112,10 @@ class _Worker:
             channel.answer(Result(tuple(result.outputs), result.facts))
         except BaseException as error:
             told = traceback.format_exc()
+            if isinstance(error, DeviceLost):  # the service finds the worker gone, and starts another
+                sys.stderr.write(told)
+                sys.stderr.flush()
+                os._exit(1)
             channel.refuse(error, str(error) if isinstance(error, BadInput) or is_out_of_memory(error) else told)
             if is_out_of_memory(error):
                 forget(error)

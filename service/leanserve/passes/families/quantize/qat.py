@@ -16,7 +16,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from leanserve.contracts import BuildContext, Model, OnnxModel, TorchModel
 from leanserve.errors import PassFailed
+from leanserve.hardware import Hardware
 from leanserve.passes.base import EXPORTED, Applied, Need, Pass, Stage, Tag
+from leanserve.passes.toolkit.int8_on_gpu import no_int8_on_gpu
 from leanserve.passes.toolkit.static_quantization import StaticOptions
 from leanserve.passes.toolkit.training import TrainingOptions, train
 
@@ -55,6 +57,9 @@ class Qat(TrainingOptions, Pass):
     @property
     def needs(self) -> frozenset[Need]:
         return self.training_needs | {"calibration"}
+
+    def unsupported_reason(self, hardware: Hardware) -> str | None:
+        return no_int8_on_gpu(hardware)
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         import onnx

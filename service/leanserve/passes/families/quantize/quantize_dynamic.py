@@ -19,7 +19,9 @@ from pydantic import Field, field_validator, model_validator
 
 from leanserve.contracts import BuildContext, Model, OnnxModel
 from leanserve.errors import PassFailed
+from leanserve.hardware import Hardware
 from leanserve.passes.base import EXPORTED, Applied, Pass, Stage, Tag
+from leanserve.passes.toolkit.int8_on_gpu import no_int8_on_gpu
 
 if TYPE_CHECKING:
     from leanserve.passes.toolkit.onnx_graph import Graph
@@ -66,6 +68,9 @@ class QuantizeDynamic(Pass):
         if "LSTM" in self.ops and self.scale == "row":
             raise ValueError("onnxruntime quantizes an LSTM with one scale for all rows of a batch: say scale: tensor")
         return self
+
+    def unsupported_reason(self, hardware: Hardware) -> str | None:
+        return no_int8_on_gpu(hardware)
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         import onnx

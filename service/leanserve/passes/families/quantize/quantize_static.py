@@ -14,7 +14,9 @@ from typing import ClassVar, Literal
 
 from leanserve.contracts import BuildContext, Model, OnnxModel
 from leanserve.errors import PassFailed
+from leanserve.hardware import Hardware
 from leanserve.passes.base import EXPORTED, Applied, Need, Pass, Stage, Tag
+from leanserve.passes.toolkit.int8_on_gpu import no_int8_on_gpu
 from leanserve.passes.toolkit.static_quantization import StaticOptions
 
 
@@ -36,6 +38,9 @@ class QuantizeStatic(StaticOptions, Pass):
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"calibration"})
+
+    def unsupported_reason(self, hardware: Hardware) -> str | None:
+        return no_int8_on_gpu(hardware)
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         import onnx

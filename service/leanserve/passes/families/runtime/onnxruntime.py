@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 from pydantic import PositiveInt
 
 from leanserve.contracts import BuildContext, Json, Model, OnnxModel
+from leanserve.hardware import Hardware
 from leanserve.passes.base import EXPORTED, Applied, Need, Pass, Stage, Tag
 from leanserve.runtime.formats.expected import onnx_model
 
@@ -31,8 +32,11 @@ class OnnxRuntime(Pass):
     """How threads wait for the next operator of a batch: asleep (`off`), busily (`on`), or busily but not for long.
 
     Busily is sooner on idle cores, and later where other processes keep cores busy."""
-    provider: Literal["cpu", "cuda"] = "cpu"
-    """Where operators run. `cuda` needs the extra `gpu`; a machine that cannot do it refuses to start."""
+    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
+    """What runs the operators; `auto`: the CPU or CUDA, as the service's `device` says.
+
+    `tensorrt` makes an engine of the graph, which takes minutes and is kept beside it. The last two need the extra
+    `gpu`; where they are not active, the service refuses to start."""
 
     requires: ClassVar[frozenset[Tag]] = frozenset({"exportable"})
     forbids: ClassVar[frozenset[Tag]] = frozenset({"runtime"})
@@ -43,7 +47,16 @@ class OnnxRuntime(Pass):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"gpu"}) if self.provider == "cuda" else frozenset()
+        return frozenset({"gpu"}) if self._wants_gpu else frozenset()
+
+    @property
+    def _wants_gpu(self) -> bool:
+        return self.provider in {"cuda", "tensorrt"}
+
+    def unsupported_reason(self, hardware: Hardware) -> str | None:
+        if self._wants_gpu and not hardware.on_gpu:
+            return f"provider: {self.provider} needs the service on a GPU, and it is on the CPU; set device: cuda"
+        return None
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.lowering import as_onnx
