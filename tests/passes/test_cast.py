@@ -161,7 +161,7 @@ def test_emulation_is_refused(dtype: str, flags: set[str]) -> None:
 
 
 def test_a_gpu_computes_in_all_of_them_and_tf32_asks_for_one() -> None:
-    gpu = Hardware("x", 1, (), (Gpu("H200", 1),))
+    gpu = Hardware("x", 1, (), (Gpu("H200", 1),), ("cuda:0",))
     for dtype in ("bf16", "fp16", "tf32"):
         assert Cast.model_validate({"dtype": dtype}).unsupported_reason(gpu) is None
     assert "there is no GPU; take bf16" in str(Cast(dtype="tf32").unsupported_reason(Hardware("x", 1, ("amx_bf16",))))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from leanserve.contracts import Model, TorchModel
+from leanserve.contracts import Model, Share, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.hardware import Gpu, Hardware
 from leanserve.passes.base import Applied, Pass
@@ -19,12 +19,12 @@ from leanserve.passes.families.precision.sparse_2_4 import Sparse24
 from leanserve.passes.families.prune.prune_oneshot import PruneOneshot
 from leanserve.passes.toolkit.tensor_core_layers import Fp8Linear, HalfSparseLinear
 from leanserve.runtime.backends.pytorch import TorchBackend
-from leanserve.runtime.formats import format_named
+from leanserve.runtime.formats import format_named, open_backend
 from structural_nets import row_base
 from tiny_base import context_of
 
 BASE = row_base()
-GPU = Hardware("x", 1, (), (Gpu("H200", 1),))
+GPU = Hardware("x", 1, (), (Gpu("H200", 1),), ("cuda:0",))
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
@@ -120,5 +120,7 @@ def test_on_a_gpu_they_answer_near(tmp_path: Path, kind: str) -> None:
         given = PruneOneshot.model_validate({"pattern": "2:4", "method": "wanda"}).apply(given, context).model
     applied = (Fp8() if kind == "fp8" else Sparse24()).apply(given, context)
     assert applied.facts["speedup"] > 0
-    found, wanted = (TorchBackend(item, 1, "cuda").run(BASE.inputs).outputs[0] for item in (applied.model, given))  # type: ignore[arg-type]
+    found, wanted = (
+        open_backend(item, Share(1, ("cuda:0",))).run(BASE.inputs).outputs[0] for item in (applied.model, given)
+    )
     assert 0 < np.linalg.norm(found - wanted) < 0.05 * np.linalg.norm(wanted)

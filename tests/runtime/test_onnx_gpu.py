@@ -139,6 +139,8 @@ def test_passes_say_what_does_not_run_where_it_is_served() -> None:
         options: dict[str, object] = {"kind": kind} | ({"max_drop": 0.01} if kind == "quantize_select" else {})
         assert "no products of 8-bit integers on GPUs" in (reason(options, ON_GPU) or "")
         assert reason(options, on_cpu) is None
+    assert "aot_inductor compiles for the CPU" in (reason({"kind": "aot_inductor"}, ON_GPU) or "")
+    assert reason({"kind": "aot_inductor"}, on_cpu) is None
     on_cuda: dict[str, object] = {"kind": "onnxruntime", "provider": "cuda"}
     assert reason(on_cuda, ON_GPU) is None
     assert "set device: cuda" in (reason(on_cuda, on_cpu) or "")

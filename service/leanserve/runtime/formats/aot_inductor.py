@@ -50,11 +50,11 @@ class AotInductorFormat:
         return model.size or ModelSize(0, 0)
 
     def open(self, model: PackagedModel, share: Share) -> Backend:
-        """Its threads are torch's, which has one setting of them for the process."""
+        """Its code is for the CPU; its threads are torch's, which has one setting of them for the process."""
         from leanserve.runtime.backends.pytorch import TorchBackend
         from leanserve.runtime.formats.packaged_module import PackagedModule
 
-        return TorchBackend(TorchModel(PackagedModule(model.path), model.spec), share.threads, share.device)
+        return TorchBackend(TorchModel(PackagedModule(model.path), model.spec), share.threads)
 
 
 FORMAT = AotInductorFormat()

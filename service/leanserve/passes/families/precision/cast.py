@@ -66,7 +66,7 @@ class Cast(Pass):
         return self
 
     def unsupported_reason(self, hardware: Hardware) -> str | None:
-        if hardware.gpus:
+        if hardware.on_gpu:
             return None
         if self.dtype == "tf32":
             return "cast to tf32 is a mode of NVIDIA GPUs from Ampere, and there is no GPU; take bf16, or drop the pass"

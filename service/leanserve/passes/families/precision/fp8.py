@@ -37,7 +37,7 @@ class Fp8(Pass):
     stage: ClassVar[Stage] = Stage.PRECISION
 
     def unsupported_reason(self, hardware: Hardware) -> str | None:
-        if hardware.gpus:
+        if hardware.on_gpu:
             return None
         return (
             "fp8 needs an NVIDIA GPU of compute capability 8.9 or more (L4, RTX 40, H100, B200), and there is none; "

@@ -34,7 +34,7 @@ class Sparse24(Pass):
     stage: ClassVar[Stage] = Stage.PRECISION
 
     def unsupported_reason(self, hardware: Hardware) -> str | None:
-        if hardware.gpus:
+        if hardware.on_gpu:
             return None
         return (
             "sparse_2_4 needs an NVIDIA GPU of compute capability 8.0 or more (A100, RTX 30, L4, H100), and there is "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from leanserve.contracts import BuildContext, Model, TorchModel
+from leanserve.hardware import Hardware
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.timing import inference, seconds_per_call
 from leanserve.runtime.formats.aot_inductor import PackagedModel
@@ -43,6 +44,11 @@ class AotInductor(Pass):
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"building_compiler"})
+
+    def unsupported_reason(self, hardware: Hardware) -> str | None:
+        if hardware.on_gpu:
+            return "aot_inductor compiles for the CPU, and variants run on a GPU; take torch_compile, or device: cpu"
+        return None
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.compilation import require_compiler
