@@ -45,6 +45,20 @@ def lacking(split: Split, *, files: bool = True) -> Lacking:
     return Lacking(base.teacher, base.inputs, base.labels, split=split, files=files)
 
 
+@dataclass(frozen=True)
+class Sharing(TinyBase):
+    """A base whose files share rows."""
+
+    def data(self, split: Split, n: int | None = None, spec: ModelSpec | None = None) -> ArrayData:
+        raise ConfigError("data.texts: 6 rows of gate are also in another split")
+
+
+def test_rows_that_cannot_be_split_are_the_reason_and_not_that_there_are_none() -> None:
+    base = tiny_base()
+    with pytest.raises(ConfigError, match="6 rows of gate are also in another split"):
+        require_data(config_of({"kind": "distill"}), Sharing(base.teacher, base.inputs, base.labels))
+
+
 FOLD, DISTILL = {"kind": "fold_bn"}, {"kind": "distill"}
 
 

@@ -94,6 +94,13 @@ def test_losses_of_features_see_what_they_should() -> None:
     rotated = torch.einsum("ij,njhw->nihw", torch.linalg.qr(torch.randn(6, 6, generator=generator))[0], x)
     assert float(relations(5 * rotated, x)) == pytest.approx(0, abs=1e-6), "distances know no axes"
     assert float(relations(other, x)) > 0.001
+    line, bent = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
+    flat = torch.cat([line, torch.zeros(3, 1)], 1)
+    # cosines at the three rows: 1, -1, 1 on the line; at the bend 0.71, 0, 0.71. Each stands twice among 27.
+    cosines = 2 * sum(0.5 * (a - b) ** 2 for a, b in ((1, 0.5**0.5), (-1, 0), (1, 0.5**0.5))) / 27
+    apart = [torch.tensor(item) * 3 / sum(item) for item in ([1.0, 1.0, 2.0], [1.0, 1.0, 2**0.5])]
+    distances = float((0.5 * (apart[0] - apart[1]).square()).mean())
+    assert float(relations(flat, bent)) == pytest.approx(distances + 2 * cosines, rel=1e-4)
     thin, wide = torch.randn(4, 3, 2, 2, generator=generator), torch.randn(4, 6, 3, 3, generator=generator)
     with pytest.raises(PassFailed, match="4 positions and the teacher's 9"):
         attention(thin, wide)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from leanserve.config.schema import ServiceConfig
@@ -60,9 +59,11 @@ def _passes(config: ServiceConfig) -> Iterator[tuple[str, Pass]]:
 
 
 def _rows(base: Base, split: Split) -> str | None:
-    with suppress(ConfigError):  # there are no files for the split
+    try:
         if len(base.data(split, base.unit)):
             return None
+    except ConfigError:  # there are no files for the split
+        base.data("gate", base.unit)  # but where no split can be made of the files, that says why
     return f"rows of the {split} split, and base '{base.name}' has none; give `data` more rows, or drop the pass"
 
 

@@ -2,9 +2,10 @@
 
 `hints` compares features themselves, through a projection where widths differ (Romero et al., "FitNets", 2015);
 `attention` where in an image or text the features are strong (Zagoruyko and Komodakis, "Paying More Attention to
-Attention", 2017); `relations` how far the rows of a batch are from each other (Park et al., "Relational Knowledge
-Distillation", 2019). Exits are classifiers on inner features, for a network that teaches its own beginnings (Zhang et
-al., "Be Your Own Teacher", 2019). Projections and exits are parameters of the objective and gone with it.
+Attention", 2017); `relations` how far the rows of a batch are from each other, and at which angles (Park et al.,
+"Relational Knowledge Distillation", 2019). Exits are classifiers on inner features, for a network that teaches its own
+beginnings (Zhang et al., "Be Your Own Teacher", 2019). Projections and exits are parameters of the objective and gone
+with it.
 """
 
 from __future__ import annotations
@@ -173,16 +174,32 @@ def attention(given: Tensor, wanted: Tensor) -> Tensor:
     return (ours - theirs).square().sum(1).mean()
 
 
+ANGLES = 2.0
+"""Weight of the angles beside the distances (Park et al. 2019, section 4)."""
+
+
 def relations(given: Tensor, wanted: Tensor) -> Tensor:
-    """How the distances between rows differ, each as a share of their mean."""
-    return F.smooth_l1_loss(_distances(given), _distances(wanted))
+    """How the distances between rows differ, each as a share of their mean, and the angles of all triples of rows."""
+    ours, theirs = _rows(given), _rows(wanted)
+    distances = F.smooth_l1_loss(_distances(ours), _distances(theirs))
+    return distances + ANGLES * F.smooth_l1_loss(_cosines(ours), _cosines(theirs))
 
 
 BY_LAYER: Mapping[FeatureLoss, Callable[[Tensor, Tensor], Tensor]] = {"attention": attention, "relations": relations}
 
 
-def _distances(features: Tensor) -> Tensor:
-    rows = _last(features).flatten(1, -2).mean(1) if features.ndim > 2 else features
+def _rows(features: Tensor) -> Tensor:
+    """A vector for each row: [rows, channels]."""
+    return _last(features).flatten(1, -2).mean(1) if features.ndim > 2 else features
+
+
+def _cosines(rows: Tensor) -> Tensor:
+    """Of the angle at each row between the directions to two others, [rows, rows, rows]."""
+    directions = F.normalize(rows[None] - rows[:, None], dim=-1)
+    return directions @ directions.transpose(1, 2)
+
+
+def _distances(rows: Tensor) -> Tensor:
     squares = (rows[:, None] - rows[None]).square().sum(-1)
     apart = squares[~torch.eye(len(rows), dtype=torch.bool, device=rows.device)].clamp_min(1e-12).sqrt()
     return apart / apart.mean()
