@@ -14,6 +14,7 @@ import asyncio
 import signal
 import statistics
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,6 @@ from loadtest.peers.process import HOST
 from loadtest.peers.roster import Request
 
 STEADY_S, AFTER_S = 4.0, 1.0
-COLUMNS = ("p50 ms steady", "p50 during", "p99 ms steady", "p99 during")
 STAYS: Json = {"name": "float"}
 COMES: Json = {"name": "int8", "passes": [{"kind": "quantize_dynamic"}]}
 
@@ -48,7 +48,8 @@ class Turn(NamedTuple):
     seconds: float
     steady: list[float]
     during: list[float]
-    failed: int
+    failed: Counter[int]
+    """By status."""
 
     def ratio(self, percentile: float) -> float:
         """During by steady."""
@@ -72,7 +73,7 @@ async def turn(service: BenchmarkService, config: Json, rate: float) -> Turn:
     load.cancel()
     steady = [item.seconds for item in asked if began - STEADY_S < item.due < began]
     during = [item.seconds for item in asked if began <= item.due < began + seconds + AFTER_S]
-    return Turn(seconds, steady, during, sum(item.status != 200 for item in asked))
+    return Turn(seconds, steady, during, Counter(item.status for item in asked if item.status != 200))
 
 
 async def _open_loop(service: BenchmarkService, rate: float, asked: list[Asked]) -> None:
@@ -103,6 +104,10 @@ def _told(service: BenchmarkService) -> list[str]:
     return [line for line in service.log.splitlines() if "reloaded in" in line or "reload refused" in line]
 
 
+def _told_failed(failed: Counter[int]) -> str:
+    return ", ".join(f"{count} x {status}" for status, count in failed.items()) or "0"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--network", choices=SPECS, default="encoder")
@@ -122,7 +127,7 @@ def main() -> None:
             found = asyncio.run(turn(service, base | {"variants": [STAYS, *([COMES] if added else [])]}, given.rate))
             ratios.setdefault(name, []).append(found.ratio(99))
             shown = [f"{1000 * float(np.percentile(times, at)):.1f}" for at in (50, 99) for times in found[1:3]]
-            table.add_row(name, f"{found.seconds:.1f}", str(len(found.during)), str(found.failed), *shown)
+            table.add_row(name, f"{found.seconds:.1f}", str(len(found.during)), _told_failed(found.failed), *shown)
     Console().print(table)
     for name, values in ratios.items():
         Console().print(
