@@ -8,20 +8,27 @@ import re
 import shutil
 import sys
 import threading
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fakes import POOR, Live, PixelBase, planned, report, serving
 from leanserve.api.access import Key
+from leanserve.codecs.answers import AnswerEncoder
+from leanserve.codecs.audio import AudioCodec
 from leanserve.config.schema import ServiceConfig
+from leanserve.contracts import ModelSpec, TensorSpec
 from leanserve.report.document import report_document
 from leanserve.report.summary import summarise
 from leanserve.runtime.device import Device
 from live_arms import QUICK, Arm
+from text_fleet import live_texts
 
 sync_api: Any = pytest.importorskip("playwright.sync_api", reason="no playwright; it is in the extra `dev`")
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -135,6 +142,66 @@ def test_json_is_asked_as_it_is_and_a_refusal_is_told(visit: Visit) -> None:
     visit.sees(".said", "No variant answered.")
     assert "inputs" in visit.page.locator(".answers td small").first.inner_text()
     visit.problems.clear()  # a browser tells of every refusal
+
+
+def test_an_image_is_chosen_dropped_and_asked(visit: Visit, tmp_path: Path) -> None:
+    visit.page.get_by_role("tab", name="Image").click()
+    for name, brightest, said in (("a.png", (0, 1), "two"), ("b.png", (1, 0), "one")):
+        image = Image.new("L", (2, 2))
+        image.putpixel(brightest, 255)
+        image.save(tmp_path / name)
+        visit.page.locator("input[type=file]").set_input_files(tmp_path / name)
+        visit.sees(".said", f"All 3 variants say {said}.")
+    visit.page.wait_for_selector(".drop img[alt='b.png']")
+    (tmp_path / "c.png").write_bytes(b"no image")
+    visit.page.locator("input[type=file]").set_input_files(tmp_path / "c.png")
+    visit.sees(".said", "No variant answered.")
+    visit.problems.clear()  # a browser tells of every refusal, and that it cannot show the file
+
+
+def visited(browser: Any, live: Live) -> Visit:
+    """The page of another service, once it shows variants."""
+    made = Visit(browser, viewport={"width": 1300, "height": 900})
+    made.page.goto(f"http://{live.http}/")
+    made.page.wait_for_selector(".live tbody tr")
+    return made
+
+
+def test_a_sentence_is_asked_as_it_is_typed(browser: Any, tmp_path: Path) -> None:
+    with live_texts(tmp_path) as live:
+        visit = visited(browser, live)
+        visit.page.get_by_role("tab", name="Sentence").click()
+        visit.page.get_by_role("textbox").fill("one two")
+        rows = visit.page.locator(".answers tbody tr")
+        for index in range(3):
+            sync_api.expect(rows.nth(index).locator("td").first).to_contain_text("numbers", timeout=20_000)
+        assert rows.nth(3).inner_text().split()[-1] == "excluded"
+        assert visit.problems == []
+        visit.page.close()
+
+
+def test_a_recording_is_chosen_and_asked(browser: Any, tmp_path: Path) -> None:
+    pytest.importorskip("soundfile", reason="no soundfile; it is in the extra `audio`")
+    spec = ModelSpec((TensorSpec("samples", "float32", (4,)),), PixelBase.spec.outputs, PixelBase.spec.labels)
+    base = PixelBase()
+    base.spec, base.codec = spec, AudioCodec(8000, AnswerEncoder(spec))
+    config = ServiceConfig.model_validate({"base": "pixels", "variants": [{"name": "one"}, {"name": "two"}]})
+    opened = planned(config, base, Device("cpu", 1))
+    for name in ("one", "two"):
+        opened.warm.open(name, lambda threads: Arm())
+    gate = threading.Event()
+    gate.set()
+    with wave.open(str(tmp_path / "a.wav"), "wb") as recording:
+        recording.setparams((1, 2, 8000, 4, "NONE", ""))
+        recording.writeframes(np.array([0, 0, 30_000, 0], "<i2").tobytes())
+    with serving(opened, gate) as live:
+        visit = visited(browser, live)
+        visit.page.get_by_role("tab", name="Sound").click()
+        visit.page.locator("input[type=file]").set_input_files(tmp_path / "a.wav")
+        visit.sees(".said", "Both variants say two.")
+        visit.sees(".drop", "a.wav")
+        assert visit.problems == []
+        visit.page.close()
 
 
 def test_the_table_shows_the_numbers_of_the_service_and_a_variant_its_passes(visit: Visit, live: Live) -> None:

@@ -33,6 +33,8 @@ function reading(answer, base) {
   return { text: clipped(JSON.stringify(told)) + more, note: first ? `largest difference ${number(most)}` : "", sure: null, same: !(most > 0.05 * size), long: true };
 }
 
+const everyone = (count) => (count === 2 ? "Both variants" : `All ${count} variants`);
+
 export class Answers {
   constructor(place, { variants, report }) {
     this.said = find(".said", place);
@@ -102,7 +104,7 @@ export class Answers {
     const same = all.filter(({ read }) => read.same).length;
     const answer = all[0]?.read;
     if (!answer) say(this.said, "No variant answered.");
-    else if (answer.long || answer.sure === null) say(this.said, same === all.length ? `All ${all.length} variants agree.` : `${same} of ${all.length} variants agree with the base.`);
-    else say(this.said, same === all.length ? all.length === 1 ? `It says ${answer.text}.` : `All ${all.length} variants say ${answer.text}.` : `${same} of ${all.length} variants say ${answer.text}, as the base does.`);
+    else if (answer.long || answer.sure === null) say(this.said, all.length === 1 ? "It answered." : same === all.length ? `${everyone(all.length)} agree.` : `${same} of ${all.length} variants agree with the base.`);
+    else say(this.said, same === all.length ? all.length === 1 ? `It says ${answer.text}.` : `${everyone(all.length)} say ${answer.text}.` : `${same} of ${all.length} variants say ${answer.text}, as the base does.`);
   }
 }
