@@ -1,4 +1,4 @@
-# leanserve on a CPU. One stage: every dependency comes as a wheel, so there is no compiler that a second stage could
+# leanserve on a CPU, or on NVIDIA GPUs. One stage: every dependency comes as a wheel, so there is no compiler that a second stage could
 # leave behind.
 #
 #   docker build -t leanserve .
@@ -12,6 +12,11 @@
 # The default torch for Linux carries CUDA. PyTorch's own package index has a CPU-only build that is gigabytes smaller; its
 # address is in PyTorch's installation guide:
 #   docker build -t leanserve --build-arg TORCH_INDEX_URL=ADDRESS .
+#
+# For NVIDIA GPUs: onnxruntime for CUDA instead of the extra `cpu`, and the default torch. The CUDA libraries come with the
+# wheels, the driver with the host's container toolkit (docs/gpu.md):
+#   docker build -t leanserve:gpu --build-arg EXTRAS=gpu .
+#   docker run --rm --gpus all -p 127.0.0.1:8000:8000 -v leanserve-cache:/var/cache/leanserve leanserve:gpu
 FROM python:3.11-slim
 
 ENV PYTHONUNBUFFERED=1 \

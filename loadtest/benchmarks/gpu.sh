@@ -10,7 +10,7 @@ cd "$(dirname "$0")/../.."
 folder=$(realpath "${1:-.}")
 export PYTHONPATH="$PWD/service:$PWD/models:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
-timeout 120 python -m pytest -q -m gpu tests/runtime 2>&1 | tee "$folder/gpu-tests.txt"
+timeout 120 python -m pytest -q -m gpu tests/runtime tests/passes 2>&1 | tee "$folder/gpu-tests.txt"
 tests=$?
 timeout 350 python -m loadtest.benchmarks.gpu --device cuda:0 --out "$folder/gpu.md"
 benchmark=$?

@@ -162,7 +162,7 @@ def test_compose_with_keys_is_wired() -> None:
 
 def test_compose_is_wired() -> None:
     services: dict[str, Any] = COMPOSE["services"]
-    assert set(services) == {"leanserve", "prometheus", "grafana"}
+    assert set(services) == {"leanserve", "leanserve-gpu", "prometheus", "grafana"}
     for name in ("prometheus", "grafana"):
         assert re.search(r":v?\d+\.\d+\.\d+$", services[name]["image"]), "image tags are pinned"
     for service in services.values():
@@ -173,6 +173,17 @@ def test_compose_is_wired() -> None:
     assert scrape["static_configs"] == [{"targets": ["leanserve:8000"]}]
     home = services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
     assert (ROOT / "deploy/grafana/dashboards" / Path(home).name).exists()
+
+
+def test_a_profile_serves_on_gpus_in_the_place_of_the_cpu() -> None:
+    on_cpu, on_gpu = COMPOSE["services"]["leanserve"], COMPOSE["services"]["leanserve-gpu"]
+    assert on_gpu["profiles"] == ["gpu"]
+    assert on_gpu["build"]["args"]["EXTRAS"] == "gpu"
+    [device] = on_gpu["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", "all", ["gpu"])
+    assert on_gpu["networks"]["default"]["aliases"] == ["leanserve"], "Prometheus asks there"
+    own = {"profiles", "build", "image", "deploy", "networks"}
+    assert {key: on_gpu[key] for key in on_gpu.keys() - own} == {key: on_cpu[key] for key in on_cpu.keys() - own}
 
 
 def test_containers_can_do_no_more_than_they_must() -> None:

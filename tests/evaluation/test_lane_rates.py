@@ -124,6 +124,29 @@ def test_only_the_variants_that_serve_have_a_say() -> None:
     assert measured({"a": 1.0, "excluded": 9.0}).best_lanes(["a"], 2, self_contained=False) == 1
 
 
+@pytest.mark.parametrize(
+    ("rates", "lanes"),
+    [
+        ({1: 100, 2: 105, 4: 109}, 1),
+        ({1: 100, 2: 115, 4: 120}, 2),
+        ({1: 100, 2: 115, 4: 130}, 4),
+        ({1: 100, 2: 105, 4: 130}, 4),
+        ({1: 100, 2: 130, 4: 0}, 2),
+    ],
+)
+def test_a_gpu_gets_more_lanes_only_for_what_they_bring(rates: dict[int, float], lanes: int) -> None:
+    found = LaneRates(key="a", cpu="a card", threads=2, rates=rates)
+    timed = BenchmarkSet("a card", 2, "base", {}, {"a": found, "b": found.model_copy(update={"key": "b"})})
+    assert timed.best_streams(["a", "b"]) == lanes
+    assert timed.best_streams([]) == 1
+
+
+def test_the_numbers_of_lanes_that_are_compared_can_be_given() -> None:
+    found = lane_rates.lane_rates(lambda _: Sleeper(0.002), BATCHES[:1], 2, 0.0, (1, 3))
+    assert found.keys() == {1, 3}
+    assert found[3] > 1.2 * found[1]
+
+
 def test_one_thread_is_one_lane_unmeasured() -> None:
     alone = BenchmarkSet("x", 1, "a", {}, {})
     assert (alone.lane_gain(["a"]), alone.best_lanes(["a"], 1, self_contained=True)) == (1.0, 1)

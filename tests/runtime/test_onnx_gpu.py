@@ -71,6 +71,16 @@ def test_an_engine_is_kept_nowhere_where_the_artifact_cannot_be_written(
     assert "trt_engine_cache_path" not in options
 
 
+def test_only_gpus_have_libraries_to_load_and_what_is_missed_stays_off_stdout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("cuDNN is missing"))
+    provider_choice({}, "cpu").load_libraries()
+    assert capsys.readouterr() == ("", "")
+    provider_choice({}, "cuda:0").load_libraries()
+    assert capsys.readouterr() == ("", "cuDNN is missing\n")
+
+
 def bound_on_the_host(path: Path) -> BoundSession:
     session = onnx_session(str(path), onnxruntime.SessionOptions())
     return BoundSession(session, ["x"], ["y"], "cpu")

@@ -17,6 +17,8 @@ from leanserve.runtime.backends.pytorch import TorchBackend
 from leanserve.runtime.backends.pytorch_cuda import ROW_BUCKETS, TorchCudaBackend
 from leanserve.runtime.cuda import stream_lane
 from leanserve.runtime.cuda.card import Card, TorchCard
+from leanserve.runtime.device import Device
+from leanserve.runtime.warm_up import warm_up
 
 SPEC = ModelSpec((TensorSpec("image", "float32", (3, 8, 8)),), (TensorSpec("values", "float32", (4,)),))
 TEXT = ModelSpec((TensorSpec("ids", "int64", (None,)),), (TensorSpec("vectors", "float32", (None, 3)),))
@@ -131,6 +133,22 @@ def together(work: list[Callable[[], Result]]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def test_warm_up_records_every_bucket_on_every_lane_and_weights_are_there_once() -> None:
+    card, device = FakeCard(), Device("cuda:0", 2, 2)
+    try:
+        load = lambda _: TorchCudaBackend(TorchModel(network(), SPEC), card, lanes=2)  # noqa: E731
+        running = warm_up(device, load, SPEC, 6)
+        assert running.backends[0] is running.backends[1]
+        assert running.wide is None, "every lane has the whole GPU"
+        assert running.costs.tables[0].buckets == (1, 2, 4)
+        recorded = card.events.count("capture")
+        device.call_on_each(lambda lane: running.backends[lane.index].run(SPEC.example(4)))
+        assert card.events.count("capture") == recorded == 6, "three buckets on two lanes"
+        assert card.events.count("place") == 1
+    finally:
+        device.close()
 
 
 class Failing(nn.Module):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import onnxruntime
 
 from leanserve.contracts import Json, OnnxModel
 from leanserve.errors import StartupError
@@ -38,6 +42,12 @@ class ProviderChoice(NamedTuple):
         if self.provider == "cuda":
             return [cuda, PROVIDERS["cpu"]]
         return [(PROVIDERS["tensorrt"], _tensorrt_options(number, model.path.parent)), cuda, PROVIDERS["cpu"]]
+
+    def load_libraries(self) -> None:
+        """Load CUDA's libraries from where pip puts them, which the loader of the system does not know."""
+        if self.provider != "cpu":
+            with redirect_stdout(sys.stderr):  # on which onnxruntime tells what it misses; ours may be read by a parent
+                onnxruntime.preload_dlls()
 
     def require(self, active: Sequence[str]) -> None:
         """onnxruntime falls back to the CPU without a word; a variant measured as GPU must not run there.

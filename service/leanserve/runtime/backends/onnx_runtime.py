@@ -60,6 +60,7 @@ class OnnxRuntimeBackend:
         choice = provider_choice(settings, device)
         self._device = choice.device
         choice.require(onnxruntime.get_available_providers())
+        choice.load_libraries()
         self._session = onnx_session(
             str(model.path),
             _options(settings, threads, alone=alone),
