@@ -60,6 +60,12 @@ def network(folder: Path) -> torch.nn.Module:
 def test_the_config_is_short_and_has_five_variants() -> None:
     assert len((EXAMPLE / "config.yaml").read_text().splitlines()) < 30
     assert len(read_config(EXAMPLE / "config.yaml").variants) == 5
+    assert len((EXAMPLE / "smaller.yaml").read_text().splitlines()) < 30
+    assert [item.name for item in read_config(EXAMPLE / "smaller.yaml").variants[1:]] == [
+        "factors",
+        "thinner",
+        "shallower",
+    ]
 
 
 def test_answers_are_those_of_the_module(folder: Path, url: str) -> None:

@@ -215,7 +215,7 @@ def _taught(profile: ModelProfile) -> Iterable[Suggestion]:
     """Half of an encoder's layers, taught by the whole; its learning rate is that of a trained transformer."""
     taught: tuple[Json, ...] = (
         {"kind": "student", "blocks": 0.5},
-        {"kind": "distill", "epochs": 5, "learning_rate": 0.0005},
+        {"kind": "distill_features", "epochs": 5, "learning_rate": 0.0005},
     )
     expect = "half of the layers, trained to answer like the base, which needs thousands of texts: a slow build"
     yield Suggestion("student-int8", (*taught, *_fold(profile), SMOOTH, STATIC, RUNTIME), expect)
