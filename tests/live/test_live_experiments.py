@@ -11,7 +11,7 @@ import pytest
 import leanserve.live.director as director_module
 from leanserve.config.schema import read_config
 from leanserve.serving.traffic import TrafficRules
-from live_arms import LOOK_S, QUICK, Arm, Arms, play
+from live_arms import INFER, LOOK_S, QUICK, Arm, Arms, play
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,8 @@ def test_an_equal_candidate_is_promoted_step_by_step_and_has_all_traffic_also_af
         started = (await arms.verb("POST", "/start", {"candidate": "b", "name": "one"})).json()
         assert started["traffic"]["shares"] == {"a": 0.5, "b": 0.5}
         assert (await arms.ask()).headers["x-experiment"] == "one"
+        refused = await arms.client.post(INFER, json={"inputs": []})
+        assert (refused.status_code, refused.headers["x-experiment"]) == (400, "one")
         told = await arms.until_over()
         assert (told["state"], told["share"]) == ("promoted", 1.0), told["reason"]
         assert {item["question"]: item["answer"] for item in told["questions"]}["agreement"] == "passed"

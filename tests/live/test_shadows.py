@@ -49,6 +49,18 @@ def test_what_waits_to_be_answered_again_is_bounded_and_so_is_its_time() -> None
     play(scene, {"a": Arm(seconds=0.002), "b": Arm(seconds=0.002)}, experiment=QUICK | {"shadow_rows": 3})
 
 
+def test_no_batch_goes_beyond_the_bytes_that_may_wait() -> None:
+    async def scene(arms: Arms) -> None:
+        await arms.verb("POST", "/start", STAY)
+        shadows = arms.service.experiments.shadows
+        assert shadows is not None
+        shadows._limits = shadows._limits._replace(nbytes=10)  # a row has 16, its answer 16 more
+        await arms.ask()
+        assert (shadows.outcomes["full"], shadows.waiting) == (1, 0)
+
+    play(scene, {"a": Arm(), "b": Arm()})
+
+
 def test_a_share_of_the_batches_is_taken_and_none_after_the_end() -> None:
     async def scene(arms: Arms) -> None:
         await arms.verb("POST", "/start", STAY | {"shadow_share": 0.5})

@@ -92,16 +92,19 @@ class HotPath:
 
     async def answer(self, route: Route, request: Request) -> Response | None:
         """The reply to a request, also where it is refused or fails; `None` where nobody is left to get it."""
-        try:
-            if self._access.keyed or route.role == "admin":
+        if self._access.keyed or route.role == "admin":
+            try:
                 self._admit(route, request)
+            except ServiceError as error:
+                return route.refuse(error)
+        try:
             reply = await route.answer(request)
         except ClientGone:
             return None
         except ServiceError as error:
-            return route.refuse(error)
+            reply = route.refuse(error)
         except Exception as error:
-            return route.refuse(unexpected_failure(error, f"a request to {request.path}"))
+            reply = route.refuse(unexpected_failure(error, f"a request to {request.path}"))
         if (told := self._experiments.headers or self._caveats) and route.role == "predict":
             if told is not self._caveats:
                 told = (*told, *self._caveats)

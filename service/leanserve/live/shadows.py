@@ -91,11 +91,9 @@ class Shadows:
         for batch in batches:
             if batch.timed is None or random.random() >= self._limits.share:
                 continue
-            outcome = self._refusal(batch)
+            outcome = self._refusal(batch) or self._add(_answered(batch))
             if outcome:
                 self.outcomes[outcome] += 1
-            else:
-                self._add(_answered(batch))
 
     def close(self) -> None:
         """Drop what waits. A run that goes on is nobody's any more."""
@@ -107,19 +105,20 @@ class Shadows:
     def _refusal(self, batch: CompletedBatch) -> str:
         if any(variant.batcher.waiting_rows for variant in self._fleet.variants.values()):
             return "busy"
-        if self._rows + batch.rows > self._limits.rows or self._nbytes > self._limits.nbytes:
-            return "full"
         candidate = self._fleet.variants.get(self._candidate)
         return "unfit" if candidate is None or not _fits(candidate, batch) else ""
 
-    def _add(self, requests: list[AnsweredRequest]) -> None:
+    def _add(self, requests: list[AnsweredRequest]) -> str:
         rows, nbytes = (sum(getattr(each, name) for each in requests) for name in ("rows", "nbytes"))
+        if self._rows + rows > self._limits.rows or self._nbytes + nbytes > self._limits.nbytes:
+            return "full"
         arms = [self._base, self._candidate]
         random.shuffle(arms)
         self._queue.append(_Waiting(requests, rows, nbytes, arms))
         self._rows += rows
         self._nbytes += nbytes
         self._wake()
+        return ""
 
     def _wake(self) -> None:
         """See to it that the next run begins, not before its time."""
