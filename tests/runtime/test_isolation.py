@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fragile_worker import EXHAUST, HANG, REFUSE, SEGFAULT
+from fragile_worker import EXHAUST, HANG, LOSE, REFUSE, SEGFAULT
 from leanserve.contracts import Array
 from leanserve.errors import BadInput, StartupError, WorkerLost
 from leanserve.runtime.costs import Costs, CostTable
@@ -156,6 +156,18 @@ def test_a_crash_ends_the_run_and_another_worker_takes_over(
     assert heard.events == [("lost", "its worker was ended by SIGSEGV"), ("back", "")]
     until(lambda: "Fatal Python error: Segmentation fault" in caplog.text)  # faulthandler's last words
     assert all("'fragile'" in record.getMessage() for record in caplog.records if "isolation" in record.name)
+
+
+def test_a_worker_that_has_lost_its_device_ends_and_another_takes_its_place(
+    backend: IsolatedBackend, heard: Heard, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = backend.process_id
+    with pytest.raises(WorkerLost, match="variant 'fragile': its worker ended with status 1"):
+        backend.run((row(LOSE),))
+    heard.wait_for("back")
+    assert answer(backend) == 30
+    assert backend.process_id != before
+    until(lambda: "cuda:0 is lost to this process: an illegal memory access" in caplog.text)
 
 
 def test_a_batch_that_hangs_is_ended_and_its_neighbour_in_the_worker_is_not_to_blame(

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from leanserve.contracts import Arrays, Backend, Result
-from leanserve.errors import BadInput
+from leanserve.errors import BadInput, DeviceLost
 from leanserve.runtime.isolation.worker_side import serve_backend
 from rules import RAISE, WIDTH
 
-SEGFAULT, HANG, EXHAUST, REFUSE, SLOWLY = -2001.0, -2002.0, -2003.0, -2004.0, -2005.0
+SEGFAULT, HANG, EXHAUST, REFUSE, SLOWLY, LOSE = -2001.0, -2002.0, -2003.0, -2004.0, -2005.0, -2006.0
 """What the first number of a row may order, besides `RAISE`."""
 SLOWLY_S = 0.05
 
@@ -46,6 +46,8 @@ class FragileBackend:
             raise MemoryError("no memory for so many rows")
         if REFUSE in orders:
             raise BadInput("an index beyond the table")
+        if LOSE in orders:
+            raise DeviceLost("cuda:0 is lost to this process: an illegal memory access")
         if RAISE in orders:
             raise RuntimeError("ordered to fail")
         return Result((rows * np.float32(10),), {"rows": float(len(rows)), "process": float(os.getpid())})

@@ -231,6 +231,7 @@ def test_bf16_is_chosen_only_where_the_cpu_has_it(tmp_path: Path, monkeypatch: p
     assert seen == {torch.float32, torch.bfloat16}
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
 def test_a_gpu_trains_and_leaves_the_model_on_the_cpu(tmp_path: Path) -> None:
     base = tiny_base()
