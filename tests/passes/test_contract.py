@@ -26,7 +26,7 @@ from leanserve.hardware import this_hardware
 from leanserve.passes import AnyPass
 from leanserve.passes.base import Pass
 from leanserve.runtime.formats import open_backend
-from pass_cases import CASES
+from pass_cases import BEFORE, CASES
 from stacked_nets import stacked_base
 from structural_nets import Residual, image_base, row_base
 from tiny_base import TinyBase
@@ -34,10 +34,6 @@ from tiny_base import TinyBase
 PASS: TypeAdapter[Pass] = TypeAdapter(AnyPass)
 Result = TypeVar("Result")
 LINEAR = {"lowrank_linear", "smooth", "quantize_dynamic", "quantize_weights"}
-
-
-BEFORE: Mapping[str, list[Mapping[str, Any]]] = {"qat": [{"kind": "fold_bn"}]}
-"""What a pass cannot do without before it."""
 
 
 def base_for(kind: str) -> TinyBase:

@@ -28,7 +28,7 @@ from leanserve.passes.base import Pass
 from leanserve.passes.composition import find_violation
 from leanserve.runtime.formats import open_backend
 from lora_files import lora_files
-from pass_cases import CASES
+from pass_cases import BEFORE, CASES
 from tiny_base import TinyBase
 
 PASS: Final[TypeAdapter[Pass]] = TypeAdapter(AnyPass)
@@ -80,7 +80,10 @@ def config_of(first: str, seconds: Iterable[str]) -> ServiceConfig:
     joins = PASSES[first].joins
     student = {"name": "student", "passes": [{"kind": "distill", **CASES["distill"][0]}]}
     parents = {"parents": ["teacher", "student"]} if joins else {}
-    pairs = [{"name": f"{first}-{other}", "passes": [steps[first], steps[other]], **parents} for other in seconds]
+    pairs = [
+        {"name": f"{first}-{other}", "passes": [*BEFORE.get(first, ()), steps[first], steps[other]], **parents}
+        for other in seconds
+    ]
     return ServiceConfig.model_validate(
         {
             "base": "tiny",

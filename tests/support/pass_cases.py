@@ -46,3 +46,6 @@ CASES: Mapping[str, tuple[Mapping[str, Any], float]] = {
 }
 """Options, and the least cosine of a tiny network's answers to the base's. Training and structure get a low bound: the
 answers of a random network are noise, and nothing recovers what was cut."""
+
+BEFORE: Mapping[str, list[Mapping[str, Any]]] = {"qat": [{"kind": "fold_bn"}]}
+"""What a pass cannot do without before it."""
