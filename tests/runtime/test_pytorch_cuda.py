@@ -77,6 +77,15 @@ def test_a_graph_is_recorded_once_for_each_bucket_and_used_from_then_on() -> Non
     assert card.events[-3:] == ["in", "out", "wait"]
 
 
+def test_idle_lanes_record_with_the_first_batch_so_that_none_does_while_it_is_timed() -> None:
+    card = FakeCard()
+    backend = TorchCudaBackend(TorchModel(network(), SPEC), card, lanes=3)
+    backend.run(SPEC.example(2))
+    assert card.events.count("capture") == 3
+    together([lambda: backend.run(SPEC.example(2))] * 3)
+    assert card.events.count("capture") == 3
+
+
 def test_no_more_graphs_than_their_memory_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_lane, "MOST_GRAPHS", 1)
     card = FakeCard()

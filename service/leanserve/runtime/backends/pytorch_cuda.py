@@ -6,6 +6,7 @@ what changes that. Convolutions in 16 bits get channels last, the layout of tens
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ class TorchCudaBackend:
         self._recorded = ROW_BUCKETS if fixed else ()
         self._idle = [self._new_lane() for _ in range(lanes)]
         """Whoever runs takes one, which lists do in one step."""
+        self._met: set[tuple[torch.Size, ...]] = set()
+        """Shapes of which lanes have recorded their graphs: they are not to do so while a batch is timed."""
 
     @property
     def device(self) -> str:
@@ -72,7 +75,10 @@ class TorchCudaBackend:
         lane, before = self._taken(), self._compilations()
         try:
             with torch.inference_mode():
-                outputs = lane.run(tuple(torch.from_numpy(writable_view(array)) for array in batch))
+                tensors = tuple(torch.from_numpy(writable_view(array)) for array in batch)
+                if self._recorded:
+                    self._prepare_others(tensors)
+                outputs = lane.run(tensors)
         except Exception as error:
             if is_lost(error):
                 raise DeviceLost(f"{self.device} is lost to this process: {error}") from error
@@ -103,6 +109,22 @@ class TorchCudaBackend:
             return self._idle.pop()
         except IndexError:  # the event loop runs a batch in the stead of a lane
             return self._new_lane()
+
+    def _prepare_others(self, batch: DeviceTensors) -> None:
+        """At the first batch of a shape, which is at warm-up, have all idle lanes record it."""
+        shapes = tuple(item.shape for item in batch)
+        if shapes in self._met:
+            return
+        self._met.add(shapes)
+        idle: list[StreamLane] = []
+        with suppress(IndexError):
+            while True:
+                idle.append(self._idle.pop())
+        try:
+            for lane in idle:
+                lane.prepare(batch)
+        finally:
+            self._idle += idle
 
     def _new_lane(self) -> StreamLane:
         return StreamLane(self._card, self._compute, self._recorded)

@@ -86,6 +86,11 @@ class StreamLane:
         self._card.wait(self._stream)
         return tuple(item.clone() for item in staged_outputs)  # the next batch overwrites what was staged
 
+    def prepare(self, batch: DeviceTensors) -> None:
+        """Record a graph for batches of this shape, if they are to have one."""
+        with self._card.on(self._stream):
+            self._graph_for(batch)
+
     def forget_graphs(self) -> None:
         """Let go of what was recorded, with its memory, and record no more."""
         self._recorded_rows = frozenset()
