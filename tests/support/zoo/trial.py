@@ -165,16 +165,18 @@ def _served(commands: Commands, brought: Brought, variants: Sequence[str], answe
     expected = [brought.original(row) for row in rows]
     with commands.server() as address:
         errors = {name: _worst(address, name, rows, expected) for name in variants}
-        equal = None if answers is None else _equal_answers(address, brought, answers, rows[0])
+        equal = None if answers is None else _equal_answers(address, variants[0], brought, answers, rows[0])
     return {"variants": errors, "error": errors[variants[0]], "answers": equal}
 
 
-def _equal_answers(address: str, brought: Brought, answers: Answers, like: Mapping[str, Array]) -> tuple[int, int]:
+def _equal_answers(
+    address: str, variant: str, brought: Brought, answers: Answers, like: Mapping[str, Array]
+) -> tuple[int, int]:
     """Of how many images the base's post-processed answers are those of the library, and of how many in all."""
     [name] = like
     images = answers.rows()
     equal = [
-        answers.agree(_told(address, {name: image}, postprocess=True), brought.original({name: image}))
+        answers.agree(_told(address, {name: image}, variant, postprocess=True), brought.original({name: image}))
         for image in images
     ]
     return sum(equal), len(images)
@@ -224,7 +226,7 @@ def _asked(address: str, variant: str, row: Mapping[str, Array]) -> list[Array]:
     return list(_told(address, row, variant).values())
 
 
-def _told(address: str, row: Mapping[str, Array], variant: str = "", *, postprocess: bool = False) -> dict[str, Array]:
+def _told(address: str, row: Mapping[str, Array], variant: str, *, postprocess: bool = False) -> dict[str, Array]:
     """One row by the Open Inference Protocol, asked by somebody else's client; the answer's arrays by name."""
     import tritonclient.http as triton
     from tritonclient.utils import np_to_triton_dtype
