@@ -49,6 +49,7 @@ PAIRS: Final = list(product(PASSES, PASSES))
 CHEAPEST: Final = "no layer gets cheaper by factorising"
 REFUSED: Final[Mapping[tuple[str, str], str]] = {
     **{(first, "qat"): "put fold_bn before it" for first in PASSES if first != "fold_bn"},
+    ("fold_bn", "fold_bn"): "no batch norm follows a convolution or linear layer",
     ("lowrank_conv", "lowrank_conv"): CHEAPEST,
     ("lowrank_linear", "lowrank_linear"): CHEAPEST,
 }
