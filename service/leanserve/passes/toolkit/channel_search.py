@@ -32,8 +32,6 @@ from leanserve.runtime.formats.torch_size import count_macs
 
 NEAR = 0.02
 """How much farther from the goal than another a scope may end to be considered, as a share of the model."""
-CORRECTIONS = 3
-"""How often the table of layer times is corrected by the time of the whole model."""
 
 
 class ChannelSearch(ABC):
@@ -103,16 +101,14 @@ class AgreementJudge:
 
 
 class FasterChannels(ChannelSearch):
-    """Towards a share of the time of a row. A table of layers says what each block saves; the whole model, timed beside
-    the base, says how far the table is off, and the goal is moved by that."""
+    """Towards a share of the time of a row. A table of layers says in which order channels go; how many of them, the
+    whole model says, timed beside the base: what surrounds the layers takes time, too, and is in no table."""
 
     scope = "latency"
 
     def __init__(self, base: TorchModel, widest: Mapping[str, int], round_to: int, threads: int) -> None:
         self._base, self._widest, self._round_to, self._threads = base, widest, round_to, threads
         self._times = LayerTimes(base)
-        with inference(threads):
-            self._whole = self._times.of(base)
 
     def kept(self, model: TorchModel) -> float:
         with inference(self._threads):
@@ -121,17 +117,4 @@ class FasterChannels(ChannelSearch):
     def nearest(self, model: TorchModel, groups: Sequence[ChannelGroup], goal: float) -> TorchModel:
         with inference(self._threads):
             blocks = by_saved_time(groups, self._round_to, self._widest, self._times)
-        tried: list[tuple[float, TorchModel]] = []
-        aim = goal
-        for _ in range(CORRECTIONS):
-            made = nearest(model, blocks, self._by_table, min(max(aim, 0.01), 0.99), look=0)
-            reached = self.kept(made)
-            tried.append((abs(reached - goal), made))
-            if tried[-1][0] <= 0.02:
-                break
-            aim += goal - reached
-        return min(tried, key=lambda item: item[0])[1]
-
-    def _by_table(self, model: TorchModel) -> float:
-        with inference(self._threads):
-            return self._times.of(model) / self._whole
+        return nearest(model, blocks, self.kept, goal, look=0)

@@ -16,7 +16,7 @@ from torch import nn
 
 from leanserve.contracts import TorchModel
 from leanserve.passes.toolkit.layer_calls import Call, trace_calls
-from leanserve.passes.toolkit.timing import seconds_per_call
+from leanserve.passes.toolkit.timing import least_seconds
 from leanserve.runtime.formats.torch_size import example
 
 MEASURED_S = 0.02
@@ -43,11 +43,6 @@ class LayerTimes:
             self._known[key] = seconds_of(made, self._calls[name], inputs)
         return self._known[key]
 
-    def of(self, model: TorchModel) -> float:
-        """All layers of a model of the same names, together."""
-        found = {name: model.module.get_submodule(name) for name in self._layers}
-        return sum(self.seconds(name, *channels_of(layer)) for name, layer in found.items() if self._calls[name])
-
     def widths(self, name: str) -> tuple[int, int]:
         """Channels in and out of a layer as it was."""
         return channels_of(self._layers[name])
@@ -68,13 +63,13 @@ def seconds_of(module: nn.Module, calls: Sequence[Call], channels: int) -> float
         return 0.0
     with torch.inference_mode():
         runs = {str(place): partial(module, row) for place, row in enumerate(rows)}
-        return sum(seconds_per_call(runs, MEASURED_S * len(rows)).values())
+        return sum(least_seconds(runs, MEASURED_S * len(rows)).values())
 
 
 def seconds_of_row(model: TorchModel) -> float:
     """Of a whole model."""
     with torch.inference_mode():
-        return seconds_per_call({"": partial(model.module, *example(model.spec))}, WHOLE_S / 2)[""]
+        return least_seconds({"": partial(model.module, *example(model.spec))}, WHOLE_S / 2)[""]
 
 
 def ratio_of(made: TorchModel, base: TorchModel) -> float:
@@ -82,7 +77,7 @@ def ratio_of(made: TorchModel, base: TorchModel) -> float:
     inputs = example(base.spec)
     with torch.inference_mode():
         ways = {"made": partial(made.module, *inputs), "base": partial(base.module, *inputs)}
-        taken = seconds_per_call(ways, WHOLE_S)
+        taken = least_seconds(ways, WHOLE_S)
     return taken["made"] / taken["base"]
 
 
