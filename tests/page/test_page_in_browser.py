@@ -9,7 +9,7 @@ import shutil
 import sys
 import threading
 import wave
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -159,6 +159,19 @@ def test_an_image_is_chosen_dropped_and_asked(visit: Visit, tmp_path: Path) -> N
     visit.problems.clear()  # a browser tells of every refusal, and that it cannot show the file
 
 
+def answered(live: Live) -> int:
+    return sum(seen.count for each in live.fleet.metrics.variants.values() for seen in each.requests.values())
+
+
+def until(seen: Callable[[], bool], page: Any) -> None:
+    """Within twenty seconds; what was asked before may still come in."""
+    for _ in range(200):
+        if seen():
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError(page.locator("#tiles").inner_text())
+
+
 def visited(browser: Any, live: Live) -> Visit:
     """The page of another service, once it shows variants."""
     made = Visit(browser, viewport={"width": 1300, "height": 900})
@@ -212,8 +225,8 @@ def test_the_table_shows_the_numbers_of_the_service_and_a_variant_its_passes(vis
     visit.page.get_by_role("button", name="Ask all").or_(visit.page.get_by_role("tab", name="Draw")).first.click()
     visit.draw(CORNER, DOT)
     visit.sees(".said", "All 3")
-    total = sum(seen.count for each in live.fleet.metrics.variants.values() for seen in each.requests.values())
-    visit.sees("#tiles", f"{total} in all")
+    tiles = visit.page.locator("#tiles")
+    until(lambda: f"{answered(live)} in all" in tiles.inner_text(), visit.page)
     assert visit.page.locator(".tradeoff .mark").count() == 4
     assert visit.page.locator(".charts canvas").count() == 3
 

@@ -172,5 +172,5 @@ def test_a_failing_pass_names_variant_position_and_option(tmp_path: Path) -> Non
 def test_a_pass_that_asks_how_good_candidates_are_says_so(kind: str) -> None:
     """The score decides what it makes, and so is part of its key."""
     pass_ = KINDS[kind]
-    asks = ".evaluate(" in Path(inspect.getfile(pass_)).read_text(encoding="utf-8")
+    asks = "context.evaluate" in Path(inspect.getfile(pass_)).read_text(encoding="utf-8")
     assert asks == (pass_.evaluates is not Pass.evaluates)

@@ -67,5 +67,5 @@ def test_certain_probabilities_have_gradients_that_are_numbers() -> None:
 
 
 def test_there_is_a_measure_for_every_meaning() -> None:
-    assert set(BY_MEANING) == CLASSES | {"embedding", "values"}
+    assert set(BY_MEANING) == CLASSES | {"embedding", "classes_first", "classes_last", "values"}
     assert set(BY_MEANING.values()) == set(MEASURES)

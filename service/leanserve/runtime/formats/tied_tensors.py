@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TIES = "ties"
-"""Where the header has the groups of names."""
+NOTES, TIES = "leanserve", "ties"
+"""Where the header has all notes, and these the groups of names. One note in the header: several would be written in an
+order that is drawn by lot, and the same tensors would not make the same file."""
 
 
 def write_tensors(state: Mapping[str, Any], path: Path, notes: Mapping[str, str] | None = None) -> None:
@@ -44,7 +45,7 @@ def write_tensors(state: Mapping[str, Any], path: Path, notes: Mapping[str, str]
             kept[name] = tensor.clone().contiguous() if memory in memories else tensor.contiguous()
             memories.add(memory)
     try:
-        save_file(kept, path, {**(notes or {}), TIES: json.dumps(ties)})
+        save_file(kept, path, {NOTES: json.dumps({**(notes or {}), TIES: ties})})
     except SafetensorError as error:
         if number := re.search(r"\(os error (\d+)\)", str(error)):  # a full disk, say: as Python would tell it
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
@@ -56,9 +57,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        notes = dict(file.metadata() or {})
+        notes = json.loads((file.metadata() or {}).get(NOTES, "{}"))
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    for first, *others in json.loads(notes.pop(TIES, "[]")):
+    for first, *others in notes.pop(TIES, []):
         tensors |= dict.fromkeys(others, tensors[first])
     return tensors, notes
 
