@@ -178,6 +178,7 @@ def test_a_read_only_cache_of_another_machine_serves_and_says_so(
     assert "cannot be created (Read-only file system)" in new.stderr or "Permission denied" in new.stderr
 
 
+@pytest.mark.soak
 def test_a_flipped_byte_is_told_and_rebuilt(service: Service, place: Path) -> None:
     victim = next((place / "cache" / "artifacts").glob("*/model.onnx"))
     content = bytearray(victim.read_bytes())

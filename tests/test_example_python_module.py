@@ -20,6 +20,7 @@ from test_end_to_end import png, start, stop
 
 from leanserve.config.schema import read_config
 
+pytestmark = pytest.mark.soak
 EXAMPLE = Path(__file__).parent.parent / "examples" / "python-module"
 MEAN, STD = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224, 0.225), np.float32)
 

@@ -116,6 +116,7 @@ def test_locust_loads_every_variant_apart_and_checks_the_answers(
     assert "right %" in done.stdout
 
 
+@pytest.mark.soak
 def test_locust_in_several_processes_with_json_and_a_subset(server: tuple[FakeServer, str], tmp_path: Path) -> None:
     fake, host = server
     file = tmp_path / "summary.json"
@@ -139,6 +140,7 @@ def test_locust_names_a_variant_that_is_not_served(server: tuple[FakeServer, str
     assert not fake.seen
 
 
+@pytest.mark.soak
 def test_compare_measures_interleaved_rounds_and_writes_the_table(
     server: tuple[FakeServer, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

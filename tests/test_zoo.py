@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,11 @@ def lost(folder: Path) -> Brought:
     raise RuntimeError("tried again")
 
 
-def test_a_model_that_takes_too_long_is_told(tmp_path: Path) -> None:
+def test_a_model_that_takes_too_long_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(slow))
     outcome = Trial(limit_s=0.0).of(ZooModel("slow", "", nothing), tmp_path)
     assert (outcome.accepted, outcome.said) == (False, "init: not done within the limit of a model")
 

@@ -151,6 +151,7 @@ def test_opening_it_imports_no_heavy_library() -> None:
     assert done.stdout.strip() == ""
 
 
+@pytest.mark.soak
 def test_the_int8_variant_answers_like_the_base(base: Base, network: EfficientNetLite0, tmp_path: Path) -> None:
     """As its config builds it, calibrated on fewer rows."""
     variant = next(variant for variant in read_config(CONFIG).variants if variant.name == "int8")

@@ -86,6 +86,7 @@ def test_a_row_without_any_token_gives_zeros(encoder: SentenceBert) -> None:
     assert (found[1] == 0).all()
 
 
+@pytest.mark.soak
 def test_the_int8_variant_as_configured_keeps_its_promise(encoder: SentenceBert, base: Base, tmp_path: Path) -> None:
     variant = next(item for item in read_config(CONFIG).variants if item.name == "int8")
     context = context_of(base, tmp_path)
