@@ -72,7 +72,7 @@ class Convolutional(nn.Module):
         value = self.first(image.to(self.first.weight.dtype)).relu()
         for down, blocks in zip(self.down, self.blocks, strict=True):
             value = down(value).relu()
-            for block in blocks:  # type: ignore[attr-defined]
+            for block in blocks:  # type: ignore[attr-defined] # a list of modules is a list of lists here
                 value = value + block(value).relu()
         made: torch.Tensor = value.mean((2, 3))
         return made

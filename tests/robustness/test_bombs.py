@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grpc
 import httpx
@@ -164,20 +164,26 @@ def test_an_honest_client_waits_for_no_flood(service: RuleService, bomb: Bomb) -
     assert seconds < HONEST_S
 
 
+def least_lag_ms(service: RuleService, at_once: Callable[[], Coroutine[Any, Any, set[int]]], status: int) -> float:
+    """The lag while all of them are answered so; where others had the cores, once more."""
+    lags = []
+    for _ in range(TRIES):
+        with loop_lag(service.port, service.process.pid) as lag:
+            assert asyncio.run(at_once()) == {status}
+        lags.append(lag.worst_ms)
+        if lag.worst_ms < STALL_MS:
+            break
+    return min(lags)
+
+
 def test_hundreds_of_small_bodies_stop_nobody(service: RuleService) -> None:
     body = b'{"inputs":[' + b"[]," * 21_000 + b"[]]}"
-    request, lags = Bomb(INFER, JSON, body).request("rules"), []
+    request = Bomb(INFER, JSON, body).request("rules")
 
     async def at_once() -> set[int]:
         return {reply.status for reply in await asyncio.gather(*(ask(service.port, request) for _ in range(300)))}
 
-    for _ in range(TRIES):
-        with loop_lag(service.port, service.process.pid) as lag:
-            assert asyncio.run(at_once()) == {400}
-        lags.append(lag.worst_ms)
-        if lag.worst_ms < STALL_MS:
-            break
-    assert min(lags) < STALL_MS
+    assert least_lag_ms(service, at_once, 400) < STALL_MS
 
 
 def test_hundreds_who_want_the_description_stop_nobody(service: RuleService) -> None:
@@ -186,14 +192,7 @@ def test_hundreds_who_want_the_description_stop_nobody(service: RuleService) -> 
             replies = await asyncio.gather(*(client.get("/openapi.json") for _ in range(100)))
         return {reply.status_code for reply in replies}
 
-    lags = []
-    for _ in range(TRIES):
-        with loop_lag(service.port, service.process.pid) as lag:
-            assert asyncio.run(at_once()) == {200}
-        lags.append(lag.worst_ms)
-        if lag.worst_ms < STALL_MS:
-            break
-    assert min(lags) < STALL_MS
+    assert least_lag_ms(service, at_once, 200) < STALL_MS
 
 
 FLAT = ModelSpec((TensorSpec("x", "float32", (4,)),), (TensorSpec("y", "float32", (4,)),))

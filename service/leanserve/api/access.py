@@ -35,7 +35,9 @@ class Key(NamedTuple):
 
 
 def _is_same(before: Key | None, after: Key) -> bool:
-    return before is not None and before[1:3] == after[1:3] and _rate(before) == _rate(after)
+    if before is None:
+        return False
+    return (before.digest, before.roles, _rate(before)) == (after.digest, after.roles, _rate(after))
 
 
 def _rate(key: Key) -> tuple[float, int] | None:

@@ -50,7 +50,7 @@ class TrainAdapters(TrainingCallback):
             parametrize.register_parametrization(layer, "weight", change)  # type: ignore[no-untyped-call, unused-ignore]
         run.train_only([parameter for change in changes for parameter in change.parameters()])
 
-    def end(self, run: TrainingRun) -> None:  # noqa: ARG002
+    def end(self, run: TrainingRun) -> None:  # noqa: ARG002 - it knows its layers
         for layer in self._adapted:
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
 

@@ -270,14 +270,13 @@ class Cp(ConvSplit):
             nn.Conv2d(rank, self.conv.out_channels, 1, **factory),
         ]
 
-    def bases(self, approximate: Approximate) -> tuple[Basis, ...]:  # noqa: ARG002
+    def bases(self, approximate: Approximate) -> tuple[Basis, ...]:  # noqa: ARG002 - of the weight alone
         """The energies of a sum of as many products as are worth it, of the weight in any case. A sum may have more of
         them than the kernel has outputs, and need them: they are no orthogonal directions."""
         outputs, inputs, height, width = self.weight.shape
         most = max(1, self.weight.numel() // (outputs + inputs + height + width))
-        lengths = (
-            cp_factors(self.weight, most)[-1].square().sum(0) ** 4
-        )  # each factor has the fourth root of a product's
+        # Each factor has the fourth root of a product's length.
+        lengths = cp_factors(self.weight, most)[-1].square().sum(0) ** 4
         none = torch.empty(0, dtype=torch.float64)
         return (Basis(none, none, lengths.sort(descending=True).values),)
 
@@ -285,7 +284,7 @@ class Cp(ConvSplit):
     def sides(self) -> tuple[tuple[int, int], ...]:
         return ()
 
-    def weights(self, bases: Sequence[Basis], ranks: Ranks) -> list[Tensor]:  # noqa: ARG002
+    def weights(self, bases: Sequence[Basis], ranks: Ranks) -> list[Tensor]:  # noqa: ARG002 - no cut of a longer sum
         outputs, inputs, column, row = cp_factors(self.weight, ranks[0])
         return [inputs.T[:, :, None, None], column.T[:, None, :, None], row.T[:, None, None], outputs[:, :, None, None]]
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Final, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LARGEST: Final = 448.0
-"""Of the numbers of 8 bits with 3 bits of mantissa (e4m3)."""
+from leanserve.passes.toolkit.float_modes import bridge
+from leanserve.runtime.formats.torch_storage import LARGEST_FP8
+
 MULTIPLE: Final = 16
 """Of which tensor cores want both sides of a matrix of 8 bits."""
 SPARSE_MULTIPLES: Final = (32, 64)
@@ -44,7 +46,7 @@ class Fp8Linear(nn.Module):
 
     def _coded(self, values: Tensor) -> tuple[Tensor, Tensor]:
         largest = values.abs().amax(1, keepdim=True) if self.by_row else values.abs().amax()
-        scales = (largest / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+        scales = (largest / LARGEST_FP8).clamp_min(torch.finfo(torch.float32).tiny)
         return (values / scales).to(torch.float8_e4m3fn), scales
 
 
@@ -79,3 +81,16 @@ def is_half_sparse(layer: nn.Linear) -> bool:
     if any(size % multiple for size, multiple in zip(layer.weight.shape, SPARSE_MULTIPLES, strict=True)):
         return False
     return bool(((layer.weight.reshape(-1, 4) != 0).sum(1) <= 2).all())
+
+
+def put_on_tensor_cores(
+    module: nn.Module, names: Iterable[str], made_of: Callable[[nn.Linear], nn.Module]
+) -> nn.Module:
+    """Compute a module of float32 in bfloat16, and the linear layers of these names by what is made of them."""
+    module.to(torch.bfloat16)
+    bridge(module, inside=torch.bfloat16, outside=torch.float32)
+    for name in names:
+        layer = module.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        module.set_submodule(name, made_of(layer))
+    return module

@@ -47,7 +47,7 @@ class TorchCudaBackend:
         module = model.module.eval()
         self._channels_last = compiled is None and _wants_channels_last(module)
         if self._channels_last:
-            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stubs lack it
         self._module = card.place(module)
         self._dtypes = [torch_dtype(item.dtype) for item in model.spec.outputs]
         fixed = compiled is None and not dynamic_axes(model.spec.inputs)

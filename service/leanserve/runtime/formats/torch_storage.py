@@ -28,6 +28,7 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
     "fp8": torch.float8_e4m3fn,
 }
 LARGEST_FP8: Final = 448.0
+"""Of the numbers of 8 bits with 3 bits of mantissa (e4m3)."""
 
 
 def scale_of(tensor: Tensor) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from leanserve.contracts import BuildContext, Json, Model
@@ -64,15 +65,6 @@ class Fp8(Pass):
         return Applied(replace(model, module=module), {"layers": list(layers)}, facts)
 
     def rebuild_structure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
-        import torch
+        from leanserve.passes.toolkit.tensor_core_layers import Fp8Linear, put_on_tensor_cores
 
-        from leanserve.passes.toolkit.float_modes import bridge
-        from leanserve.passes.toolkit.tensor_core_layers import Fp8Linear
-
-        module.to(torch.bfloat16)
-        bridge(module, inside=torch.bfloat16, outside=torch.float32)
-        for name in decisions["layers"]:
-            layer = module.get_submodule(name)
-            assert isinstance(layer, torch.nn.Linear)
-            module.set_submodule(name, Fp8Linear(layer, self.scale))
-        return module
+        return put_on_tensor_cores(module, decisions["layers"], partial(Fp8Linear, scale=self.scale))

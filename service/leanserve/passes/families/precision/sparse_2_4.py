@@ -60,15 +60,6 @@ class Sparse24(Pass):
         return Applied(replace(model, module=module), {"layers": layers}, facts)
 
     def rebuild_structure(self, module: nn.Module, decisions: Mapping[str, Json]) -> nn.Module:
-        import torch
+        from leanserve.passes.toolkit.tensor_core_layers import HalfSparseLinear, put_on_tensor_cores
 
-        from leanserve.passes.toolkit.float_modes import bridge
-        from leanserve.passes.toolkit.tensor_core_layers import HalfSparseLinear
-
-        module.to(torch.bfloat16)
-        bridge(module, inside=torch.bfloat16, outside=torch.float32)
-        for name in decisions["layers"]:
-            layer = module.get_submodule(name)
-            assert isinstance(layer, torch.nn.Linear)
-            module.set_submodule(name, HalfSparseLinear(layer))
-        return module
+        return put_on_tensor_cores(module, decisions["layers"], HalfSparseLinear)
