@@ -21,6 +21,7 @@ LAYERS = {
     "memory": 0,
     "privacy": 0,
     "request_identity": 0,
+    "texts": 0,
     "scoring": 0,
     "timing": 0,
     "token_bucket": 0,

@@ -7,6 +7,7 @@ with a mask are declared; a base may have no labels, and outputs may be embeddin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leanserve.hardware import Hardware
+from leanserve.texts import STRING, array_of_texts, numpy_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -58,7 +60,9 @@ class TensorSpec:
     `pad` fills the dynamic axes when rows of different length share a batch. `next_from` is that of an input which is
     state: the name of the output that is its value for the next request of a sequence. `values` are the least and the
     greatest that an element may have, where the model cannot run with others (token ids); `None`: any of its dtype.
-    `meaning` is that of an output; of an input it says nothing.
+    `dtype` is numpy's name, or `string`: arrays of Python's `str`. `words` are texts that the model knows, per column
+    of the last axis or for all of them at once: examples are drawn from these. `meaning` is that of an output; of an
+    input it says nothing.
     """
 
     name: str
@@ -68,6 +72,17 @@ class TensorSpec:
     values: tuple[int, int] | None = None
     meaning: Meaning = "values"
     next_from: str | None = None
+    words: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def array_dtype(self) -> np.dtype[Any]:
+        """That of its arrays; there is none for `bfloat16`."""
+        return numpy_dtype(self.dtype)
+
+    @property
+    def filler(self) -> float | str:
+        """What stands at padded positions."""
+        return "" if self.dtype == STRING else self.pad
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +120,23 @@ class ModelSpec:
 
 def _random_field(random: np.random.Generator, item: TensorSpec, rows: int, length: int) -> Array:
     shape = (rows, *(length if size is None else size for size in item.shape))
+    if item.dtype == STRING:
+        return _random_texts(random, item, shape)
     if np.issubdtype(np.dtype(item.dtype), np.floating):
         return random.standard_normal(shape).astype(item.dtype)
     drawn = random.integers(0, 2, shape).astype(item.dtype)
     drawn.reshape(rows, -1)[:, :1] = 1  # a mask without a single 1 would be a row of nothing
     return drawn
+
+
+def _random_texts(random: np.random.Generator, item: TensorSpec, shape: tuple[int, ...]) -> Array:
+    """Words that the model knows, those of a column in that column; without any, words of three letters."""
+    known = item.words or (tuple("".join(letters) for letters in random.choice(list("aeinrst"), (8, 3))),)
+    flat = math.prod(shape)
+    columns = np.arange(flat) % len(known)  # one for all, or as many as the last axis has
+    drawn = random.integers(0, 2**31, flat)
+    texts = [known[column][number % len(known[column])] for column, number in zip(columns, drawn, strict=True)]
+    return array_of_texts(texts, shape)
 
 
 class Batch(NamedTuple):

@@ -169,9 +169,9 @@ def test_numpy_files() -> None:
         (npy(np.zeros((2, 3), np.float32)), r"expected rows of shape \[2\], got \[3\]"),
         (npy(np.zeros((2, 2, 2), np.float32)), r"an array of \[2, 2, 2\]"),
         (npy(np.zeros((0, 2), np.float32)), r"an array of \[0, 2\]"),
-        (npy(np.array(["a", "b"])), "holds <U1, not numbers"),
-        (npy(np.array([{}, {}])), "holds object, not numbers"),
-        (npy(np.zeros(2, np.complex64)), "holds complex64, not numbers"),
+        (npy(np.array(["a", "b"])), "the model takes float32, got <U1"),
+        (npy(np.array([{}, {}])), "holds object, neither numbers nor texts"),
+        (npy(np.zeros(2, np.complex64)), "holds complex64, neither numbers nor texts"),
         (npy(np.array([True, False])), "the model takes float32, got bool"),
         (npy(np.array([1, 1e300])), "finite and in the range of float32"),
         (npy(np.zeros((2, 2), np.float32))[:-1], r"15 bytes of data, which float32 of shape \[2, 2\] does not take"),
@@ -276,3 +276,32 @@ def test_any_json_is_a_batch_or_a_refusal(fields: list[TensorSpec], data: st.Dat
 )
 def test_any_bytes_are_a_batch_or_a_refusal(field: TensorSpec, media_type: str, body: bytes) -> None:
     check_or_refuse(codec(field), media_type, body)
+
+
+WORDS = codec(TensorSpec("word", "string", (2,)))
+
+
+def test_texts_are_taken_as_json_and_as_numpys_own() -> None:
+    body = {"inputs": [["a", "Ä"], ["b", ""]]}
+    decoded = WORDS.decode("application/json", orjson.dumps(body))
+    assert decoded.inputs[0].dtype == np.object_
+    assert decoded.inputs[0].tolist() == body["inputs"]
+    assert WORDS.decode("application/x-npy", npy(np.array(body["inputs"]))).inputs[0].tolist() == body["inputs"]
+    assert "application/octet-stream" not in WORDS.media_types
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (["a", 3], r"inputs\[1\]: expected a text, got 3"),
+        (["a\0b", "c"], r"inputs\[0\]: the text has a NUL character in it"),
+        (["a"], "expected 2 entries, got 1"),
+    ],
+)
+def test_what_is_no_text_is_refused(row: list[Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        WORDS.decode("application/json", orjson.dumps({"inputs": row}))
+    with pytest.raises(BadInput, match="the model takes string, got float64"):
+        WORDS.decode("application/x-npy", npy(np.zeros(2)))
+    with pytest.raises(BadInput, match="it holds what is no text"):
+        WORDS.decode("application/x-npy", npy(np.array([[55296, 97]], np.uint32).view("<U2")[:, [0, 0]]))

@@ -9,7 +9,7 @@ from leanserve.contracts import ModelSpec, TensorSpec
 
 SPEC = ModelSpec(
     inputs=(TensorSpec("ids", "int64", (None,)), TensorSpec("x", "float32", (3, 8))),
-    outputs=(TensorSpec("label", "object", ()), TensorSpec("vector", "bfloat16", (4,))),
+    outputs=(TensorSpec("label", "string", ()), TensorSpec("vector", "bfloat16", (4,))),
 )
 
 

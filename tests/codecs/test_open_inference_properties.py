@@ -106,21 +106,26 @@ def test_the_range_of_an_integer_datatype_is_exact(datatype: str, beyond: int) -
         decoder.decode(request(datatype, (1, 1), data=[edge + beyond])[0])
 
 
+TEXT = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
+"""What texts are made of: a NUL would end them in runtimes written in C."""
+
+
 @few
-@given(elements=st.lists(st.binary(max_size=40), min_size=1, max_size=8))
-def test_bytes_round_trip(elements: list[bytes]) -> None:
+@given(texts=st.lists(st.text(TEXT, max_size=20), min_size=1, max_size=8))
+def test_bytes_round_trip(texts: list[str]) -> None:
+    elements = [text.encode() for text in texts]
     binary = b"".join(struct.pack("<I", len(element)) + element for element in elements)
-    decoded = InferDecoder(spec("object")).decode(*request("BYTES", (len(elements), 1), binary=binary))
-    assert decoded.inputs[0].ravel().tolist() == elements
+    decoded = InferDecoder(spec("string")).decode(*request("BYTES", (len(texts), 1), binary=binary))
+    assert decoded.inputs[0].ravel().tolist() == texts
     reply = encode_infer(decoded.options, decoded.inputs, "m", "1")
     assert reply.body[reply.json_length :] == binary
 
 
 @few
-@given(texts=st.lists(st.text(max_size=20), min_size=1, max_size=8))
+@given(texts=st.lists(st.text(TEXT, max_size=20), min_size=1, max_size=8))
 def test_text_round_trip(texts: list[str]) -> None:
-    decoded = InferDecoder(spec("object")).decode(request("BYTES", (len(texts), 1), data=texts)[0])
-    assert decoded.inputs[0].ravel().tolist() == [text.encode() for text in texts]
+    decoded = InferDecoder(spec("string")).decode(request("BYTES", (len(texts), 1), data=texts)[0])
+    assert decoded.inputs[0].ravel().tolist() == texts
     assert json.loads(encode_infer(decoded.options, decoded.inputs, "m", "1").body)["outputs"][0]["data"] == texts
 
 

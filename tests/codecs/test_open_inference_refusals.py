@@ -13,15 +13,15 @@ from leanserve.contracts import ModelSpec, TensorSpec
 from leanserve.errors import BadInput, StartupError
 
 SPEC = ModelSpec(
-    inputs=(TensorSpec("x", "float32", (3,)), TensorSpec("ids", "int64", (None,)), TensorSpec("text", "object", ())),
+    inputs=(TensorSpec("x", "float32", (3,)), TensorSpec("ids", "int64", (None,)), TensorSpec("text", "string", ())),
     outputs=(
         TensorSpec("scores", "float32", (2,)),
-        TensorSpec("name", "object", ()),
+        TensorSpec("name", "string", ()),
         TensorSpec("half", "float16", ()),
     ),
 )
 X_BYTES = np.arange(6, dtype=np.float32).tobytes()
-TEXT_BYTES = b"\x01\x00\x00\x00a\x04\x00\x00\x00\xff\x00zz"
+TEXT_BYTES = b"\x01\x00\x00\x00a\x04\x00\x00\x00\xc3\xa9zz"
 
 
 def tensor(name: str, shape: Any, datatype: Any, *, data: Any = None, size: Any = None) -> dict[str, Any]:
@@ -158,7 +158,9 @@ BAD_BINARY = {
         b"\x0a" + bytes(12),
         "element 0 is longer",
     ),
-    "elements missing": (ask_text, b"\x09" + bytes(12), "end before element 1 of the 2"),
+    "elements missing": (ask_text, b"\x09\0\0\0" + b"a" * 9, "end before element 1 of the 2"),
+    "no UTF-8": (ask_text, b"\x01\0\0\0\xff\x04\0\0\0abcd", "element 0 is not UTF-8 (invalid start byte)"),
+    "a NUL": (ask_text, b"\x01\0\0\0a\x04\0\0\0ab\0d", "element 1 has a NUL character in it"),
     "element surplus": (ask_text, bytes(13), "5 bytes follow the last"),
     "many empty elements": (
         json_body(X_JSON, IDS_JSON, tensor("text", [2**40], "BYTES", size=13)),
@@ -215,7 +217,7 @@ def test_a_raw_body_is_rows_of_the_only_input_and_wants_binary_outputs() -> None
     [
         (SPEC, X_BYTES, "fits one input, the model has 3"),
         (raw_spec("int64", None), bytes(16), "'x' cannot be sent raw"),
-        (raw_spec("object"), TEXT_BYTES, "'x' cannot be sent raw"),
+        (raw_spec("string"), TEXT_BYTES, "'x' cannot be sent raw"),
         (raw_spec("float32", 3), X_BYTES[1:], "'x': 23 raw bytes are not a whole number of rows of 12 bytes"),
         (raw_spec("float32", 3), b"", "'x': 0 raw bytes"),
     ],

@@ -31,7 +31,7 @@ def target() -> Callable[[bytes], str]:
     scores = TensorSpec("scores", "float32", (2,))
     fields = {
         0: (TensorSpec("x", "float32", (2,)),),
-        1: (TensorSpec("ids", "int64", (None,)), TensorSpec("flag", "bool", ()), TensorSpec("text", "object", ())),
+        1: (TensorSpec("ids", "int64", (None,)), TensorSpec("flag", "bool", ()), TensorSpec("text", "string", ())),
         2: (TensorSpec("b", "bfloat16", (None, 2)), TensorSpec("h", "float16", ()), TensorSpec("u", "uint8", (2,))),
     }
     specs = {number: ModelSpec(fields[number], (*fields[number], scores)) for number in fields}
@@ -46,7 +46,7 @@ def target() -> Callable[[bytes], str]:
         except ServiceError:
             return "refused"
         for array, field in zip(request.inputs, specs[number].inputs, strict=True):
-            dtype = "float32" if field.dtype == "bfloat16" else field.dtype
+            dtype = np.dtype("float32") if field.dtype == "bfloat16" else field.array_dtype
             fixed = all(want in (None, size) for want, size in zip(field.shape, array.shape[1:], strict=True))
             assert array.dtype == dtype, field
             assert array.shape[0] == request.rows >= 1, field

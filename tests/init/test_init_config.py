@@ -20,7 +20,7 @@ from PIL import Image
 from leanserve.bases.opening import Origin, open_base
 from leanserve.config.data_section import SyntheticData
 from leanserve.config.schema import ServiceConfig, read_config
-from leanserve.contracts import ModelSpec, TensorSpec
+from leanserve.contracts import Json, ModelSpec, TensorSpec
 from leanserve.errors import ConfigError
 from leanserve.evaluation.intervals import paired_difference
 from leanserve.hardware import Hardware
@@ -302,6 +302,31 @@ def test_columns_are_matched_by_name_and_may_be_told(
     assert [section.get(key) for key in ("text", "pair", "label")] == columns
     with pytest.raises(ConfigError, match="--label grade: there is no such column; the file has id, remark, review"):
         data_section(tmp_path / "a.csv", spec, tmp_path, ToldColumns(label="grade"))
+
+
+CARS = ModelSpec((TensorSpec("Make", "string", (1,)), TensorSpec("rest", "float32", (2,))), (), ("cheap", "dear"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told", "section"),
+    [
+        ("make,km,age,label\nFiat,10,3,cheap\n", ToldColumns(), {"inputs": {"Make": "make", "rest": ["km", "age"]}}),
+        ("km,make,age,label\n1,Fiat,3,dear\n", ToldColumns(inputs=("rest=age,km",)),
+         {"inputs": {"Make": "make", "rest": ["age", "km"]}}),
+    ],
+)  # fmt: skip
+def test_columns_of_a_table_are_the_inputs(tmp_path: Path, text: str, told: ToldColumns, section: Json) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    found = data_section(tmp_path / "a.csv", CARS, tmp_path, told)
+    assert found == {"table": "a.csv", **section, "label": "label"}
+
+
+def test_a_table_whose_columns_cannot_be_told_apart_asks_for_their_names(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("brand,km,age,label\nFiat,10,3,cheap\n")
+    with pytest.raises(ConfigError, match=r"has the columns brand, km, age, the model takes Make \(1\), rest \(2\)"):
+        data_section(tmp_path / "a.csv", CARS, tmp_path)
+    with pytest.raises(ConfigError, match="--inputs make: there is no such column"):
+        data_section(tmp_path / "a.csv", CARS, tmp_path, ToldColumns(inputs=("Make=make",)))
 
 
 TWO = ModelSpec((TensorSpec("input_ids", "float32", (2,)), TensorSpec("mask", "float32", (2,))), ())

@@ -261,3 +261,12 @@ def test_memory_grows_with_what_is_written_and_the_reader_follows() -> None:
 @pytest.fixture(autouse=True)
 def info(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
+
+
+def test_texts_travel_as_their_bytes() -> None:
+    slab = Slab.create()
+    texts, numbers = np.array([["Bern", ""], ["Zürich", "x" * 5000]], object), np.arange(3)
+    read = slab.read(slab.write([texts, numbers]))
+    assert read[0].tolist() == texts.tolist()
+    assert read[1].tolist() == [0, 1, 2]
+    slab.close()

@@ -24,7 +24,7 @@ from leanserve.errors import ArtifactCorrupt, ConfigError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 """Raise when descriptions of the same model come out differently."""
 Evidence = Literal["declared", "operator", "numbers", "name", "labels", "form", "none"]
 """From what the meaning of an output is known: the config, its last operator, what it looked like on random rows, its
@@ -43,10 +43,19 @@ class Tensor(BaseModel):
     meaning: Meaning = "values"
     evidence: Evidence = "none"
     next_from: str | None = None
+    words: tuple[tuple[str, ...], ...] = ()
 
     def field(self) -> TensorSpec:
         """As the contracts know it."""
-        return TensorSpec(self.name, self.dtype, self.shape, self.pad, meaning=self.meaning, next_from=self.next_from)
+        return TensorSpec(
+            self.name,
+            self.dtype,
+            self.shape,
+            self.pad,
+            meaning=self.meaning,
+            next_from=self.next_from,
+            words=self.words,
+        )
 
 
 class Probed(BaseModel):

@@ -12,6 +12,7 @@ from leanserve.bases.probing import SizeBounds
 from leanserve.codecs.images import CHANNELS
 from leanserve.config.base_section import AudioInput, BroughtBase, ImageFiles, ImageInput, TextInput
 from leanserve.errors import ConfigError
+from leanserve.texts import STRING
 
 LONGEST_NAME = 63
 MASKED_TEXT = (
@@ -62,13 +63,17 @@ def declared_inputs(declared: BroughtBase) -> tuple[Tensor, ...] | None:
     return None
 
 
-def described(declared: BroughtBase, folder: Path, name: str, found: Probed) -> Description:
-    """The description of a model whose preprocessing the config declares.
+def described(
+    declared: BroughtBase, folder: Path, name: str, found: Probed, classes: tuple[str, ...] = ()
+) -> Description:
+    """The description of a model whose preprocessing the config declares; `classes` are the labels that the model has
+    by itself, for an output of so many numbers if there is one.
 
     Raises:
         ConfigError: the labels cannot be read, or do not fit the outputs, or what is declared of these does not.
     """
-    labels = read_labels(declared, folder)
+    told = declared.labels is None and any(item.shape == (len(classes),) for item in found.outputs)
+    labels = classes if told else read_labels(declared, folder)
     given = settled(found.outputs, labels, declared.outputs, "values" if declared.text is None else "embedding")
     return Description(
         name=declared.name or name,
@@ -99,10 +104,11 @@ def with_state(inputs: Sequence[Tensor], outputs: Sequence[Tensor], pairs: Mappi
             if name not in known:
                 raise ConfigError(f"base.state: the model has no '{name}' there; it has {', '.join(known)}")
         one, other = own[taken], given[left]
-        if (one.dtype, one.shape) != (other.dtype, other.shape) or None in one.shape:
+        if (one.dtype, one.shape) != (other.dtype, other.shape) or None in one.shape or one.dtype == STRING:
             raise ConfigError(
                 f"base.state: '{taken}' is {one.dtype} {list(one.shape)} per row and '{left}' {other.dtype} "
-                f"{list(other.shape)}; a state has one dtype and known sizes in both (base.inputs fixes sizes)"
+                f"{list(other.shape)}; a state has numbers of one dtype and known sizes in both (base.inputs fixes "
+                "sizes)"
             )
     return tuple(item.model_copy(update={"next_from": pairs.get(item.name)}) for item in inputs)
 

@@ -24,6 +24,8 @@ LastOperator = Literal["softmax", "log_softmax", "sigmoid"]
 
 SUM_TOLERANCE = 5e-3
 """How far probabilities may sum up beside 1: half precision and 8 bits round."""
+ROUNDED_ZERO = 1e-5
+"""How far below 0 a probability may be: a forest's trees are added up in single precision."""
 CLASS_AXES: Final[Mapping[Meaning, int]] = {"classes_first": 1, "classes_last": -1}
 """Of maps of classes, in a batch."""
 LEAST_WIDTH = 16
@@ -108,7 +110,7 @@ def settled(
 def _by_numbers(rows: Array) -> Meaning | None:
     if not np.isfinite(rows).all():
         return None
-    if rows.min() >= 0 and np.allclose(rows.sum(axis=1), 1, rtol=0, atol=SUM_TOLERANCE):
+    if rows.min() >= -ROUNDED_ZERO and np.allclose(rows.sum(axis=1), 1, rtol=0, atol=SUM_TOLERANCE):
         return "probabilities"
     if rows.max() <= 0 and np.allclose(np.exp(rows).sum(axis=1), 1, rtol=0, atol=SUM_TOLERANCE):
         return "log_probabilities"

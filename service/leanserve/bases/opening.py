@@ -41,7 +41,7 @@ from leanserve.config.base_section import (
     TorchExportBase,
     TransformersBase,
 )
-from leanserve.config.data_section import AnyData, ArrayFileData
+from leanserve.config.data_section import AnyData, ArrayFileData, TableData
 from leanserve.config.score_section import AnyScore
 from leanserve.config.section import Section
 from leanserve.contracts import Codec, Model, ModelSpec, RowsTogether, TorchModel
@@ -202,6 +202,8 @@ def _description_key(origin: Origin, fingerprint: str) -> str:
         total.update(file_digest(origin.folder / labels).encode())
     if isinstance(origin.base, OnnxBase) and isinstance(origin.data, ArrayFileData):
         total.update(shapes_told(origin.data, origin.folder).encode())
+    if isinstance(origin.base, OnnxBase) and isinstance(origin.data, TableData):
+        total.update(origin.data.model_dump_json().encode())
     return total.hexdigest()
 
 
@@ -224,7 +226,7 @@ def source_of(origin: Origin) -> Source:
     source = open_source(origin.base, origin.folder)
     if isinstance(source, PythonSource):
         return replace(source, known=origin.fingerprint)
-    if isinstance(source, OnnxSource) and isinstance(origin.data, ArrayFileData):
+    if isinstance(source, OnnxSource) and isinstance(origin.data, ArrayFileData | TableData):
         return replace(source, data=origin.data)
     return source
 

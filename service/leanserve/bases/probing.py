@@ -22,6 +22,7 @@ from leanserve.comparison import largest_difference, largest_finite
 from leanserve.contracts import Array, Arrays, ModelSpec, RowsTogether, TensorSpec
 from leanserve.errors import ConfigError
 from leanserve.runtime.assembly import dynamic_axes, join, trim
+from leanserve.texts import KINDS, STRING, as_numbers, dtype_name
 
 Run = Callable[[Arrays], Sequence[Array]]
 Found = TypeVar("Found")
@@ -36,8 +37,8 @@ ROUNDING = 0.02
 """Largest difference that is taken for rounding, if a row in the company of its own copies differs like that, too."""
 ROUNDING_TIMES = 4
 """How many times as much a row may differ among others as among its own copies."""
-NUMBERS = "biuf"
-"""Kinds of numpy dtypes."""
+READABLE = f"biuf{KINDS}"
+"""Kinds of numpy dtypes that outputs may have: numbers and texts."""
 AGAIN = 4
 """How often a row is asked again: dropout over three numbers looks the same by chance once in eight times."""
 HUGE = 1e4
@@ -85,7 +86,7 @@ def _resized(item: TensorSpec, array: Array, rows: int, size: int, seed: int) ->
     for axis, wanted in enumerate(item.shape, start=1):
         if wanted is None:
             found = np.take(found, np.arange(size) % found.shape[axis], axis)
-    return np.ascontiguousarray(found, item.dtype)
+    return np.ascontiguousarray(found, item.array_dtype)
 
 
 def sampled(spec: ModelSpec, sample: Sequence[Array]) -> ModelSpec:
@@ -100,7 +101,9 @@ def sampled(spec: ModelSpec, sample: Sequence[Array]) -> ModelSpec:
 def _fits(item: TensorSpec, array: Array) -> bool:
     sizes = array.shape[1:]
     same = len(sizes) == len(item.shape) and all(map(lambda has, want: want in {None, has}, sizes, item.shape))
-    return same and array.size > 0 and np.can_cast(array.dtype, item.dtype, "safe")
+    if not same or array.size == 0:
+        return False
+    return array.dtype.kind in KINDS if item.dtype == STRING else np.can_cast(array.dtype, item.dtype, "safe")
 
 
 def spec_of_inputs(inputs: Sequence[Tensor], rows: RowsTogether, longest: int = 512, least: int = 1) -> ModelSpec:
@@ -121,7 +124,10 @@ def probe(run: Run, spec: ModelSpec, names: Sequence[str], tolerance: float = TO
     longer = attempt(run, spec.example(most, long, seed=1), names) if dynamic else together
     outputs = tuple(_output(*item, most) for item in zip(names, together, longer, strict=True))
     return Probed(
-        inputs=tuple(Tensor(name=item.name, dtype=item.dtype, shape=item.shape, pad=item.pad) for item in spec.inputs),
+        inputs=tuple(
+            Tensor(name=item.name, dtype=item.dtype, shape=item.shape, pad=item.pad, words=item.words)
+            for item in spec.inputs
+        ),
         outputs=outputs,
         step=spec.step,
         least=spec.least,
@@ -265,9 +271,12 @@ def differs(answer: OutputPair, tolerance: float = TOLERANCE) -> str | None:
     """How one output differs from the other, as text; `None` if it does not."""
     if answer.one.shape != answer.other.shape:
         return f"output '{answer.name}' has shape {list(answer.one.shape)}, not {list(answer.other.shape)}"
-    change, largest = largest_difference(answer.one, answer.other), largest_finite(answer.other)
+    one, other = as_numbers(answer.one, answer.other)
+    change, largest = largest_difference(one, other), largest_finite(other)
     if change <= tolerance * largest:
         return None
+    if answer.other.dtype.kind in KINDS:
+        return f"output '{answer.name}' has other texts"
     return f"output '{answer.name}' differs by {change:.2g}, where its largest value is {largest:.2g}"
 
 
@@ -275,6 +284,7 @@ def _relative_change(one: Array, other: Array) -> float:
     """The largest difference, relative to the largest value; infinite where shapes differ."""
     if one.shape != other.shape:
         return np.inf
+    one, other = as_numbers(one, other)
     change, largest = largest_difference(one, other), largest_finite(other)
     return float(change / largest) if largest else (np.inf if change else 0.0)
 
@@ -283,7 +293,7 @@ def attempt(run: Run, batch: Arrays, names: Sequence[str]) -> list[Array]:
     """The outputs for a batch, one per name.
 
     Raises:
-        ConfigError: the model does not run on it, or gives no arrays of numbers.
+        ConfigError: the model does not run on it, or gives no arrays of numbers or texts.
     """
     try:
         outputs = list(run(batch))
@@ -294,9 +304,9 @@ def attempt(run: Run, batch: Arrays, names: Sequence[str]) -> list[Array]:
     if len(outputs) != len(names):
         raise ConfigError(f"it gives {len(outputs)} outputs, not {len(names)} ({', '.join(names)})")
     for name, output in zip(names, outputs, strict=True):
-        if not isinstance(output, np.ndarray) or output.dtype.kind not in NUMBERS:
+        if not isinstance(output, np.ndarray) or output.dtype.kind not in READABLE:
             kind = output.dtype if isinstance(output, np.ndarray) else type(output).__name__
-            raise ConfigError(f"its output '{name}' is no tensor of numbers ({kind}); leave it out of the export")
+            raise ConfigError(f"its output '{name}' has neither numbers nor texts ({kind}); leave it out of the export")
     return outputs
 
 
@@ -307,4 +317,4 @@ def _output(name: str, together: Array, longer: Array, rows: int) -> Tensor:
             "rows, or requests cannot share a batch"
         )
     shape = tuple(a if a == b else None for a, b in zip(together.shape[1:], longer.shape[1:], strict=True))
-    return guessed(Tensor(name=name, dtype=str(together.dtype), shape=shape), (together, longer))
+    return guessed(Tensor(name=name, dtype=dtype_name(together), shape=shape), (together, longer))

@@ -10,6 +10,7 @@ import numpy as np
 
 from leanserve.contracts import Array, Arrays, Json, Meaning, ModelSpec
 from leanserve.errors import BackendFailed, ConfigError
+from leanserve.texts import KINDS
 
 MANY_LABELS, BEST = 20, 5
 """With more labels than the first number, an answer tells only so many of the best scores."""
@@ -49,7 +50,11 @@ class AnswerEncoder:
         if len(outputs) == 1 and self.spec.outputs[0].meaning == "embedding":
             return [{"embedding": row} for row in np.ascontiguousarray(outputs[0])]
         names = [item.name for item in self.spec.outputs]
-        rows = zip(*(np.ascontiguousarray(array) for array in outputs), strict=True)
+        # The JSON library reads numbers where they are, and texts from lists.
+        rows = zip(
+            *(array.tolist() if array.dtype.kind in KINDS else np.ascontiguousarray(array) for array in outputs),
+            strict=True,
+        )
         return [{"outputs": dict(zip(names, row, strict=True))} for row in rows]
 
 

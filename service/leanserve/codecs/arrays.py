@@ -4,7 +4,7 @@ Bodies:
 - `application/json`: `{"inputs": nested lists}` for a model of one input, `{"inputs": {"name": nested lists, ...}}` for
   several. One row, or a list of rows: the depth of the lists tells.
 - `application/x-npy` for one input, `application/x-npz` (arrays by their names) for any number: numpy's files.
-- `application/octet-stream` for one input of fixed shape: its rows one after the other, little-endian.
+- `application/octet-stream` for one input of numbers of fixed shape: its rows one after the other, little-endian.
 
 Rows may differ in length along the one dynamic axis of an input: shorter ones are padded. Inputs with one dynamic axis
 each (token ids and their mask) have the same length in the same row.
@@ -25,9 +25,10 @@ from leanserve.codecs.json_body import inputs_of
 from leanserve.codecs.json_weight import json_seconds
 from leanserve.codecs.nested import array_of, refuse, sizes_of
 from leanserve.codecs.numpy_files import array_in, arrays_in, inflated_size
-from leanserve.codecs.tensors import clip
+from leanserve.codecs.tensors import clip, refuse_nul
 from leanserve.contracts import Array, Arrays, Decoded, Json, TensorSpec, Weighed
 from leanserve.errors import BadInput, BodyTooLarge, UnsupportedMediaType
+from leanserve.texts import STRING, array_of_texts
 
 JSON = "application/json"
 NPY, NPZ = "application/x-npy", "application/x-npz"
@@ -60,7 +61,8 @@ class ArrayCodec:
     def media_types(self) -> tuple[str, ...]:
         if len(self.fields) > 1:
             return JSON, NPZ
-        return (JSON, NPZ, NPY) if None in self.fields[0].shape else (JSON, NPZ, NPY, OCTETS)
+        [item] = self.fields
+        return (JSON, NPZ, NPY) if None in item.shape or item.dtype == STRING else (JSON, NPZ, NPY, OCTETS)
 
     def prepare(self, media_type: str, body: bytes) -> Weighed[Decoded]:
         """What decoding takes, by bytes and by what they inflate to. Raises as `decode`."""
@@ -118,7 +120,7 @@ class ArrayCodec:
         if len(sizes) not in {axes, axes + 1} or 0 in sizes:
             found = "an empty list" if 0 in sizes else f"{len(sizes)} levels of lists" if sizes else clip(value)
             raise BadInput(f"{where}: expected one row of shape {_shown(item)} or a list of rows, got {found}")
-        many, dtype = len(sizes) > axes, np.dtype(item.dtype)
+        many, dtype = len(sizes) > axes, item.array_dtype
         rows = value if many else [value]
         shape = (len(rows), *_fitting(item, sizes_of(rows[0])))
         self._bound(item, shape)
@@ -137,7 +139,7 @@ class ArrayCodec:
             )
         shape = tuple(map(max, *(row.shape for row in rows)))
         self._bound(item, (len(rows), *shape))
-        batch = np.full((len(rows), *shape), item.pad, item.dtype)
+        batch = np.full((len(rows), *shape), item.filler, item.array_dtype)
         for place, row in zip(batch, rows, strict=True):
             place[tuple(slice(0, size) for size in row.shape)] = row
         return Input(batch, lengths=_lengths(item, rows), many=True)
@@ -180,7 +182,7 @@ class ArrayCodec:
 
 
 def _row(item: TensorSpec, row: Json, where: str) -> Array:
-    sizes, dtype = sizes_of(row), np.dtype(item.dtype)
+    sizes, dtype = sizes_of(row), item.array_dtype
     if len(sizes) == len(item.shape) and 0 not in sizes:
         fitting = _fitting(item, sizes)
         array = array_of(row, dtype, fitting)
@@ -224,10 +226,12 @@ def _lengths(item: TensorSpec, rows: Sequence[Array]) -> tuple[int, ...] | None:
 
 def _converted(item: TensorSpec, batch: Array, where: str) -> Array:
     """To the field's dtype, as JSON numbers would be: floats from any number, integers from integers in range."""
-    wanted = np.dtype(item.dtype)
-    able = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[wanted.kind]
+    wanted = item.array_dtype
+    able = {"b": "b", "i": "iu", "u": "iu", "f": "iuf", "O": "U"}[wanted.kind]
     if batch.dtype.kind not in able:
-        raise BadInput(f"{where}: the model takes {wanted}, got {batch.dtype}")
+        raise BadInput(f"{where}: the model takes {item.dtype}, got {batch.dtype}")
+    if wanted.kind == "O":
+        return _texts(batch, where)
     if wanted.kind in "iu":
         limits = np.iinfo(wanted)
         if int(batch.min()) < limits.min or int(batch.max()) > limits.max:
@@ -241,6 +245,18 @@ def _converted(item: TensorSpec, batch: Array, where: str) -> Array:
             f"the range of {wanted}"
         )
     return array
+
+
+def _texts(batch: Array, where: str) -> Array:
+    """From numpy's texts of a fixed width, whose code points nobody has looked at."""
+    texts: list[str] = batch.ravel().tolist()
+    try:
+        for text in texts:
+            refuse_nul(text, f"{where}: a text")
+            text.encode()
+    except ValueError as error:
+        raise BadInput(f"{where}: it holds what is no text: {error}") from None
+    return array_of_texts(texts, batch.shape)
 
 
 def _shown(item: TensorSpec) -> str:

@@ -1,7 +1,8 @@
 """Nested JSON lists as arrays of one dtype: checked as a whole at the speed of C, searched by hand only for a mistake.
 
 Nothing is converted silently. A float field takes numbers, an integer field whole numbers in its range, a boolean field
-true and false; numpy alone would take strings, booleans among numbers, and wrap or round what does not fit.
+true and false, a field of texts only these; numpy alone would take strings, booleans among numbers, and wrap or round
+what does not fit.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from leanserve.codecs.tensors import clip
+from leanserve.codecs.tensors import clip, refuse_nul
 from leanserve.contracts import Array, Json
 from leanserve.errors import BadInput
 
@@ -24,9 +25,10 @@ TYPES: dict[str, frozenset[type]] = {
     "i": frozenset({int}),
     "u": frozenset({int}),
     "f": frozenset({int, float}),
+    "O": frozenset({str}),
 }
-"""Kind of a numpy dtype -> the Python types that its JSON numbers may have."""
-WORDS = {"b": "true or false", "i": "a whole number", "u": "a whole number", "f": "a number"}
+"""Kind of a numpy dtype -> the Python types that its JSON values may have; objects are texts."""
+WORDS = {"b": "true or false", "i": "a whole number", "u": "a whole number", "f": "a number", "O": "a text"}
 
 
 def sizes_of(value: Json) -> Sizes:
@@ -50,8 +52,14 @@ def array_of(value: Json, dtype: DType, sizes: Sizes) -> Array | None:
             array = np.array(value, dtype)
     except (TypeError, ValueError, OverflowError):  # no list among lists, unequal lengths, an integer out of range
         return None
-    fits = array.shape == sizes and (dtype.kind != "f" or bool(np.isfinite(array).all()))
-    return array if fits else None
+    return array if array.shape == sizes and _is_sound(array) else None
+
+
+def _is_sound(array: Array) -> bool:
+    """Whether runtimes read every element as what it is: no infinity, no text that a NUL ends."""
+    if array.dtype.kind == "O":
+        return not any("\0" in text for text in array.flat)
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
 def refuse(value: Json, dtype: DType, sizes: Sizes, where: str) -> None:
@@ -75,6 +83,9 @@ def _refuse_number(value: Json, dtype: DType, where: str) -> None:
     if type(value) not in TYPES[dtype.kind]:
         raise BadInput(f"{where}: expected {WORDS[dtype.kind]}, got {clip(value)}")
     if dtype.kind == "b":
+        return
+    if dtype.kind == "O":
+        refuse_nul(value, f"{where}: the text")
         return
     limits = np.iinfo(dtype) if dtype.kind in "iu" else np.finfo(dtype)
     if not float(limits.min) <= value <= float(limits.max) or array_of(value, dtype, ()) is None:

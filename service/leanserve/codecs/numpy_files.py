@@ -32,7 +32,7 @@ def array_in(body: bytes, max_elements: int) -> Array:
     """The array of a `.npy` file, as a view of the body.
 
     Raises:
-        BadInput: it is damaged, or holds anything but numbers.
+        BadInput: it is damaged, or holds anything but numbers and texts.
         BodyTooLarge: more than `max_elements`.
     """
     stream = BytesIO(body)
@@ -43,8 +43,8 @@ def array_in(body: bytes, max_elements: int) -> Array:
         raise BadInput(f"the body is a .npy file of version {error}, of which only 1.0 and 2.0 are read") from error
     except Exception as error:  # numpy parses the header as Python; hostile ones raise nearly anything
         raise BadInput(f"the body is not a .npy file: {str(error) or type(error).__name__}") from error
-    if dtype.kind not in "biuf":
-        raise BadInput(f"the body holds {dtype}, not numbers")
+    if dtype.kind not in "biufU":
+        raise BadInput(f"the body holds {dtype}, neither numbers nor texts of numpy's own kind (str)")
     if prod(shape) > max_elements:
         raise BodyTooLarge(f"the body holds {prod(shape)} elements; at most {max_elements} are taken")
     data = memoryview(body)[stream.tell() :]
@@ -59,7 +59,7 @@ def arrays_in(body: bytes, max_elements: int) -> dict[str, Array]:
     """The arrays of a `.npz` file by their names.
 
     Raises:
-        BadInput: it is damaged, encrypted, or holds anything but numbers.
+        BadInput: it is damaged, encrypted, or holds anything but numbers and texts.
         BodyTooLarge: more than `max_elements`.
     """
     inflated_size(body, max_elements)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import chain
 from math import prod
 from reprlib import Repr
-from struct import Struct
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -21,11 +20,11 @@ import numpy as np
 
 from leanserve.contracts import Array, Json, TensorSpec
 from leanserve.errors import BadInput, StartupError
+from leanserve.texts import LENGTH, STRING, array_of_texts, numpy_dtype, packed_texts
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Shape: TypeAlias = tuple[int, ...]
 
-_LENGTH = Struct("<I")
 _JSON_NAMES = {
     bool: "a boolean",
     float: "a float",
@@ -51,7 +50,7 @@ class Datatype:
     @property
     def least_size(self) -> int:
         """The fewest bytes that an element takes in a binary tensor; all of them but BYTES take exactly these."""
-        return _LENGTH.size if self.name == "BYTES" else self.wire.itemsize
+        return LENGTH.size if self.name == "BYTES" else self.wire.itemsize
 
 
 def _table() -> dict[str, Datatype]:
@@ -64,7 +63,8 @@ def _table() -> dict[str, Datatype]:
 
 
 DATATYPES = MappingProxyType(_table())
-_OF_DTYPE = {d.wire.name: (d,) for d in DATATYPES.values() if d.name != "BF16"} | {
+_OF_DTYPE = {d.wire.name: (d,) for d in DATATYPES.values() if d.name not in {"BF16", "BYTES"}} | {
+    STRING: (DATATYPES["BYTES"],),
     "float32": (DATATYPES["FP32"], DATATYPES["FP16"], DATATYPES["BF16"]),
     "bfloat16": (DATATYPES["BF16"],),
 }
@@ -122,7 +122,7 @@ def ports(fields: Iterable[TensorSpec]) -> dict[str, Port]:
 
 def _port(field: TensorSpec, position: int) -> Port:
     try:
-        name = field.dtype if field.dtype == "bfloat16" else np.dtype(field.dtype).name
+        name = field.dtype if field.dtype in {"bfloat16", STRING} else np.dtype(field.dtype).name
         datatypes = _OF_DTYPE[name]
     except (TypeError, KeyError):
         known = ", ".join(sorted(_OF_DTYPE))
@@ -130,7 +130,7 @@ def _port(field: TensorSpec, position: int) -> Port:
             f"field {field.name!r} has dtype {field.dtype!r}, which no protocol datatype carries; use one of {known}"
         ) from None
     shape = (-1, *(-1 if size is None else size for size in field.shape))
-    dtype = np.dtype("float32" if name == "bfloat16" else name)
+    dtype = numpy_dtype("float32" if name == "bfloat16" else name)
     return Port(field.name, position, shape, dtype, datatypes, field.values, field.next_from)
 
 
@@ -158,19 +158,34 @@ def from_binary(datatype: Datatype, body: Buffer, offset: int, port: Port, shape
 
 
 def _split(body: Buffer, start: int, end: int, shape: Shape, name: str) -> Array:
-    """BYTES elements, in row-major order, as an object array of `bytes`."""
-    elements = np.empty(prod(shape), dtype=np.object_)
-    for index in range(len(elements)):
-        if start + _LENGTH.size > end:
-            raise BadInput(f"input {name!r}: its bytes end before element {index} of the {len(elements)} in its shape")
-        stop = start + _LENGTH.size + _LENGTH.unpack_from(body, start)[0]
+    """BYTES elements, in row-major order, as an array of texts."""
+    count, texts = prod(shape), []
+    for index in range(count):
+        if start + LENGTH.size > end:
+            raise BadInput(f"input {name!r}: its bytes end before element {index} of the {count} in its shape")
+        stop = start + LENGTH.size + LENGTH.unpack_from(body, start)[0]
         if stop > end:
             raise BadInput(f"input {name!r}: element {index} is longer than the {end - start} bytes left for it")
-        elements[index] = bytes(body[start + _LENGTH.size : stop])
+        texts.append(_text(bytes(body[start + LENGTH.size : stop]), index, name))
         start = stop
     if start != end:
-        raise BadInput(f"input {name!r}: {end - start} bytes follow the last of its {len(elements)} elements")
-    return elements.reshape(shape)
+        raise BadInput(f"input {name!r}: {end - start} bytes follow the last of its {count} elements")
+    return array_of_texts(texts, shape)
+
+
+def _text(content: bytes, index: int, name: str) -> str:
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"input {name!r}: element {index} is not UTF-8 ({error.reason})") from None
+    refuse_nul(text, f"input {name!r}: element {index}")
+    return text
+
+
+def refuse_nul(text: str, where: str) -> None:
+    """Runtimes written in C end a text there, and would answer for another one."""
+    if "\0" in text:
+        raise BadInput(f"{where} has a NUL character in it")
 
 
 def from_json(datatype: Datatype, data: Json, port: Port, shape: Shape) -> Array:
@@ -184,9 +199,9 @@ def from_json(datatype: Datatype, data: Json, port: Port, shape: Shape) -> Array
         found = _JSON_NAMES.get(type(value), "null")
         raise BadInput(f"input {port.name!r}: element {index} is {found} ({clip(value)}), not {datatype.name}")
     if datatype.name == "BYTES":
-        elements = np.empty(len(flat), dtype=np.object_)
-        elements[:] = [text.encode() for text in flat]
-        return elements.reshape(shape)
+        for index, text in enumerate(flat):
+            refuse_nul(text, f"input {port.name!r}: element {index}")
+        return array_of_texts(flat, shape)
     return _numbers(flat, datatype, port).reshape(shape)
 
 
@@ -220,8 +235,7 @@ def _numbers(flat: list[Json], datatype: Datatype, port: Port) -> Array:
 def to_binary(datatype: Datatype, array: Array) -> memoryview:
     """The bytes of the array as a binary tensor; a view of the array wherever no conversion is needed."""
     if datatype.name == "BYTES":
-        elements = [item if isinstance(item, bytes) else str(item).encode() for item in array.ravel()]
-        return memoryview(b"".join(chain.from_iterable((_LENGTH.pack(len(item)), item) for item in elements)))
+        return memoryview(packed_texts(array))
     if datatype.name == "BF16":
         return _round_to_bf16(np.ascontiguousarray(array, dtype=np.float32)).data
     return np.ascontiguousarray(array, dtype=datatype.wire).data
@@ -239,10 +253,7 @@ def to_json(datatype: Datatype, array: Array, name: str) -> Json:
     if not datatype.json_types:
         raise BadInput(f"output {name!r}: {datatype.name} {_AS_BINARY}")
     if datatype.name == "BYTES":
-        try:
-            return [item.decode() if isinstance(item, bytes) else str(item) for item in array.ravel()]
-        except UnicodeDecodeError:
-            raise BadInput(f"output {name!r} holds bytes that are not UTF-8, which {_AS_BINARY}") from None
+        return array.ravel().tolist()
     flat = np.ascontiguousarray(array, dtype=datatype.wire).reshape(-1)
     if flat.dtype.kind == "f" and not np.isfinite(flat).all():
         raise BadInput(f"output {name!r} holds NaN or infinity, which {_AS_BINARY}")

@@ -152,7 +152,9 @@ class TextInput(Section):
 class TensorInput(Section):
     """One input tensor of a model that takes neither images nor texts."""
 
-    dtype: str = Field("float32", pattern="^(bool|u?int(8|16|32|64)|float(16|32|64))$", description="numpy's name")
+    dtype: str = Field(
+        "float32", pattern="^(bool|u?int(8|16|32|64)|float(16|32|64)|string)$", description="numpy's name, or string"
+    )
     shape: tuple[Annotated[int, Field(ge=1)] | None, ...] = Field(description="of one row; null: any size")
 
     @model_validator(mode="after")

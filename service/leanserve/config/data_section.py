@@ -63,6 +63,18 @@ class TextData(_OwnData):
     label: str | int | None = Field(None, description="column of the class, or of the similarity of a pair")
 
 
+class TableData(_OwnData):
+    """CSV, TSV or JSONL with numbers and words in columns, for a model that takes arrays."""
+
+    kind: ClassVar[str] = "table"
+    table: Files = Field(description="the file, or one per split; its ending tells the format")
+    inputs: dict[str, str | int | tuple[str | int, ...]] = Field(
+        default_factory=dict,
+        description="column, or columns in order, per input of the model; by default columns of the inputs' names",
+    )
+    label: str | int | None = Field(None, description="column of the class, or of the number that should be answered")
+
+
 class SoundData(_OwnData):
     """Recordings as WAV or FLAC, in folders or named by a table."""
 
@@ -85,12 +97,13 @@ class SyntheticData(Form):
     synthetic: int = Field(ge=8, le=100_000, description="number of rows per split")
 
 
-DATA_FORMS: tuple[type[Form], ...] = (ImageData, ArrayFileData, TextData, SoundData, SyntheticData)
+DATA_FORMS: tuple[type[Form], ...] = (ImageData, ArrayFileData, TableData, TextData, SoundData, SyntheticData)
 
 
 AnyData = Annotated[
     Annotated[ImageData, Tag("data.images")]
     | Annotated[ArrayFileData, Tag("data.arrays")]
+    | Annotated[TableData, Tag("data.table")]
     | Annotated[TextData, Tag("data.texts")]
     | Annotated[SoundData, Tag("data.sounds")]
     | Annotated[SyntheticData, Tag("data.synthetic")],

@@ -16,6 +16,7 @@ import numpy as np
 
 from leanserve.contracts import Array, Arrays, Backend, ModelSpec, TensorSpec
 from leanserve.runtime.assembly import join
+from leanserve.texts import KINDS, STRING
 
 GOLDEN = 8
 """Rows whose answers are compared."""
@@ -57,8 +58,9 @@ def batch_dependence(backend: Backend, spec: ModelSpec, rows: Arrays, most: int 
 def _answers(backend: Backend, spec: ModelSpec, samples: Sequence[Arrays]) -> PerRow:
     """The outputs of every sample of one batch, which is filled up as when serving."""
     rows = next((size for size in backend.row_buckets if size >= len(samples)), len(samples))
-    outputs = [np.array(output, np.float64) for output in backend.run(join(samples, spec, rows)).outputs]
-    return [[output[index] for output in outputs] for index in range(len(samples))]
+    given = backend.run(join(samples, spec, rows)).outputs
+    outputs = [output.copy() if output.dtype.kind in KINDS else np.array(output, np.float64) for output in given]
+    return [[output[index, ...] for output in outputs] for index in range(len(samples))]
 
 
 def _change(alone: PerRow, together: PerRow) -> float:
@@ -71,14 +73,25 @@ def _by_output(answers: PerRow) -> Iterator[tuple[Array, ...]]:
 
 
 def _relative(alone: Sequence[Array], together: Sequence[Array]) -> float:
+    if alone[0].dtype.kind in KINDS:
+        return float(not all(map(_same_texts, alone, together)))
     finite = (answer[np.isfinite(answer)] for answer in alone)
     largest = max(float(np.abs(values).max(initial=0.0)) for values in finite)
     change = max(_difference(*answers) for answers in zip(alone, together, strict=False))
     return min(change / max(largest, float(np.finfo(np.float32).tiny)), RUINED)
 
 
+def _same_texts(alone: Array, together: Array) -> bool:
+    return bool((_shared(alone, together) == alone).all())
+
+
+def _shared(alone: Array, together: Array) -> Array:
+    """What both have: padding in company is left out."""
+    return together[tuple(slice(0, size) for size in alone.shape)]
+
+
 def _difference(alone: Array, together: Array) -> float:
-    shared = together[tuple(slice(0, size) for size in alone.shape)]
+    shared = _shared(alone, together)
     apart = ~((shared == alone) | (np.isnan(shared) & np.isnan(alone)))
     with np.errstate(invalid="ignore"):
         changes = np.abs(shared[apart] - alone[apart])
@@ -99,8 +112,11 @@ def _strangers(spec: ModelSpec, rows: Arrays) -> Iterator[tuple[Arrays, Arrays]]
 
 
 def _stranger(random: np.random.Generator, item: TensorSpec, rows: Array, size: float) -> Array:
-    """One row: floats of that size, integers anywhere in the range of those that are given or allowed."""
+    """One row: floats of that size, integers anywhere in the range of those that are given or allowed, texts of other
+    rows."""
     shape = (1, *rows.shape[1:])
+    if item.dtype == STRING:
+        return random.permuted(rows.reshape(-1))[: math.prod(shape)].reshape(shape)
     if rows.dtype.kind == "f":
         scale = max(1.0, float(np.abs(rows).max())) if size == TIMES else 1.0
         most = float(np.finfo(rows.dtype).max) / 10

@@ -31,13 +31,14 @@ from leanserve.evaluation.intervals import resampled_means, sampled_share
 from leanserve.experiments.interval import Interval
 from leanserve.passes.toolkit.spread import by_channel, channel_axis, channel_scales
 from leanserve.scoring import spearman
+from leanserve.texts import as_numbers, of_fixed_width
 
 RANKED_ROWS = 256
 """Rows of which all pairs are compared: 32,640 of them."""
 PIECE = 2**22
 """Numbers of values that are compared at a time, in double precision: an output may be as large as an image."""
 WHOLE = "biu"
-"""Kinds of numpy dtypes that are compared by equality."""
+"""Kinds of numpy dtypes that are compared by equality, as texts are."""
 DRAWN_CHANNELS = 32
 """The worst channels (or classes), of which the interval of the worst is drawn: no other is the worst by chance."""
 
@@ -50,13 +51,14 @@ def fidelity(outputs: Arrays, reference: Arrays, fields: Sequence[TensorSpec]) -
     return tuple(_compared(*each) for each in zip(fields, outputs, reference, strict=True))
 
 
-def _compared(field: TensorSpec, ours: Array, theirs: Array) -> OutputFidelity:
+def _compared(field: TensorSpec, given: Array, wanted: Array) -> OutputFidelity:
+    ours, theirs = as_numbers(given, wanted)
     measure = _equal if theirs.dtype.kind in WHOLE else MEASURES[field.meaning]
     broken = sum(int(differ_in_kind(ours[rows], theirs[rows]).sum()) for rows in _pieces(theirs))
     found = {"name": field.name, "meaning": field.meaning, "not_finite": broken} | measure(ours, theirs, field)
     if all(_alike(ours[rows], theirs[rows]) for rows in _pieces(theirs)):
         found |= _between(Interval(1.0, 1.0))  # the same function, whatever the rows
-    constant = _is_constant(ours) and not _is_constant(theirs)
+    constant = _is_constant(of_fixed_width(given)) and not _is_constant(of_fixed_width(wanted))
     return OutputFidelity.model_validate(found | {"constant": constant})
 
 

@@ -26,6 +26,7 @@ from leanserve.hardware import Hardware
 from leanserve.memory import exit_when_out, largest_that_fits, run_in_parts
 from leanserve.runtime.device import Device
 from leanserve.runtime.formats import open_backend
+from leanserve.texts import of_fixed_width
 
 ROWS = 32
 """Rows of the batch whose memory is measured, where there is memory for it."""
@@ -77,7 +78,7 @@ def _joined(parts: Sequence[Array]) -> Array:
     shape = tuple(max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True))
     if all(part.shape[1:] == shape for part in parts):
         return np.concatenate(parts)
-    blank = np.nan if parts[0].dtype.kind == "f" else 0
+    blank = {"f": np.nan, "O": ""}.get(parts[0].dtype.kind, 0)
     joined = np.full((sum(map(len, parts)), *shape), blank, parts[0].dtype)
     start = 0
     for part in parts:
@@ -99,7 +100,7 @@ def _measure(task: MeasuringTask, answers: Path) -> dict[str, object]:
     try:
         loaded = _peak_bytes()
         rows, peak = largest_that_fits(wanted, lambda rows: _peak_of(backend, tuple(array[:rows] for array in batch)))
-        np.savez(answers, *outputs_on(backend, gate, min(8, rows)))
+        np.savez(answers, *map(of_fixed_width, outputs_on(backend, gate, min(8, rows))))
         dependence = batch_dependence(backend, spec, first, min(COMPANY, rows))
     finally:
         backend.close()

@@ -29,13 +29,14 @@ from leanserve.contracts import CLASS_MAPS, CLASSES, Array, Arrays, Json, Meanin
 from leanserve.experiments.interval import Interval
 from leanserve.experiments.mean import MeanSums
 from leanserve.experiments.proportion import Numbers, share_interval
+from leanserve.texts import as_numbers
 
 MOST_CLASSES = 1024
 """Classes that are counted apart; all others are counted together, as `other`."""
 TOP = 5
 """Best classes, or nearest neighbours, whose overlap is counted; at most half of them all."""
 WHOLE = "biu"
-"""Kinds of numpy dtypes that are compared by equality."""
+"""Kinds of numpy dtypes that are compared by equality, as texts are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ _Found = dict[str, Any]
 
 def row_differences(ours: Array, theirs: Array, field: TensorSpec, rule: AgreementRule) -> RowDifferences:
     """Compare one output [rows, ...] of a candidate (ours) with that of the base (theirs) for the same rows."""
+    ours, theirs = as_numbers(ours, theirs)
     one, other = ours.reshape(len(ours), -1), theirs.reshape(len(theirs), -1)
     pair, unknown = compared(one, other), np.full(len(ours), np.nan)
     furthest = np.abs(pair.one - pair.other).max(axis=1, initial=0.0)

@@ -150,7 +150,9 @@ WRITERS: Final[Mapping[ExportForm, Callable[[Model, Path, int], _Made]]] = {
 def _config(work: AppContext, report: VariantReport, made: _Made, codec: Codec) -> dict[str, Json]:
     """What the script reads, and what a reader wants to know of the variant."""
     spec = report.spec
-    inputs = [{"name": item.name, "dtype": item.dtype, "shape": item.shape} for item in spec.inputs]
+    inputs = [
+        {"name": item.name, "dtype": item.dtype, "shape": item.shape, "words": item.words} for item in spec.inputs
+    ]
     outputs = [
         {"name": item.name, "dtype": item.dtype, "shape": item.shape, "meaning": item.meaning} for item in spec.outputs
     ]

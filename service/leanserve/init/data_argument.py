@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from leanserve.bases.datasets.arrays import headers
 from leanserve.bases.datasets.image_folder import by_ending, image_folder
 from leanserve.bases.datasets.sounds import sounds_below
 from leanserve.codecs.image_formats import FORMAT_NAMES
-from leanserve.contracts import Json, ModelSpec
+from leanserve.contracts import Json, ModelSpec, TensorSpec
 from leanserve.errors import ConfigError
 
 SYNTHETIC: Json = {"synthetic": 64}
 LABELS = ("labels", "label", "y", "targets", "target", "class", "category", "sentiment", "score", "similarity", "stars")
 TEXTS = ("text", "sentence", "sentence1", "text1", "question", "question1", "query", "premise", "review", "content")
 PAIRS = ("sentence2", "text2", "question2", "hypothesis", "passage", "document", "pair")
+TABLES = frozenset({".csv", ".tsv", ".jsonl"})
 LOOKED_AT = 50
 """Lines of a table that are looked at."""
 
@@ -36,13 +38,15 @@ class ToldColumns:
     pair: str | None = None
     label: str | None = None
     inputs: tuple[str, ...] = ()
-    """`INPUT=ARRAY`, per input of the model; or `ARRAY` alone for a model with one."""
+    """`INPUT=ARRAY`, per input of the model; or `ARRAY` alone for a model with one. Of a table `INPUT=COLUMN`, or
+    several columns with commas between them."""
 
 
 def data_section(
     path: Path | None, spec: ModelSpec, folder: Path, told: ToldColumns = ToldColumns()
 ) -> dict[str, Json]:
-    """The `data:` section for a folder of images or recordings, an `.npz`, or a table of texts; else synthetic rows.
+    """The `data:` section for a folder of images or recordings, an `.npz`, or a table; else synthetic rows. A table has
+    texts for a model of rows of any length, else numbers and words in columns.
 
     Raises:
         ConfigError: none of these, or what was told of it is not there.
@@ -57,12 +61,14 @@ def data_section(
     try:
         if path.suffix == ".npz":
             return {"arrays": near, **_arrays(path, spec, told)}
-        if path.suffix in {".csv", ".tsv", ".jsonl"}:
+        if path.suffix in TABLES and spec.inputs and all(None not in item.shape for item in spec.inputs):
+            return {"table": near, **_table(_head(path, [item.name for item in spec.inputs]), path, spec, told)}
+        if path.suffix in TABLES:
             return {"texts": near, **_columns(_head(path), told, classes=bool(spec.labels))}
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error, csv.Error) as error:
         raise ConfigError(f"--data {path}: not read as its name says: {str(error).splitlines()[0]}") from error
     raise ConfigError(
-        f"--data {path}: give a folder of images or recordings, an .npz file, or texts as .csv, .tsv or .jsonl"
+        f"--data {path}: give a folder of images or recordings, an .npz file, or a table as .csv, .tsv or .jsonl"
     )
 
 
@@ -133,6 +139,59 @@ def _matched(path: Path, spec: ModelSpec, arrays: Sequence[str]) -> dict[str, st
     return chosen
 
 
+def _table(head: Head, path: Path, spec: ModelSpec, told: ToldColumns) -> dict[str, Json]:
+    """The columns of every input and of the label: as told, by their names, else all that are left in their order."""
+    names, _ = head
+    if not names:
+        raise ConfigError("--data: the file is empty")
+    asked = {name: tuple(columns.split(",")) for name, columns in _told_inputs(told.inputs, spec).items()}
+    taken = {column for columns in asked.values() for column in columns}
+    own = {_letters(item.name) for item in spec.inputs if item.name not in asked}
+    usual = [name for name in names if str(name) not in taken and _letters(str(name)) not in own]
+    label = _column(told.label, names, "--label") if told.label else _named(usual, LABELS)
+    chosen = {name: tuple(_column(column, names, "--inputs") for column in columns) for name, columns in asked.items()}
+    chosen = _matched_columns(path, spec, [name for name in names if name != label], chosen)
+    differing = {name: columns for name, columns in chosen.items() if columns != (name,)}
+    inputs = {name: columns[0] if len(columns) == 1 else list(columns) for name, columns in differing.items()}
+    return ({"inputs": inputs} if inputs else {}) | ({} if label is None else {"label": label})
+
+
+def _matched_columns(
+    path: Path, spec: ModelSpec, columns: Sequence[str | int], chosen: Mapping[str, tuple[str | int, ...]]
+) -> dict[str, tuple[str | int, ...]]:
+    """With the columns of inputs of which nothing was told: of their names, or all that are left if these are as many
+    as the only other input takes."""
+    found = dict(chosen)
+    for item in spec.inputs:
+        alike = [name for name in columns if _letters(str(name)) == _letters(item.name)]
+        if item.name not in found and alike and _width(item) == 1:
+            found[item.name] = (next((name for name in alike if name == item.name), alike[0]),)
+    missing = [item for item in spec.inputs if item.name not in found]
+    taken = {name for names in found.values() for name in names}
+    left = tuple(name for name in columns if name not in taken)
+    if len(missing) == 1 and len(left) == _width(missing[0]):
+        found[missing[0].name] = left
+    elif missing:
+        takes = ", ".join(f"{item.name} ({_width(item)})" for item in spec.inputs)
+        raise ConfigError(
+            f"--data {path} has the columns {', '.join(map(str, columns))}, the model takes {takes}; say which are "
+            f"which with --inputs {missing[0].name}=COLUMN{',COLUMN' if _width(missing[0]) > 1 else ''}"
+        )
+    return {item.name: found[item.name] for item in spec.inputs}
+
+
+def _width(item: TensorSpec) -> int:
+    """Values per row."""
+    return math.prod(size or 1 for size in item.shape)
+
+
+def _column(asked: str, names: Sequence[str | int], option: str) -> str | int:
+    found = next((name for name in names if str(name) == asked), None)
+    if found is None:
+        raise ConfigError(f"{option} {asked}: there is no such column; the file has {', '.join(map(str, names))}")
+    return found
+
+
 def _letters(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.casefold())
 
@@ -143,8 +202,12 @@ def _named(names: Sequence[str | int], usual: Sequence[str]) -> Any:
     return next((by_letters[name] for name in usual if name in by_letters), None)
 
 
-def _head(path: Path) -> tuple[Sequence[str | int], list[list[str]]]:
-    """Column names (or numbers, where there is no header) and the first lines."""
+Head: TypeAlias = tuple[Sequence[str | int], list[list[str]]]
+"""Names of columns, and some lines."""
+
+
+def _head(path: Path, names: Iterable[str] = ()) -> Head:
+    """Column names (or numbers, where there is no header) and the first lines; `names` are those of the inputs."""
     with path.open(encoding="utf-8", newline="") as stream:
         if path.suffix == ".jsonl":
             rows = [json.loads(line) for _, line in zip(range(LOOKED_AT), stream, strict=False)]
@@ -155,11 +218,13 @@ def _head(path: Path) -> tuple[Sequence[str | int], list[list[str]]]:
     if not table:
         return [], []
     numeric = [_is_number(cell) for cell in table[-1]]
-    header = any(numeric) and not any(_is_number(cell) for cell in table[0])
+    known = {*LABELS, *TEXTS, *PAIRS, *map(_letters, names)}
+    named = any(_letters(cell) in known for cell in table[0]) and len({*table[0]}) == len(table[0]) and len(table) > 1
+    header = (named or any(numeric)) and not any(_is_number(cell) for cell in table[0])
     return (table[0], table[1:]) if header else (list(range(len(table[0]))), table)
 
 
-def _columns(head: tuple[Sequence[str | int], list[list[str]]], told: ToldColumns, *, classes: bool) -> dict[str, Json]:
+def _columns(head: Head, told: ToldColumns, *, classes: bool) -> dict[str, Json]:
     """The columns of text, pair and label: as told, by their names, else by what is in them."""
     names, rows = head
     if not rows:

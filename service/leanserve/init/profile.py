@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from leanserve.bases.description import Tensor
 from leanserve.bases.loaded import LoadedBase
 from leanserve.contracts import ModelSpec, OnnxModel, TensorSpec, TorchModel
+from leanserve.texts import STRING
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,7 +118,7 @@ def likely_state(spec: ModelSpec) -> dict[str, str]:
 
 
 def _same_kind(one: TensorSpec, other: TensorSpec) -> bool:
-    known = bool(one.shape) and None not in one.shape
+    known = bool(one.shape) and None not in one.shape and one.dtype != STRING
     return known and (one.dtype, one.shape) == (other.dtype, other.shape)
 
 

@@ -259,7 +259,8 @@ def _remarks(sections: Sections, profile: ModelProfile) -> dict[str, list[str]]:
     if data == SYNTHETIC:
         found["data"] += [
             "Random rows, good for a first look at speed; before you believe quality, put your own data here: "
-            "{images: FOLDER}, {arrays: FILE.npz, labels: NAME} or {texts: FILE.csv, text: COLUMN, label: COLUMN}.",
+            "{images: FOLDER}, {arrays: FILE.npz, labels: NAME}, {table: FILE.csv, label: COLUMN} or {texts: FILE.csv, "
+            "text: COLUMN, label: COLUMN}.",
         ]
     return found
 

@@ -10,13 +10,14 @@ from typing import NamedTuple
 import numpy as np
 import orjson
 
-from leanserve.contracts import Arrays, Json, ModelSpec
+from leanserve.contracts import Array, Arrays, Json, ModelSpec
 from leanserve.experiments.answer_pairs import AgreementRule, AnswerPairs, PairedRows, pair_answers
 from leanserve.experiments.disagreements import Disagreement, DisagreementRing, row_details
 from leanserve.live.rerun import AnsweredRequest, Rerun
 from leanserve.live.shadows import AnsweredAgain
 from leanserve.request_identity import request_id
 from leanserve.runtime.assembly import dynamic_axes
+from leanserve.texts import KINDS
 
 MOST_TOLD = 8
 """Disagreements of one comparison that are kept; a candidate that is wrong everywhere needs no more examples."""
@@ -86,10 +87,14 @@ class Comparison:
             self._ring.add(Disagreement(time.time(), name, row, told, payload))
 
     def _payload(self, request: AnsweredRequest, row: int) -> bytes:
-        rows = {field.name: array[row] for field, array in zip(self._spec.inputs, request.sample, strict=True)}
-        return orjson.dumps(
-            {name: np.ascontiguousarray(each) for name, each in rows.items()}, option=orjson.OPT_SERIALIZE_NUMPY
-        )
+        pairs = zip(self._spec.inputs, request.sample, strict=True)
+        rows = {field.name: _plain(array[row : row + 1]) for field, array in pairs}
+        return orjson.dumps(rows, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _plain(row: Array) -> Json:
+    """One row [1, ...] without its first axis, as the JSON library takes it."""
+    return row.tolist()[0] if row.dtype.kind in KINDS else np.ascontiguousarray(row[0])
 
 
 def _pairs(batches: Iterable[AnsweredAgain], reruns: Iterable[Rerun]) -> Iterator[_Pair]:

@@ -13,6 +13,7 @@ from leanserve.runtime.turns import DeviceShare
 from leanserve.serving.batch_runner import BatchPlace, BatchRunner
 from leanserve.serving.batcher import Formed, Ticket
 from leanserve.serving.variant import Variant
+from leanserve.texts import size_of
 
 
 class AnsweredRequest(NamedTuple):
@@ -29,7 +30,7 @@ class AnsweredRequest(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in (*self.sample, *self.answer))
+        return sum(size_of(array) for array in (*self.sample, *self.answer))
 
 
 class Rerun(NamedTuple):

@@ -74,7 +74,7 @@ def _join_field(arrays: Sequence[Array], item: TensorSpec, rows: int) -> Array:
     if count == rows and None not in item.shape:
         return np.concatenate(arrays)
     shape = tuple(max(array.shape[axis] for array in arrays) for axis in range(1, arrays[0].ndim))
-    joined = np.full((rows, *shape), item.pad, item.dtype)
+    joined = np.full((rows, *shape), item.filler, item.array_dtype)
     start = 0
     for array in arrays:
         window = (slice(start, start + len(array)), *(slice(0, size) for size in array.shape[1:]))

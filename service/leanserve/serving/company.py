@@ -26,7 +26,7 @@ def company_by(spec: ModelSpec, *, trusts_rows: bool) -> Company | None:
     if spec.rows == "one":
         return None
     alike = _shape if spec.rows == "one_length" else None
-    if trusts_rows or not any(np.dtype(item.dtype).kind == "f" for item in spec.inputs):
+    if trusts_rows or not any(item.dtype.startswith("float") for item in spec.inputs):
         return alike
     return lambda sample: (alike(sample) if alike else ANY) if _finite(sample) else object()
 

@@ -29,6 +29,7 @@ from leanserve.serving.fleet import Fleet
 from leanserve.serving.incidents import unexpected_failure
 from leanserve.serving.length_groups import cut_to_length, length_groups
 from leanserve.serving.variant import Variant
+from leanserve.texts import size_of
 
 QUICK_BYTES = 64 * 2**10
 """Bytes of outputs up to which they are encoded on the event loop; a thread costs 50 microseconds."""
@@ -73,8 +74,8 @@ class Answered(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of all outputs."""
         if len(self.parts) > 1:
-            return sum(array.nbytes for part in self.parts for array in part.outputs)
-        return sum([array.nbytes for array in self.parts[0].outputs])
+            return sum(size_of(array) for part in self.parts for array in part.outputs)
+        return sum([size_of(array) for array in self.parts[0].outputs])
 
     def how_it_ran(self) -> dict[str, float]:
         """What every reply tells: milliseconds in the queue and on the device, rows of the (largest) batch."""

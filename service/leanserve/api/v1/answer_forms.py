@@ -19,6 +19,7 @@ from leanserve.codecs.tensors import clip
 from leanserve.contracts import Array, Arrays, Json, ModelSpec, Place, Placement
 from leanserve.errors import BadInput
 from leanserve.http.messages import Request
+from leanserve.texts import KINDS, of_fixed_width
 
 NPZ = "application/x-npz"
 OUTPUTS, TOP = "outputs", "top"
@@ -130,16 +131,12 @@ def archive(parts: Sequence[Mapping[str, Columns]], groups: Sequence[Sequence[in
         arrays[prefix + name] = np.array([getattr(place, name) for place in places])
     stream = BytesIO()
     # Texts have a fixed width in it: as objects they would be pickled.
-    np.savez(stream, allow_pickle=False, **{name: _plain(array) for name, array in arrays.items()})
+    np.savez(stream, allow_pickle=False, **{name: of_fixed_width(array) for name, array in arrays.items()})
     return stream.getvalue()
 
 
-def _plain(array: Array) -> Array:
-    return array.astype(np.str_) if array.dtype.kind == "O" else array
-
-
 def _shortened(array: Array, top: int | None) -> Columns:
-    if top is None or array.ndim < 2:
+    if top is None or array.ndim < 2 or array.dtype.kind in KINDS:
         return Columns({WHOLE: array})
     index, value = best(array, top)
     return Columns({"index": index, "value": value})

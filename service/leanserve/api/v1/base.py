@@ -6,6 +6,7 @@ import math
 from typing import Literal
 
 from leanserve.contracts import Base, Json, ModelSpec, TensorSpec
+from leanserve.texts import KINDS
 
 Kind = Literal["image", "audio", "text", "arrays"]
 _MOST_ELEMENTS = 2048
@@ -46,7 +47,7 @@ def _example(spec: ModelSpec) -> Json:
     row = [array[0] for array in spec.example(1)]
     if sum(math.prod(array.shape) for array in row) > _MOST_ELEMENTS:
         return None
-    values = [array.round(3).tolist() for array in row]
+    values = [(array if array.dtype.kind in KINDS else array.round(3)).tolist() for array in row]
     if len(values) == 1:
         return {"inputs": values[0]}
     return {"inputs": dict(zip((item.name for item in spec.inputs), values, strict=True))}

@@ -8,6 +8,7 @@ both and refuses both with the same words. Tensors in `raw_input_contents` stay 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -21,6 +22,7 @@ from leanserve.codecs.open_inference import InferRequest
 from leanserve.codecs.tensors import DATATYPES, Buffer, Datatype, ports, to_binary
 from leanserve.contracts import Array, Arrays, Json, ModelSpec
 from leanserve.errors import BadInput
+from leanserve.texts import LENGTH
 
 _PIECE = 2**16
 """Numbers that are converted at once."""
@@ -103,6 +105,8 @@ def _pack(tensor: Any) -> bytes:
     if len(values) != count:
         takes = f"its shape {list(tensor.shape)} takes {count}"
         raise BadInput(f"input {tensor.name!r} has {len(values)} elements in {field}, {takes}")
+    if datatype.name == "BYTES":
+        return b"".join(chain.from_iterable((LENGTH.pack(len(item)), item) for item in values))
     try:
         return bytes(to_binary(datatype, _array(datatype, values)))
     except OverflowError:
@@ -110,13 +114,9 @@ def _pack(tensor: Any) -> bytes:
 
 
 def _array(datatype: Datatype, values: Any) -> Array:
-    if datatype.name != "BYTES":
-        # In pieces: Python's lock is held for each of them.
-        pieces = (values[start : start + _PIECE] for start in range(0, len(values), _PIECE))
-        return np.concatenate([np.empty(0, datatype.wire), *(np.array(piece, datatype.wire) for piece in pieces)])
-    elements = np.empty(len(values), dtype=np.object_)
-    elements[:] = list(values)
-    return elements
+    # In pieces: Python's lock is held for each of them.
+    pieces = (values[start : start + _PIECE] for start in range(0, len(values), _PIECE))
+    return np.concatenate([np.empty(0, datatype.wire), *(np.array(piece, datatype.wire) for piece in pieces)])
 
 
 def _input(tensor: Any, chunk: Buffer) -> Json:
@@ -158,7 +158,5 @@ def encode(
 
 
 def _elements(datatype: Datatype, array: Array) -> list[Any]:
-    if datatype.name == "BYTES":
-        return [item if isinstance(item, bytes) else str(item).encode() for item in array.ravel()]
     values: list[Any] = array.ravel().tolist()
-    return values
+    return [text.encode() for text in values] if datatype.name == "BYTES" else values

@@ -31,6 +31,7 @@ from leanserve.errors import BadInput, NotFound
 from leanserve.serving.session import DEFAULT_TERMS, Terms
 from leanserve.serving.variant import Variant
 from leanserve.telemetry.observations import BatchTimes, VariantMetrics
+from leanserve.texts import STRING, dtype_name
 
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "parameters", "schedule_policy")
 """Those of Triton's extensions that clients may count on. Statistics are offered whole, but not announced:
@@ -70,7 +71,7 @@ class OpenInference:
         self._decoders = {spec: InferDecoder(spec) for spec in specs}
         self._decoder_of = {variant: self._decoders[variant.spec] for variant in self.fleet.opened.values()}
         self.keeps_state = any(item.next_from for item in service.base.spec.inputs)
-        self.takes_strings = any(item.dtype == "object" for spec in specs for item in spec.inputs)
+        self.takes_strings = any(item.dtype == STRING for spec in specs for item in spec.inputs)
         """Whether a tensor may hold texts, whose reading takes as long as that of JSON."""
 
     def decoder_of(self, variant: Variant) -> InferDecoder:
@@ -198,7 +199,7 @@ class OpenInference:
         for name, columns in chain.answers(outputs, spec, (), chain.ends).items():
             arrays |= columns.named(name)
         binary = options.parameters.get("binary_data_output") is True
-        told = ports(TensorSpec(name, array.dtype.name, array.shape[1:]) for name, array in arrays.items())
+        told = ports(TensorSpec(name, dtype_name(array), array.shape[1:]) for name, array in arrays.items())
         wanted = tuple(WantedOutput(port, "binary" if binary else "json") for port in told.values())
         return PostInfer(options._replace(outputs=wanted), tuple(arrays.values()))
 

@@ -28,6 +28,7 @@ from leanserve.config.data_section import ArrayFileData
 from leanserve.contracts import Array, Arrays, Codec, ModelSpec, TensorSpec
 from leanserve.disk import open_regular
 from leanserve.errors import ConfigError
+from leanserve.texts import STRING
 
 
 class Header(NamedTuple):
@@ -180,7 +181,7 @@ def _require_fit(header: Header, field: TensorSpec, what: str) -> None:
     fits = len(header.shape) == len(field.shape) + 1 and all(
         wanted in (None, size) for size, wanted in zip(header.shape[1:], field.shape, strict=True)
     )
-    if fits and np.can_cast(header.dtype, field.dtype, "safe"):
+    if fits and (header.dtype.kind == "U" if field.dtype == STRING else np.can_cast(header.dtype, field.dtype, "safe")):
         return
     wanted = ", ".join("any" if size is None else str(size) for size in field.shape)
     pixels = ", or images uint8 [rows, height, width, 3] if base.image tells how" if len(field.shape) == 3 else ""
@@ -223,7 +224,7 @@ class ArrayTable:
             images = self._arrays[0][rows]
             return (stacked([self.pixels.row(Image.fromarray(_plain(image))) for image in images]),)
         parts = zip(self._arrays, self.spec.inputs, strict=True)
-        return tuple(array[rows].astype(field.dtype, copy=False) for array, field in parts)
+        return tuple(array[rows].astype(field.array_dtype, copy=False) for array, field in parts)
 
     @cached_property
     def _arrays(self) -> Arrays:

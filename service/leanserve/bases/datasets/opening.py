@@ -8,12 +8,13 @@ from math import prod
 from pathlib import Path
 
 from leanserve.bases.datasets.arrays import open_arrays
+from leanserve.bases.datasets.columns import open_columns
 from leanserve.bases.datasets.images import open_images
 from leanserve.bases.datasets.sounds import open_sounds
 from leanserve.bases.datasets.texts import open_texts
 from leanserve.bases.description import Description
 from leanserve.bases.loaded import Rows
-from leanserve.config.data_section import AnyData, ArrayFileData, ImageData, SyntheticData, TextData
+from leanserve.config.data_section import AnyData, ArrayFileData, ImageData, SyntheticData, TableData, TextData
 from leanserve.contracts import ArrayData, Codec, ModelSpec, Split
 from leanserve.errors import ConfigError
 
@@ -51,6 +52,8 @@ def open_rows(
         return rows
     if isinstance(data, ArrayFileData):
         return open_arrays(data, spec, codec, folder, own_labels=own_labels)
+    if isinstance(data, TableData):
+        return open_columns(data, spec, codec, folder, own_labels=own_labels)
     if isinstance(data, ImageData):
         if description.image is None:
             raise ConfigError("data.images: the model takes no images; if it does, say how with base.image")

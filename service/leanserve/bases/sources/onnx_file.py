@@ -21,17 +21,20 @@ import numpy as np
 
 from leanserve.bases.checkpoints import file_digest
 from leanserve.bases.datasets.arrays import first_rows
-from leanserve.bases.description import Description
+from leanserve.bases.datasets.columns import first_lines
+from leanserve.bases.description import Description, Tensor
 from leanserve.bases.inputs import bounds_of, described, served_name
 from leanserve.bases.meanings import proven
 from leanserve.bases.sources.onnx_preparation import Prepared, candidates, fix_sizes
 from leanserve.bases.sources.onnx_reading import files_of, nodes_of, read_onnx
 from leanserve.bases.sources.onnx_trial import Trial, Verdict, tried
+from leanserve.bases.sources.onnx_words import named_classes
 from leanserve.config.base_section import OnnxBase
-from leanserve.config.data_section import ArrayFileData
+from leanserve.config.data_section import ArrayFileData, TableData
 from leanserve.contracts import ModelSpec, OnnxModel
 from leanserve.errors import ConfigError
 from leanserve.hardware import library_version
+from leanserve.texts import of_fixed_width
 
 LIBRARIES = ("onnx", "onnxruntime")
 SCALED_BY_BATCH = "DynamicQuantize"
@@ -43,6 +46,8 @@ class _Chosen(NamedTuple):
 
     path: Path
     verdict: Verdict
+    classes: tuple[str, ...]
+    """What the graph calls its classes, if it does."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class OnnxSource:
 
     declared: OnnxBase
     folder: Path
-    data: ArrayFileData | None = None
+    data: ArrayFileData | TableData | None = None
     """Where rows of the user's own are, on which the graph is tried."""
 
     def fingerprint(self) -> str:
@@ -65,7 +70,7 @@ class OnnxSource:
 
     def describe(self) -> Description:
         found = self._chosen.verdict
-        return described(self.declared, self.folder, served_name(self._path), found)
+        return described(self.declared, self.folder, served_name(self._path), found, self._chosen.classes)
 
     def model(self, spec: ModelSpec) -> OnnxModel:
         """The prepared graph as one file, which lives as long as this source does."""
@@ -104,15 +109,18 @@ class OnnxSource:
             raise first
         raise ConfigError(f"base.onnx: {self._path} cannot be served: {first}") from first
 
-    def _sample(self, names: Sequence[str]) -> Path | None:
-        """The first rows of the user's own in a file, if they are arrays for inputs of these names."""
+    def _sample(self, inputs: Sequence[Tensor]) -> Path | None:
+        """The first rows of the user's own in a file, if they are arrays or columns for these inputs."""
         if self.data is None or self.declared.image is not None:
             return None
-        rows = first_rows(self.data, names, self.folder)
+        if isinstance(self.data, TableData):
+            rows = first_lines(self.data, [item.field() for item in inputs], self.folder)
+        else:
+            rows = first_rows(self.data, [item.name for item in inputs], self.folder)
         if rows is None:
             return None
         path = self._workplace / "sample.npz"
-        np.savez(path, *rows)
+        np.savez(path, *map(of_fixed_width, rows))
         return path
 
     def _tried(self, ready: Prepared, original: Path) -> _Chosen:
@@ -130,14 +138,14 @@ class OnnxSource:
             rows=self.declared.rows,
             whole=ready.whole,
             bounds=bounds_of(self.declared),
-            sample=self._sample([item.name for item in ready.inputs]),
+            sample=self._sample(ready.inputs),
         )
         found = tried(trial)
         if found.inputs != ready.inputs:
             fix_sizes(ready, found.inputs)
             onnx.save(ready.model, path)
         outputs = tuple(proven(*pair) for pair in zip(found.outputs, ready.endings, strict=True))
-        return _Chosen(path, found.model_copy(update={"outputs": outputs}))
+        return _Chosen(path, found.model_copy(update={"outputs": outputs}), named_classes(ready.model.graph))
 
 
 def _version(library: str) -> str:

@@ -19,8 +19,10 @@ from leanserve.bases.inputs import audio_tensor, image_tensor
 from leanserve.bases.meanings import LastOperator
 from leanserve.bases.sources.onnx_reading import LEAST_OPSET, last_nodes, modern, opset_of
 from leanserve.bases.sources.onnx_whole import LoneAxes, add_axis_of_rows, sizes_of_whole
+from leanserve.bases.sources.onnx_words import known_words
 from leanserve.config.base_section import BroughtBase, ImageInput
 from leanserve.errors import ConfigError
+from leanserve.texts import STRING
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, ValueInfoProto
@@ -87,7 +89,7 @@ def prepared(model: ModelProto, declared: BroughtBase) -> Prepared:
     A first axis of 1 stays where no row has company.
 
     Raises:
-        ConfigError: an input is no tensor of numbers, has no axis of rows, or is not what the config declares.
+        ConfigError: an input is no tensor, has no axis of rows, or is not what the config declares.
     """
     graph = model.graph
     wishes = _wishes(declared, [item.name for item in graph.input])
@@ -112,7 +114,7 @@ def prepared_whole(model: ModelProto, declared: BroughtBase, lone: LoneAxes) -> 
     """Put an axis of rows in front of all that the model takes and gives; the model is changed.
 
     Raises:
-        ConfigError: an input is no tensor of numbers, or is not what the config declares.
+        ConfigError: an input is no tensor, or is not what the config declares.
     """
     wishes = _wishes(declared, [item.name for item in model.graph.input])
     inputs = tuple(_settled_whole(item, wishes, lone) for item in model.graph.input)
@@ -132,6 +134,8 @@ def _finished(
     model: ModelProto, inputs: tuple[Tensor, ...], fixed_rows: int | None = None, *, whole: bool = False
 ) -> Prepared:
     names = tuple(item.name for item in model.graph.output)
+    words = known_words(model.graph)
+    inputs = tuple(item.model_copy(update={"words": words.get(item.name, ())}) for item in inputs)
     return Prepared(_inferred(model), inputs, names, tuple(last_nodes(model.graph)), fixed_rows, whole)
 
 
@@ -142,7 +146,7 @@ def _copied(model: ModelProto, _: Path) -> ModelProto:
 
 
 def _tidied(model: ModelProto) -> ModelProto:
-    """With weights where passes look for them, and with tensors of numbers as its only outputs."""
+    """With weights where passes look for them, and with tensors as its only outputs."""
     _lift_constants(model.graph)
     _give_tensors(model.graph)
     return model
@@ -165,7 +169,7 @@ def _lift_constants(graph: GraphProto) -> None:
 
 
 def _give_tensors(graph: GraphProto) -> None:
-    """Converters of classic models give the probabilities as maps, and the class as a text beside: take the tensor."""
+    """Converters of classic models give the probabilities as maps: take the tensor behind them."""
     maps = {node.output[0]: node for node in graph.node if node.op_type == "ZipMap"}
     for value in graph.output:
         if value.name in maps:
@@ -174,14 +178,6 @@ def _give_tensors(graph: GraphProto) -> None:
             del node.attribute[:]
             value.type.Clear()
             value.type.tensor_type.elem_type = 1
-    numbers = [item for item in graph.output if item.type.tensor_type.elem_type != _STRING]
-    if 0 < len(numbers) < len(graph.output):
-        del graph.output[:]
-        graph.output.extend(numbers)
-
-
-_STRING = 8
-"""`TensorProto.STRING`."""
 
 
 def _keep_true_inputs(model: ModelProto) -> None:
@@ -273,6 +269,8 @@ def _dtype(value: ValueInfoProto) -> str:
         kind = value.type.WhichOneof("value")
         raise ConfigError(f"base.onnx: the input '{value.name}' is a {kind}, not a tensor")
     code = value.type.tensor_type.elem_type
+    if code == TensorProto.STRING:
+        return STRING
     dtype = helper.tensor_dtype_to_np_dtype(code)
     if dtype.kind not in "biuf" or code == TensorProto.BFLOAT16:
         raise ConfigError(

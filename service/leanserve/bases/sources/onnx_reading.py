@@ -29,6 +29,8 @@ NEWEST_FORMAT = 10
 LARGEST_BYTES = 2**31 - 1
 """A protobuf message cannot be larger, and artifacts are single files."""
 SHOWN = 4
+ASSUMED_LOCALES = (b"", b"en_US", b"en_US.UTF-8")
+LOCALE = "C.UTF-8"
 OPERATORS: Final[Mapping[str, LastOperator]] = {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Sigmoid": "sigmoid"}
 UNCHANGING = frozenset(
     {
@@ -64,6 +66,7 @@ def read_onnx(path: Path) -> ModelProto:
         raise ConfigError(f"base.onnx: {path} is damaged: {_first_line(error)}") from error
     _refuse_unknown_operators(model, path)
     _forget_impossible_sizes(model)
+    _fold_case_everywhere(model)
     # The version of the format runs ahead of runtimes with every release of onnx; what graphs need is in their opset.
     model.ir_version = min(model.ir_version, NEWEST_FORMAT)
     return model
@@ -75,6 +78,19 @@ def _forget_impossible_sizes(model: ModelProto) -> None:
         for axis in value.type.tensor_type.shape.dim:
             if axis.HasField("dim_value") and axis.dim_value <= 0:
                 axis.Clear()
+
+
+def _fold_case_everywhere(model: ModelProto) -> None:
+    """Where no locale is said, onnxruntime asks for one that small machines do not have installed; the one that comes
+    with the C library knows the same letters."""
+    from onnx import helper
+
+    for node in nodes_of(model.graph):
+        if node.op_type == "StringNormalizer":
+            others = [item for item in node.attribute if item.name != "locale" or item.s not in ASSUMED_LOCALES]
+            if all(item.name != "locale" for item in others):
+                del node.attribute[:]
+                node.attribute.extend([*others, helper.make_attribute("locale", LOCALE)])
 
 
 def files_of(path: Path) -> tuple[Path, ...]:

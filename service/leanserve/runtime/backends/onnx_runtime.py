@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import onnxruntime
-from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
 
 from leanserve.contracts import Arrays, Json, OnnxModel, Result
 from leanserve.errors import BadInput, DeviceLost
@@ -41,6 +41,8 @@ BETWEEN_S = 0.0002
 """How long they wait busily for the next operator of a batch, where other sessions have threads, too."""
 _BAD_INDEX = re.compile(r"while running \w+ node\..*Status Message: (.*\b(?:index|indices)\b.*)", re.DOTALL)
 """What a kernel says of a value that points beyond the tensor that is looked up."""
+UNKNOWN_CATEGORY = "Unknown Category"
+"""What the kernel of OneHotEncoder says of a word or a number that is none of its list."""
 
 
 class OnnxRuntimeBackend:
@@ -103,6 +105,10 @@ class OnnxRuntimeBackend:
             if told is None:
                 raise
             raise BadInput(f"the model looks up what an input's values point to: {told[1]}") from error
+        except Fail as error:
+            if UNKNOWN_CATEGORY not in str(error):
+                raise
+            raise BadInput("an input holds a category that the model was not made for") from error
         return Result(tuple(outputs))
 
     def _run_on_gpu(self, bound: BoundSession, batch: Arrays) -> Result:

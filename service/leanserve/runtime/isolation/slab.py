@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from leanserve.contracts import Array, Arrays
+from leanserve.texts import KINDS, STRING, packed_texts, unpacked_texts
 
-SlabPlace = tuple[str, tuple[int, ...], int]
-"""Where an array is: its dtype, its shape, and the offset of its first byte."""
+SlabPlace = tuple[str, tuple[int, ...], int, int]
+"""Where an array is: its dtype, its shape, the offset of its first byte, and how many bytes it has there."""
 ALIGNED = 64
 """Bytes; what vectorised loops read best begins at a multiple of a cache line."""
 LEAST_BYTES = 64 << 10
@@ -40,26 +41,37 @@ class Slab:
         """Copy arrays there, over what was written before."""
         places: list[SlabPlace] = []
         end = 0
-        for array in arrays:
-            places.append((array.dtype.str, array.shape, end))
-            end = -(-(end + array.nbytes) // ALIGNED) * ALIGNED
+        contents = [
+            (STRING, packed_texts(array)) if array.dtype.kind in KINDS else (array.dtype.str, array) for array in arrays
+        ]
+        for array, (dtype, content) in zip(arrays, contents, strict=True):
+            size = len(content) if isinstance(content, bytes) else content.nbytes
+            places.append((dtype, array.shape, end, size))
+            end = -(-(end + size) // ALIGNED) * ALIGNED
         if end > self._size:
             os.ftruncate(self.descriptor, max(LEAST_BYTES, 1 << (end - 1).bit_length()))
-        for array, place in zip(arrays, places, strict=True):
-            self._at(place)[...] = array
+        for (_, content), (dtype, shape, offset, size) in zip(contents, places, strict=True):
+            if isinstance(content, bytes):
+                self._numbers("u1", (size,), offset)[...] = np.frombuffer(content, np.uint8)
+            else:
+                self._numbers(dtype, shape, offset)[...] = content
         return places
 
     def read(self, places: Sequence[SlabPlace]) -> Arrays:
-        """The arrays there: views, which hold until the writer writes again."""
-        return tuple([self._at(place) for place in places])
+        """The arrays there: numbers as views, which hold until the writer writes again."""
+        return tuple([self._read(*place) for place in places])
 
     def close(self) -> None:
         """Let go of the memory, once no view of it is left, and of the descriptor."""
         self._memory, self._size = None, 0
         os.close(self.descriptor)
 
-    def _at(self, place: SlabPlace) -> Array:
-        dtype, shape, offset = place
+    def _read(self, dtype: str, shape: tuple[int, ...], offset: int, size: int) -> Array:
+        if dtype == STRING:
+            return unpacked_texts(self._numbers("u1", (size,), offset).data, shape)
+        return self._numbers(dtype, shape, offset)
+
+    def _numbers(self, dtype: str, shape: tuple[int, ...], offset: int) -> Array:
         end = offset + math.prod(shape) * np.dtype(dtype).itemsize
         if end > self._size or self._memory is None:
             self._size = os.fstat(self.descriptor).st_size
