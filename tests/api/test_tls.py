@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import runpy
+import select
 import socket
 import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -20,7 +23,7 @@ from tritonclient import http as triton_http
 from tritonclient.utils import InferenceServerException
 
 from fakes import Live, live_server
-from leanserve.api.tls import TlsFiles, tls_files
+from leanserve.api.tls import tls_files
 from leanserve.config.auth_section import TlsConfig
 from leanserve.errors import ConfigError
 
@@ -158,10 +161,95 @@ def test_who_says_nothing_is_not_waited_for(folder: Path) -> None:
             assert http.get("/readyz").status_code == 200
 
 
+def silent_ones(address: str, count: int) -> list[socket.socket]:
+    """Connections that never begin their handshake."""
+    host, _, port = address.rpartition(":")
+    return [socket.create_connection((host, int(port)), timeout=10) for _ in range(count)]
+
+
+def closed(connections: list[socket.socket], seconds: float) -> int:
+    """How many of them the server ends within so long."""
+    give_up = time.monotonic() + seconds
+    left = list(connections)
+    while left and time.monotonic() < give_up:
+        for each in select.select(left, [], [], 0.05)[0]:
+            with contextlib.suppress(ConnectionError):
+                assert each.recv(100) == b""
+            left.remove(each)
+    return len(connections) - len(left)
+
+
+@pytest.mark.parametrize("port", ["http", "grpc"])
+def test_who_says_nothing_counts_and_locks_nobody_out(folder: Path, port: str) -> None:
+    declared = TlsConfig(certificate=Path("server.pem"), key=Path("server.key"))
+    limits = {"connections": 4, "head_s": 0.6}
+    with live_server(tls=tls_files(declared, folder / "leanserve.yaml"), limits=limits) as live:
+        silent = silent_ones(getattr(live, port), 7)
+        try:
+            assert 0 < closed(silent, 0.4) < len(silent), "more than may be open are not kept, whatever they say"
+            if port == "http":
+                with client(live, folder, None) as http:
+                    assert http.get("/readyz").status_code == 200, "they make room"
+            assert closed(silent, 3.0) == len(silent), "and none is waited for"
+        finally:
+            for each in silent:
+                each.close()
+
+
+def test_clients_of_an_authority_that_is_gone_are_refused(tmp_path: Path) -> None:
+    ours, next_one = trustme.CA(), trustme.CA()
+    for name, authority, identity in (
+        ("server", ours, "127.0.0.1"),
+        ("client", ours, "old@example.com"),
+        ("new", next_one, "new@example.com"),
+    ):
+        made = authority.issue_cert(identity)
+        made.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+        made.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.pem")
+    ours.cert_pem.write_to_path(tmp_path / "ca.pem")
+    ours.cert_pem.write_to_path(tmp_path / "clients.pem")
+    declared = TlsConfig(certificate=Path("server.pem"), key=Path("server.key"), client_ca=Path("clients.pem"))
+
+    def welcome(live: Live, name: str) -> tuple[bool, bool]:
+        """Over HTTP, and over gRPC."""
+        ready = True
+        with client(live, tmp_path, name) as http, grpc.secure_channel(live.grpc, _credentials(tmp_path, name)) as call:
+            try:
+                http.get("/readyz").raise_for_status()
+            except httpx.TransportError:
+                ready = False
+            try:
+                grpc.channel_ready_future(call).result(timeout=10 if ready else 0.5)
+            except grpc.FutureTimeoutError:
+                return ready, False
+        return ready, True
+
+    with live_server(tls=tls_files(declared, tmp_path / "leanserve.yaml")) as live:
+        assert welcome(live, "client") == (True, True)
+        assert welcome(live, "new") == (False, False)
+        with client(live, tmp_path, "client") as kept:
+            assert kept.get("/readyz").status_code == 200
+            next_one.cert_pem.write_to_path(tmp_path / "clients.pem")
+            read_again(live)
+            assert kept.get("/readyz").status_code == 200, "what is open stays"
+        assert welcome(live, "new") == (True, True)
+        assert welcome(live, "client") == (False, False)
+        (tmp_path / "clients.pem").write_text("nobody")
+        read_again(live)
+        assert welcome(live, "new") == (True, True), "what cannot be read changes nothing"
+
+
 def shown(address: str) -> str:
     """The certificate that a new connection is shown."""
     host, _, port = address.rpartition(":")
     return ssl.get_server_certificate((host, int(port)), timeout=10)
+
+
+def read_again(live: Live) -> None:
+    """What SIGHUP does about certificates."""
+    server: Any = live.server
+    renewing = server._renew_certificate(live.service.fleet)
+    asyncio.run_coroutine_threadsafe(renewing, server._listening._accepting.get_loop()).result(10)
 
 
 def test_a_renewed_certificate_is_shown_to_new_connections(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -173,10 +261,6 @@ def test_a_renewed_certificate_is_shown_to_new_connections(tmp_path: Path, caplo
         made.private_key_pem.write_to_path(tmp_path / "server.key")
         made.cert_chain_pems[0].write_to_path(tmp_path / "server.pem")
         return (tmp_path / "server.pem").read_text()
-
-    def read_again(live: Live) -> None:
-        renewing = live.server._renew_certificate(live.service.fleet)  # type: ignore[attr-defined]
-        asyncio.run_coroutine_threadsafe(renewing, live.server.servers[0].get_loop()).result(10)
 
     first = renew()
     declared = TlsConfig(certificate=Path("server.pem"), key=Path("server.key"))
@@ -195,7 +279,7 @@ def test_a_renewed_certificate_is_shown_to_new_connections(tmp_path: Path, caplo
         read_again(live)
         assert {shown(live.http), shown(live.grpc)} == {second}
     told = [record.getMessage().partition(":")[2] for record in caplog.records if record.msg.startswith("tls:")]
-    assert told[0] == " the certificate has changed; new connections get it"
+    assert told[0] == " the files have changed; new connections go by them"
     assert "server.key is not the key of" in told[1]
     assert len(told) == 2
 
@@ -233,4 +317,3 @@ def test_a_key_with_a_password_is_refused_and_nobody_is_asked(folder: Path) -> N
 
 def test_no_file_is_needed_where_there_is_no_tls(tmp_path: Path) -> None:
     assert tls_files(None, tmp_path / "x.yaml") is None
-    assert "ssl_ca_certs" not in TlsFiles(tmp_path, tmp_path).uvicorn_options()

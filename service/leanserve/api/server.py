@@ -15,7 +15,6 @@ import gc
 import logging
 import signal
 import socket
-import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,9 +37,11 @@ from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Base
 from leanserve.errors import ConfigError
 from leanserve.http.connection import connections_to
+from leanserve.http.ending import EndingConnection
 from leanserve.http.limits import HttpLimits
 from leanserve.http.listening import allow_descriptors, refuse_connections
 from leanserve.http.open_connections import OpenConnections
+from leanserve.http.tls_server import Listening, TlsServer
 from leanserve.live.director import Director
 from leanserve.live.documents import experiment_in_short
 from leanserve.live.snapshot import LiveNumbers
@@ -169,7 +170,6 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 server_header=False,
                 proxy_headers=False,
-                **({} if address.tls is None else address.tls.uvicorn_options()),  # type: ignore[arg-type]
             )
         )
         self.failure: BaseException | None = None
@@ -185,8 +185,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - it has its own
         """Listen, and begin to start what is served."""
-        await super().startup([])
-        self.servers = [await self._listen(asyncio.get_running_loop())]
+        await super().startup([])  # with nothing to listen on: it starts what else belongs to it
+        self._listening = await self._listen(asyncio.get_running_loop())
         if self._address.grpc is not None:
             from leanserve.api.v2.grpc_server import GrpcPort, start_grpc
 
@@ -196,15 +196,14 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._run_start, args=(loop,), name="start", daemon=True).start()
 
-    async def _listen(self, loop: asyncio.AbstractEventLoop) -> asyncio.Server:
-        """As uvicorn does, which gives clients a minute for the handshake of TLS, in which nobody counts them."""
-        config = self.config
-        protocol: Callable[..., asyncio.Protocol] = config.http_protocol_class
+    async def _listen(self, loop: asyncio.AbstractEventLoop) -> Listening:
+        """As uvicorn does, but for TLS, where it counts nobody before the end of the handshake."""
+        config, claimed = self.config, self._address.http
+        protocol: Callable[..., EndingConnection] = config.http_protocol_class  # type: ignore[assignment]
         made = partial(protocol, config=config, server_state=self.server_state, app_state=self.lifespan.state)
-        wait_s = None if config.ssl is None else self._connections.limits.head_s
-        return await loop.create_server(
-            made, sock=self._address.http, ssl=config.ssl, backlog=config.backlog, ssl_handshake_timeout=wait_s
-        )
+        if (certificate := self._certificate) is None:
+            return await loop.create_server(made, sock=claimed, backlog=config.backlog)
+        return TlsServer(claimed, made, lambda: certificate.context, self._connections).start(config.backlog)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - it has its own
         """Take no more connections and calls, and let those that are open finish."""
@@ -216,8 +215,7 @@ class Server(uvicorn.Server):
 
     async def _end_http(self, timeout_s: float) -> None:
         await refuse_connections(self._address.http, timeout_s / 4)
-        for server in self.servers:
-            server.close()
+        self._listening.close()
         self._address.http.close()
         await self._connections.drained(timeout_s)
         for task in list(self.server_state.tasks):
@@ -307,12 +305,11 @@ class Server(uvicorn.Server):
         """Read it again, whatever becomes of the config."""
         if self._certificate is None:
             return
-        assert isinstance(self.config.ssl, ssl.SSLContext)
         try:
-            if await fleet.threads.do(partial(self._certificate.read_again, self.config.ssl)):
-                logger.warning("tls: the certificate has changed; new connections get it")
+            if await fleet.threads.do(self._certificate.read_again):
+                logger.warning("tls: the files have changed; new connections go by them")
         except ConfigError as error:
-            logger.error("tls: the certificate stays as it was: %s", error)
+            logger.error("tls: all stays as it was: %s", error)
 
     def _adopt(self, config: ServiceConfig, keys: Sequence[Key]) -> None:
         """In one step with the fleet: answer by another config, and admit by its keys."""

@@ -22,69 +22,81 @@ class TlsFiles(NamedTuple):
     key: Path
     client_ca: Path | None = None
 
-    def uvicorn_options(self) -> dict[str, str | int]:
-        """As arguments of `uvicorn.Config`."""
-        options: dict[str, str | int] = {"ssl_certfile": str(self.certificate), "ssl_keyfile": str(self.key)}
-        if self.client_ca is not None:
-            options |= {"ssl_ca_certs": str(self.client_ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
-        return options
+    def read(self) -> Pem:
+        """What is in them. Raises `OSError`."""
+        authorities = None if self.client_ca is None else self.client_ca.read_bytes()
+        return Pem(self.key.read_bytes(), self.certificate.read_bytes(), authorities)
 
-    def pair(self) -> tuple[bytes, bytes]:
-        """The content of key and certificate."""
-        return self.key.read_bytes(), self.certificate.read_bytes()
-
-    def check_pair(self) -> None:
-        """See that OpenSSL takes both.
+    def context(self) -> ssl.SSLContext:
+        """What handshakes over HTTP begin with.
 
         Raises:
-            ConfigError: it does not.
+            ConfigError: OpenSSL does not take them.
         """
+        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.key, _no_password)
+            made.load_cert_chain(self.certificate, self.key, _no_password)
         except OSError as error:
             raise ConfigError(f"{self.key} is not the key of {self.certificate}: {_reason(error)}") from None
+        if self.client_ca is not None:
+            try:
+                made.load_verify_locations(self.client_ca)
+            except OSError as error:
+                raise ConfigError(f"{self.client_ca}: {_reason(error)}") from None
+            made.verify_mode = ssl.CERT_REQUIRED
+        return made
+
+
+class Pem(NamedTuple):
+    """The content of the files."""
+
+    key: bytes
+    certificate: bytes
+    authorities: bytes | None
 
 
 class ServedCertificate:
-    """What both ports show; connections that are made after it was read again see the new one."""
+    """What both ports show, and whose clients they take; handshakes that begin after it was read again go by that."""
 
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
-        self._shown = files.pair()
-        self._authorities = None if files.client_ca is None else files.client_ca.read_bytes()
-        self._for_grpc: tuple[bytes, bytes] | None = None
-        """What gRPC has not asked for yet."""
+        self._shown = files.read()
+        self.context = files.context()
+        """What handshakes over HTTP begin with now."""
+        self._is_new_to_grpc = False
 
-    def read_again(self, http: ssl.SSLContext) -> bool:
-        """Whether it has changed; `http` is what new connections over HTTP begin with.
+    def read_again(self) -> bool:
+        """Whether it has changed. An authority that is gone lets in nobody any more.
 
         Raises:
-            ConfigError: key and certificate do not belong together, or cannot be read; the old ones stay.
+            ConfigError: key and certificate do not belong together, or a file cannot be read; the old ones stay.
         """
         try:
-            found = self._files.pair()
+            found = self._files.read()
         except OSError as error:
             raise ConfigError(f"{error.filename}: {error.strerror}") from None
         if found == self._shown:
             return False
-        self._files.check_pair()
-        http.load_cert_chain(self._files.certificate, self._files.key, _no_password)
-        self._shown = self._for_grpc = found
+        # Another context, and not more in this one: authorities are never taken out of one, and sessions that clients
+        # would resume without showing their certificates again end with it.
+        self.context = self._files.context()
+        self._shown, self._is_new_to_grpc = found, True
         return True
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
         """The same for gRPC, which asks for what is new at every connection."""
         import grpc
 
-        def config(pair: tuple[bytes, bytes]) -> grpc.ServerCertificateConfiguration:
-            return grpc.ssl_server_certificate_configuration([pair], self._authorities)
+        def config() -> grpc.ServerCertificateConfiguration:
+            key, certificate, authorities = self._shown
+            return grpc.ssl_server_certificate_configuration([(key, certificate)], authorities)
 
         def changed() -> grpc.ServerCertificateConfiguration | None:
-            pair, self._for_grpc = self._for_grpc, None
-            return None if pair is None else config(pair)
+            is_new, self._is_new_to_grpc = self._is_new_to_grpc, False
+            return config() if is_new else None
 
-        mutual = self._authorities is not None
-        return grpc.dynamic_ssl_server_credentials(config(self._shown), changed, require_client_authentication=mutual)
+        mutual = self._files.client_ca is not None
+        return grpc.dynamic_ssl_server_credentials(config(), changed, require_client_authentication=mutual)
 
 
 def tls_files(tls: TlsConfig | None, path: Path) -> TlsFiles | None:
@@ -97,19 +109,17 @@ def tls_files(tls: TlsConfig | None, path: Path) -> TlsFiles | None:
         return None
     at = path.parent
     found = TlsFiles(at / tls.certificate, at / tls.key, None if tls.client_ca is None else at / tls.client_ca)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     for name, file in found._asdict().items():
         if file is not None:
             try:
                 open_regular(file).close()
-                if name == "client_ca":
-                    context.load_verify_locations(file)
             except OSError as error:
                 raise _wrong(path, name, f"{file}: {_reason(error)}") from None
-    try:
-        found.check_pair()
-    except ConfigError as error:
-        raise _wrong(path, "key", str(error)) from None
+    for name, files in (("key", found._replace(client_ca=None)), ("client_ca", found)):
+        try:
+            files.context()
+        except ConfigError as error:
+            raise _wrong(path, name, str(error)) from None
     return found
 
 

@@ -13,9 +13,9 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from leanserve.http.body_reader import BodyReader
 from leanserve.http.exchange import Exchange
-from leanserve.http.leaving import BEGINNING, CLOSED, HALF_CLOSED, BegunReply, tcp_state
+from leanserve.http.leaving import BEGINNING, CLOSED, HALF_CLOSED, BegunReply, has_unread, tcp_state
 from leanserve.http.messages import Response
-from leanserve.http.open_connections import ConnectionState, OpenConnections
+from leanserve.http.open_connections import ConnectionState, CountedConnection, OpenConnections
 from leanserve.http.refusals import Refused
 from leanserve.request_identity import RequestIdentities, RequestIdentity
 
@@ -29,6 +29,8 @@ class EndingConnection(HttpToolsProtocol):
     everyone: OpenConnections
     identities: RequestIdentities
     """Of what is no valid request, and reaches nobody else."""
+    handshake: CountedConnection | None = None
+    """Under TLS, what counted until now."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,6 +62,9 @@ class EndingConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._answered_at = self.loop.time()
+        if self.handshake is not None:
+            self.all.forget(self.handshake)
+            self.handshake = None
         self.all.admit(self)
 
     @property
@@ -126,6 +131,15 @@ class EndingConnection(HttpToolsProtocol):
         if self._reader is not None:
             self._reader.stop()
         self.all.hold(self, 0)
+
+    def abort(self) -> None:
+        """End at once."""
+        self.transport.abort()
+
+    def close_if_idle(self) -> None:
+        """End, unless a request has come that the loop has not read yet."""
+        if not has_unread(self.transport):
+            self.transport.close()
 
     def announce_end(self) -> None:
         """Have the reply that is next say that it is the last one, unless requests wait behind it."""

@@ -12,28 +12,31 @@ import heapq
 import logging
 import math
 from collections import deque
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal, Protocol
 
-from leanserve.http.leaving import has_unread
 from leanserve.http.limits import HttpLimits
 from leanserve.http.rate_limited_log import RateLimitedLog
 from leanserve.http.reading_turns import ReadingTurns
 from leanserve.http.refusals import Refused, too_slow
 
-if TYPE_CHECKING:
-    from leanserve.http.ending import EndingConnection
-
 logger = logging.getLogger(__name__)
 
-ConnectionState = Literal["silent", "idle", "head", "body", "answering", "reading", "closing"]
-"""What a connection waits for: a first request, a next one, the rest of a head or a body; its reply, or that the client
-reads that; its end."""
+ConnectionState = Literal["handshake", "silent", "idle", "head", "body", "answering", "reading", "closing"]
+"""What a connection waits for: the end of TLS's handshake, a first request, a next one, the rest of a head or a body;
+its reply, or that the client reads that; its end."""
 LINGER_S: Final = 2.0
 """How long a client that was refused may go on sending; a connection closed at once would reset, and lose the reply."""
 _SWEEP_S: Final = 1.0
 _AT_ONCE: Final = 64
 """Connections that are found in one look for those that may make room."""
-_RANK: Final[dict[ConnectionState, int]] = {"silent": 1, "head": 1, "idle": 2, "body": 3, "reading": 3}
+_RANK: Final[dict[ConnectionState, int]] = {
+    "handshake": 1,
+    "silent": 1,
+    "head": 1,
+    "idle": 2,
+    "body": 3,
+    "reading": 3,
+}
 """In which order they do; who is being answered does not."""
 MOST_OPEN: Final = 1.25
 """As many connections as may be open at all, refused ones included, as a multiple of those that are answered."""
@@ -42,6 +45,33 @@ MOMENT_S: Final = 0.5
 _ARRIVAL_S: Final = 5.0
 """How long a request that is not here as a whole may still arrive at the end of the server."""
 _LOOK_S: Final = 0.02
+
+
+class CountedConnection(Protocol):
+    """One connection, as far as all of them together are concerned."""
+
+    loop: asyncio.AbstractEventLoop
+    held: int
+    """Bytes of an unfinished request, or of a large one until it is answered."""
+
+    @property
+    def peer(self) -> str:
+        """The client's address, for the log."""
+
+    def waits(self) -> tuple[ConnectionState, float]:
+        """What it waits for, and since when."""
+
+    def refuse(self, refused: Refused) -> None:
+        """Tell its client this, in its turn, and end."""
+
+    def abort(self) -> None:
+        """End it at once."""
+
+    def close_if_idle(self) -> None:
+        """End it, unless something has come that was not read yet."""
+
+    def announce_end(self) -> None:
+        """Have the reply that is next be the last one."""
 
 
 class OpenConnections:
@@ -55,8 +85,8 @@ class OpenConnections:
         """Of all requests that are not here as a whole, and of large ones until they are answered."""
         self.reading = ReadingTurns()
         self.log = RateLimitedLog(logger)
-        self._open: set[EndingConnection] = set()
-        self._may_go: deque[tuple[EndingConnection, float]] = deque()
+        self._open: set[CountedConnection] = set()
+        self._may_go: deque[tuple[CountedConnection, float]] = deque()
         self.keep(limits)
         self._timer: asyncio.TimerHandle | None = None
 
@@ -64,6 +94,7 @@ class OpenConnections:
         """Keep these limits from now on; connections that are there keep the sizes that they began with."""
         self.limits = limits
         self._seconds: dict[ConnectionState, float] = {
+            "handshake": limits.head_s,
             "silent": limits.keep_alive_s,
             "idle": limits.keep_alive_s,
             "head": limits.head_s,
@@ -77,11 +108,11 @@ class OpenConnections:
     def __len__(self) -> int:
         return len(self._open)
 
-    def admit(self, connection: EndingConnection) -> None:
+    def admit(self, connection: CountedConnection) -> None:
         """One more. Where that is one too many another makes room; else it is refused."""
         if len(self._open) >= self.limits.connections and not self._make_room():
             if len(self._open) >= self.limits.connections * MOST_OPEN:
-                connection.transport.abort()
+                connection.abort()
                 return
             text = f"more than {self.limits.connections} connections are being answered; try again later"
             connection.refuse(Refused(503, "not_ready", text, "connections"))
@@ -89,12 +120,12 @@ class OpenConnections:
         if self._timer is None:
             self._timer = connection.loop.call_later(self._period, self._sweep, connection.loop)
 
-    def forget(self, connection: EndingConnection) -> None:
+    def forget(self, connection: CountedConnection) -> None:
         """One less."""
         self._open.discard(connection)
         self.hold(connection, 0)
 
-    def hold(self, connection: EndingConnection, nbytes: int) -> None:
+    def hold(self, connection: CountedConnection, nbytes: int) -> None:
         """So many bytes of a request are held for this connection."""
         self.held_bytes += nbytes - connection.held
         connection.held = nbytes
@@ -117,12 +148,12 @@ class OpenConnections:
             for connection in list(self._open):
                 state, since = connection.waits()
                 if state in {"silent", "idle"} and now - since >= moment:
-                    _close_idle(connection)
-                elif state in {"head", "body"} and now - began >= arrival:
+                    connection.close_if_idle()
+                elif state in {"handshake", "head", "body"} and now - began >= arrival:
                     connection.refuse(Refused(503, "not_ready", "draining: the request did not arrive in time"))
             await asyncio.sleep(_LOOK_S)
         for connection in list(self._open):
-            connection.transport.abort()
+            connection.abort()
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = loop.call_later(self._period, self._sweep, loop) if self._open else None
@@ -132,19 +163,21 @@ class OpenConnections:
             if now - since > self._seconds[state]:
                 self._end(connection, state)
 
-    def _end(self, connection: EndingConnection, state: ConnectionState) -> None:
+    def _end(self, connection: CountedConnection, state: ConnectionState) -> None:
         """It took longer than it may."""
-        if state == "head":
+        if state == "handshake":
+            connection.refuse(too_slow("handshake", "head_s", self.limits.head_s))
+        elif state == "head":
             connection.refuse(too_slow("head", "head_s", self.limits.head_s))
         elif state == "body":
             connection.refuse(too_slow("body", "body_s", self.limits.body_s))
         elif state == "reading":
             self.log.tell("reading", f"{connection.peer} did not read its reply within limits.body_s: closed")
-            connection.transport.abort()
+            connection.abort()
         elif state == "closing":
-            connection.transport.abort()
+            connection.abort()
         else:
-            _close_idle(connection)
+            connection.close_if_idle()
 
     def _make_room(self) -> bool:
         """End the connection that has waited for its client for longest, if there is one."""
@@ -156,19 +189,19 @@ class OpenConnections:
             if connection in self._open and state in _RANK and since == now_since:
                 self.log.tell("connections", f"limits.connections was met: {connection.peer}, {state}, made room")
                 self._open.discard(connection)
-                connection.transport.abort()
+                connection.abort()
                 return True
         return False
 
-    def _longest(self) -> list[tuple[EndingConnection, float]]:
+    def _longest(self) -> list[tuple[CountedConnection, float]]:
         waiting = [(_RANK[state], since, connection) for connection, state, since in self._waits() if state in _RANK]
         found = heapq.nsmallest(_AT_ONCE, waiting, key=lambda item: item[:2])
         return [(connection, since) for _, since, connection in found]
 
-    def _waits(self) -> list[tuple[EndingConnection, ConnectionState, float]]:
+    def _waits(self) -> list[tuple[CountedConnection, ConnectionState, float]]:
         return [(connection, *connection.waits()) for connection in self._open]
 
-    def _shed(self, last: EndingConnection) -> None:
+    def _shed(self, last: CountedConnection) -> None:
         """Refuse the unfinished requests that hold most for longest until what is held is within the bound."""
         now = last.loop.time()
         while self.held_bytes > self.limits.buffered_bytes:
@@ -179,11 +212,6 @@ class OpenConnections:
             text = f"all unfinished requests have more than {self.limits.buffered_bytes} bytes; try again later"
             worst.refuse(Refused(503, "not_ready", text, "buffered_bytes"))
             self.hold(worst, 0)
-
-
-def _close_idle(connection: EndingConnection) -> None:
-    if not has_unread(connection.transport):
-        connection.transport.close()
 
 
 def _arrives(state: ConnectionState) -> bool:

@@ -56,6 +56,7 @@ def check_coding(headers: list[tuple[bytes, bytes]]) -> None:
 
 
 def too_slow(part: str, bound: str, seconds: float) -> Refused:
-    """A head or a body did not come in time."""
-    text = f"the {part} of the request did not arrive within {seconds:g} s (limits.{bound})"
+    """A handshake, a head or a body did not come in time."""
+    whole = part if part == "handshake" else f"{part} of the request"
+    text = f"the {whole} did not arrive within {seconds:g} s (limits.{bound})"
     return Refused(408, "request_timeout", text, bound)
