@@ -170,6 +170,8 @@ def _options(limits: HttpLimits) -> tuple[tuple[str, int], ...]:
     return (
         ("grpc.max_receive_message_length", limits.body_bytes),
         ("grpc.max_send_message_length", -1),
+        ("grpc.max_metadata_size", limits.header_bytes),
+        ("grpc.absolute_max_metadata_size", limits.header_bytes),  # beyond it what comes is thrown away as it comes
         ("grpc.so_reuseport", 0),  # else a second server would share the port without a word
         ("grpc.server_handshake_timeout_ms", round(limits.head_s * 1000)),
         ("grpc.max_connection_idle_ms", round(limits.keep_alive_s * 1000)),
