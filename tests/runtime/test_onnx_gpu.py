@@ -18,6 +18,7 @@ from leanserve.errors import DeviceLost
 from leanserve.hardware import Gpu, Hardware
 from leanserve.passes import AnyPass
 from leanserve.runtime.backends import onnx_binding
+from leanserve.runtime.backends.engine_cache import SUMS, EngineCache
 from leanserve.runtime.backends.onnx_binding import BoundSession
 from leanserve.runtime.backends.onnx_providers import provider_choice
 from leanserve.runtime.backends.onnx_runtime import OnnxRuntimeBackend
@@ -126,6 +127,30 @@ def test_a_spoilt_context_is_no_ordinary_failure(path: Path, monkeypatch: pytest
     monkeypatch.setattr(backend, "_bound", Spoilt())
     with pytest.raises(DeviceLost, match="is lost to this process: CUDA failure 700"):
         backend.run(SPEC.example(1))
+
+
+def test_what_is_bound_is_let_go_where_memory_lacks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, bound = OnnxRuntimeBackend(OnnxModel(path, SPEC), 1), bound_on_the_host(path)
+    monkeypatch.setattr(backend, "_bound", bound)
+    backend.run(SPEC.example(1))
+    assert bound._idle
+
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 8")
+
+    monkeypatch.setattr(bound, "_bind", out_of_memory)
+    with pytest.raises(RuntimeError, match="Failed to allocate"):
+        backend.run(SPEC.example(2))
+    assert not bound._idle
+
+
+def test_engines_are_kept_as_batches_make_them(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, engines = OnnxRuntimeBackend(OnnxModel(path, SPEC), 1), EngineCache(tmp_path / "tensorrt")
+    monkeypatch.setattr(backend, "_bound", bound_on_the_host(path))
+    monkeypatch.setattr(backend, "_engines", engines)
+    (tmp_path / "tensorrt" / "graph.engine").write_bytes(b"for this batch")
+    backend.run(SPEC.example(1))
+    assert (tmp_path / "tensorrt" / SUMS).exists()
 
 
 @pytest.mark.gpu

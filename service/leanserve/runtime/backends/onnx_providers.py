@@ -41,7 +41,13 @@ class ProviderChoice(NamedTuple):
         )
         if self.provider == "cuda":
             return [cuda, PROVIDERS["cpu"]]
-        return [(PROVIDERS["tensorrt"], _tensorrt_options(number, model.path.parent)), cuda, PROVIDERS["cpu"]]
+        tensorrt = (PROVIDERS["tensorrt"], _tensorrt_options(number, self.engines_of(model)))
+        return [tensorrt, cuda, PROVIDERS["cpu"]]
+
+    def engines_of(self, model: OnnxModel) -> Path | None:
+        """Where TensorRT's engines are kept, which take minutes to make; `None`: nowhere, as where it cannot write."""
+        folder = model.path.parent
+        return folder / "tensorrt" if self.provider == "tensorrt" and os.access(folder, os.W_OK) else None
 
     def load_libraries(self) -> None:
         """Load CUDA's libraries from where pip puts them, which the loader of the system does not know."""
@@ -76,10 +82,9 @@ def provider_choice(settings: Mapping[str, Json], device: str) -> ProviderChoice
     return ProviderChoice(provider, "cuda:0" if device == "cpu" else device)
 
 
-def _tensorrt_options(number: str, folder: Path) -> dict[str, str]:
-    """Engines take minutes to make and are kept beside the graph, where that can be written."""
+def _tensorrt_options(number: str, engines: Path | None) -> dict[str, str]:
     options = {"device_id": number, "trt_timing_cache_enable": "1"}
-    if os.access(folder, os.W_OK):
-        kept = str(folder / "tensorrt")
+    if engines is not None:
+        kept = str(engines)
         options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": kept, "trt_timing_cache_path": kept}
     return options

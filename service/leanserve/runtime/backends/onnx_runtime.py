@@ -19,6 +19,8 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
 
 from leanserve.contracts import Arrays, Json, OnnxModel, Result
 from leanserve.errors import BadInput, DeviceLost
+from leanserve.memory import forget, is_out_of_memory
+from leanserve.runtime.backends.engine_cache import EngineCache
 from leanserve.runtime.backends.onnx_providers import provider_choice
 from leanserve.runtime.cuda.faults import is_lost
 from leanserve.runtime.formats.onnx_session import onnx_session
@@ -63,6 +65,8 @@ class OnnxRuntimeBackend:
         self._device = choice.device
         choice.require(onnxruntime.get_available_providers())
         choice.load_libraries()
+        engines = choice.engines_of(model)
+        self._engines = None if engines is None else EngineCache(engines)
         self._session = onnx_session(
             str(model.path),
             _options(settings, threads, alone=alone),
@@ -113,11 +117,17 @@ class OnnxRuntimeBackend:
 
     def _run_on_gpu(self, bound: BoundSession, batch: Arrays) -> Result:
         try:
-            return Result(bound.run(batch))
+            result = Result(bound.run(batch))
         except Exception as error:
             if is_lost(error):
                 raise DeviceLost(f"{self._device} is lost to this process: {error}") from error
+            if is_out_of_memory(error):
+                forget(error)
+                bound.clear()
             raise
+        if self._engines is not None:
+            self._engines.keep()
+        return result
 
     def close(self) -> None:
         """Free the session with its threads and memory."""
