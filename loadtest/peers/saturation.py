@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest.peers import bare
-from loadtest.peers.bare import Bare, Way
+from loadtest.peers.bare import Bare, Subject, Way
 from loadtest.peers.callers import Closed, Overload, closed_loop, open_loop
 from loadtest.peers.compare import CACHE, WIDTH, Plan, check, expected
 from loadtest.peers.network import SPECS, example, write_network
@@ -55,19 +55,19 @@ def ways() -> list[Way]:
     return [Way(1, CORES, batch) for batch in BATCHES] + [Way(CORES, 1, batch) for batch in BATCHES if CORES > 1]
 
 
-def best_way(network: Path, plan: Plan, console: Console) -> Way:
+def best_way(subject: Subject, plan: Plan, console: Console, seconds: float = TRY_S) -> Way:
     """The way with the highest rate; each is tried twice, and its better try counts."""
     rates: dict[Way, float] = {}
     for _ in range(2):
         for way in ways():
-            found = quietly(partial(bare.measure, network, way, TRY_S), patience_s=plan.patience_s)
+            found = quietly(partial(bare.measure, subject, way, seconds), patience_s=plan.patience_s)
             rates[way] = max(rates.get(way, 0.0), found.rate)
     for way, rate in rates.items():
-        console.print(f"bare {way}: {rate:.1f} rows/s", highlight=False)
+        console.print(f"bare {subject.engine}, {way}: {rate:.1f} rows/s", highlight=False)
     return max(rates, key=lambda way: rates[way])
 
 
-def one_round(running: Running, request: Request, network: Path, way: Way, plan: Plan, timeout_s: float) -> Round:
+def one_round(running: Running, request: Request, subject: Subject, way: Way, plan: Plan, timeout_s: float) -> Round:
     """The bare loop and the loads, one after the other; the server idles while the bare loops run."""
 
     seconds, patience_s = plan.seconds, plan.patience_s
@@ -79,7 +79,7 @@ def one_round(running: Running, request: Request, network: Path, way: Way, plan:
         return found
 
     def alone(way: Way) -> Bare:
-        return quietly(lambda: bare.measure(network, way, seconds), patience_s=patience_s)
+        return quietly(lambda: bare.measure(subject, way, seconds), patience_s=patience_s)
 
     def flood(peak: float) -> Overload:
         waiting = round(2 * peak * timeout_s)  # twice what can be admitted
@@ -167,14 +167,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     peer = PEERS["leanserve"]
     request = peer.form.request(options.network, rows)
     plan = Plan(options.connections, options.rounds, options.seconds, options.patience)
-    way = best_way(network, plan, err)
+    subject = Subject(network, options.network)
+    way = best_way(subject, plan, err)
     timeout_s = options.timeout_ms / 1000
     settings = (f"batch={{timeout_ms: {options.timeout_ms}}}", f"lanes={options.lanes}")
     try:
         with serving(peer, network, options.cache, settings) as running:
             check(running, request, expected(network, rows))
             closed_loop(running.port, request, max(options.connections), TRY_S)
-            rounds = [one_round(running, request, network, way, plan, timeout_s) for _ in range(plan.rounds)]
+            rounds = [one_round(running, request, subject, way, plan, timeout_s) for _ in range(plan.rounds)]
     except PeerError as error:
         err.print(f"error: {error}", markup=False)
         return 1

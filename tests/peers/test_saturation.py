@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from loadtest.peers import bare, saturation
-from loadtest.peers.bare import Bare, Way, measure
+from loadtest.peers.bare import Bare, Subject, Way, measure
 from loadtest.peers.callers import Closed, Overload, closed_loop, open_loop, rate_between_groups
 from loadtest.peers.compare import Plan
 from loadtest.peers.network import write_network
@@ -26,7 +26,7 @@ from tables import shown
 
 
 def test_a_bare_loop_tells_rows_per_second_and_the_time_of_a_run(tmp_path: Path) -> None:
-    found = measure(write_network("mlp", tmp_path), Way(2, 1, 4), 0.1)
+    found = measure(Subject(write_network("mlp", tmp_path), "mlp"), Way(2, 1, 4), 0.1)
     assert found.rate > 1000
     assert 0 < found.p50_ms < 50
 
@@ -36,7 +36,7 @@ def test_the_best_way_is_that_of_the_highest_rate(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(saturation, "quietly", lambda run, **_: run())
     rates = {Way(1, 2, 1): 5.0, Way(2, 1, 4): 9.0}
     monkeypatch.setattr(bare, "measure", lambda _, way, __: Bare(rates.get(way, 1.0), 1.0))
-    assert best_way(Path(), Plan([8], 1, 1, 0), Console(file=io.StringIO())) == Way(2, 1, 4)
+    assert best_way(Subject(Path(), "mlp"), Plan([8], 1, 1, 0), Console(file=io.StringIO())) == Way(2, 1, 4)
     assert len(saturation.ways()) == 10
 
 

@@ -138,19 +138,28 @@ class Builder:
     def _make_and_measure(self, step: RecipeStep) -> None:
         kind = step_kind(step)
         with self._store.lock(step.key), self._progress.artifact(step.variant, kind):
-            recipe = self._recipe_of(step.key)
-            if recipe is not None:
-                self._made = None
-            else:
-                made = self._make(step)
-                self._made = None if made is None else (step.key, made)
-                recipe = self._recipe_of(step.key)
-                assert recipe is not None
+            recipe = self.make(step)
             measured = self._intact(lambda: self._store.measurement(step.key))
             if measured is None or not self._holds(measured):
                 rows = self._measure(recipe).fidelity.memory_rows
                 if rows is not None:
                     self._progress.say(f"{step.variant}: {kind}: there is memory for batches of at most {rows} rows")
+
+    def make(self, step: RecipeStep) -> Recipe:
+        """One artifact of which all parents exist, made unless it exists too; it is not measured.
+
+        Raises:
+            PassFailed: the pass cannot be applied.
+        """
+        recipe = self._recipe_of(step.key)
+        if recipe is not None:
+            self._made = None
+            return recipe
+        made = self._make(step)
+        self._made = None if made is None else (step.key, made)
+        recipe = self._recipe_of(step.key)
+        assert recipe is not None
+        return recipe
 
     def _holds(self, measured: Measurement) -> bool:
         """Whether answers were computed on this machine, and scored as now."""
