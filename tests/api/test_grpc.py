@@ -306,11 +306,11 @@ def test_a_taken_port_is_refused_and_a_stop_lets_open_calls_finish() -> None:
 DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, "object"])
+@pytest.mark.parametrize("dtype", [*DTYPES, "string"])
 def test_every_datatype_travels_typed_and_raw(dtype: str) -> None:
     field = TensorSpec("x", dtype, (2,))
     spec = ModelSpec((field,), (field,))
-    values = np.array([[b"", b"\xff\x00"]], object) if dtype == "object" else np.array([[0, 1]], dtype)
+    values = np.array([["", "Ünder"]], object) if dtype == "string" else np.array([[0, 1]], dtype)
     decoder = GrpcInferDecoder(spec)
     for form in ("typed", "raw"):
         empty = decoder.decode(parse(_request(dtype, values, form).SerializeToString()))
@@ -321,7 +321,7 @@ def test_every_datatype_travels_typed_and_raw(dtype: str) -> None:
 
 
 def _request(dtype: str, values: np.ndarray[Any, Any], form: str) -> Any:
-    tensor = triton.InferInput("x", [1, 2], "BYTES" if dtype == "object" else utils.np_to_triton_dtype(values.dtype))
+    tensor = triton.InferInput("x", [1, 2], "BYTES" if dtype == "string" else utils.np_to_triton_dtype(values.dtype))
     tensor.set_data_from_numpy(values)
     made = Request()
     raw = tensor._get_content()
@@ -335,7 +335,9 @@ def _request(dtype: str, values: np.ndarray[Any, Any], form: str) -> Any:
             "u": "uint64" if dtype == "uint64" else "uint",
         }
         kind |= {"f": "fp32" if dtype == "float32" else "fp64", "O": "bytes"}
-        getattr(made.inputs[0].contents, f"{kind[values.dtype.kind]}_contents").extend(values.ravel().tolist())
+        plain = values.ravel().tolist()
+        elements = [text.encode() for text in plain] if dtype == "string" else plain
+        getattr(made.inputs[0].contents, f"{kind[values.dtype.kind]}_contents").extend(elements)
     return made
 
 
