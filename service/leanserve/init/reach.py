@@ -26,6 +26,8 @@ class Reach(NamedTuple):
     """Share of the multiplications that factorising and pruning leave, where they are asked to leave fewer."""
     norms: tuple[int, int] | None = None
     """Batch norms that are folded into a layer, and all of the model."""
+    narrowed: float | None = None
+    """Times the speed of before, as it was measured when floats were made narrower."""
 
     def of(self, gain: Gain, folding: Gain = (1.0, 1.0)) -> Gain:
         """What to expect in this model of passes that gain so much where they reach all; `folding`: beside that, of
@@ -33,6 +35,7 @@ class Reach(NamedTuple):
         share = next((known for known in (self.eight_bits, self.convolutions) if known is not None), 1.0)
         norms = 1.0 if self.norms is None else self.norms[0] / self.norms[1]
         fewer = 1.0 if self.left is None else 1 / self.left
+        gain, share = (gain, share) if self.narrowed is None else ((self.narrowed, self.narrowed), 1.0)
         low, high = (
             _partly(main, share) * _partly(fold, norms) * (1 + part * (fewer - 1))
             for main, fold, part in zip(gain, folding, COMES_BACK, strict=True)
@@ -47,6 +50,8 @@ class Reach(NamedTuple):
             yield f"convolutions are {self.convolutions:.0%} of the arithmetic"
         if self.left is not None:
             yield f"{self.left:.0%} of the arithmetic is left"
+        if self.narrowed is not None:
+            yield "as measured on a few rows when it was tried"
         if self.norms is not None and self.norms[0] < self.norms[1]:
             yield f"{self.norms[0]} of {self.norms[1]} batch norms can be folded"
 

@@ -154,6 +154,7 @@ class _Stage:
             convolution_share(cast(TorchModel, self._base.model())) if "channels_last" in kinds else None,
             math.prod(ratios) if ratios else None,
             (folded[0], self._norms()) if folded else None,
+            next((known["speedup"] for kind, known in zip(kinds, facts, strict=True) if kind == "cast"), None),
         )
 
     def _in_eight_bits(self, passes: tuple[Json, ...]) -> float | None:

@@ -131,7 +131,7 @@ def _depthwise(profile: ModelProfile, fast: str) -> tuple[Suggestion, ...]:
 
 def _in_torch(fold: tuple[Json, ...]) -> Iterable[Suggestion]:
     """Of images: narrow numbers, and pixels in the order in which convolutions read them."""
-    bfloat = "{gain} torch, most at larger batches; nearly the same answers"
+    bfloat = "{gain} torch, more at larger batches; nearly the same answers"
     yield Suggestion("bf16", (*fold, BFLOAT, LAYOUT), bfloat, (1.5, 4))
     layout = "the same answers, {gain} torch"
     yield Suggestion("channels-last", (*fold, LAYOUT), layout, (1.1, 1.15), FOLDING if fold else (1.0, 1.0))
@@ -148,9 +148,12 @@ def _linear(profile: ModelProfile, fast: str) -> tuple[Suggestion, ...]:
         Suggestion(
             "int8-static",
             (*fold, SMOOTH, STATIC, RUNTIME),
-            "ranges fixed by calibration data, not found while running: a tenth sooner than int8",
+            f"{fast}{{gain}} the variant onnx: ranges fixed by calibration data, not found while running",
+            (1.65, 2),
         ),
-        Suggestion("bf16", (*fold, BFLOAT), "1.3-2.5x torch, most at larger batches; nearly the same answers"),
+        Suggestion(
+            "bf16", (*fold, BFLOAT), "{gain} torch, more at larger batches; nearly the same answers", (1.3, 2.5)
+        ),
         Suggestion(
             "lowrank",
             ({"kind": "lowrank_linear", "macs": 0.8}, *fold, RUNTIME),

@@ -37,12 +37,18 @@ def input_basis(matrix: Tensor, scale: Tensor | None = None) -> Basis:
 
     `scale` [d, d] is a factor S of the inputs' second moments, `E[x x^T] = S S^T` (identity if not given): truncation
     to r directions then loses the least output energy that any rank r can lose.
+
+    Of the scaled matrix the left singular vectors alone are wanted. They are the eigenvectors of its outer product,
+    which take a fraction of the time of a singular value decomposition; what that rounds, directions of less than 1e-8
+    of the largest singular value, is no loss to anybody.
     """
-    double = matrix.double()
+    scaled = matrix.double() if scale is None else scale.T @ matrix.double()
+    energies, left = torch.linalg.eigh(scaled @ scaled.T)
+    most = min(scaled.shape)
+    energies, left = energies.flip(0)[:most].clamp_min(0), left.flip(1)[:, :most]
     if scale is None:
-        scale = torch.eye(len(matrix), dtype=torch.float64)
-    left, values, _ = torch.linalg.svd(scale.T @ double, full_matrices=False)
-    return Basis(torch.linalg.solve(scale.T, left), left.T @ scale.T, values.square())
+        return Basis(left, left.T, energies)
+    return Basis(torch.linalg.solve_triangular(scale.T, left, upper=True), left.T @ scale.T, energies)
 
 
 def output_basis(covariance: Tensor) -> Basis:
