@@ -112,6 +112,11 @@ def scaled_by_batch(x: Values) -> Values:
     return torch.round(x / scale) * scale
 
 
+def after_the_end(y: Values) -> Values:
+    """What stands behind each token; -1 behind the last."""
+    return F.pad(y, (0, 0, 0, 1), value=-1)[:, 1:]
+
+
 MIXING: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
     "a mean over the batch": (Function(lambda y: y - y.mean(0)), ROW),
     "a softmax over axis 0": (Function(lambda y: y.softmax(0)), ROW),
@@ -129,6 +134,10 @@ LEAKING: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
     "a mask that is not read": (Reader(masked=False), MASKED_TEXT),
     "a length that is not the row's": (Function(lambda y: y[:, ::2]), SEQUENCE),
     "a softmax over the sequence": (Function(lambda y: y.softmax(1)), SEQUENCE),
+    "an end that few rows show": (
+        Function(lambda y: (y - 1.6 + after_the_end(y)).relu()),
+        SEQUENCE,
+    ),
 }
 APART: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
     "a layer": (Function(torch.relu), ROW),

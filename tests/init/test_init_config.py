@@ -32,7 +32,7 @@ from leanserve.init.reach import Reach
 from leanserve.init.rehearsal import Rehearsed, refused_variants, rehearsed
 from leanserve.init.suggestions import Suggestion, suggest
 from leanserve.init.writing import GATE_ROWS, MAX_DROP, is_unfinished, write_config
-from tiny_graphs import graph, write
+from tiny_graphs import graph, random, write
 
 SOURCE = """
 from torch import nn
@@ -357,12 +357,34 @@ def test_arrays_that_match_nothing_ask_to_be_told(tmp_path: Path) -> None:
         data_section(tmp_path / "a.npz", TWO, tmp_path, ToldColumns(inputs=("a",)))
 
 
+QUANTIZED = """
+agraph (int64[N, 3] ids) => (float[N, 3] y) {
+    vectors = Gather (table, ids)
+    pooled = ReduceMax <axes = [1], keepdims = 0> (vectors)
+    whole, scale, zero = DynamicQuantizeLinear (pooled)
+    product = MatMulInteger (whole, weight, zero)
+    values = Cast <to = 1> (product)
+    y = Mul (values, scale)
+}
+"""
+
+
+def test_a_graph_whose_rows_share_a_scale_gets_every_row_a_batch_of_its_own(folder: Path) -> None:
+    weight = np.array([[90, -40, 7], [-80, 60, 9], [70, -50, -3], [-60, 44, 5]], np.int8)
+    weights: dict[str, np.ndarray] = {"table": 1 + 2 * random(2, 4), "weight": weight}
+    path = write(folder / "m.onnx", graph(QUANTIZED, weights))
+    assert write_config(str(path), folder / "c.yaml", Hints(), None).profile.spec.rows == "one"
+    assert "  rows: one\n" in (folder / "c.yaml").read_text()
+
+
 def test_a_gain_is_scaled_by_what_a_pass_reaches(folder: Path) -> None:
     told = Suggestion("int8", (), "{gain} the variant onnx", (2, 2.5))
     assert told.expect == "2-2.5x the variant onnx"
     half, all_of_it = (told._replace(reach=Reach(eight_bits=share)).expect for share in (0.5, 1.0))
     assert half == "1.3-1.4x the variant onnx; 8 bits reach 50% of the arithmetic"
     assert all_of_it == "2-2.5x the variant onnx; 8 bits reach 100% of the arithmetic"
+    bf16 = Suggestion("bf16", (), "{gain} torch", (1.5, 4), reach=Reach(narrowed=1.24))
+    assert bf16.expect == "1.2x torch; as measured on a few rows when it was tried"
     text = "agraph (float[N, 4] x) => (float[N, 4] y) <float[4, 4] w = {0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, "
     text += "1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6}> { a = MatMul (x, w) b = Mul (a, a) y = MatMul (b, w) }"
     seen = write_config(str(write(folder / "m.onnx", graph(text))), folder / "c.yaml", Hints(), None)

@@ -41,6 +41,8 @@ READABLE = f"biuf{KINDS}"
 """Kinds of numpy dtypes that outputs may have: numbers and texts."""
 AGAIN = 4
 """How often a row is asked again: dropout over three numbers looks the same by chance once in eight times."""
+PADDED = 6
+"""Rows that are padded, besides the two that are always tried."""
 HUGE = 1e4
 """How many times as large as the others a row is that shows a scale which is shared by the whole batch."""
 MASK = "attention_mask"
@@ -221,17 +223,23 @@ class _Trial:
         return others <= min(ROUNDING, ROUNDING_TIMES * own)
 
     def be_padded(self) -> None:
-        """A row behind a longer one, which it is padded to; what is answered at padded positions is cut off."""
-        longer, shorter = self._row(self._long, seed=5), self._rows[0]
-        together = _part(self._answers(join([longer, shorter], self._spec, 2)), 1)
-        own = trim(tuple(together), _varying(self._alone[0], together), self._long, self._short)
-        reason = self._change(self._alone[0], own)
-        if reason:
-            raise ConfigError(
-                f"the answer to a row depends on how far it is padded when a longer one shares its batch ({reason}), "
-                "so that strangers would change each other's answers: padding is not told from the row itself. "
-                f"{ONE_LENGTH}"
-            )
+        """Rows behind a longer one, which they are padded to; what is answered at padded positions is cut off.
+
+        Of one row a softmax that is sure of its answer may hide what padding does to it, so that there are several.
+        """
+        rows = [*self._rows, *(self._row(self._short, seed) for seed in range(7, 7 + PADDED))]
+        alone = [*self._alone, *map(self._answers, rows[len(self._alone) :])]
+        together = self._answers(join([self._row(self._long, seed=5), *rows], self._spec, 1 + len(rows)))
+        for place, answers in enumerate(alone, start=1):
+            padded = _part(together, place)
+            own = trim(tuple(padded), _varying(answers, padded), self._long, self._short)
+            reason = self._change(answers, own)
+            if reason:
+                raise ConfigError(
+                    f"the answer to a row depends on how far it is padded when a longer one shares its batch ({reason})"
+                    ", so that strangers would change each other's answers: padding is not told from the row itself. "
+                    f"{ONE_LENGTH}"
+                )
 
     def _together(self, rows: Sequence[Arrays]) -> list[Array]:
         try:

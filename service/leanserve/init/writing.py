@@ -16,11 +16,11 @@ from leanserve.bases.description import Evidence
 from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.opening import Origin, open_base
 from leanserve.bases.shipped import SHIPPED
-from leanserve.config.schema import read_config
-from leanserve.contracts import CLASS_MAPS, CLASSES, Json, Meaning, ModelSpec
+from leanserve.config.schema import MAX_BATCH_DEPENDENCE, read_config
+from leanserve.contracts import CLASS_MAPS, CLASSES, Json, Meaning, ModelSpec, OnnxModel, Share
 from leanserve.disk import open_regular
 from leanserve.errors import ConfigError
-from leanserve.hardware import this_hardware
+from leanserve.hardware import this_hardware, thread_budget
 from leanserve.init.data_argument import SYNTHETIC, ToldColumns, data_section
 from leanserve.init.model_argument import Hints, base_section
 from leanserve.init.profile import ModelProfile, inspect, likely_state
@@ -59,6 +59,8 @@ WHY: Mapping[Evidence, str] = {
 }
 
 
+SAFELY = 0.25
+"""Share of `MAX_BATCH_DEPENDENCE` up to which random rows may move each other: those of the user may do so more."""
 MAX_DROP = 0.01
 """What a first gate allows of a score."""
 DISAGREEMENT = 0.02
@@ -95,7 +97,7 @@ def write_config(
     rows = None if own else SYNTHETIC
     _origin(section, rows, folder)
     try:
-        base, opened = _open_apart(section, rows, folder)
+        base, opened = _kept_apart(*_open_apart(section, rows, folder), rows, folder)
     except ConfigError as error:
         path.write_text(_unfinished(path, section, str(error)), encoding="utf-8")
         raise ConfigError(f"{error}. {path} has a TODO for it; mend that, or give `leanserve init` more") from error
@@ -196,6 +198,46 @@ def _open_apart(
                 apart = {**base, "rows": rows}
                 return apart, _open(apart, data, folder)
         raise
+
+
+def _kept_apart(
+    base: Mapping[str, Json], opened: LoadedBase, data: Mapping[str, Json] | None, folder: Path
+) -> tuple[Mapping[str, Json], LoadedBase]:
+    """With `rows` as far apart as a graph needs them that finds the scale of activations while it runs.
+
+    A trial lets such a graph pass whose rows move each other a little, and the gate of what is served would not.
+    """
+    if not _scales_by_batch(opened):
+        return base, opened
+    for rows in ("one_length", "one"):
+        if opened.spec.rows == "one" or _dependence(opened) <= MAX_BATCH_DEPENDENCE * SAFELY:
+            break
+        base = {**base, "rows": rows}
+        opened = _open(base, data, folder)
+    return base, opened
+
+
+def _scales_by_batch(base: LoadedBase) -> bool:
+    import onnx
+
+    from leanserve.bases.sources.onnx_file import SCALED_BY_BATCH
+    from leanserve.bases.sources.onnx_reading import nodes_of
+
+    model = base.model()
+    if not isinstance(model, OnnxModel):
+        return False
+    return any(node.op_type.startswith(SCALED_BY_BATCH) for node in nodes_of(onnx.load(model.path).graph))
+
+
+def _dependence(base: LoadedBase) -> float:
+    from leanserve.evaluation.batch_dependence import COMPANY, batch_dependence
+    from leanserve.runtime.formats import open_backend
+
+    backend = open_backend(base.model(), Share(thread_budget()))
+    try:
+        return batch_dependence(backend, base.spec, next(base.data("gate", 8).batches(8)).inputs, COMPANY)
+    finally:
+        backend.close()
 
 
 Sections = Mapping[str, Mapping[str, Json] | None]
