@@ -76,6 +76,19 @@ def test_a_graph_that_runs_on_one_size_only_has_it(tmp_path: Path) -> None:
     assert value.type.tensor_type.shape.dim[1].dim_value == 160
 
 
+def test_a_size_that_an_exporter_left_in_a_graph_is_tried(tmp_path: Path) -> None:
+    text = "agraph (float[N, L, 4] x) => (float[N, 2, 26] y) { y = Reshape (x, to) }"
+    weights = {"to": np.array([0, 2, 26]), "traced": np.array([13])}
+    base = opened(write(tmp_path / "m.onnx", graph(text, weights)))
+    assert base.spec.inputs[0].shape == (13, 4)
+
+
+def test_weights_of_an_old_file_need_not_be_inputs(tmp_path: Path) -> None:
+    text = "agraph (float[1, 4] x) => (float[1, 3] y) { y = MatMul (x, w) }"
+    base = opened(write(tmp_path / "m.onnx", graph(text, {"w": random(4, 3)}, opset=7, ir=3)))
+    assert [item.name for item in base.spec.inputs] == ["x"]
+
+
 @pytest.mark.parametrize("size", [0, -1])
 def test_sizes_below_one_mean_that_they_are_not_known(tmp_path: Path, size: int) -> None:
     model = graph("agraph (float[N, 4] x) => (float[N, 4] y) { y = Relu (x) }")

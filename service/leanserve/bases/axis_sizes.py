@@ -35,8 +35,10 @@ class AxisSizes(NamedTuple):
     caveats: tuple[str, ...] = ()
 
 
-def with_sizes(run: Run, spec: ModelSpec, names: Sequence[str]) -> AxisSizes:
+def with_sizes(run: Run, spec: ModelSpec, names: Sequence[str], written: Sequence[int] = ()) -> AxisSizes:
     """Find sizes of the dynamic axes on which a model runs, from short ones to the longest that is served.
+
+    `written` are sizes that stand in a graph, which may be the one that it was exported with.
 
     Where long ones fail, all dynamic axes of an input but the last get a size. Else shorter ones are served. Where a
     model runs on one size only, no axis stays dynamic.
@@ -46,7 +48,7 @@ def with_sizes(run: Run, spec: ModelSpec, names: Sequence[str]) -> AxisSizes:
     """
     if not dynamic_axes(spec.inputs):
         return AxisSizes(spec)
-    search = _Search(run, names)
+    search = _Search(run, names, written)
     short = search.stepped(spec)
     found = short if short is not None and search.runs(short, short.max_length) else None
     found = found or search.of_one_height(spec) or (short and search.shorter(short)) or search.lone(spec)
@@ -61,9 +63,10 @@ def with_sizes(run: Run, spec: ModelSpec, names: Sequence[str]) -> AxisSizes:
 class _Search:
     """Runs a model on single rows until it runs."""
 
-    def __init__(self, run: Run, names: Sequence[str]) -> None:
+    def __init__(self, run: Run, names: Sequence[str], written: Sequence[int]) -> None:
         self._run = run
         self._names = names
+        self._written = written
         self.failures: list[ConfigError] = []
 
     def runs(self, spec: ModelSpec, *lengths: int) -> bool:
@@ -94,9 +97,10 @@ class _Search:
         return next(tried, replace(spec, max_length=least))
 
     def lone(self, spec: ModelSpec) -> ModelSpec | None:
-        """With one size for all dynamic axes; before all others, with the sizes of the user's own rows."""
+        """With one size for all dynamic axes; before all others, with the sizes of the user's own rows, then with those
+        that stand in the graph."""
         own = [_shaped(spec, spec.own_shapes)] if isinstance(spec, SampledSpec) else []
-        tried = chain(own, (_fixed(spec, size, "none") for size in LONE_SIZES))
+        tried = chain(own, (_fixed(spec, size, "none") for size in dict.fromkeys((*self._written, *LONE_SIZES))))
         return next((one for one in tried if self.runs(one, 1)), None)
 
 

@@ -137,7 +137,7 @@ from skl2onnx.common.data_types import StringTensorType
 random = np.random.default_rng(0)
 texts = [" ".join(random.choice(["good", "bad", "film", "plot", "actor", "boring", "great"], 6)) for _ in range(300)]
 liked = ["liked" if text.count("good") + text.count("great") > text.count("bad") else "not" for text in texts]
-fitted = make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(texts, liked)
+fitted = make_pipeline(TfidfVectorizer(lowercase=False), LogisticRegression()).fit(texts, liked)
 made = convert_sklearn(fitted, initial_types=[("text", StringTensorType([None, 1]))])
 """
 LEAVES = """

@@ -26,7 +26,7 @@ from leanserve.bases.description import Description, Tensor
 from leanserve.bases.inputs import bounds_of, described, served_name
 from leanserve.bases.meanings import proven
 from leanserve.bases.sources.onnx_preparation import Prepared, candidates, fix_sizes
-from leanserve.bases.sources.onnx_reading import files_of, nodes_of, read_onnx
+from leanserve.bases.sources.onnx_reading import files_of, nodes_of, read_onnx, written_sizes
 from leanserve.bases.sources.onnx_trial import Trial, Verdict, tried
 from leanserve.bases.sources.onnx_words import named_classes
 from leanserve.config.base_section import OnnxBase
@@ -138,6 +138,7 @@ class OnnxSource:
             rows=self.declared.rows,
             whole=ready.whole,
             bounds=bounds_of(self.declared),
+            written=written_sizes(ready.model.graph),
             sample=self._sample(ready.inputs),
         )
         found = tried(trial)

@@ -10,6 +10,7 @@ attribute. Whether rows really sum up to 1 is checked by a run (`bases.meanings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -24,10 +25,13 @@ DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 """Whose operators onnxruntime brings."""
 LEAST_OPSET = 13
 """The first in which one scale per channel can be written down."""
+LEAST_FORMAT = 4
 NEWEST_FORMAT = 10
 """The version of the file format that every supported onnxruntime reads."""
 LARGEST_BYTES = 2**31 - 1
 """A protobuf message cannot be larger, and artifacts are single files."""
+MOST_AXES, LARGEST_WRITTEN, MOST_WRITTEN = 8, 4096, 32
+"""Of a shape that stands in a graph; sizes in it that are worth a trial, and how many of them."""
 SHOWN = 4
 ASSUMED_LOCALES = (b"", b"en_US", b"en_US.UTF-8")
 LOCALE = "C.UTF-8"
@@ -59,6 +63,8 @@ def read_onnx(path: Path) -> ModelProto:
             f"base.onnx: {path} takes {size / 2**30:.1f} GiB with its tensors, a single ONNX file holds less than 2; "
             "bring the model as a torch module (python: or transformers:) instead"
         )
+    # Up to version 3 of the format weights had to be inputs, too; files that say 3 and do otherwise run all the same.
+    model.ir_version = max(model.ir_version, LEAST_FORMAT)
     try:
         onnx.load_external_data_for_model(model, str(path.parent))
         onnx.checker.check_model(model)
@@ -126,6 +132,17 @@ def nodes_of(graph: GraphProto) -> Iterator[NodeProto]:
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
                 yield from nodes_of(inner)
+
+
+def written_sizes(graph: GraphProto) -> tuple[int, ...]:
+    """Sizes that may stand in shapes: an exporter that traced a run may have left those of that run."""
+    from onnx import TensorProto, numpy_helper
+
+    short = (
+        item for item in graph.initializer if item.data_type == TensorProto.INT64 and math.prod(item.dims) <= MOST_AXES
+    )
+    found = {size for item in short for size in numpy_helper.to_array(item).ravel().tolist()}
+    return tuple(sorted(size for size in found if 1 < size <= LARGEST_WRITTEN))[:MOST_WRITTEN]
 
 
 def _parsed(path: Path) -> ModelProto:

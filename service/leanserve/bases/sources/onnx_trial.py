@@ -55,6 +55,8 @@ class Trial(BaseModel):
     """Whether a row of the candidate is all that the original takes at once."""
     bounds: SizeBounds
     """Of dynamic axes."""
+    written: tuple[int, ...] = ()
+    """Sizes that stand in the graph."""
     sample: Path | None = None
     """A `.npz` file with some of the user's rows, in the order of the inputs; `None`: random ones."""
 
@@ -110,7 +112,7 @@ def _verdict(trial: Trial) -> Verdict:
         if trial.sample is not None:
             with np.load(trial.sample, allow_pickle=False) as stored:
                 asked = sampled(asked, [stored[name] for name in stored.files])
-        spec, sizes = with_sizes(candidate, asked, trial.outputs)
+        spec, sizes = with_sizes(candidate, asked, trial.outputs, trial.written)
         found = probe(candidate, spec, trial.outputs, tolerance)
         _compare(original, candidate, trial, spec, tolerance)
     except ConfigError as error:
