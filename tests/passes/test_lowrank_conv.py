@@ -17,7 +17,7 @@ from leanserve.passes.base import Applied
 from leanserve.passes.families.lowrank.lowrank_conv import LowrankConv
 from leanserve.passes.toolkit import conv_splits, layer_times
 from leanserve.passes.toolkit.conv_splits import SCHEMES, patches
-from leanserve.passes.toolkit.cp_factors import cp_factors
+from leanserve.passes.toolkit.cp_factors import cp_factors, fitted_factors
 from leanserve.passes.toolkit.layer_calls import Call
 from leanserve.passes.toolkit.targets import Targets
 from leanserve.runtime.formats.torch_size import count_macs
@@ -191,14 +191,15 @@ def test_a_sum_of_three_products_is_found_again() -> None:
     assert all(torch.equal(a, b) for a, b in zip(cp_factors(kernel, 3), cp_factors(kernel, 3), strict=True))
 
 
+@pytest.mark.parametrize("scheme", ["cp", "depthwise"])
 @pytest.mark.parametrize("geometry", [GEOMETRIES[0], GEOMETRIES[2], GEOMETRIES[6]], ids=str)
-def test_products_of_vectors_become_a_chain_of_the_same_shape(geometry: dict[str, Any]) -> None:
+def test_products_of_vectors_become_a_chain_of_the_same_shape(geometry: dict[str, Any], scheme: str) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 6, **geometry)
     images = torch.randn(10, 4, 11, 13)
     with torch.no_grad():
         wanted = conv(images)
-        split = SCHEMES["cp"](conv, [Call((1, 4, 11, 13), (1, *wanted.shape[1:]))])
+        split = SCHEMES[scheme](conv, [Call((1, 4, 11, 13), (1, *wanted.shape[1:]))])
         errors = []
         for rank in (2, 20):
             split.fill(split.bases("weight"), (rank,), bias=True)
@@ -207,6 +208,41 @@ def test_products_of_vectors_become_a_chain_of_the_same_shape(geometry: dict[str
         row = TorchModel(nn.Sequential(*split.convs), ModelSpec((TensorSpec("x", "float32", (4, 11, 13)),), ()))
     assert errors[1] < 0.4 * errors[0]
     assert split.cost((20,)) == count_macs(row)
+
+
+@pytest.mark.parametrize("scheme", ["cp", "depthwise"])
+def test_products_are_fitted_to_the_answers_of_inputs_that_are_seen(scheme: str) -> None:
+    """Of correlated channels few directions matter, whatever the weight is in the others."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 6, 3, padding=1, bias=False)
+    images = (torch.randn(8, 2) @ torch.randn(2, 30 * 81)).view(8, 30, 9, 9).transpose(0, 1)
+    images += 0.05 * torch.randn_like(images) + 1
+    errors = {}
+    with torch.no_grad():
+        wanted = conv(images)
+        for looks in (False, True):
+            split = SCHEMES[scheme](conv, [Call((1, 8, 9, 9), (1, 6, 9, 9))])
+            if looks:
+                split.look(images, wanted)
+            split.fill(split.bases("output" if looks else "weight"), (4,), bias=True)
+            split.compare(images, wanted)
+            split.refit()
+            errors[looks] = float((nn.Sequential(*split.convs)(images) - wanted).norm() / wanted.std())
+    assert errors[True] < 0.75 * errors[False]
+
+
+def test_a_fit_to_inputs_of_all_directions_alike_is_the_fit_of_the_weight() -> None:
+    generator = torch.Generator().manual_seed(3)
+    kernel = torch.randn(5, 4, 9, generator=generator)
+    factors = cp_factors(kernel, 6)
+    moved = fitted_factors(kernel, factors, torch.eye(36))
+
+    def error(sides: Sequence[torch.Tensor]) -> float:
+        return float((torch.einsum("nr,cr,kr->nck", *sides) - kernel).norm())
+
+    assert 0.9 * error(factors) < error(moved) < error(factors) + 1e-6
+    lengths = torch.stack([factor.norm(dim=0) for factor in moved])
+    torch.testing.assert_close(lengths, lengths[:1].expand_as(lengths))
 
 
 def test_a_layer_fitted_to_what_it_is_given_now_answers_better(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +17,9 @@ from leanserve.contracts import ArrayData, ModelSpec, OnnxModel, Split, TensorSp
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied
 from leanserve.passes.families.lowrank.lowrank_linear import LowrankLinear
-from leanserve.passes.toolkit.activations import Moments
+from leanserve.passes.toolkit.activations import Moments, refit_batch_norm
 from leanserve.passes.toolkit.factors import cholesky_scale, input_basis
+from leanserve.passes.toolkit.norm_statistics import settle_batch_norm
 from leanserve.passes.toolkit.targets import Targets
 from structural_nets import answers, row_base
 from tiny_base import TinyBase, context_of
@@ -124,10 +127,28 @@ def test_macs_target_and_facts(tmp_path: Path) -> None:
     assert result.facts["layers"] == len(result.decisions["ranks"])
 
 
+def test_batch_norm_is_estimated_anew_where_that_answers_more_like_the_base() -> None:
+    base = row_base()
+    same = TorchModel(copy.deepcopy(base.teacher), base.spec)
+    assert not settle_batch_norm(same, ["first"], base.data("calibration"), base), "it answers as the base already"
+    assert all(
+        torch.equal(ours, theirs) for ours, theirs in zip(same.module.buffers(), base.teacher.buffers(), strict=True)
+    )
+    fitted = TorchModel(copy.deepcopy(base.teacher), base.spec)
+    refit_batch_norm(fitted, ["first"], base.data("calibration"))
+    trained = replace(base, teacher=fitted.module)  # whose statistics are those of its rows
+    moved = TorchModel(copy.deepcopy(trained.teacher), base.spec)
+    with torch.no_grad():
+        moved.module.get_parameter("first.weight").mul_(3)
+    assert settle_batch_norm(moved, ["first"], base.data("calibration"), trained)
+    assert not torch.equal(moved.module.get_buffer("norm.running_var"), trained.teacher.get_buffer("norm.running_var"))
+
+
 def test_batch_norm_follows_the_weights(tmp_path: Path) -> None:
     """Only norms that run after a changed layer are re-estimated."""
     base = row_base()
     after, _ = applied(LowrankLinear(rank=2, targets=Targets(include=("first",))), base, tmp_path)
+    assert refit_batch_norm(TorchModel(after, base.spec), ["first"], base.data("train")) == 1
     inputs = after.get_submodule("first")(torch.tensor(base.inputs[0])).detach()
     assert torch.allclose(after.get_buffer("norm.running_mean"), inputs.mean(0), atol=1e-4)
     assert torch.allclose(after.get_buffer("norm.running_var"), inputs.var(0), rtol=0.2)

@@ -34,25 +34,26 @@ class Moments:
     """Running count, mean and second moments of feature vectors, in double precision."""
 
     def __init__(self) -> None:
-        self._count = 0
+        self.count = 0
+        """Vectors taken in."""
         self._sum = torch.zeros(())
         self._second = torch.zeros(())
 
     def add(self, features: Tensor) -> None:
         """Take in vectors [rows, d]."""
-        self._count += len(features)
+        self.count += len(features)
         self._sum = self._sum + features.sum(0, dtype=torch.float64)
         self._second = self._second + (features.T @ features).double()
 
     @property
     def mean(self) -> Tensor:
         """Mean vector [d]."""
-        return self._sum / self._count
+        return self._sum / self.count
 
     @property
     def gram(self) -> Tensor:
         """Mean outer product [d, d], not centred."""
-        return self._second / self._count
+        return self._second / self.count
 
     @property
     def covariance(self) -> Tensor:

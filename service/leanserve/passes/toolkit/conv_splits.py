@@ -1,10 +1,11 @@
-"""Four ways to write a convolution as a chain of cheaper ones, for any stride, padding, dilation.
+"""Five ways to write a convolution as a chain of cheaper ones, for any stride, padding, dilation.
 
 `Spatial`: k x 1 then 1 x k (Jaderberg et al., "Speeding up Convolutional Neural Networks with Low Rank Expansions",
 2014). `Channel`: k x k with few outputs, then 1 x 1 (Zhang et al., "Accelerating Very Deep Convolutional Networks",
 2015). `Tucker2`: 1 x 1, a small k x k, 1 x 1 (Kim et al., "Compression of Deep CNNs for Fast and Low Power Mobile
 Applications", 2016). These three are exact at full rank. `Cp`: 1 x 1, k x 1 and 1 x k on each channel alone, 1 x 1
-(Lebedev et al. 2015), the cheapest for its rank and the farthest from the weight.
+(Lebedev et al. 2015), and `Depthwise`: 1 x 1, k x k on each channel alone, 1 x 1 (Guo et al., "Network Decoupling",
+2018), which has a layer less and costs no more where kernels are small.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanserve.passes.toolkit.activations import Moments
-from leanserve.passes.toolkit.cp_factors import cp_factors
+from leanserve.passes.toolkit.cp_factors import cp_factors, fitted_factors
 from leanserve.passes.toolkit.factors import Basis, cholesky_scale, input_basis, output_basis, regress
 from leanserve.passes.toolkit.layer_calls import Call, positions
 from leanserve.passes.toolkit.layer_times import seconds_of
@@ -253,12 +254,51 @@ class Tucker2(ConvSplit):
         return [inputs.encode[:, :rank_in].T[:, :, None, None], core, outputs.encode[:, :rank_out, None, None]]
 
 
-class Cp(ConvSplit):
-    """Each of a few channels by itself: a mixture of the inputs, a column, a row, a mixture of them."""
+class _Products(ConvSplit):
+    """A sum of products of vectors, each of which is a channel of the chain."""
+
+    def __init__(self, conv: nn.Conv2d, calls: Sequence[Call] = ()) -> None:
+        super().__init__(conv, calls)
+        self._seen = Moments()
 
     @staticmethod
     def unfit(conv: nn.Conv2d) -> str | None:
         return ConvSplit.unfit(conv) or ("its kernel is 1 x 1" if tuple(conv.kernel_size) == (1, 1) else None)
+
+    @property
+    @abstractmethod
+    def kernel(self) -> Tensor:
+        """The weight with a dimension for each vector of a product; the first one are the outputs."""
+
+    def look(self, x: Tensor, y: Tensor) -> None:  # noqa: ARG002 - what it should answer follows from what it sees
+        self._seen.add(patches(x, self.conv))
+
+    def bases(self, approximate: Approximate) -> tuple[Basis, ...]:  # noqa: ARG002 - of the weight alone
+        """The energies of a sum of as many products as are worth it, of the weight in any case. A sum may have more of
+        them than the kernel has outputs, and need them: they are no orthogonal directions."""
+        kernel = self.kernel
+        most = max(1, kernel.numel() // sum(kernel.shape))
+        # Each factor has a root of a product's length.
+        lengths = cp_factors(kernel, most)[-1].square().sum(0) ** kernel.ndim
+        none = torch.empty(0, dtype=torch.float64)
+        return (Basis(none, none, lengths.sort(descending=True).values),)
+
+    @property
+    def sides(self) -> tuple[tuple[int, int], ...]:
+        return ()
+
+    def _factors(self, rank: int) -> list[Tensor]:
+        """By the answers to what was looked at, if that was; a sum of this rank, no cut of a longer one."""
+        factors = cp_factors(self.kernel, rank)
+        return fitted_factors(self.kernel, factors, self._seen.covariance) if self._seen.count else factors
+
+
+class Cp(_Products):
+    """Each of a few channels by itself: a mixture of the inputs, a column, a row, a mixture of them."""
+
+    @property
+    def kernel(self) -> Tensor:
+        return self.weight
 
     def chain(self, ranks: Ranks, **factory: Any) -> list[nn.Conv2d]:
         (rank,) = ranks
@@ -270,23 +310,37 @@ class Cp(ConvSplit):
             nn.Conv2d(rank, self.conv.out_channels, 1, **factory),
         ]
 
-    def bases(self, approximate: Approximate) -> tuple[Basis, ...]:  # noqa: ARG002 - of the weight alone
-        """The energies of a sum of as many products as are worth it, of the weight in any case. A sum may have more of
-        them than the kernel has outputs, and need them: they are no orthogonal directions."""
-        outputs, inputs, height, width = self.weight.shape
-        most = max(1, self.weight.numel() // (outputs + inputs + height + width))
-        # Each factor has the fourth root of a product's length.
-        lengths = cp_factors(self.weight, most)[-1].square().sum(0) ** 4
-        none = torch.empty(0, dtype=torch.float64)
-        return (Basis(none, none, lengths.sort(descending=True).values),)
-
-    @property
-    def sides(self) -> tuple[tuple[int, int], ...]:
-        return ()
-
-    def weights(self, bases: Sequence[Basis], ranks: Ranks) -> list[Tensor]:  # noqa: ARG002 - no cut of a longer sum
-        outputs, inputs, column, row = cp_factors(self.weight, ranks[0])
+    def weights(self, bases: Sequence[Basis], ranks: Ranks) -> list[Tensor]:  # noqa: ARG002
+        outputs, inputs, column, row = self._factors(ranks[0])
         return [inputs.T[:, :, None, None], column.T[:, None, :, None], row.T[:, None, None], outputs[:, :, None, None]]
 
 
-SCHEMES: Mapping[str, type[ConvSplit]] = {"spatial": Spatial, "channel": Channel, "tucker2": Tucker2, "cp": Cp}
+class Depthwise(_Products):
+    """Each of a few channels by itself: a mixture of the inputs, a kernel, a mixture of them."""
+
+    @property
+    def kernel(self) -> Tensor:
+        return self.weight.flatten(2)
+
+    def chain(self, ranks: Ranks, **factory: Any) -> list[nn.Conv2d]:
+        (rank,) = ranks
+        inner = {**factory, "bias": False}
+        return [
+            nn.Conv2d(self.conv.in_channels, rank, 1, **inner),
+            self._part(rank, rank, (0, 1), groups=rank, **inner),
+            nn.Conv2d(rank, self.conv.out_channels, 1, **factory),
+        ]
+
+    def weights(self, bases: Sequence[Basis], ranks: Ranks) -> list[Tensor]:  # noqa: ARG002
+        outputs, inputs, kernels = self._factors(ranks[0])
+        shape = (ranks[0], 1, *self.conv.kernel_size)
+        return [inputs.T[:, :, None, None], kernels.T.reshape(shape), outputs[:, :, None, None]]
+
+
+SCHEMES: Mapping[str, type[ConvSplit]] = {
+    "spatial": Spatial,
+    "channel": Channel,
+    "tucker2": Tucker2,
+    "cp": Cp,
+    "depthwise": Depthwise,
+}

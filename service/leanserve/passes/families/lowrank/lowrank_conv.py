@@ -1,10 +1,11 @@
 """Writes a convolution as a chain of cheaper ones, exact at full rank, cheaper below its break-even rank.
 
 Schemes: `spatial` (k x 1 then 1 x k; Jaderberg et al., 2014), `channel` (k x k with r outputs then 1 x 1; Zhang et al.,
-2015), `tucker2` (1 x 1, k x k between few channels, 1 x 1; Kim et al., 2016) and `cp` (1 x 1, k x 1 and 1 x k on each
-channel alone, 1 x 1; Lebedev et al., 2015). `weight` keeps the directions that
-matter to the weight, `output` those that matter to the layer's outputs on calibration data, and then refits the last
-convolution by least squares to the original outputs (the linear case of Zhang et al., each layer on its own).
+2015), `tucker2` (1 x 1, k x k between few channels, 1 x 1; Kim et al., 2016), `cp` (1 x 1, k x 1 and 1 x k on each
+channel alone, 1 x 1; Lebedev et al., 2015) and `depthwise` (1 x 1, k x k on each channel alone, 1 x 1; Guo et al.,
+2018). `weight` keeps the directions that matter to the weight, `output` those that matter to the layer's outputs on
+calibration data, and then refits the last convolution by least squares to the original outputs (the linear case of
+Zhang et al., each layer on its own).
 
 It buys MACs on layers whose channels or kernels are correlated and costs accuracy that training can recover. More and
 smaller convolutions use the hardware less well: on a CPU at batch 1 a residual CNN with a third of its MACs is 1.3-1.6
@@ -36,7 +37,7 @@ class LowrankConv(RankRule, Pass):
     """Low-rank factorisation of 2-d convolutions."""
 
     kind: Literal["lowrank_conv"] = "lowrank_conv"
-    scheme: Literal["spatial", "channel", "tucker2", "cp"] = "spatial"
+    scheme: Literal["spatial", "channel", "tucker2", "cp", "depthwise"] = "spatial"
     approximate: Literal["weight", "output"] = "output"
     """Whether the weight's error is minimised, or the output's error on calibration data."""
     asymmetric: bool = False
@@ -52,8 +53,8 @@ class LowrankConv(RankRule, Pass):
     def _vbmf_is_of_weights(self) -> Self:
         if self.vbmf and self.approximate != "weight":
             raise ValueError("vbmf tells noise in weights from the rest; set approximate: weight, or take energy")
-        if self.vbmf and self.scheme == "cp":
-            raise ValueError("vbmf looks at matrices, and cp has none; take macs or energy")
+        if self.vbmf and self.scheme in ("cp", "depthwise"):
+            raise ValueError(f"vbmf looks at matrices, and {self.scheme} has none; take macs or energy")
         return self
 
     @model_validator(mode="after")
@@ -67,9 +68,9 @@ class LowrankConv(RankRule, Pass):
         return frozenset({"calibration"})
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
-        from leanserve.passes.toolkit.activations import refit_batch_norm
         from leanserve.passes.toolkit.layer_calls import execution_order
         from leanserve.passes.toolkit.layer_times import ratio_of, seconds_of_row
+        from leanserve.passes.toolkit.norm_statistics import settle_batch_norm
         from leanserve.passes.toolkit.structure import copy_of
         from leanserve.passes.toolkit.timing import inference
         from leanserve.runtime.formats.torch_size import count_macs, count_parameters
@@ -94,7 +95,7 @@ class LowrankConv(RankRule, Pass):
             self._fit_in_turn(made, whole, chosen, context)
         else:
             self._fit(made, chosen, context)
-        refit_batch_norm(made, choice.ranks, context.base.data("calibration", self.samples, made.spec))
+        settle_batch_norm(made, choice.ranks, context.base.data("calibration", self.samples, made.spec), context.base)
         with inference(context.threads):
             reached = {"latency_ratio": ratio_of(made, whole)} if self.times else {}
         return Applied(

@@ -61,9 +61,9 @@ class LowrankLinear(RankRule, Pass):
         return frozenset({"calibration"})
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
-        from leanserve.passes.toolkit.activations import refit_batch_norm
         from leanserve.passes.toolkit.layer_calls import execution_order
         from leanserve.passes.toolkit.layer_times import ratio_of, seconds_of_row
+        from leanserve.passes.toolkit.norm_statistics import settle_batch_norm
         from leanserve.passes.toolkit.structure import copy_of, replace
         from leanserve.passes.toolkit.timing import inference
         from leanserve.runtime.formats.torch_size import count_macs, count_parameters
@@ -82,7 +82,7 @@ class LowrankLinear(RankRule, Pass):
             replace(made.module, layers[name], pair)
             if self.asymmetric:
                 _fit(pair, name, made, whole, rows)
-        refit_batch_norm(made, choice.ranks, rows)
+        settle_batch_norm(made, choice.ranks, rows, context.base)
         with inference(context.threads):
             reached = {"latency_ratio": ratio_of(made, whole)} if self.times else {}
         return Applied(

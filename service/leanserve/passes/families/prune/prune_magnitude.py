@@ -88,12 +88,14 @@ class PruneMagnitude(Pass):
         }
 
     def _at_once(self, made: TorchModel, context: BuildContext) -> dict[str, Tensor]:
-        from leanserve.passes.toolkit.activations import refit_batch_norm
+        from leanserve.passes.toolkit.norm_statistics import settle_batch_norm
         from leanserve.passes.toolkit.sparsity import apply_masks, layers_of
 
         masks = self._choose(made)
         apply_masks(made.module, masks)
-        refit_batch_norm(made, layers_of(masks), context.base.data("calibration", self.samples, made.spec))
+        settle_batch_norm(
+            made, layers_of(masks), context.base.data("calibration", self.samples, made.spec), context.base
+        )
         return {**made.masks, **masks}
 
     def _while_training(

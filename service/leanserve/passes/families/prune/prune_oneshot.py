@@ -61,7 +61,7 @@ class PruneOneshot(Pass):
         return frozenset({"calibration"})
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
-        from leanserve.passes.toolkit.activations import refit_batch_norm
+        from leanserve.passes.toolkit.norm_statistics import settle_batch_norm
         from leanserve.passes.toolkit.sparsity import sparsity_of
         from leanserve.passes.toolkit.structure import copy_of
 
@@ -71,7 +71,7 @@ class PruneOneshot(Pass):
         for name, moments in self._moments(made, layers, context).items():
             earlier = made.masks.get(f"{name}.weight")
             masks[f"{name}.weight"] = self._prune(layers[name].weight, moments.gram, earlier)
-        refit_batch_norm(made, list(layers), context.base.data("calibration", self.samples, made.spec))
+        settle_batch_norm(made, list(layers), context.base.data("calibration", self.samples, made.spec), context.base)
         facts = {"sparsity": sparsity_of(masks), "layers": len(layers)}
         return Applied(replace(made, masks={**made.masks, **masks}), {"left": left}, facts)
 
