@@ -11,11 +11,12 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from leanserve.contracts import Model, Share, TorchModel
+from leanserve.contracts import BuildContext, Model, Share, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.families.architecture.student import Student
 from leanserve.passes.families.prune.prune_heads import PruneHeads
 from leanserve.passes.families.prune.prune_layers import PruneLayers
+from leanserve.passes.families.prune.prune_movement import PruneMovement
 from leanserve.passes.families.runtime.onnxruntime import OnnxRuntime
 from leanserve.passes.toolkit.narrow import units_of
 from leanserve.passes.toolkit.stacks import Skip
@@ -145,6 +146,33 @@ def test_heads_compete_across_layers_and_every_layer_keeps_one(tmp_path: Path) -
         count = 4 - gone[f"layers.{place}.attention.out"]
         assert vars(made.get_submodule(f"layers.{place}.attention"))["heads"] == count
         assert made.get_parameter(f"layers.{place}.attention.value.weight").shape == (8 * count, 32)
+
+
+def test_heads_whose_values_training_has_moved_to_zero_are_taken_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, seen = stacked_base(), []
+    take_out = PruneMovement._without_idle
+
+    def told(self: PruneMovement, model: TorchModel, context: BuildContext) -> tuple[TorchModel, dict[str, int]]:
+        seen.append(answers(model.module, base))
+        return take_out(self, model, context)
+
+    monkeypatch.setattr(PruneMovement, "_without_idle", told)
+    options = {"sparsity": 0.5, "block": (WIDTH // HEADS, WIDTH), "epochs": 1, "batch": 8, "precision": "float32"}
+    pass_ = PruneMovement.model_validate({**options, "targets": {"include": ["layers.*.attention.value"]}})
+    made = reloaded(pass_, base, tmp_path)
+    applied = pass_.apply(base.model(), context_of(base, tmp_path))
+    assert applied.decisions["removed"] == {f"layers.{place}.out": 2 for place in range(4)}
+    assert applied.simulated is False
+    assert applied.facts["macs_ratio"] < 0.9
+    assert made.module.get_parameter("layers.0.attention.query.weight").shape == (WIDTH // 2, WIDTH)
+    assert all(mask.shape == made.module.get_parameter(name).shape for name, mask in made.masks.items())
+    torch.testing.assert_close(answers(made.module, base), seen[0], rtol=1e-4, atol=1e-4)
+    scattered = PruneMovement.model_validate({**options, "block": (1, 1)}).apply(
+        base.model(), context_of(base, tmp_path / "scattered")
+    )
+    assert scattered.simulated, "single weights leave no head idle"
 
 
 def test_what_is_not_there_or_not_targeted_is_told(tmp_path: Path) -> None:

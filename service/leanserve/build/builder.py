@@ -251,7 +251,7 @@ class Builder:
             options=step.pass_.model_dump(mode="json") if step.pass_ else {},
             decisions=dict(applied.decisions),
             facts=dict(applied.facts),
-            simulated=step.pass_.simulated if step.pass_ else False,
+            simulated=_simulated(step, applied),
             format=applied.model.format if _saves(step) else None,
             spec=applied.model.spec,
             files=files,
@@ -281,6 +281,12 @@ class Builder:
 def _saves(step: RecipeStep) -> bool:
     """Whether the artifact has a model of its own; a pass that acts at load time leaves it to the one before."""
     return step.pass_ is None or step.pass_.stage is not Stage.LOADING
+
+
+def _simulated(step: RecipeStep, applied: Applied) -> bool:
+    if step.pass_ is None:
+        return False
+    return step.pass_.simulated if applied.simulated is None else applied.simulated
 
 
 def _is_better(fresh: BenchmarkResult, known: BenchmarkResult | None) -> bool:

@@ -86,6 +86,8 @@ class Applied:
     decisions: Mapping[str, Json] = field(default_factory=dict)
     facts: Mapping[str, float] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
+    simulated: bool | None = None
+    """As `Pass.simulated`, where that is seen only when it is done."""
 
 
 class Pass(BaseModel):

@@ -66,6 +66,15 @@ class Units:
                     setattr(counter, name, len(units) * (1 if name in COUNTS else self.size))
 
     @torch.no_grad()
+    def idle(self, module: nn.Module) -> set[int]:
+        """The units that say the same of every row, or that nobody reads: all weights of their values are zero, or all
+        that multiply them. What a softmax mixes of one value is that value."""
+        values = _linear(module, self.makers[-1]).weight[-self.count * self.size :]
+        reader = _linear(module, self.reader).weight
+        places = {unit: self.features([unit]) for unit in range(self.count)}
+        return {unit for unit, at in places.items() if not (values[at].any() and reader[:, at].any())}
+
+    @torch.no_grad()
     def silence(self, module: nn.Module, units: Sequence[int]) -> None:
         """Make nobody read these units, in place."""
         _linear(module, self.reader).weight[:, self.features(units)] = 0
