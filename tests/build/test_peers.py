@@ -1,4 +1,4 @@
-"""A training that two processes run together: the weights of one process with the same batches."""
+"""A training that two processes run together, by rows or by weights: the weights of one with the same batches."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ variants:
     passes: [FACTORS, {kind: distill, epochs: 3, batch: 16, precision: float32}]
   - name: together
     passes: [FACTORS, {kind: distill, epochs: 3, batch: 16, precision: float32, processes: 2}]
+  - name: split
+    passes: [FACTORS, {kind: distill, epochs: 3, batch: 16, precision: float32, processes: 2, split: weights}]
 """.replace("FACTORS", "{kind: lowrank_linear, rank: 2, method: svd}")
 
 
@@ -48,12 +50,13 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path: Path, monkeypatch: 
     base = open_base(Origin(base=config.base, data=config.data, folder=tmp_path))
     store = ArtifactStore(tmp_path / "cache")
     recipes, said = constructed(store, config, base)
-    alone, both = (load_model(store, base, keys[-1]) for keys in recipes)
+    alone, *shared = (load_model(store, base, keys[-1]) for keys in recipes)
     assert "cannot be applied" not in said
     assert isinstance(alone, TorchModel)
-    assert isinstance(both, TorchModel)
     untrained = load_model(store, base, recipes[0][-2])
     assert isinstance(untrained, TorchModel)
     for name, weight in alone.module.named_parameters():
-        torch.testing.assert_close(weight, both.module.get_parameter(name), rtol=1e-4, atol=1e-5)
         assert not torch.equal(weight, untrained.module.get_parameter(name))
+        for both in shared:
+            assert isinstance(both, TorchModel)
+            torch.testing.assert_close(weight, both.module.get_parameter(name), rtol=1e-4, atol=1e-5)

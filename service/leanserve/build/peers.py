@@ -1,8 +1,9 @@
 """The other processes of a pass that several run together, as torchrun would start them: one machine, gloo.
 
 Each is told where the store is, what the base is and which pass to apply to which artifacts, applies it as this process
-does and throws the result away: in between they have told each other their gradients. They end with this process,
-whatever becomes of it; if one of them ends too soon, the pass fails here, because gloo loses its connection.
+does and throws the result away: in between they have told each other their gradients, or what their shares of the
+layers answer. They end with this process, whatever becomes of it; if one of them ends too soon, the pass fails here,
+because gloo loses its connection.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from leanserve.contracts import BuildContext, Data, TorchModel
 from leanserve.errors import PassFailed
@@ -115,6 +116,17 @@ class EarlyStop(TrainingCallback):
         return total / len(self._data)
 
 
+class KeepStatistics(TrainingCallback):
+    """Batch norms normalise by the mean and variance that they have, in training as in serving; scale and bias are
+    trained. A student that is near its teacher stays so: it begins with the statistics of all that the teacher was
+    trained on, which the rows at hand know less well."""
+
+    def begin_epoch(self, run: TrainingRun) -> None:
+        for child in run.module.modules():
+            if isinstance(child, _BatchNorm):
+                child.eval()
+
+
 class LateGradients(TrainingCallback):
     """Steps go by the gradients of so many steps ago, as those of asynchronous processes would that read the weights
     and write their gradients when they get to it (Dean et al., "Large Scale Distributed Deep Networks", 2012). What
@@ -145,10 +157,10 @@ class LateGradients(TrainingCallback):
 def recovery_callbacks(
     model: TorchModel, schedule: RecoveryOptions, context: BuildContext
 ) -> Sequence[TrainingCallback]:
-    """As `usual_callbacks`, and adapters and late gradients where the schedule asks for them.
+    """As `usual_callbacks`, and what else the schedule asks for.
 
     Raises:
-        PassFailed: as there, or adapters would fill what a mask keeps at zero.
+        PassFailed: as there, or adapters would fill what a mask keeps at zero, or no process holds what a mask is for.
     """
     from leanserve.passes.toolkit.adapters import TrainAdapters
 
@@ -157,6 +169,10 @@ def recovery_callbacks(
         if masks_of(model):
             raise PassFailed("lora: the model has weights that stay zero, which low-rank changes would fill; drop it")
         usual.insert(0, TrainAdapters(schedule.lora))
+    if schedule.splits_weights and masks_of(model):
+        raise PassFailed("split: the model has weights that stay zero, by masks of whole weights; drop split: weights")
+    if schedule.batch_norm == "stored":
+        usual.insert(0, KeepStatistics())
     return [*usual, LateGradients(schedule.late)] if schedule.late else usual
 
 

@@ -89,6 +89,9 @@ class MatchFeatures(Objective):
     def extra(self) -> nn.Module:
         return self._projections
 
+    def teachers(self) -> Sequence[nn.Module]:
+        return self._answers.teachers()
+
     def to(self, device: str) -> None:
         self._answers.to(device)
 
@@ -141,6 +144,9 @@ class TeachExits(Objective):
 
     def extra(self) -> nn.Module:
         return self._exits
+
+    def teachers(self) -> Sequence[nn.Module]:
+        return self._answers.teachers()
 
     def to(self, device: str) -> None:
         self._answers.to(device)

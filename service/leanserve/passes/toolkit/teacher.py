@@ -69,6 +69,9 @@ class MatchTeacher(Objective):
             for index, item in enumerate(student.spec.outputs)
         ]
 
+    def teachers(self) -> Sequence[nn.Module]:
+        return [self.teacher]
+
     def to(self, device: str) -> None:
         self.teacher.to(device)
         order_kernels(self.teacher, torch.channels_last)

@@ -83,6 +83,11 @@ class TrainingOptions(BaseModel):
         """How many processes run a pass with these options."""
         return self.processes
 
+    @property
+    def splits_weights(self) -> bool:
+        """Whether each process holds a share of the weights, and sees whole batches."""
+        return False
+
     def resolved_precision(self, context: BuildContext) -> Literal["float32", "bf16"]:
         """What `auto` means where this context trains."""
         if self.precision == "auto":
@@ -132,12 +137,29 @@ class RecoveryOptions(LabelledTrainingOptions):
     """Rows without labels get the teacher's answer as their label where its probability is at least this."""
     late: int = Field(default=0, ge=0)
     """Every gradient is used so many steps late: a simulation of as many asynchronous processes."""
+    batch_norm: Literal["batch", "stored"] = "batch"
+    """By which mean and variance batch norms normalise while they train: those of the batch, which move the stored ones
+    along, or the stored ones, which then stay as they are."""
+    split: Literal["rows", "weights"] = "rows"
+    """What several processes share: the rows of a batch, or the weights, if the model is larger than one may hold."""
 
     @model_validator(mode="after")
     def _pseudo_labels_weigh(self) -> Self:
         if self.pseudo_labels is not None and not self.alpha:
             raise ValueError("pseudo_labels are labels, whose weight is alpha: set that above 0, or drop them")
         return self
+
+    @model_validator(mode="after")
+    def _weights_are_split_between_processes(self) -> Self:
+        if self.split == "weights" and self.processes == 1:
+            raise ValueError("split: weights is between processes; set processes above 1, or drop it")
+        if self.split == "weights" and self.lora is not None:
+            raise ValueError("lora trains changes of whole weights, and split: weights leaves none whole; drop one")
+        return self
+
+    @property
+    def splits_weights(self) -> bool:
+        return self.split == "weights"
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -155,6 +177,10 @@ class Objective:
         """Parameters of its own, always the same module: trained and resumed beside the module's, in the optimiser's
         third and fourth group. They are no part of the model and are gone with the objective."""
         return None
+
+    def teachers(self) -> Sequence[nn.Module]:
+        """Modules that it asks and does not train."""
+        return ()
 
     def to(self, device: str) -> None:
         """Move what it holds besides the module that is trained, such as a teacher, to where that is trained."""
@@ -256,6 +282,10 @@ def _shared(callbacks: Sequence[TrainingCallback], schedule: TrainingOptions) ->
     """And what several processes have to tell each other."""
     if schedule.processes == 1:
         return callbacks
+    if schedule.splits_weights:
+        from leanserve.passes.toolkit.split_weights import SplitWeights
+
+        return [SplitWeights(), *callbacks]
     from leanserve.passes.toolkit.processes import ShareStatistics, ShareSteps
 
     return [ShareStatistics(), *callbacks, ShareSteps()]
@@ -326,7 +356,7 @@ class TrainingRun:
         while self.epochs_done < self.schedule.epochs and not self._stopped:
             self._losses.append(self._epoch(data))
             self._each("end_epoch")
-            write_checkpoint(self._checkpoint, self._state())
+            write_checkpoint(self._checkpoint, self._whole_state())
         for callback in reversed(self._callbacks):
             callback.end(self)
         return Trained(self._losses[0], self._losses[-1], self.epochs_done, start)
@@ -367,7 +397,7 @@ class TrainingRun:
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
         """The rows of a batch that this process computes."""
         self.rows = self.all_rows = len(inputs[0])
-        if self.schedule.processes > 1:
+        if self.schedule.processes > 1 and not self.schedule.splits_weights:
             from leanserve.passes.toolkit.processes import own_share
 
             inputs = tuple(own_share(item) for item in inputs)
@@ -435,12 +465,24 @@ class TrainingRun:
             state |= as_part(callback.state(), f"callback.{index}")
         return state
 
+    def _whole_state(self) -> TrainingState:
+        """Of all processes, where each has weights of its own."""
+        if not self.schedule.splits_weights:
+            return self._state()
+        from leanserve.passes.toolkit.split_weights import gathered_state
+
+        return gathered_state(self._state())
+
     def _resume(self) -> None:
         from leanserve.runtime.formats.tied_tensors import load_tensors
 
         found = read_training_checkpoint(self._checkpoint)
         if found is None or found["identity"] != self._identity():
             return
+        if self.schedule.splits_weights:
+            from leanserve.passes.toolkit.split_weights import own_state
+
+            found = own_state(found)
         load_tensors(self.module, part_of(found, "module"))
         if (extra := self.objective.extra()) is not None:
             load_tensors(extra, part_of(found, "extra"))

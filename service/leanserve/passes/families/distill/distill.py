@@ -53,6 +53,10 @@ class Distill(RecoveryOptions, Pass):
             raise ValueError(f"weight is that of the exits in mode: self; drop it with mode: {self.mode}")
         if self.mode == "online" and not self.alpha:
             raise ValueError("without labels two networks that learn from each other may agree on anything; set alpha")
+        if self.mode == "online" and self.split == "weights":
+            raise ValueError(
+                "in mode: online the copy that learns along is whole in every process; drop split: weights"
+            )
         return self
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
