@@ -5,7 +5,7 @@ HOST ?= 127.0.0.1
 ONNXRUNTIME ?= cpu# or gpu
 BIN := .venv/bin
 
-.PHONY: install serve test soak perf-analyzer prometheus browser lock zoo fuzz check build bench train-digits clean
+.PHONY: install serve test soak perf-analyzer prometheus browser lock zoo fuzz measure check build bench train-digits clean
 
 install: .venv/.installed
 
@@ -56,6 +56,14 @@ browser: install
 # The versions with which the tests passed; run it in an environment that was made without constraints.
 lock: install
 	$(BIN)/pip freeze --exclude-editable | grep -v -e '^torch==' -e '^torchvision==' -e '^nvidia-' -e '^pip==' >constraints.txt
+
+# Hours: what precisions, engines and the passes that make a model smaller do to the shipped bases, as tables. It goes on
+# where it was stopped.
+MEASURED ?= .leanserve/measured
+measure: install
+	for what in precision families; do for step in build time table; do \
+		$(BIN)/python -m loadtest.benchmarks.$$what $$step digits minilm efficientnet_lite0 --folder $(MEASURED)/$$what || exit 1; \
+	done; done
 
 # Real models, downloaded into LEANSERVE_ZOO (by default a folder in ~/.cache); what was tried is not tried again.
 zoo: install

@@ -1,4 +1,4 @@
-"""`loadtest.benchmarks.precision`: what is found out is kept line by line, and goes on where it ended."""
+"""`loadtest.benchmarks.ladders`: what is found out is kept line by line, and goes on where it ended."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import pytest
 
 from leanserve.artifacts.benchmarks import BenchmarkResult, RatioInterval
 from leanserve.config.schema import ServiceConfig
-from loadtest.benchmarks import precision
-from loadtest.benchmarks.precision import BASES, Results, table
+from loadtest.benchmarks import families, ladders, precision
+from loadtest.benchmarks.ladders import Bases, Results, table
 
 BUILT = {"key": "k", "answers": 0.98, "worst": 0.9, "disk_bytes": 1_140_000, "memory_bytes": 19e6, "seconds": 7.4}
 
 
-def test_every_variant_is_one_that_a_config_may_have() -> None:
-    for sections, variants in BASES.values():
+@pytest.mark.parametrize("bases", [precision.BASES, families.BASES], ids=["precision", "families"])
+def test_every_variant_is_one_that_a_config_may_have(bases: Bases) -> None:
+    for sections, variants in bases.values():
+        assert ladders.ANCHOR in variants
         steps = [{"name": name, "passes": passes} for name, passes in variants.items()]
         ServiceConfig.model_validate({**sections, "variants": steps})
 
@@ -35,15 +37,15 @@ def test_lines_add_up_and_are_there_again(tmp_path: Path) -> None:
         rounds=7,
         waited=0.0,
     )
-    results.add("digits", "onnx-int8", precision._speed(result))
-    found = Results(tmp_path).of("digits")
+    results.add("digits", "onnx-int8", ladders._speed(result))
+    found = Results(tmp_path).of("digits", ["onnx", "onnx-int8-dynamic", "onnx-int8"])
     assert list(found) == ["onnx-int8-dynamic", "onnx-int8"], "in the order of the table"
     _, _, refused, line = table(found)
     assert refused == "| onnx-int8-dynamic | it has convolutions |"
-    assert line == "| onnx-int8 | 0.9800 | 1.1 | 0.50 | 4,000 | 2.00x / 4.00x | 19 | 7 |"
+    assert line == "| onnx-int8 | 0.9800 |  |  | 1.1 | 0.50 | 4,000 | 2.00x / 4.00x | 19 | 7 |"
 
 
 def test_nothing_is_timed_without_the_anchor(tmp_path: Path) -> None:
-    bench = precision.Bench("digits", None, Results(tmp_path), 0.0)  # type: ignore[arg-type] # it is not looked at
+    bench = ladders.Bench("digits", None, Results(tmp_path), 0.0)  # type: ignore[arg-type] # it is not looked at
     with pytest.raises(SystemExit, match="build 'onnx' first"):
         next(bench.time(1.0))
