@@ -204,12 +204,16 @@ def test_maps_of_a_classic_classifier_are_taken_as_the_tensor_they_are_made_of(t
     model.ir_version = 8
     path = write(tmp_path / "m.onnx", model)
     base = opened(path)
-    [output] = base.spec.outputs
+    label, output = base.spec.outputs
+    assert (label.name, label.dtype, label.shape) == ("label", "string", ())
+    assert base.spec.labels == ("a", "b", "c")
     assert (output.name, output.shape, output.meaning) == ("named", (3,), "probabilities")
     rows = random(4, 2)
     given: Any = onnxruntime.InferenceSession(path).run(["named"], {"x": rows})
     expected = [[row[name] for name in "abc"] for row in given[0]]
-    np.testing.assert_allclose(answers(prepared_file(base), rows)[0], expected, rtol=1e-6)
+    classes, scores = answers(prepared_file(base), rows)
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)
+    assert classes.tolist() == ["abc"[best] for best in scores.argmax(axis=1)]
 
 
 @pytest.mark.parametrize("opset", [7, 10, 13, 18, 21, 23])
