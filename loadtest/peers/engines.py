@@ -5,7 +5,6 @@
 
 Every variant of `VARIANTS` has a bare loop, in the best of the ways to split threads and batches; those of `--served`
 are also asked over HTTP, each by a service of its own. All take turns within a round, and ratios are those within one.
-docs/measurements/engines.md tells what was found.
 """
 
 from __future__ import annotations
