@@ -17,11 +17,12 @@ import torch
 import yaml
 from PIL import Image
 
+from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.opening import Origin, open_base
 from leanserve.config.data_section import SyntheticData
 from leanserve.config.schema import ServiceConfig, read_config
-from leanserve.contracts import Json, ModelSpec, TensorSpec
-from leanserve.errors import ConfigError
+from leanserve.contracts import Json, ModelSpec, OnnxModel, TensorSpec, TorchModel
+from leanserve.errors import ConfigError, PassFailed
 from leanserve.evaluation.intervals import paired_difference
 from leanserve.hardware import Hardware
 from leanserve.init import writing
@@ -32,6 +33,9 @@ from leanserve.init.reach import Reach
 from leanserve.init.rehearsal import Rehearsed, refused_variants, rehearsed
 from leanserve.init.suggestions import Suggestion, suggest
 from leanserve.init.writing import GATE_ROWS, MAX_DROP, is_unfinished, write_config
+from leanserve.passes.base import Applied
+from leanserve.passes.families.lowrank.lowrank_conv import LowrankConv
+from leanserve.passes.toolkit import lowering
 from tiny_graphs import graph, random, write
 
 SOURCE = """
@@ -404,20 +408,53 @@ def test_so_is_one_by_foldable_norms_convolutions_and_what_is_left() -> None:
     )
 
 
-def test_what_passes_reach_is_found_by_trying_them(folder: Path) -> None:
-    (folder / "c.yaml").write_text(
+@pytest.fixture
+def images(folder: Path) -> LoadedBase:
+    (folder / "i.yaml").write_text(
         "base: {python: init_model:images, inputs: {x: {shape: [3, 16, 16]}}}\ndata: {synthetic: 8}\n"
         "variants: [{name: float}]\n"
     )
-    config = read_config(folder / "c.yaml")
-    base = open_base(Origin(base=config.base, data=config.data, folder=folder))
+    config = read_config(folder / "i.yaml")
+    return open_base(Origin(base=config.base, data=config.data, folder=folder))
+
+
+def test_what_passes_reach_is_found_by_trying_them(images: LoadedBase) -> None:
     fold, fewer = {"kind": "fold_bn"}, {"kind": "lowrank_conv", "macs": 0.6, "approximate": "weight"}
     tried = [Suggestion("layout", (fold, {"kind": "channels_last"}), ""), Suggestion("lowrank", (fewer,), "")]
-    layout, lowrank = (item.reach for item in rehearsed(base, tried).kept)
+    layout, lowrank = (item.reach for item in rehearsed(images, tried).kept)
     assert (layout.norms, layout.left) == ((4, 4), None)
     assert layout.convolutions == pytest.approx(1.0, abs=0.001)
     assert lowrank.left == pytest.approx(0.6, abs=0.05)
     assert (lowrank.norms, lowrank.convolutions, lowrank.eight_bits) == (None, None, None)
+
+
+def test_what_variants_begin_with_is_exported_once_and_fails_once(
+    images: LoadedBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported, asked = [], []
+
+    def export(model: TorchModel, path: Path) -> OnnxModel:
+        exported.append(model)
+        return lowering_export(model, path)
+
+    def apply(*arguments: Any) -> Applied:
+        asked.append(arguments)
+        raise PassFailed("there is no rank to spare")
+
+    lowering_export = lowering.export_onnx
+    monkeypatch.setattr(lowering, "export_onnx", export)
+    monkeypatch.setattr(LowrankConv, "apply", apply)
+    fold, run, fewer = ({"kind": kind} for kind in ("fold_bn", "onnxruntime", "lowrank_conv"))
+    passes = (
+        (fold, run),
+        (fold, {**run, "spinning": "off"}),
+        ({**fewer, "rank": 2}, run),
+        ({**fewer, "rank": 2}, fold),
+    )
+    found = rehearsed(images, [Suggestion(str(index), steps, "") for index, steps in enumerate(passes)], spare=())
+    assert [item.name for item in found.kept] == ["0", "1"]
+    assert [item.reason for item in found.left] == ["there is no rank to spare"] * 2
+    assert (len(exported), len(asked)) == (1, 1)
 
 
 def test_gate_rows_are_enough_for_the_limit_that_is_written() -> None:

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from leanserve.hardware import this_hardware, thread_budget
 from leanserve.init.reach import Reach
 from leanserve.init.suggestions import Suggestion
 from leanserve.passes import AnyPass
-from leanserve.passes.base import Pass
+from leanserve.passes.base import EXPORTED, Pass
 
 _PASS: TypeAdapter[Pass] = TypeAdapter(AnyPass)
 ROWS = 8
@@ -117,12 +117,15 @@ def _attempts(suggestion: Suggestion, spare: Sequence[Set[str]]) -> Iterator[Sug
 
 
 class _Stage:
-    """Applies passes to a base, those that several variants begin with once."""
+    """Applies passes to a base, those that several variants begin with once; what several lower is exported once."""
 
     def __init__(self, base: LoadedBase, folder: Path) -> None:
         self._base = base
         self._folder = folder
-        self._made: dict[str, Model] = {}
+        self._made: dict[str, Model | Exception] = {}
+        """Models by the passes that made them, or why these cannot be applied."""
+        self._graphs: dict[str, Model | Exception] = {}
+        """The same of models that were lowered to ONNX."""
         self._facts: dict[str, Mapping[str, float]] = {}
 
     def failure_of(self, passes: tuple[Json, ...]) -> str | None:
@@ -136,10 +139,13 @@ class _Stage:
         return None
 
     def made(self, passes: tuple[Json, ...]) -> Model:
-        key = _key(passes)
-        if key not in self._made:
-            self._made[key] = self._applied(passes) if passes else self._base.model()
-        return self._made[key]
+        return _once(self._made, _key(passes), lambda: self._applied(passes) if passes else self._base.model())
+
+    def _graph_of(self, passes: tuple[Json, ...]) -> Model:
+        from leanserve.passes.toolkit.lowering import as_onnx
+
+        model, path = self.made(passes), Path(mkdtemp(dir=self._folder)) / "model.onnx"
+        return _once(self._graphs, _key(passes), lambda: as_onnx(model, path))
 
     def reach(self, passes: tuple[Json, ...]) -> Reach:
         """How far these passes, which were tried, reach."""
@@ -185,12 +191,32 @@ class _Stage:
         step = _PASS.validate_python(passes[-1])
         if "train" in step.needs:
             return model
+        if model.format == TorchModel.format and _lowers(step):
+            model = self._graph_of(passes[:-1])
         scratch = Path(mkdtemp(dir=self._folder))
         with closing(CandidateEvaluator(self._base, thread_budget())) as evaluate:
             context = BuildContext(self._base, 0, this_hardware(), scratch, _unheard, evaluate)
             applied = step.apply(model, context)
         self._facts[_key(passes)] = applied.facts
         return applied.model
+
+
+def _lowers(step: Pass) -> bool:
+    """Whether a pass exports the module to ONNX, and does nothing else with it."""
+    return "exportable" in step.requires and "eager_module" not in step.requires and step.removes >= EXPORTED
+
+
+def _once(known: dict[str, Model | Exception], key: str, make: Callable[[], Model]) -> Model:
+    """What was made under this key, now or before; what could not be made is not tried again."""
+    if key not in known:
+        try:
+            known[key] = make()
+        except Exception as error:  # whatever a library raises on a model that it has never seen
+            known[key] = error
+    found = known[key]
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _key(passes: tuple[Json, ...]) -> str:
