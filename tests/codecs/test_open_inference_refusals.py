@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from leanserve.codecs.open_inference import InferDecoder, parse_json_length
+from leanserve.codecs.tensors import MOST_TEXTS
 from leanserve.contracts import ModelSpec, TensorSpec
-from leanserve.errors import BadInput, StartupError
+from leanserve.errors import BadInput, BodyTooLarge, StartupError
 
 SPEC = ModelSpec(
     inputs=(TensorSpec("x", "float32", (3,)), TensorSpec("ids", "int64", (None,)), TensorSpec("text", "string", ())),
@@ -182,6 +183,13 @@ def test_bad_binary_data_is_refused_with_its_place(header: bytes, data: bytes, t
         with pytest.raises(BadInput) as refusal:
             decoder.decode(header + data, len(header))
         assert text in str(refusal.value)
+
+
+def test_more_texts_than_can_be_made_in_a_moment_are_refused() -> None:
+    count = MOST_TEXTS + 1
+    ask = json_body(X_JSON, IDS_JSON, tensor("text", [count], "BYTES", size=4 * count))
+    with pytest.raises(BodyTooLarge, match=f"'text' has {count} texts; at most {MOST_TEXTS} are taken"):
+        InferDecoder(SPEC).decode(ask + bytes(4 * count), len(ask))
 
 
 @pytest.mark.parametrize("header", [b"12a", b"", b"-1", b"+5", b" 5", b"1_0", "12.0", "١٢", b"9" * 19, b"9" * 5000])

@@ -25,7 +25,7 @@ from leanserve.codecs.json_body import inputs_of
 from leanserve.codecs.json_weight import json_seconds
 from leanserve.codecs.nested import array_of, refuse, sizes_of
 from leanserve.codecs.numpy_files import array_in, arrays_in, inflated_size
-from leanserve.codecs.tensors import clip, refuse_nul
+from leanserve.codecs.tensors import MOST_TEXTS, clip, refuse_nul
 from leanserve.contracts import Array, Arrays, Decoded, Json, TensorSpec, Weighed
 from leanserve.errors import BadInput, BodyTooLarge, UnsupportedMediaType
 from leanserve.texts import STRING, array_of_texts
@@ -174,10 +174,10 @@ class ArrayCodec:
         return Decoded((_converted(item, batch, "the body"),), many=rows > 1)
 
     def _bound(self, item: TensorSpec, shape: Sequence[int]) -> None:
-        if prod(shape) > self.max_elements:
+        most = min(self.max_elements, MOST_TEXTS) if item.dtype == STRING else self.max_elements
+        if prod(shape) > most:
             raise BodyTooLarge(
-                f"input {item.name!r} has {prod(shape)} elements, padding included; at most {self.max_elements} are "
-                "taken"
+                f"input {item.name!r} has {prod(shape)} elements, padding included; at most {most} are taken"
             )
 
 

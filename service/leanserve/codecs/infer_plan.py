@@ -15,9 +15,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from leanserve.codecs.json_body import json_object
-from leanserve.codecs.tensors import Buffer, Datatype, Port, Shape, clip, from_binary, from_json
+from leanserve.codecs.tensors import MOST_TEXTS, Buffer, Datatype, Port, Shape, clip, from_binary, from_json
 from leanserve.contracts import Array, Arrays, Json, SequenceStep
-from leanserve.errors import BadInput
+from leanserve.errors import BadInput, BodyTooLarge
 
 POSTPROCESS = "postprocess"
 """The request parameter that asks for the answers of post-processing instead of the model's outputs."""
@@ -121,7 +121,7 @@ class InferPlan(NamedTuple):
 
 
 def plan_json(text: Buffer, inputs: Mapping[str, Port], outputs: Mapping[str, Port]) -> InferPlan:
-    """The plan of a request from its JSON part. Raises `BadInput`."""
+    """The plan of a request from its JSON part. Raises `BadInput`, or `BodyTooLarge` for too many texts."""
     document = json_object(text)
     parameters = _parameters(document, "the request")
     asked = _sequence(parameters, inputs)
@@ -275,13 +275,20 @@ def _tensor(item: Mapping[str, Json], port: Port, start: int) -> Array | BinaryT
     if size is None:
         if data is None:
             raise BadInput(f"{where} has neither 'data' nor the parameter 'binary_data_size'")
+        _bound_texts(datatype, shape, where)
         return from_json(datatype, data, port, shape)
     if data is not None:
         raise BadInput(f"{where} has both 'data' and the parameter 'binary_data_size'; send one of them")
     least = prod(shape) * datatype.least_size
     if size < least or (size > least and datatype.name != "BYTES"):
         raise BadInput(f"{where}: 'binary_data_size' is {size}, {datatype.name} of shape {list(shape)} takes {least}")
+    _bound_texts(datatype, shape, where)
     return BinaryTensor(port, datatype, shape, start, size)
+
+
+def _bound_texts(datatype: Datatype, shape: Shape, where: str) -> None:
+    if datatype.name == "BYTES" and prod(shape) > MOST_TEXTS:
+        raise BodyTooLarge(f"{where} has {prod(shape)} texts; at most {MOST_TEXTS} are taken")
 
 
 def _named(item: Json, known: Mapping[str, Port], kind: Literal["input", "output"]) -> Port:

@@ -25,6 +25,8 @@ from leanserve.texts import LENGTH, STRING, array_of_texts, numpy_dtype, packed_
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Shape: TypeAlias = tuple[int, ...]
 
+MOST_TEXTS = 2**18
+"""Texts in one input: each is an object, and to make so many takes a quarter of a second in which others wait."""
 _JSON_NAMES = {
     bool: "a boolean",
     float: "a float",
