@@ -166,7 +166,9 @@ def init(
     text: Annotated[str | None, typer.Option(help="Column of the texts in it.")] = None,
     pair: Annotated[str | None, typer.Option(help="Column of the second texts.")] = None,
     label: Annotated[str | None, typer.Option(help="Column, or array, of the labels.")] = None,
-    inputs: Annotated[list[str] | None, typer.Option(help="Array of an input: INPUT=ARRAY.")] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Option(help="Array of an input: INPUT=ARRAY; of a table INPUT=COLUMN,COLUMN.")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="A checkpoint, or: hub, random.")] = None,
     weights_key: Annotated[str | None, typer.Option(help="Of several weights in it, such as state_dict_ema.")] = None,
     task: Annotated[str | None, typer.Option(help="Of transformers: classification or embedding.")] = None,
