@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jinja2
 import yaml
@@ -224,9 +224,10 @@ def _scales_by_batch(base: LoadedBase) -> bool:
     from leanserve.bases.sources.onnx_reading import nodes_of
 
     model = base.model()
-    if not isinstance(model, OnnxModel):
+    if model.format != OnnxModel.format:
         return False
-    return any(node.op_type.startswith(SCALED_BY_BATCH) for node in nodes_of(onnx.load(model.path).graph))
+    graph = onnx.load(cast("OnnxModel", model).path).graph
+    return any(node.op_type.startswith(SCALED_BY_BATCH) for node in nodes_of(graph))
 
 
 def _dependence(base: LoadedBase) -> float:
