@@ -57,6 +57,7 @@ class Connection(EndingConnection):
         self.limits = limits = self.everyone.limits
         self._unchecked = limits.header_bytes - PIECE
         """Bytes of a head that came before its last piece, up to which it cannot be too large."""
+        self._most_headers = limits.headers
         self._seen = 0
         """Bytes so far of the head, or of what is no content in a chunked body."""
         self._content = 0
@@ -78,12 +79,18 @@ class Connection(EndingConnection):
             self._rest = bytes(self._rest) + data
             return
         self._rest = memoryview(data)
-        self._go_on()
+        self.go_on()
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
         """Parse a piece of the rest, and the whole body that begins in it; then let the loop turn to others."""
         if not self._rest or self._refusal is not None or self.transport.is_closing():
             return
+        turns = self.all.parsing
+        if turns.left <= 0:
+            self.flow.pause_reading()
+            turns.wait(self)
+            return
+        turns.took(PIECE)
         self._feed(self._next(PIECE))
         if self._rest and self._arriving is not None:
             self._feed(self._next(self._arriving.missing))
@@ -94,7 +101,7 @@ class Connection(EndingConnection):
             return
         self.flow.pause_reading()
         if not self.pipeline:  # else the end of a response goes on
-            self.loop.call_soon(self._go_on)
+            self.loop.call_soon(self.go_on)
 
     def _next(self, length: int) -> bytes | memoryview:
         piece, self._rest = self._rest[:length], self._rest[length:]
@@ -178,7 +185,10 @@ class Connection(EndingConnection):
         self.headers = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name.lower(), value))
+        headers = self.headers
+        headers.append((name.lower(), value))
+        if len(headers) > self._most_headers:
+            check_head(self.url, headers, self.limits)
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -334,7 +344,7 @@ class Connection(EndingConnection):
         elif self._refusal is not None:
             self._end_refused()
         elif self._rest:
-            self.loop.call_soon(self._go_on)
+            self.loop.call_soon(self.go_on)
         elif self._ended:
             self.transport.close()
         else:

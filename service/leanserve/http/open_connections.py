@@ -26,6 +26,8 @@ ConnectionState = Literal["handshake", "silent", "idle", "head", "body", "answer
 its reply, or that the client reads that; its end."""
 LINGER_S: Final = 2.0
 """How long a client that was refused may go on sending; a connection closed at once would reset, and lose the reply."""
+PARSED_AT_ONCE: Final = 2**16
+"""Bytes of large heads, or of what stands where one may be, that are parsed in a turn of the loop: 2 ms at worst."""
 _SWEEP_S: Final = 1.0
 _AT_ONCE: Final = 64
 """Connections that are found in one look for those that may make room."""
@@ -84,6 +86,7 @@ class OpenConnections:
         self.held_bytes = 0
         """Of all requests that are not here as a whole, and of large ones until they are answered."""
         self.reading = ReadingTurns()
+        self.parsing = ReadingTurns(PARSED_AT_ONCE)
         self.log = RateLimitedLog(logger)
         self._open: set[CountedConnection] = set()
         self._may_go: deque[tuple[CountedConnection, float]] = deque()

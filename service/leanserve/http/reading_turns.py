@@ -1,9 +1,9 @@
-"""What is read of all large bodies between two turns of the event loop.
+"""What is read of all large bodies, or parsed of all large heads, between two turns of the event loop.
 
 A loop reads whatever has come on every socket before it turns to anything else. A hundred clients that send 4 MB each
 would keep it at that for 0.1 s: copying is the smaller part, most is for pages of memory that are touched for the first
 time. So all bodies together get a few milliseconds of each turn; a reader for which nothing is left waits for a later
-one, and the kernel keeps what has come.
+one, and the kernel keeps what has come. Of heads it is the parsing that takes long.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class TurnReader(Protocol):
 class ReadingTurns:
     """Shares the turns of one loop among its readers, first come first served."""
 
-    def __init__(self) -> None:
-        self.left = AT_ONCE
-        """Bytes that may still be read in this turn."""
+    def __init__(self, at_once: int = AT_ONCE) -> None:
+        self._at_once = self.left = at_once
+        """Bytes that may still be taken in this turn."""
         self._waiting: deque[TurnReader] = deque()
         self._is_over = True
         """Whether nothing was read in this turn."""
@@ -54,7 +54,7 @@ class ReadingTurns:
         self._waiting.remove(reader)
 
     def _next(self) -> None:
-        self.left = AT_ONCE
+        self.left = self._at_once
         self._is_over = not self._waiting
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._next)
