@@ -131,6 +131,39 @@ def test_small_ones_pass_by_large_ones_and_cheap_ones_go_first() -> None:
     run(scenario)
 
 
+class Slow:
+    """Takes a thread five milliseconds; counts how many of them were begun since the loop looked last."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+
+    def prepare(self) -> Weighed[int]:
+        self.begun += 1
+        time.sleep(0.005)
+        return Weighed(0.0, lambda: 1)
+
+
+def test_threads_are_given_only_a_little_in_advance() -> None:
+    """However long the loop looks away: what comes at once does not keep Python's lock from it until all is done."""
+
+    async def scenario(decoders: Decoders) -> None:
+        slow = Slow()
+        everything = asyncio.gather(*(decoders.run(work(slow), patience()) for _ in range(40)))
+        leaving = asyncio.create_task(decoders.run(work(slow), patience()))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        while not everything.done():
+            await asyncio.sleep(0.01)
+            before = slow.begun
+            time.sleep(0.06)
+            assert slow.begun - before <= 4, "in that time two threads could do 24"
+            await asyncio.sleep(0)
+        assert await everything == [1] * 40
+        assert await asyncio.wait_for(decoders.run(work(slow), patience()), 5) == 1
+
+    run(scenario)
+
+
 def test_who_would_be_too_late_is_refused_at_once() -> None:
     async def scenario(decoders: Decoders) -> None:
         waiting = [asyncio.create_task(decoders.run(work(HUGE), patience())) for _ in range(8)]

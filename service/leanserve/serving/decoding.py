@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -44,8 +45,12 @@ _LARGE_SUM = 8 * 2**20
 _SMOOTHING = 0.1
 LIGHT = 2**12
 """Bytes of text that are parsed on the loop without a thought of others: 50 microseconds, whatever is in them."""
-_EACH_TURN = 2**18
-"""Bytes of heavier texts that are parsed in one turn of the loop: 5 ms at worst."""
+_EACH_TURN = 2**17
+"""Bytes of heavier texts that are parsed in one turn of the loop: 2.5 ms at worst."""
+_AHEAD_S = 0.002
+"""Seconds of decoding that threads are given in advance. The loop gives up Python's lock at every event and has to win
+it back from them: of three hundred bodies that come at once, and that threads have before them, it would see none for
+long."""
 
 _Args = TypeVarTuple("_Args")
 _Result = TypeVar("_Result")
@@ -85,12 +90,14 @@ class _Quick(NamedTuple, Generic[Made]):
 
 
 class _Line:
-    """Bodies before so many threads, and what each takes them."""
+    """Bodies before so many threads, and what each takes them. The threads get the next ones from the loop, in its
+    turns."""
 
     def __init__(self, threads: int, on_thread: Callable[..., Awaitable[Any]]) -> None:
         self._threads = threads
         self._on_thread = on_thread
-        self._bodies = 0
+        self._bodies = self._begun = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
         self._mean_s = 0.001
 
     async def decode(self, work: Work[Made], patience: Patience) -> _Quick[Made]:
@@ -98,11 +105,39 @@ class _Line:
         _require_time(self._bodies * self._mean_s / self._threads, patience)
         self._bodies += 1
         try:
-            quick: _Quick[Made] = await self._on_thread(_decode_quickly, work, patience)
+            await self._turn()
+            try:
+                quick: _Quick[Made] = await self._on_thread(_decode_quickly, work, patience)
+            finally:
+                self._end_one()
         finally:
             self._bodies -= 1
         self._mean_s += _SMOOTHING * (quick.took_s - self._mean_s)
         return quick
+
+    def _may_begin(self) -> bool:
+        return self._begun < self._threads or (self._begun + 1) * self._mean_s <= _AHEAD_S
+
+    async def _turn(self) -> None:
+        if not self._waiting and self._may_begin():
+            self._begun += 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._end_one()
+            raise
+
+    def _end_one(self) -> None:
+        self._begun -= 1
+        while self._waiting and self._may_begin():
+            turn = self._waiting.popleft()
+            if not turn.done():
+                self._begun += 1
+                turn.set_result(None)
 
 
 class Decoders:
