@@ -37,6 +37,10 @@ from leanserve.serving.variant import Variant
 EMBEDDINGS = "/v1/embeddings"
 SMALL = 2 * 2**10
 """Bytes of a body that is tokenized on the event loop: half a millisecond, where a thread costs 50 microseconds."""
+MEDIUM = 64 * 2**10
+"""Bytes of one that is parsed there, in its turn."""
+_TEXT_WEIGHT, _REQUEST_WEIGHT = 10, 5_000
+"""What tokenizing a byte, and answering at all, weigh in a turn of the loop, in bytes of JSON that are parsed there."""
 
 
 class EmbeddingRow(BaseModel):
@@ -137,10 +141,10 @@ class _Embeddings(HttpSession):
         if self.body is None:
             await super().read()
         body, width = bytes(self.body or b""), self._service.base.spec.outputs[0].shape[0] or 0
-        if len(body) <= SMALL:
-            self._asked = parse_request(body, width)
-        else:
-            self._asked = await off_loop(parse_request, body, width)
+        if SMALL < len(body) <= MEDIUM:
+            await self.fleet.decoders.turn_for(len(body))
+        parse = partial(parse_request, body, width)
+        self._asked = parse() if len(body) <= MEDIUM else await off_loop(parse)
 
     def asked(self) -> VariantChoice:
         """The variant that `model` asks for, and the caller's key where it leaves the choice.
@@ -157,7 +161,9 @@ class _Embeddings(HttpSession):
         return name, None
 
     def decodes_quickly(self) -> bool:
-        return len(self.body or b"") <= SMALL
+        size = len(self.body or b"")
+        self.heavy = _REQUEST_WEIGHT + _TEXT_WEIGHT * size if size <= SMALL else 0
+        return False
 
     def decoding(self, variant: Variant) -> Decoding[Tokens]:
         codec = variant.codec
