@@ -66,11 +66,11 @@ async def reload_config(reload: Reload, service: Service, adopt: Adopt) -> None:
     """Serve what the file says; `adopt` is called in the moment of the swap. Never raises."""
     fleet, began = service.fleet, time.monotonic()
     try:
-        config = await fleet.threads.do(reload.read)
-        keys = await fleet.threads.do(reload.keys)
+        config = await fleet.threads.do(reload.read, "usual")
+        keys = await fleet.threads.do(reload.keys, "usual")
         changed = config_changes(service.config, config)
         await _apart(reload.build)
-        planned = await fleet.threads.do(partial(reload.plan, len(fleet.device.lanes)))
+        planned = await fleet.threads.do(partial(reload.plan, len(fleet.device.lanes)), "usual")
         for plan in planned.plans:
             InferDecoder(plan.spec or service.base.spec)  # raises for what the protocol cannot carry
         before = _shares(fleet)

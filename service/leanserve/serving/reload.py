@@ -1,11 +1,13 @@
 """A variant's backends loaded and closed while other variants serve, at as little cost to these as can be.
 
 The lanes have no part in it: models are read, opened, run in every shape and, one day, closed on threads that are there
-only for this, at a lower priority. A lane needs no preparation, for it has run the variant before; even a single row of
-a slow variant on it would double the p99 of a fast one. What batches cost is known from before, too.
+only for this. A lane needs no preparation, for it has run the variant before; even a single row of a slow variant on it
+would double the p99 of a fast one. What batches cost is known from before, too.
 
-Only opening cannot step back wherever lanes have several threads: a backend may start threads of its own, which inherit
-a priority that nobody without privileges can ever raise again.
+What computes has a lower priority. What holds a lock that everybody needs has not: who holds Python's, or the kernel's
+for the memory of the process, and waits for a core keeps all others waiting for both. Opening cannot step back wherever
+lanes have several threads: a backend may start threads of its own, which inherit a priority that nobody without
+privileges can ever raise again.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ _Result = TypeVar("_Result")
 NICE = 10
 """A tenth of the weight of a thread of the usual priority. At the lowest one, 19, a loading thread that holds Python's
 lock waits for the cores so long that those who wait for the lock are kept up by tens of milliseconds."""
+REST = 4.0
+"""Between two places that are gathered into huge pages, so many times as long as one has taken."""
 SWITCH_S = 0.0005
 """While a variant is loaded, a thread that runs Python gives way after this time to another that wants to. After
 Python's own 5 ms, answers of other variants took ten times as long while a model was being compiled."""
@@ -142,7 +146,7 @@ async def open_beside(
     before = anonymous_bytes()
 
     async def open_with(count: int) -> Backend:
-        open_backend = await threads.do(read)
+        open_backend = await threads.do(read, "usual")
         opened.append(await threads.do(partial(open_backend, count), "low" if count == 1 else "usual"))
         return opened[-1]
 
@@ -154,18 +158,20 @@ async def open_beside(
         costs = costs_of(backends[0])
         wide = LanePlacement(await open_with(device.threads), costs.wide) if costs.wide else None
         await threads.do(partial(warm_again, costs.lanes, spec, opened))
-        await threads.do(give_back)
+        await threads.do(give_back, "usual")
         if opened[0].device == "cpu":
-            await threads.do(partial(gather_since, before))
+            await threads.do(partial(gather_since, before, REST), "usual")
     except Exception:
-        await threads.do(partial(_close, opened))
+        await close_all(threads, opened)
         raise
     return OpenedBeside(tuple(backends), wide, costs.lanes)
 
 
 async def close_all(threads: LoadingThreads, backends: Iterable[Backend]) -> None:
     """Close backends that no lane runs any more, and give their memory back to the system."""
-    await threads.do(partial(_close, backends))
+    for backend in backends:
+        await threads.do(backend.close, "usual")
+    await threads.do(give_back, "usual")
 
 
 def shapes_to_meet(costs: Costs) -> list[tuple[int, int]]:
@@ -184,9 +190,3 @@ def warm_again(costs: Costs, spec: ModelSpec, backends: Iterable[Backend]) -> No
     for rows, length in shapes_to_meet(costs):
         for backend in backends:
             backend.run(spec.example(rows, length))
-
-
-def _close(backends: Iterable[Backend]) -> None:
-    for backend in backends:
-        backend.close()
-    give_back()

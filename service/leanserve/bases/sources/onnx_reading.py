@@ -33,6 +33,7 @@ LARGEST_BYTES = 2**31 - 1
 MOST_AXES, LARGEST_WRITTEN, MOST_WRITTEN = 8, 4096, 32
 """Of a shape that stands in a graph; sizes in it that are worth a trial, and how many of them."""
 SHOWN = 4
+_PIECE = 2**18
 ASSUMED_LOCALES = (b"", b"en_US", b"en_US.UTF-8")
 LOCALE = "C.UTF-8"
 OPERATORS: Final[Mapping[str, LastOperator]] = {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Sigmoid": "sigmoid"}
@@ -102,10 +103,26 @@ def _fold_case_everywhere(model: ModelProto) -> None:
 def files_of(path: Path) -> tuple[Path, ...]:
     """The file and those that hold its tensors.
 
+    Most have all tensors in one: then it is not parsed, which would hold Python's lock for 0.3 s per 100 MB, beside a
+    service that answers.
+
     Raises:
-        ConfigError: one is missing, or the file is no ONNX file.
+        ConfigError: one is missing.
     """
-    return (path, *stored_outside(_parsed(path), path))
+    if not path.is_file():
+        raise ConfigError(f"base.onnx: there is no file {path}")
+    return (path, *stored_outside(_parsed(path), path)) if _mentions(path, b"location") else (path,)
+
+
+def _mentions(path: Path, word: bytes) -> bool:
+    """Whether a file has these bytes; each tensor that is stored outside says `location`."""
+    before = b""
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            if word in before + piece:
+                return True
+            before = piece[1 - len(word) :]
+    return False
 
 
 def stored_outside(model: ModelProto, path: Path) -> tuple[Path, ...]:
