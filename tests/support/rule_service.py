@@ -119,14 +119,16 @@ async def until(happened: Callable[[], bool], seconds: float = 20) -> None:
 
 
 @contextmanager
-def serving(folder: Path, *variants: str, exit_status: int = 0, **config: Any) -> Iterator[RuleService]:
+def serving(
+    folder: Path, *variants: str, exit_status: int = 0, program: str = "rule_fleet.py", **config: Any
+) -> Iterator[RuleService]:
     """Start a server process over these variants and stop it with SIGTERM, by which it must end with this status."""
     folder.mkdir(exist_ok=True)
     port, grpc_port = _free_port(), _free_port()
     named = {"base": "rules", "variants": [{"name": name} for name in variants], "drain": {"delay_s": 0}}
     command = [
         sys.executable,
-        str(HERE / "rule_fleet.py"),
+        str(HERE / program),
         str(folder),
         str(port),
         str(grpc_port),
