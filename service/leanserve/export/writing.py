@@ -151,7 +151,8 @@ def _config(work: AppContext, report: VariantReport, made: _Made, codec: Codec) 
     """What the script reads, and what a reader wants to know of the variant."""
     spec = report.spec
     inputs = [
-        {"name": item.name, "dtype": item.dtype, "shape": item.shape, "words": item.words} for item in spec.inputs
+        {"name": item.name, "dtype": item.dtype, "shape": item.shape} | ({"words": item.words} if item.words else {})
+        for item in spec.inputs
     ]
     outputs = [
         {"name": item.name, "dtype": item.dtype, "shape": item.shape, "meaning": item.meaning} for item in spec.outputs
