@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from leanserve.bases.description import Description, Tensor
-from leanserve.bases.opening import Origin, codec_of, open_base
+from leanserve.bases.opening import codec_of, open_base
+from leanserve.bases.origin import Origin
 from leanserve.bases.shipped import BaseModule, ModuleSource
 from leanserve.config.base_section import TextInput
 from leanserve.contracts import Base, TensorSpec

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from leanserve.artifacts.benchmarks import BenchmarkResult, RatioInterval
 from leanserve.config.schema import ServiceConfig
-from leanserve.evaluation.speed import Stopwatch
 from loadtest.benchmarks import families, ladders, precision
 from loadtest.benchmarks.ladders import Bases, Results, table
 
@@ -52,36 +49,3 @@ def test_nothing_is_timed_without_the_anchor(tmp_path: Path) -> None:
     bench = ladders.Bench("digits", None, Results(tmp_path), 0.0)  # type: ignore[arg-type] # it is not looked at
     with pytest.raises(SystemExit, match="build 'onnx' first"):
         next(bench.time(1.0))
-
-
-def test_what_other_work_disturbed_is_timed_again_and_the_calmer_numbers_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    results, asked = Results(tmp_path), []
-    for name, known in (("onnx", {"waited": 0.1}), ("bf16", {"waited": 0.9}), ("aot", {"waited": 0.3}), ("fp16", {})):
-        results.add("digits", name, {**BUILT, "key": name, **known})
-
-    def timed(_: object, __: str, keys: list[str]) -> list[BenchmarkResult]:
-        asked.extend(keys)
-        ratios = {1: RatioInterval(median=0.5, low=0.4, high=0.6)}
-        return [
-            BenchmarkResult(
-                key=key,
-                anchor="onnx",
-                cpu="c",
-                threads=2,
-                latency_ms={1: 0.5},
-                anchor_ms={1: 1.0},
-                ratios=ratios,
-                rounds=7,
-                waited=0.5,
-            )
-            for key in keys
-        ]
-
-    monkeypatch.setattr(Stopwatch, "beside_anchor", timed)
-    context = SimpleNamespace(store=None, base=None, hardware=None)
-    list(ladders.Bench("digits", context, results, math.inf).time(1.0))  # type: ignore[arg-type] # looked at by nobody
-    assert asked == ["bf16", "aot", "fp16"]
-    waited = {name: line["waited"] for name, line in Results(tmp_path).of("digits").items()}
-    assert waited == {"onnx": 0.1, "bf16": 0.5, "aot": 0.3, "fp16": 0.5}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,17 @@ def test_a_package_imports_only_from_lower_layers(path: Path) -> None:
             continue
         below = LAYERS[other] < LAYERS[own] or LAYERS[other] == LAYERS[own] == 0
         assert below, f"{module} is not below {own}"
+
+
+def test_files_import_each_other_in_no_circle() -> None:
+    """Not inside a package either, nor within functions, nor for type checkers alone."""
+    known = {name_of(path): path for path in files(SERVICE, MODELS)}
+    imported: dict[str, set[str]] = {}
+    for name, path in known.items():
+        nodes = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom) and node.module]
+        wanted = {(node.module or "", alias.name) for node in nodes for alias in node.names}
+        imported[name] = {f"{module}.{item}" if f"{module}.{item}" in known else module for module, item in wanted}
+    TopologicalSorter({name: names & known.keys() for name, names in imported.items()}).prepare()  # else a CycleError
 
 
 def test_every_package_has_its_row() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -20,7 +19,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import yaml
 from rich.console import Console
 
-from leanserve.artifacts.benchmarks import QUIET, BenchmarkResult, best_rate
+from leanserve.artifacts.benchmarks import BenchmarkResult, best_rate
 from leanserve.artifacts.manifest import Recipe
 from leanserve.build.builder import Builder
 from leanserve.build.cache_key import RecipeStep
@@ -74,15 +73,13 @@ class Bench(NamedTuple):
     end: float
     """By `time.monotonic`; nothing is begun afterwards."""
 
-    def build(self, only: Sequence[str] = ()) -> Iterator[str]:
-        """Build and measure the variants that are not known yet (of `only`, if that names any), one by one; yields what
-        became of each.
-        """
+    def build(self) -> Iterator[str]:
+        """Build and measure the variants that are not known yet, one by one; yields what became of each."""
         context = self.context
         builder = Builder(context.store, context.config, context.base, context.hardware, BuildProgress(Console(), 0))
         reference: GateOutputs | None = None
         for variant, steps in context.plan.recipes:
-            if variant.name in self.results.of(self.base) or (only and variant.name not in only):
+            if variant.name in self.results.of(self.base) and (reference or len(steps) > 1):
                 continue
             if time.monotonic() >= self.end:
                 yield f"{self.base}: {variant.name}: no time left; another call goes on with it"
@@ -120,8 +117,7 @@ class Bench(NamedTuple):
         }
 
     def time(self, seconds: float) -> Iterator[str]:
-        """Time the built variants that were not, or beside other work, a few at a time in so many seconds beside the
-        anchor; yields each.
+        """Time the built variants that were not, a few at a time beside the anchor in so many seconds; yields each.
 
         Raises:
             SystemExit: the anchor is not built.
@@ -130,12 +126,11 @@ class Bench(NamedTuple):
         if "key" not in known.get(ANCHOR, {}):
             raise SystemExit(f"{self.base}: build '{ANCHOR}' first, beside which all are timed")
         stopwatch = Stopwatch(context.store, context.base, context.hardware, seconds)
-        waiting = (name for name, line in known.items() if "key" in line and line.get("waited", math.inf) > QUIET)
+        waiting = (name for name, line in known.items() if "key" in line and "ms" not in line)
         while time.monotonic() < self.end and (group := list(islice(waiting, GROUP))):
             keys = {known[name]["key"]: name for name in group}
             for result in stopwatch.beside_anchor(known[ANCHOR]["key"], list(keys)):
-                if result.waited < known[keys[result.key]].get("waited", math.inf):
-                    self.results.add(self.base, keys[result.key], _speed(result))
+                self.results.add(self.base, keys[result.key], _speed(result))
                 yield f"{self.base}: {keys[result.key]}: {_speed(result)}"
 
 
@@ -202,7 +197,6 @@ def run(bases: Bases, description: str | None) -> None:
     parser.add_argument("command", choices=("build", "time", "table"))
     parser.add_argument("bases", nargs="+", choices=bases)
     parser.add_argument("--folder", type=Path, required=True, help="artifacts and results, which may stay")
-    parser.add_argument("--only", nargs="+", default=(), help="variants to build; else all")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which nothing more is begun")
     parser.add_argument("--seconds", type=float, default=60.0, help="of timing for each three variants")
     options = parser.parse_args()
@@ -215,6 +209,6 @@ def run(bases: Bases, description: str | None) -> None:
             lines = table(Results(options.folder).of(base, bases[base][1]))
         else:
             chosen = bench(base, bases, options.folder, end)
-            lines = chosen.build(options.only) if options.command == "build" else chosen.time(options.seconds)
+            lines = chosen.build() if options.command == "build" else chosen.time(options.seconds)
         for line in lines:
             out.print(line, markup=False)

@@ -34,7 +34,7 @@ from loadtest.peers.network import SPECS, example, write_network
 from loadtest.peers.process import PeerError, Running, ask, serving
 from loadtest.peers.quiet import CORES, PATIENCE_S, quietly
 from loadtest.peers.roster import PEERS, Request
-from loadtest.peers.saturation import BATCHES, best_way
+from loadtest.peers.saturation import best_way
 from loadtest.peers.wrk import Load, load
 
 INT8, ORT = {"kind": "quantize_static", "observer": "minmax"}, {"kind": "onnxruntime"}
@@ -191,7 +191,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--network", choices=[name for name in SPECS if name != "mlp"], default="encoder")
     parser.add_argument("--build", action="store_true", help="only build")
     parser.add_argument("--served", nargs="+", choices=VARIANTS, default=["openvino-int8", "openvino-bf16"])
-    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="rows that bare loops are tried with")
     parser.add_argument("--connections", nargs="+", type=int, default=[8, 32, 64])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3, help="per measurement")
@@ -208,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows, peer = example(options.network), PEERS["leanserve"]
     request, right = peer.form.request(options.network, rows), expected(network, rows)
     plan = Plan(options.connections, options.rounds, options.seconds, options.patience)
-    ways = {name: best_way(subject, plan, err, (WAY_S,), options.batches) for name, subject in subjects.items()}
+    ways = {name: best_way(subject, plan, err, WAY_S) for name, subject in subjects.items()}
     with ExitStack() as stack:
         try:
             running = {}

@@ -50,22 +50,16 @@ class Round(NamedTuple):
     flooded: Overload
 
 
-def ways(batches: Sequence[int] = BATCHES) -> list[Way]:
+def ways() -> list[Way]:
     """All cores for each run, or one core for each of several loops."""
-    return [Way(1, CORES, batch) for batch in batches] + [Way(CORES, 1, batch) for batch in batches if CORES > 1]
+    return [Way(1, CORES, batch) for batch in BATCHES] + [Way(CORES, 1, batch) for batch in BATCHES if CORES > 1]
 
 
-def best_way(
-    subject: Subject,
-    plan: Plan,
-    console: Console,
-    tries: Sequence[float] = (TRY_S, TRY_S),
-    batches: Sequence[int] = BATCHES,
-) -> Way:
-    """The way with the highest rate; the best of so many tries counts, each as many seconds long."""
+def best_way(subject: Subject, plan: Plan, console: Console, seconds: float = TRY_S) -> Way:
+    """The way with the highest rate; each is tried twice, and its better try counts."""
     rates: dict[Way, float] = {}
-    for seconds in tries:
-        for way in ways(batches):
+    for _ in range(2):
+        for way in ways():
             found = quietly(partial(bare.measure, subject, way, seconds), patience_s=plan.patience_s)
             rates[way] = max(rates.get(way, 0.0), found.rate)
     for way, rate in rates.items():

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from leanserve.bases.opening import Where
     from leanserve.build.plan import Plan
     from leanserve.build.progress import BuildProgress
-    from leanserve.config.schema import BatchConfig, ServiceConfig
+    from leanserve.config.schema import ServiceConfig
+    from leanserve.config.variant_section import BatchConfig
     from leanserve.contracts import Backend, Json
     from leanserve.hardware import Hardware
     from leanserve.serving.opening import BatchLimits, TrafficPlan, VariantPlan, WarmFleet
@@ -45,7 +46,8 @@ class AppContext:
         where: Where = "here",
     ) -> None:
         """`config` is what stands in the file at `path`, if it was read already; `where` is that of `open_base`."""
-        from leanserve.bases.opening import Origin, open_base
+        from leanserve.bases.opening import open_base
+        from leanserve.bases.origin import Origin
         from leanserve.build.needs import require_data, require_machine
         from leanserve.build.plan import plan, shortfall
         from leanserve.codecs.image_limits import ImageLimits
@@ -264,7 +266,7 @@ def _tell_verdicts(reports: Sequence[VariantReport], startup: Startup) -> None:
 
 def serving_plans(config: ServiceConfig, reports: Sequence[VariantReport]) -> list[VariantPlan]:
     """What serving needs to know of every variant, from its section and its report."""
-    from leanserve.config.schema import MAX_BATCH_DEPENDENCE
+    from leanserve.config.variant_section import MAX_BATCH_DEPENDENCE
     from leanserve.serving.opening import MeasuredLimits, VariantPlan
 
     return [
@@ -295,8 +297,7 @@ def _content(config: ServiceConfig, report: VariantReport, *, alone: bool) -> st
 
 def traffic_plan(config: ServiceConfig) -> TrafficPlan:
     """Who answers a request that names no variant, and how many sequences are kept."""
-    from leanserve.serving.opening import TrafficPlan
-    from leanserve.serving.sequences import SequenceLimits
+    from leanserve.serving.opening import SequenceLimits, TrafficPlan
     from leanserve.serving.traffic import TrafficRules
 
     kept = config.sequences

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.errors import ConfigError, StartupError
 from tiny_graphs import graph, write
 

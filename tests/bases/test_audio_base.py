@@ -17,7 +17,8 @@ from onnx import TensorProto, helper
 
 from fakes import PixelBackend, planned, serving
 from leanserve.bases.loaded import LoadedBase
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.codecs.audio import AudioCodec
 from leanserve.config.schema import ServiceConfig
 from leanserve.contracts import Arrays, Result

@@ -17,7 +17,8 @@ from torch import nn
 from torch.export import Dim, export, save
 
 from leanserve.bases.loaded import LoadedBase
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.bases.sources.exported_archive import safe_copy
 from leanserve.config.schema import read_config
 from leanserve.contracts import TensorSpec, TorchModel

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from leanserve.bases.inputs import image_input
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.codecs.image_formats import FORMAT_NAMES
 from leanserve.codecs.images import ImageCodec
 from leanserve.config.base_section import ImageFiles, ImageInput

@@ -17,7 +17,8 @@ from torch.export import Dim, export, save
 from leanserve.bases.description import Tensor
 from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.meanings import guessed, proven, settled
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.bases.probing import spec_of_inputs
 from leanserve.bases.sources.onnx_reading import last_nodes
 from leanserve.bases.tracing import traced

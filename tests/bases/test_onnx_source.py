@@ -15,7 +15,8 @@ import pytest
 from onnx import helper
 
 from leanserve.bases.loaded import LoadedBase
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.bases.sources import onnx_file
 from leanserve.bases.sources.onnx_reading import read_onnx
 from leanserve.codecs.arrays import ArrayCodec

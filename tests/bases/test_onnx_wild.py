@@ -12,7 +12,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from leanserve.bases.loaded import LoadedBase
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.contracts import Array, BuildContext, OnnxModel
 from leanserve.errors import ConfigError, PassFailed
 from leanserve.hardware import this_hardware

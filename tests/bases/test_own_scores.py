@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import jaccard_score, roc_curve
 
-from leanserve.bases.opening import Origin, open_base, reopen_base
+from leanserve.bases.opening import open_base, reopen_base
+from leanserve.bases.origin import Origin
 from leanserve.bases.scores.detection import Detections, mean_average_precision, overlap
 from leanserve.bases.scores.opening import open_score
 from leanserve.bases.scores.segmentation import mean_intersection_over_union

@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from leanserve.bases.opening import Origin, open_base, open_source
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin, open_source
 from leanserve.config.base_section import PythonBase
 from leanserve.errors import ConfigError
 

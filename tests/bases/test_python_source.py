@@ -16,7 +16,8 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from leanserve.bases.opening import Origin, open_base, open_source, reopen_base
+from leanserve.bases.opening import open_base, reopen_base
+from leanserve.bases.origin import Origin, open_source
 from leanserve.bases.sources import python_module
 from leanserve.config.base_section import PythonBase
 from leanserve.contracts import TensorSpec, TorchModel

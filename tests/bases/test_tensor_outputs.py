@@ -14,7 +14,8 @@ from torch import nn
 
 from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.modules.tensor_outputs import named_tensors
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.contracts import Arrays, Model, Share, TorchModel
 from leanserve.errors import ConfigError
 from leanserve.passes.families.distill.distill import Distill

@@ -13,7 +13,8 @@ import pytest
 
 from leanserve.bases import time_limit
 from leanserve.bases.apart import described_apart
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.config.base_section import PythonBase, TensorInput, TorchExportBase
 from leanserve.config.data_section import SyntheticData
 from leanserve.errors import ConfigError

@@ -18,7 +18,8 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from leanserve.bases.opening import Origin, open_base, open_source
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin, open_source
 from leanserve.bases.sources.timm_model import TimmSource, imported_timm, preprocessing
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from leanserve.bases.loaded import LoadedBase
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.codecs.text import TextCodec
 from leanserve.contracts import Array, Model, Share
 from leanserve.errors import ConfigError

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.bases.sources.python_imports import make_torchvision_importable
 from leanserve.bases.sources.transformers_images import preprocessor_input
 from leanserve.codecs.answers import AnswerEncoder

@@ -15,7 +15,8 @@ import torch
 from huggingface_hub import constants
 
 from leanserve.bases.loaded import LoadedBase
-from leanserve.bases.opening import Origin, open_base, reopen_base
+from leanserve.bases.opening import open_base, reopen_base
+from leanserve.bases.origin import Origin
 from leanserve.bases.sources.python_imports import make_torchvision_importable
 from leanserve.bases.sources.transformers_model import TransformersSource
 from leanserve.codecs.text import TextCodec

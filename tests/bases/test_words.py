@@ -10,7 +10,8 @@ import onnx
 import pytest
 
 from leanserve.bases.loaded import LoadedBase
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.contracts import Array, Share
 from leanserve.errors import BadInput, ConfigError
 from leanserve.evaluation.batch_dependence import batch_dependence

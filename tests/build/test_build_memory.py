@@ -27,7 +27,9 @@ from leanserve.hardware import this_hardware
 from leanserve.passes.families.lowrank.lowrank_linear import LowrankLinear
 from leanserve.passes.families.prune.prune_channels import PruneChannels
 from leanserve.passes.toolkit import calibration
-from leanserve.passes.toolkit.training import Objective, TrainingOptions, train
+from leanserve.passes.toolkit.training import train
+from leanserve.passes.toolkit.training_options import TrainingOptions
+from leanserve.passes.toolkit.training_run import Objective
 from leanserve.report.table import print_table
 from leanserve.runtime.formats.torch import use_threads
 from report_samples import a_few, changed

@@ -18,11 +18,13 @@ from leanserve.artifacts.benchmarks import QUIET, BenchmarkResult, LaneRates, Ra
 from leanserve.artifacts.load import load_model
 from leanserve.artifacts.manifest import Recipe
 from leanserve.artifacts.store import ArtifactStore
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.build import builder as build
 from leanserve.build import plan as planning
 from leanserve.build.progress import BuildProgress
-from leanserve.config.schema import ServiceConfig, VariantConfig
+from leanserve.config.schema import ServiceConfig
+from leanserve.config.variant_section import VariantConfig
 from leanserve.contracts import TorchModel
 from leanserve.evaluation.quality import GateOutputs
 from leanserve.evaluation.speed import Stopwatch

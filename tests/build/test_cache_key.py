@@ -18,7 +18,8 @@ import leanserve
 from leanserve.build import cache_key
 from leanserve.build.cache_key import steps_of
 from leanserve.build.source_closure import closure_digest, source_closure
-from leanserve.config.schema import ServiceConfig, VariantConfig
+from leanserve.config.schema import ServiceConfig
+from leanserve.config.variant_section import VariantConfig
 from leanserve.contracts import Json
 from leanserve.errors import ConfigError
 from leanserve.hardware import Hardware, this_hardware

@@ -14,7 +14,8 @@ from leanserve.artifacts.store import ArtifactStore
 from leanserve.build import builder as build
 from leanserve.build import plan as planning
 from leanserve.build.progress import BuildProgress
-from leanserve.config.schema import GateConfig, ServiceConfig
+from leanserve.config.schema import ServiceConfig
+from leanserve.config.variant_section import GateConfig
 from leanserve.contracts import Json
 from leanserve.errors import GateFailed, PassFailed
 from leanserve.evaluation.quality import GateOutputs

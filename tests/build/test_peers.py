@@ -11,7 +11,8 @@ import torch
 from builds import constructed, measure_nothing
 from leanserve.artifacts.load import load_model
 from leanserve.artifacts.store import ArtifactStore
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.config.schema import read_config
 from leanserve.contracts import TorchModel
 

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.image_limits import ImageLimits
 from leanserve.codecs.images import ImageCodec

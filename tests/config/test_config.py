@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from leanserve.config.schema import BatchConfig, GateConfig, ServiceConfig, read_config
+from leanserve.config.schema import ServiceConfig, read_config
+from leanserve.config.variant_section import BatchConfig, GateConfig
 from leanserve.errors import ConfigError
 
 GOOD = """\

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from leanserve.config.schema import GateConfig
+from leanserve.config.variant_section import GateConfig
 from leanserve.contracts import Array, Arrays, ModelSpec, Result, TensorSpec
 from leanserve.evaluation.batch_dependence import COMPANY, GOLDEN, RUINED, batch_dependence
 from leanserve.evaluation.gate import judged

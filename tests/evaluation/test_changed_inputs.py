@@ -16,7 +16,8 @@ from leanserve.artifacts.manifest import Recipe
 from leanserve.artifacts.store import ArtifactStore, checksums
 from leanserve.bases.datasets.refitted import RefittedRows
 from leanserve.bases.loaded import LoadedBase
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.contracts import Array, ArrayData, ModelSpec, Split, TensorSpec
 from leanserve.errors import PassFailed
 from leanserve.evaluation.quality import measure

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from leanserve.artifacts.manifest import OutputFidelity, Quality
-from leanserve.config.schema import GateConfig
+from leanserve.config.variant_section import GateConfig
 from leanserve.contracts import TensorSpec
 from leanserve.evaluation.fidelity import fidelity
 from leanserve.evaluation.gate import GateVerdict, judged

@@ -16,7 +16,8 @@ from pydantic import BaseModel
 from leanserve.artifacts.manifest import Recipe
 from leanserve.artifacts.store import ArtifactStore, checksums
 from leanserve.bases.loaded import LoadedBase
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.contracts import Array, ArrayData, Arrays, Base, ModelSpec, Result
 from leanserve.errors import ArtifactCorrupt
 from leanserve.evaluation.measure import outputs_on

@@ -18,7 +18,8 @@ import yaml
 from PIL import Image
 
 from leanserve.bases.loaded import LoadedBase
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.config.data_section import SyntheticData
 from leanserve.config.schema import ServiceConfig, read_config
 from leanserve.contracts import Json, ModelSpec, OnnxModel, TensorSpec, TorchModel

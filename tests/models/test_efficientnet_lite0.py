@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.bases.sources.timm_model import imported_timm
 from leanserve.config.schema import read_config
 from leanserve.contracts import Base, Model, Share

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.bases.shipped import shipped_module
 from leanserve.bases.sources.python_imports import make_torchvision_importable
 from leanserve.config.schema import read_config

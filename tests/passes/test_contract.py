@@ -18,7 +18,8 @@ from leanserve.artifacts.load import load_model
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.build.cache_key import steps_of
 from leanserve.config.errors import KINDS
-from leanserve.config.schema import GateConfig, ServiceConfig
+from leanserve.config.schema import ServiceConfig
+from leanserve.config.variant_section import GateConfig
 from leanserve.contracts import Arrays, Model, Share, TensorSpec
 from leanserve.errors import PassFailed
 from leanserve.evaluation.fidelity import fidelity

@@ -22,7 +22,7 @@ from leanserve.passes.toolkit.channels import blocks_of_groups, channel_groups, 
 from leanserve.passes.toolkit.importance import BY_LABELS, Criterion, importance_of
 from leanserve.passes.toolkit.layer_calls import Call
 from leanserve.passes.toolkit.targets import Targets
-from leanserve.passes.toolkit.training import TrainingOptions
+from leanserve.passes.toolkit.training_options import TrainingOptions
 from leanserve.runtime.formats.torch_size import count_macs
 from structural_nets import Mobile, Perceptron, Reshaping, Residual, answers, image_base, row_base
 from tiny_base import TinyBase, context_of, lively

@@ -19,7 +19,7 @@ from leanserve.passes.families.prune.lottery_ticket import LotteryTicket
 from leanserve.passes.families.prune.prune_at_init import PruneAtInit
 from leanserve.passes.families.prune.prune_movement import PruneMovement
 from leanserve.passes.toolkit.initial_scores import grasp, snip
-from leanserve.passes.toolkit.training import TrainingOptions
+from leanserve.passes.toolkit.training_options import TrainingOptions
 from structural_nets import Residual, image_base, row_base
 from tiny_base import TinyBase, context_of, tiny_base
 from tiny_encoder import tiny_encoder_base

@@ -15,7 +15,9 @@ from leanserve.contracts import ArrayData, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.families.distill.train_flat import TrainFlat
 from leanserve.passes.toolkit.flatness import Sharpness, WeightAverage, rise_under_noise
-from leanserve.passes.toolkit.training import Objective, TrainingOptions, train
+from leanserve.passes.toolkit.training import train
+from leanserve.passes.toolkit.training_options import TrainingOptions
+from leanserve.passes.toolkit.training_run import Objective
 from tiny_base import IMAGES, TinyBase, TinyNet, context_of, lively, tiny_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")

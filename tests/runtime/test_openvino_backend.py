@@ -82,7 +82,7 @@ def test_more_callers_at_once_than_were_told_each_get_their_own_answers(model: O
 
 
 def test_threads_streams_precision_and_pinning_are_set(model: OpenVinoModel) -> None:
-    backend = OpenVinoBackend(model, threads=1, callers=2)
+    backend = OpenVinoBackend(model.path, model.spec, "f32", threads=1, callers=2)
     taken = {name: backend._compiled.get_property(name) for name in ("NUM_STREAMS", "INFERENCE_NUM_THREADS")}
     assert taken == {"NUM_STREAMS": 2, "INFERENCE_NUM_THREADS": 2}
     assert backend._compiled.get_property("ENABLE_CPU_PINNING") is False

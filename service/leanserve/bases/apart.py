@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from leanserve import child
 from leanserve.bases import time_limit
 from leanserve.bases.description import Description
+from leanserve.bases.origin import Origin, source_of
 from leanserve.config.base_section import TorchExportBase
 from leanserve.errors import ConfigError, StartupError
 from leanserve.memory import bound_memory
-
-if TYPE_CHECKING:
-    from leanserve.bases.opening import Origin
 
 
 class _Answer(BaseModel):
@@ -59,8 +56,6 @@ def described_apart(origin: Origin) -> Description:
 
 def main(request: str) -> None:
     """Describe the base of an `Origin` and print what was found out."""
-    from leanserve.bases.opening import Origin, source_of
-
     origin = Origin.model_validate_json(request)
     if isinstance(origin.base, TorchExportBase):
         bound_memory()

@@ -103,7 +103,7 @@ def borrowed(base: ShippedBase) -> TimmBase | None:
 
 @dataclass(frozen=True)
 class ModuleSource:
-    """A `bases.opening.Source`: model, description, own rows and score of a module in `models/`."""
+    """A `bases.origin.Source`: model, description, own rows and score of a module in `models/`."""
 
     name: str
     module: BaseModule

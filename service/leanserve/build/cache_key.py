@@ -19,7 +19,8 @@ from pydantic_core import to_jsonable_python
 
 from leanserve.bases.checkpoints import file_digest
 from leanserve.build.source_closure import closure_digest
-from leanserve.config.schema import ServiceConfig, VariantConfig
+from leanserve.config.schema import ServiceConfig
+from leanserve.config.variant_section import VariantConfig
 from leanserve.contracts import Base, Json
 from leanserve.hardware import Hardware, library_version
 from leanserve.passes.base import Pass

@@ -14,7 +14,8 @@ from leanserve.artifacts.benchmarks import BenchmarkResult, BenchmarkSet, LaneRa
 from leanserve.artifacts.manifest import Manifest, Measurement, VariantReport
 from leanserve.artifacts.store import ArtifactStore
 from leanserve.build.cache_key import RecipeStep, steps_of
-from leanserve.config.schema import ServiceConfig, VariantConfig
+from leanserve.config.schema import ServiceConfig
+from leanserve.config.variant_section import VariantConfig
 from leanserve.contracts import Base
 from leanserve.errors import ArtifactCorrupt, GateFailed, PassFailed
 from leanserve.evaluation.gate import judged

@@ -8,12 +8,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
-from typing import TYPE_CHECKING
 
+from leanserve.config.variant_section import VariantConfig
 from leanserve.passes import ALL
-
-if TYPE_CHECKING:
-    from leanserve.config.schema import VariantConfig
 
 
 def parents_fault(variants: Sequence[VariantConfig]) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from leanserve.artifacts.manifest import OutputFidelity, Quality
-from leanserve.config.schema import GateConfig
+from leanserve.config.variant_section import GateConfig
 from leanserve.contracts import CLASS_MAPS
 
 ROUNDING = 1e-9

@@ -10,14 +10,12 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 
+from leanserve.http.open_connections import OpenConnections
 from leanserve.http.reading_turns import LEAST
-
-if TYPE_CHECKING:
-    from leanserve.http.connection import Connection
 
 LARGE = 2**16
 """Bytes still to come for which it is worth changing places, which costs about as much as two small copies."""
@@ -34,13 +32,39 @@ _FIRST_WASTE = 2**12
 """Bytes read by the loop where unwanted ones are still to come: it only has to tell of them."""
 
 
+class ReaderOwner(Protocol):
+    """The connection that a reader stands for: an `asyncio.Protocol` that is also told of what arrives in place."""
+
+    @property
+    def all(self) -> OpenConnections:
+        """Among which it is."""
+
+    def arrived(self, nbytes: int) -> None:
+        """So many bytes more of the body."""
+
+    def data_received(self, data: bytes) -> None:
+        """What is not of a body."""
+
+    def eof_received(self) -> bool:
+        """The client sends no more."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has left."""
+
+    def pause_writing(self) -> Any:
+        """The client does not read."""
+
+    def resume_writing(self) -> Any:
+        """It does again."""
+
+
 class BodyReader(asyncio.BufferedProtocol):
     """Reads bodies in place for a connection, or past them, and whatever stands between them in pieces.
 
     All else that happens on the transport is the connection's.
     """
 
-    def __init__(self, connection: Connection, transport: asyncio.Transport, length: int) -> None:
+    def __init__(self, connection: ReaderOwner, transport: asyncio.Transport, length: int) -> None:
         """Takes the place of `connection` on `transport`, where bodies of about this length are to be expected."""
         self._connection = connection
         self._turns = connection.all.reading

@@ -9,17 +9,29 @@ import asyncio
 import logging
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from leanserve.http.limits import HttpLimits
 from leanserve.http.messages import Request, Response
-
-if TYPE_CHECKING:
-    from leanserve.http.connection import Connection
+from leanserve.request_identity import RequestIdentity
 
 logger = logging.getLogger(__name__)
 
 Answer = Callable[[Request], Awaitable[Response | None]]
 """Answers one request; `None` where nobody is left to get the response."""
+
+
+class ExchangeOwner(Protocol):
+    """The connection that a request came on."""
+
+    loop: asyncio.AbstractEventLoop
+    limits: HttpLimits
+    parser: Any
+    tasks: Any
+    transport: Any
+
+    def respond(self, exchange: Exchange, response: Response | None, identity: RequestIdentity) -> None:
+        """Send the response, if there is one."""
 
 
 class Exchange:
@@ -43,7 +55,7 @@ class Exchange:
         "response_complete",
     )
 
-    def __init__(self, connection: Connection, answer: Answer, url: bytes, headers: dict[bytes, bytes]) -> None:
+    def __init__(self, connection: ExchangeOwner, answer: Answer, url: bytes, headers: dict[bytes, bytes]) -> None:
         self._connection = connection
         self._answer = answer
         self._path, _, self._query = url.partition(b"?")

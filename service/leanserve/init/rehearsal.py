@@ -20,7 +20,8 @@ from typing import NamedTuple, cast
 from pydantic import TypeAdapter
 
 from leanserve.bases.loaded import LoadedBase, RowsOver
-from leanserve.config.schema import ServiceConfig, VariantConfig
+from leanserve.config.schema import ServiceConfig
+from leanserve.config.variant_section import VariantConfig
 from leanserve.contracts import BuildContext, Data, Json, Model, OnnxModel, Share, Split, TorchModel
 from leanserve.evaluation.candidates import CandidateEvaluator
 from leanserve.hardware import this_hardware, thread_budget

@@ -14,9 +14,11 @@ from pydantic import ValidationError
 
 from leanserve.bases.description import Evidence
 from leanserve.bases.loaded import LoadedBase
-from leanserve.bases.opening import Origin, open_base
+from leanserve.bases.opening import open_base
+from leanserve.bases.origin import Origin
 from leanserve.bases.shipped import SHIPPED
-from leanserve.config.schema import MAX_BATCH_DEPENDENCE, read_config
+from leanserve.config.schema import read_config
+from leanserve.config.variant_section import MAX_BATCH_DEPENDENCE
 from leanserve.contracts import CLASS_MAPS, CLASSES, Json, Meaning, ModelSpec, OnnxModel, Share
 from leanserve.disk import open_regular
 from leanserve.errors import ConfigError

@@ -26,7 +26,6 @@ from leanserve.serving.batcher import QueueLimits
 from leanserve.serving.company import Company, company_by
 from leanserve.serving.decoding import MEMORY
 from leanserve.serving.reload import Open, Read, shapes_to_meet, warm_again
-from leanserve.serving.sequences import SequenceLimits
 from leanserve.serving.traffic import TrafficRules
 from leanserve.telemetry.observations import VariantFacts
 
@@ -78,6 +77,14 @@ class VariantPlan:
         """Whether one can stay where the other is planned."""
         mine, others = ((plan.batch, plan.device_share) for plan in (self, other))
         return self.same_model(other) and mine == others
+
+
+class SequenceLimits(NamedTuple):
+    """Sequences that are open at a time, bytes of their states together, and seconds until an idle one is forgotten."""
+
+    most: int = 1000
+    state_bytes: int = 256 * 2**20
+    idle_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,18 +29,11 @@ from leanserve.telemetry.observations import SequenceEnd
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from leanserve.serving.opening import SequenceLimits
     from leanserve.serving.variant import Variant
 
 MOST_WAITING = 32
 """Requests of one sequence that may wait for each other."""
-
-
-class SequenceLimits(NamedTuple):
-    """Sequences that are open at a time, bytes of their states together, and seconds until an idle one is forgotten."""
-
-    most: int = 1000
-    state_bytes: int = 256 * 2**20
-    idle_s: float = 60.0
 
 
 class OpenSequence:

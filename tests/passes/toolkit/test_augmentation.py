@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from leanserve.contracts import TensorSpec
 from leanserve.errors import PassFailed
 from leanserve.passes.toolkit.augmentation import IMAGES, Augment, augmented, require_augmentable
-from leanserve.passes.toolkit.training import LabelledTrainingOptions, TrainingOptions
+from leanserve.passes.toolkit.training_options import LabelledTrainingOptions, TrainingOptions
 
 IMAGE = TensorSpec("image", "float32", (1, 8, 8))
 IDS = TensorSpec("ids", "int64", (None,))

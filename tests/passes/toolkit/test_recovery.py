@@ -15,7 +15,7 @@ from leanserve.contracts import TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.families.distill.distill import Distill
 from leanserve.passes.toolkit.teacher import MatchTeacher, TeacherTerms
-from leanserve.passes.toolkit.training import Objective
+from leanserve.passes.toolkit.training_run import Objective
 from tiny_base import IMAGES, TinyNet, context_of, lively, tiny_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -21,15 +21,9 @@ from leanserve.passes.toolkit.callbacks import EarlyStop, MovingAverage, usual_c
 from leanserve.passes.toolkit.checkpoint import as_part
 from leanserve.passes.toolkit.masks import KeepMasks, masks_of
 from leanserve.passes.toolkit.teacher import MatchTeacher, TeacherTerms
-from leanserve.passes.toolkit.training import (
-    FAST_BF16,
-    Objective,
-    Trained,
-    TrainingCallback,
-    TrainingOptions,
-    TrainingRun,
-    train,
-)
+from leanserve.passes.toolkit.training import train
+from leanserve.passes.toolkit.training_options import FAST_BF16, TrainingOptions
+from leanserve.passes.toolkit.training_run import Objective, Trained, TrainingCallback, TrainingRun
 from leanserve.runtime.formats.torch import training_device
 from tiny_base import IMAGES, TinyBase, TinyNet, context_of, lively, no_progress, tiny_base
 

@@ -36,7 +36,7 @@ HOW_TO_EXPORT = "export it with dynamic_shapes=({0: torch.export.Dim.AUTO}, ...)
 
 @dataclass(frozen=True)
 class ExportedSource:
-    """A `bases.opening.Source`."""
+    """A `bases.origin.Source`."""
 
     declared: TorchExportBase
     folder: Path

@@ -52,7 +52,7 @@ class _Chosen(NamedTuple):
 
 @dataclass(frozen=True)
 class OnnxSource:
-    """A `bases.opening.Source`."""
+    """A `bases.origin.Source`."""
 
     declared: OnnxBase
     folder: Path

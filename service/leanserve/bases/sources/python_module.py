@@ -49,7 +49,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class PythonSource:
-    """A `bases.opening.Source`."""
+    """A `bases.origin.Source`."""
 
     declared: PythonBase
     folder: Path

@@ -40,7 +40,7 @@ NEAR = 5
 
 @dataclass(frozen=True)
 class TimmSource:
-    """A `bases.opening.Source`."""
+    """A `bases.origin.Source`."""
 
     declared: TimmBase
     folder: Path

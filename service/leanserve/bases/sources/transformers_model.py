@@ -47,7 +47,7 @@ OTHERWISE = (
 
 @dataclass(frozen=True)
 class TransformersSource:
-    """A `bases.opening.Source`."""
+    """A `bases.origin.Source`."""
 
     declared: TransformersBase
     folder: Path

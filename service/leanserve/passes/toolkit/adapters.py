@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from leanserve.errors import PassFailed
-from leanserve.passes.toolkit.training import TrainingCallback, TrainingRun
+from leanserve.passes.toolkit.training_run import TrainingCallback, TrainingRun
 
 
 class LowRankChange(nn.Module):

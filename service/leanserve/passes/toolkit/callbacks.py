@@ -14,7 +14,8 @@ from leanserve.contracts import BuildContext, Data, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.toolkit.checkpoint import module_state
 from leanserve.passes.toolkit.masks import KeepMasks, masks_of
-from leanserve.passes.toolkit.training import RecoveryOptions, TrainingCallback, TrainingOptions, TrainingRun
+from leanserve.passes.toolkit.training_options import RecoveryOptions, TrainingOptions
+from leanserve.passes.toolkit.training_run import TrainingCallback, TrainingRun
 
 if TYPE_CHECKING:
     from leanserve.passes.toolkit.checkpoint import TrainingState

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from leanserve.contracts import TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.toolkit.teacher import MatchTeacher, floats_of
-from leanserve.passes.toolkit.training import Objective
+from leanserve.passes.toolkit.training_run import Objective
 from leanserve.runtime.formats.torch_size import example
 
 FeatureLoss: TypeAlias = Literal["hints", "attention", "relations"]

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from leanserve.contracts import Base, Data, TorchModel
 from leanserve.passes.toolkit.barrier import answer_loss
 from leanserve.passes.toolkit.checkpoint import TrainingState, module_state
-from leanserve.passes.toolkit.training import TrainingCallback, TrainingRun
+from leanserve.passes.toolkit.training_run import TrainingCallback, TrainingRun
 
 NOISE = 0.1
 """Of a weight tensor's own spread: how far weights are moved to see how flat it is around them."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from leanserve.passes.toolkit.permutations import PermutationGroup
-from leanserve.passes.toolkit.training import Objective
+from leanserve.passes.toolkit.training_run import Objective
 
 
 class GroupLasso(Objective):

@@ -19,7 +19,7 @@ from leanserve.contracts import Base, TorchModel
 from leanserve.passes.toolkit.histograms import Range
 from leanserve.passes.toolkit.int8_graph import Weights
 from leanserve.passes.toolkit.teacher import MatchTeacher, TeacherTerms
-from leanserve.passes.toolkit.training import TrainingCallback, TrainingRun
+from leanserve.passes.toolkit.training_run import TrainingCallback, TrainingRun
 
 LEVELS = 255
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from leanserve.contracts import TorchModel
-from leanserve.passes.toolkit.training import TrainingCallback, TrainingRun
+from leanserve.passes.toolkit.training_run import TrainingCallback, TrainingRun
 from leanserve.runtime.formats.torch_masks import fitting_masks
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from leanserve.passes.toolkit.sparsity import masks_by_score
 from leanserve.passes.toolkit.teacher import MatchTeacher, floats_of
-from leanserve.passes.toolkit.training import Objective, TrainingCallback, TrainingRun
+from leanserve.passes.toolkit.training_run import Objective, TrainingCallback, TrainingRun
 
 
 class MovementScores(Objective):

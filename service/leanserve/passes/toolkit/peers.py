@@ -7,7 +7,7 @@ import copy
 from torch import Tensor, nn
 
 from leanserve.passes.toolkit.teacher import MatchTeacher, floats_of
-from leanserve.passes.toolkit.training import Objective
+from leanserve.passes.toolkit.training_run import Objective
 
 
 class LearnTogether(Objective):

@@ -9,18 +9,23 @@ but for the order of sums; a batch norm sees the rows of its own process, and al
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from leanserve.passes.toolkit.training import TrainingCallback, TrainingRun
+from leanserve.passes.toolkit.training_run import Division, TrainingCallback, TrainingRun
 
 
-def own_share(tensor: Tensor) -> Tensor:
-    """The rows of a batch that this process computes."""
-    return tensor[dist.get_rank() :: dist.get_world_size()]
+class RowDivision(Division):
+    """Every process computes some rows of each batch."""
+
+    def around(self, callbacks: Sequence[TrainingCallback]) -> Sequence[TrainingCallback]:
+        return [ShareStatistics(), *callbacks, ShareSteps()]
+
+    def own_rows(self, tensor: Tensor) -> Tensor:
+        return tensor[dist.get_rank() :: dist.get_world_size()]
 
 
 class ShareStatistics(TrainingCallback):

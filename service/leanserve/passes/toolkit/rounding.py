@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import onnx
@@ -26,8 +26,7 @@ from leanserve.passes.toolkit.histograms import Floats
 from leanserve.passes.toolkit.onnx_graph import Graph
 
 if TYPE_CHECKING:
-    from leanserve.passes.toolkit.int8_graph import Bits
-    from leanserve.passes.toolkit.static_quantization import StaticOptions
+    from leanserve.passes.toolkit.int8_graph import Bits, Weights
 
 LARGEST = {8: 127, 7: 64}
 SWEEPS = 3
@@ -36,28 +35,40 @@ BLOCK = 64
 """Inputs after which the errors of all others are brought up to date."""
 
 
+class WeightGrid(NamedTuple):
+    """The numbers that weights become: how many bits a whole one has, and what shares a scale."""
+
+    weights: Weights
+    bits: Bits
+
+    def scales(self, weight: Floats) -> Floats:
+        """Of a matrix [outputs, inputs]: [outputs, 1] or [1, 1]; that of zeros is any."""
+        largest = np.abs(weight).max(axis=1 if self.weights == "per_channel" else None, keepdims=True)
+        scales: Floats = np.where(largest > 0, largest, 1) / LARGEST[self.bits]
+        return scales
+
+
 def with_rounded_weights(
     graph: Graph,
     layers: Sequence[onnx.NodeProto],
-    options: StaticOptions,
-    bits: Bits,
+    rounding: Literal["stochastic", "adaround"],
+    grid: WeightGrid,
     recording: Recording,
     context: BuildContext,
 ) -> Graph:
     """The graph with the layers' weights on the grid of their scales; `recording` has what the layers read."""
     random = np.random.default_rng(context.seed)
-    moments = input_moments(graph, layers, recording, context) if options.rounding == "adaround" else {}
+    moments = input_moments(graph, layers, recording, context) if rounding == "adaround" else {}
     written: dict[str, Array] = {}
     for done, node in enumerate(layers, start=1):
         weight = as_matrix(graph, node)
-        scales = np.abs(weight).max(axis=1 if options.weights == "per_channel" else None, keepdims=True)
-        scales = np.where(scales > 0, scales, 1) / LARGEST[bits]
-        if options.rounding == "stochastic":
+        scales, largest = grid.scales(weight), LARGEST[grid.bits]
+        if rounding == "stochastic":
             whole = np.floor(weight / scales + random.random(weight.shape))
-            whole = np.clip(whole, -LARGEST[bits], LARGEST[bits])
+            whole = np.clip(whole, -largest, largest)
         elif node.name in moments:
-            whole = adaround(weight / scales, scales, moments[node.name], LARGEST[bits])
-        else:
+            whole = adaround(weight / scales, scales, moments[node.name], largest)
+        else:  # nothing is known of what it reads
             whole = np.rint(weight / scales)
         written[node.input[1]] = _as_stored(graph, node, whole * scales)
         context.progress(done, len(layers), "rounding weights")

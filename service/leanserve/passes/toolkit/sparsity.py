@@ -16,7 +16,7 @@ from leanserve.contracts import TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.toolkit.masks import KeepMasks
 from leanserve.passes.toolkit.targets import Targets
-from leanserve.passes.toolkit.training import TrainingRun
+from leanserve.passes.toolkit.training_run import TrainingRun
 
 SparsityScope: TypeAlias = Literal["local", "global", "erk"]
 UPDATES = 20

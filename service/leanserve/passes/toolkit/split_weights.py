@@ -13,7 +13,7 @@ layers, and those with too few outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,12 +22,31 @@ from torch import Tensor, nn
 
 from leanserve.errors import PassFailed
 from leanserve.passes.toolkit.checkpoint import as_part, part_of
-from leanserve.passes.toolkit.training import TrainingCallback, TrainingRun
+from leanserve.passes.toolkit.training_run import Division, TrainingCallback, TrainingRun
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from leanserve.passes.toolkit.checkpoint import TrainingState
+
+
+class WeightDivision(Division):
+    """Every process holds some of the weights, and the state of their training."""
+
+    def around(self, callbacks: Sequence[TrainingCallback]) -> Sequence[TrainingCallback]:
+        return [SplitWeights(), *callbacks]
+
+    def whole_state(self, state: TrainingState) -> TrainingState:
+        """The states of all processes as one, for a checkpoint from which each finds its own again."""
+        states: list[TrainingState] = [{}] * dist.get_world_size()
+        dist.all_gather_object(states, state)
+        whole = {"identity": state["identity"]}
+        for rank, item in enumerate(states):
+            whole |= as_part(item, f"rank.{rank}")
+        return whole
+
+    def own_state(self, state: TrainingState) -> TrainingState:
+        return part_of(state, f"rank.{dist.get_rank()}")
 
 
 class SplitWeights(TrainingCallback):
@@ -70,21 +89,6 @@ def splittable(module: nn.Module) -> Iterator[nn.Module]:
         outputs = weight.shape[_outputs_of(child)]
         if outputs >= 2 * dist.get_world_size() and outputs % dist.get_world_size() == 0:
             yield child
-
-
-def gathered_state(state: TrainingState) -> dict[str, Any]:
-    """The states of all processes as one, for a checkpoint from which each finds its own again."""
-    states: list[TrainingState] = [{}] * dist.get_world_size()
-    dist.all_gather_object(states, state)
-    whole = {"identity": state["identity"]}
-    for rank, item in enumerate(states):
-        whole |= as_part(item, f"rank.{rank}")
-    return whole
-
-
-def own_state(whole: TrainingState) -> TrainingState:
-    """Of what `gathered_state` gave, this process's."""
-    return part_of(whole, f"rank.{dist.get_rank()}")
 
 
 class _Share:

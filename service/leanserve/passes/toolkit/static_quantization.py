@@ -68,7 +68,7 @@ class StaticOptions(BaseModel):
         from leanserve.passes.toolkit.calibration import Recording, ranges_of
         from leanserve.passes.toolkit.histograms import range_finder
         from leanserve.passes.toolkit.int8_graph import int8_nodes, int8_tensors, symmetric_ranges, weight_bits
-        from leanserve.passes.toolkit.rounding import with_rounded_weights
+        from leanserve.passes.toolkit.rounding import WeightGrid, with_rounded_weights
 
         data = context.base.data("calibration", self.samples, model.spec)
         if not len(data):
@@ -84,7 +84,7 @@ class StaticOptions(BaseModel):
         if self.rounding != "nearest":
             layers = [node for node in chosen[0] if node in graph.layers]
             looked = dataclasses.replace(recording, tensors=list(dict.fromkeys(node.input[0] for node in layers)))
-            graph = with_rounded_weights(graph, layers, self, bits, looked, context)
+            graph = with_rounded_weights(graph, layers, self.rounding, WeightGrid(self.weights, bits), looked, context)
         return Calibrated(graph, ranges, self, bits, len(data))
 
 

@@ -18,7 +18,8 @@ from leanserve.contracts import Base, ModelSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.toolkit.objectives import BY_MEANING, MEASURES, LossKind, Output, cross_entropy, logits
 from leanserve.passes.toolkit.spread import channel_axis, channel_scales
-from leanserve.passes.toolkit.training import Objective, order_kernels
+from leanserve.passes.toolkit.training import order_kernels
+from leanserve.passes.toolkit.training_run import Objective
 
 SPREAD_ROWS = 256
 """Rows of the train split on which the teacher shows how much its outputs vary."""

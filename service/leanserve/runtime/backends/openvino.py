@@ -9,27 +9,28 @@ would compute in bfloat16 wherever the CPU can, without a word. All three are se
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import openvino
 
-from leanserve.contracts import Arrays, Result
-from leanserve.runtime.formats.openvino import OpenVinoModel
+from leanserve.contracts import Arrays, ModelSpec, Result
 
 
 class OpenVinoBackend:
-    """A `contracts.Backend`. What the pass `openvino` decided is in `model.settings`; `{}` stands for its defaults."""
+    """A `contracts.Backend`."""
 
     name = "openvino"
     device = "cpu"
     self_contained = True
     row_buckets: tuple[int, ...] = ()
 
-    def __init__(self, model: OpenVinoModel, threads: int, callers: int = 1) -> None:
-        """`callers`: threads that run it at once, each of them with `threads` CPU threads."""
-        self._compiled: Any = _core().compile_model(str(model.path), "CPU", _config(model, threads, callers))
-        self._inputs = [item.name for item in model.spec.inputs]
-        self._outputs = [self._compiled.output(item.name) for item in model.spec.outputs]
+    def __init__(self, graph: Path, spec: ModelSpec, precision: str, threads: int, callers: int = 1) -> None:
+        """`precision` is that of sums and of what is not quantized, in OpenVINO's words. `callers` are the threads
+        that run it at once, each of them with `threads` CPU threads."""
+        self._compiled: Any = _core().compile_model(str(graph), "CPU", _config(precision, threads, callers))
+        self._inputs = [item.name for item in spec.inputs]
+        self._outputs = [self._compiled.output(item.name) for item in spec.outputs]
         self._idle = [self._compiled.create_infer_request() for _ in range(callers)]
         """A request holds the memory of one run; whoever runs takes one, which lists do in one step."""
 
@@ -54,12 +55,12 @@ class OpenVinoBackend:
         del self._compiled
 
 
-def _config(model: OpenVinoModel, threads: int, callers: int) -> dict[str, Any]:
+def _config(precision: str, threads: int, callers: int) -> dict[str, Any]:
     return {
         "NUM_STREAMS": callers,
         "INFERENCE_NUM_THREADS": threads * callers,
         "ENABLE_CPU_PINNING": False,
-        "INFERENCE_PRECISION_HINT": model.settings.get("precision", "f32"),
+        "INFERENCE_PRECISION_HINT": precision,
         "CPU_DENORMALS_OPTIMIZATION": True,
     }
 

@@ -54,7 +54,8 @@ class OpenVinoFormat:
     def open(self, model: OpenVinoModel, share: Share) -> Backend:
         from leanserve.runtime.backends.openvino import OpenVinoBackend
 
-        return OpenVinoBackend(model, share.threads, share.callers)
+        precision = str(model.settings.get("precision", "f32"))
+        return OpenVinoBackend(model.path, model.spec, precision, share.threads, share.callers)
 
 
 FORMAT = OpenVinoFormat()

@@ -17,14 +17,15 @@ from pydantic import PositiveFloat, model_validator
 from leanserve.contracts import BuildContext, Model, ModelSpec
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied, Pass, Stage, Tag
-from leanserve.passes.toolkit.training import RecoveryOptions, train
+from leanserve.passes.toolkit.training import train
+from leanserve.passes.toolkit.training_options import RecoveryOptions
 
 if TYPE_CHECKING:
     from leanserve.contracts import TorchModel
     from leanserve.passes.toolkit.features import TeachExits
     from leanserve.passes.toolkit.objectives import LossKind
     from leanserve.passes.toolkit.teacher import MatchTeacher
-    from leanserve.passes.toolkit.training import Objective
+    from leanserve.passes.toolkit.training_run import Objective
 
 
 class Distill(RecoveryOptions, Pass):

@@ -13,7 +13,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from leanserve.contracts import BuildContext, Model
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
-from leanserve.passes.toolkit.training import TrainingOptions, train
+from leanserve.passes.toolkit.training import train
+from leanserve.passes.toolkit.training_options import TrainingOptions
 
 
 class DistillDatafree(TrainingOptions, Pass):

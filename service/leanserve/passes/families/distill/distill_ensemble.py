@@ -15,7 +15,8 @@ from pydantic import PositiveFloat
 from leanserve.contracts import BuildContext, Model
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied, Pass, Stage, Tag
-from leanserve.passes.toolkit.training import RecoveryOptions, train
+from leanserve.passes.toolkit.training import train
+from leanserve.passes.toolkit.training_options import RecoveryOptions
 
 
 class DistillEnsemble(RecoveryOptions, Pass):

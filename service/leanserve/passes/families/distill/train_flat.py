@@ -15,13 +15,14 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from leanserve.contracts import BuildContext, Model
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
-from leanserve.passes.toolkit.training import LabelledTrainingOptions, train
+from leanserve.passes.toolkit.training import train
+from leanserve.passes.toolkit.training_options import LabelledTrainingOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from leanserve.contracts import TorchModel
-    from leanserve.passes.toolkit.training import TrainingCallback
+    from leanserve.passes.toolkit.training_run import TrainingCallback
 
 
 class TrainFlat(LabelledTrainingOptions, Pass):

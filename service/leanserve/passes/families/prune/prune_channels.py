@@ -25,7 +25,8 @@ from leanserve.contracts import BuildContext, Json, Model
 from leanserve.errors import PassFailed
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.targets import Targets
-from leanserve.passes.toolkit.training import TrainingOptions, train
+from leanserve.passes.toolkit.training import train
+from leanserve.passes.toolkit.training_options import TrainingOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from leanserve.contracts import TorchModel
     from leanserve.passes.toolkit.channel_search import ChannelSearch
     from leanserve.passes.toolkit.channels import ChannelGroup, Scope
-    from leanserve.passes.toolkit.training import Objective
+    from leanserve.passes.toolkit.training_run import Objective
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from pydantic import Field, model_validator
 from leanserve.contracts import BuildContext, Model
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.targets import Targets
-from leanserve.passes.toolkit.training import TrainingOptions, train
+from leanserve.passes.toolkit.training import train
+from leanserve.passes.toolkit.training_options import TrainingOptions
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,14 +20,15 @@ from leanserve.hardware import Hardware
 from leanserve.passes.base import EXPORTED, Applied, Need, Pass, Stage, Tag
 from leanserve.passes.toolkit.int8_on_gpu import no_int8_on_gpu
 from leanserve.passes.toolkit.static_quantization import StaticOptions
-from leanserve.passes.toolkit.training import TrainingOptions, train
+from leanserve.passes.toolkit.training import train
+from leanserve.passes.toolkit.training_options import TrainingOptions
 
 if TYPE_CHECKING:
     from torch import nn
 
     from leanserve.passes.toolkit.learned_ranges import LearnedRanges, Point
     from leanserve.passes.toolkit.static_quantization import Calibrated
-    from leanserve.passes.toolkit.training import Trained
+    from leanserve.passes.toolkit.training_run import Trained
 
 
 class Qat(TrainingOptions, Pass):
