@@ -6,6 +6,7 @@ from pathlib import Path
 
 import httpx
 import onnx
+import pytest
 from onnx.parser import parse_model
 from test_end_to_end import start, stop
 
@@ -25,6 +26,7 @@ drain: {delay_s: 0}
 CAVEATS = "every row has a batch to itself, synthetic data"
 
 
+@pytest.mark.soak
 def test_what_to_know_of_a_base_is_told_by_build_serve_and_every_answer(tmp_path: Path) -> None:
     onnx.save(parse_model(MODEL), tmp_path / "m.onnx")
     (tmp_path / "c.yaml").write_text(CONFIG)

@@ -155,6 +155,7 @@ def test_a_second_start_builds_nothing(service: Service, place: Path) -> None:
     assert again.ready_s < service.ready_s / 3  # both beside whatever else runs here; alone 4 s and 100 s
 
 
+@pytest.mark.soak
 def test_a_read_only_cache_of_another_machine_serves_and_says_so(
     service: Service, place: Path, read_only: Callable[[Path], list[str]]
 ) -> None:

@@ -1,4 +1,4 @@
-"""What the passes that make a model smaller do to a base: the tables of docs/measurements/families.md.
+"""What the passes that make a model smaller do to a base: prints tables as those of docs/passes.md.
 
     python -m loadtest.benchmarks.families build digits cifar --folder FOLDER   # other work beside it does no harm
     python -m loadtest.benchmarks.families time digits cifar --folder FOLDER    # on a quiet machine

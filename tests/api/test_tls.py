@@ -179,7 +179,7 @@ def closed(connections: list[socket.socket], seconds: float) -> int:
     return len(connections) - len(left)
 
 
-@pytest.mark.parametrize("port", ["http", "grpc"])
+@pytest.mark.parametrize("port", ["http", pytest.param("grpc", marks=pytest.mark.soak)])
 def test_who_says_nothing_counts_and_locks_nobody_out(folder: Path, port: str) -> None:
     declared = TlsConfig(certificate=Path("server.pem"), key=Path("server.key"))
     limits = {"connections": 4, "head_s": 0.6}

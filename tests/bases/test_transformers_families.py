@@ -92,6 +92,7 @@ def test_classes_are_those_of_the_library_for_each_text_alone(case: str, tmp_pat
     np.testing.assert_allclose(answers(base, base.model()), expected, atol=1e-5)
 
 
+@pytest.mark.soak
 def test_decoders_and_ends_of_texts_are_exported(tmp_path: Path) -> None:
     for kind, config in (("GPT2ForSequenceClassification", GPT2), ("BartForSequenceClassification", BART)):
         write_model(tmp_path / kind, kind, config | {"num_labels": 3})

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from fakes import Live, live_server
 
-SECONDS = int(os.environ.get("LEANSERVE_FUZZ_SECONDS", "5"))
+SECONDS = int(os.environ.get("LEANSERVE_FUZZ_SECONDS", "2"))
 EXAMPLES = 12 * SECONDS
 PATIENCE_S = 10.0
 FUZZER = Path(__file__).parent / "fuzz_open_inference.py"

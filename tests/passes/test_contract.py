@@ -36,6 +36,9 @@ PASS: TypeAdapter[Pass] = TypeAdapter(AnyPass)
 Result = TypeVar("Result")
 LINEAR = {"lowrank_linear", "smooth", "quantize_dynamic", "quantize_weights"}
 
+COMPILED = frozenset({"torch_compile", "aot_inductor"})
+"""Built by a C++ compiler, which takes half a minute."""
+
 
 def base_for(kind: str) -> TinyBase:
     if kind in {"prune_layers", "prune_heads", "distill_features"}:
@@ -89,7 +92,7 @@ def test_every_pass_has_a_case() -> None:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.soak] if kind == "aot_inductor" else []) for kind in CASES]
+    "kind", [pytest.param(kind, marks=[pytest.mark.soak] if kind in COMPILED else []) for kind in CASES]
 )
 def test_built_stored_and_loaded_it_answers_like_the_base(kind: str, tmp_path: Path) -> None:
     _, least_cosine = CASES[kind]
@@ -116,7 +119,10 @@ def test_built_stored_and_loaded_it_answers_like_the_base(kind: str, tmp_path: P
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("kind", [kind for kind in CASES if kind not in {"torch_compile", "aot_inductor"}])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.soak] if kind == "qat" else []) for kind in CASES if kind not in COMPILED],
+)
 def test_the_same_input_makes_the_same_artifact(kind: str, tmp_path: Path) -> None:
     base, config = base_for(kind), variant_of(kind)
     if reason := config.variants[-1].passes[-1].unsupported_reason(this_hardware()):

@@ -163,7 +163,8 @@ def test_it_is_built_cached_and_served_and_answers_like_the_module(built: Path, 
     assert {path: path.stat().st_mtime_ns for path in (built / "cache" / "artifacts").rglob("*")} == before
 
 
-@pytest.mark.parametrize("name", ["layers/1.npz", pytest.param("between/activation.txt", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["layers/1.npz", "between/activation.txt"])
 def test_damage_in_a_subfolder_is_noticed_and_mended(built: Path, name: str) -> None:
     path = artifact_of(built) / name
     content = path.read_bytes()
