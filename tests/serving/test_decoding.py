@@ -121,11 +121,11 @@ def test_small_ones_pass_by_large_ones_and_cheap_ones_go_first() -> None:
             await decoders.run(work(body), patience())
             done.append(name)
 
-        bombs = [asyncio.create_task(ask("huge", HUGE)) for _ in range(4)]
+        bombs = [asyncio.create_task(ask("huge", HUGE)) for _ in range(6)]
         await asyncio.sleep(0.05)
         await asyncio.gather(ask("small", SMALL), ask("large", LARGE))
         assert done.index("small") == 0
-        assert done.count("huge") <= decoding.PROCESSES, "those that ran when it came"
+        assert done.count("huge") < 2 * decoding.PROCESSES, "those that ran when it came, and what ran beside it"
         await asyncio.gather(*bombs)
 
     run(scenario)
