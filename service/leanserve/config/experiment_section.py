@@ -20,7 +20,7 @@ class ExperimentConfig(Section):
         1.0, ge=0, le=1, description="share of the base's batches that are answered again; 0: judge by users' requests"
     )
     shadow_time: float = Field(
-        0.01, gt=0, le=1, description="most of the device's time for that; it is idle time in any case"
+        0.005, gt=0, le=1, description="most of the device's time for that; it is idle time in any case"
     )
     shadow_rows: int = Field(256, ge=1, le=10**6, description="rows that may wait to be answered again")
     shadow_mb: int = Field(64, ge=1, le=2**20, description="MB that they may take meanwhile, answers included")
