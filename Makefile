@@ -27,13 +27,14 @@ bench: install
 	$(BIN)/leanserve build --config $(CONFIG)
 	$(BIN)/leanserve bench --config $(CONFIG)
 
-# What measures time, or floods sockets, has the machine to itself; all else runs side by side, the longest first.
+# What measures time, or floods sockets, has the machine to itself; all else runs side by side, the longest first, with a
+# thread each for sums: idle ones wait busily, on cores that others need.
 ALONE := serving robustness peers test_memory.py test_timing.py test_bench.py \
 	evaluation/test_lane_rates.py evaluation/test_interleaved_benchmark.py \
 	$(addprefix runtime/test_,device.py huge_pages.py isolation.py onnx_arena.py onnx_runtime.py spin_control.py turns.py)
 test: install
 	$(BIN)/python -m compileall -q service models tests/support # some environments forbid Python to do so by itself
-	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder tests $(ALONE:%=--ignore=tests/%)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder tests $(ALONE:%=--ignore=tests/%)
 	$(BIN)/pytest $(ALONE:%=tests/%)
 
 # What takes minutes: bombs and floods at their full size, shutdowns, builds beside other work.
