@@ -17,10 +17,18 @@ import numpy as np
 
 from leanserve.bases.checkpoints import file_digest
 from leanserve.bases.datasets.class_labels import LabelColumn
-from leanserve.bases.datasets.labels import LabelFiles, Understanding, as_given, require_target, understanding
+from leanserve.bases.datasets.labels import LabelFiles, Understanding, understanding_of_column
 from leanserve.bases.datasets.splits import RowSource as Numbers
-from leanserve.bases.datasets.tables import PreparedData, TableRows
-from leanserve.bases.datasets.text_files import FORMATS, ColumnName, Line, read_lines
+from leanserve.bases.datasets.tables import PreparedData, TableRows, tables_of
+from leanserve.bases.datasets.text_files import (
+    ColumnName,
+    Line,
+    last_column,
+    line_names,
+    read_lines,
+    require_table,
+    text_digest,
+)
 from leanserve.codecs.arrays import ArrayCodec
 from leanserve.config.data_section import TableData
 from leanserve.contracts import Array, Arrays, Codec, ModelSpec, TensorSpec
@@ -45,16 +53,8 @@ def open_columns(
     """
     if not isinstance(codec, ArrayCodec):
         raise ConfigError("data.table: the model takes no arrays; bring its rows as images, sounds or texts")
-    understood: Understanding = as_given
-    if declared.label is not None and not own_labels:
-        understood = understanding(spec, "data.label")
-        if not spec.labels:
-            require_target(spec, (), "data.label")
-    if isinstance(declared.table, Path):
-        [table] = _tables({"data.table": folder / declared.table}, declared, spec, understood)
-        return TableRows("data.table", table, declared.splits, declared.seed)
-    paths = {f"data.table.{split}": folder / path for split, path in declared.table.items()}
-    tables = dict(zip(declared.table, _tables(paths, declared, spec, understood), strict=True))
+    understood = understanding_of_column(spec, own_labels=own_labels or declared.label is None)
+    tables = tables_of("data.table", declared.table, folder, lambda paths: _tables(paths, declared, spec, understood))
     return TableRows("data.table", tables, declared.splits, declared.seed)
 
 
@@ -63,7 +63,9 @@ def _tables(
 ) -> list[ColumnTable]:
     """A table per file, by the key that names it; the labels of all of them are read in the same way."""
     columns = columns_of(declared, spec.inputs)
-    files = [ColumnFile(_found(path, key), columns, declared.label) for key, path in paths.items()]
+    for key, path in paths.items():
+        require_table(path, key)
+    files = [ColumnFile(path, columns, declared.label) for path in paths.values()]
     labels = None
     if declared.label is not None:
         labels = LabelFiles({file.path: file.labels for file in files}, understood)
@@ -102,19 +104,12 @@ def first_lines(declared: TableData, inputs: Sequence[TensorSpec], folder: Path)
     """The first rows for these inputs; `None` where there are none: what is wrong is told when the table is opened."""
     path = declared.table if isinstance(declared.table, Path) else next(iter(declared.table.values()))
     try:
-        file = ColumnFile(_found(folder / path, "data.table"), columns_of(declared, inputs), None)
+        require_table(folder / path, "data.table")
+        file = ColumnFile(folder / path, columns_of(declared, inputs), None)
         rows = np.arange(min(SAMPLED, len(file.lines)))
         return list(ColumnTable(file, tuple(inputs), None).arrays(rows)) if len(rows) else None
     except ConfigError:
         return None
-
-
-def _found(path: Path, key: str) -> Path:
-    if path.suffix not in FORMATS:
-        raise ConfigError(f"{key}: {path} is none of {', '.join(FORMATS)}")
-    if not path.is_file():
-        raise ConfigError(f"{key}: there is no file {path}")
-    return path
 
 
 @dataclass(frozen=True)
@@ -132,8 +127,8 @@ class ColumnFile:
 
     def labels(self) -> LabelColumn:
         """The last column."""
-        values = np.array([line.values[-1] for line in self.lines], dtype=str)
-        return LabelColumn(values, lambda row: f"{self.path}:{self.lines[row].number}: column {self.label}")
+        assert self.label is not None
+        return last_column(self.path, self.lines, self.label)
 
 
 @dataclass(frozen=True)
@@ -152,11 +147,11 @@ class ColumnTable:
     @cached_property
     def digests(self) -> tuple[bytes, ...]:
         count = sum(map(len, self.file.columns))
-        return tuple(hashlib.sha256("\0".join(line.values[:count]).encode()).digest() for line in self.file.lines)
+        return tuple(text_digest(line.values[:count]) for line in self.file.lines)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        return tuple(f"line {line.number}" for line in self.file.lines)
+        return line_names(self.file.lines)
 
     def data(self, rows: Numbers) -> PreparedData:
         labels = None if self.label_files is None else self.label_files.of(self.file.path)

@@ -56,6 +56,20 @@ def understanding(spec: ModelSpec, key: str) -> Understanding:
     )
 
 
+def understanding_of_column(spec: ModelSpec, *, own_labels: bool) -> Understanding:
+    """As `understanding`, of `data.label`, a value per row; `own_labels`: only the configured score understands them.
+
+    Raises:
+        ConfigError: also where one value does not belong to one output of a model without classes.
+    """
+    if own_labels:
+        return as_given
+    understood = understanding(spec, "data.label")
+    if not spec.labels:
+        require_target(spec, (), "data.label")
+    return understood
+
+
 def as_given(columns: Sequence[LabelColumn]) -> list[Array]:
     """Labels that only the configured score understands: numbers of any shape per row, or texts."""
     return [column.values for column in columns]

@@ -22,9 +22,9 @@ import numpy as np
 from leanserve.bases.checkpoints import file_digest
 from leanserve.bases.datasets.class_labels import LabelColumn, require_labels
 from leanserve.bases.datasets.image_folder import by_ending
-from leanserve.bases.datasets.labels import Understanding, as_given, require_target, understanding
+from leanserve.bases.datasets.labels import understanding_of_column
 from leanserve.bases.datasets.splits import RowSource
-from leanserve.bases.datasets.tables import PreparedData, TableRows
+from leanserve.bases.datasets.tables import PreparedData, TableRows, tables_of
 from leanserve.bases.datasets.text_files import FORMATS, read_lines
 from leanserve.codecs.audio import AudioCodec
 from leanserve.codecs.audio_files import AUDIO_FORMATS
@@ -59,11 +59,12 @@ def open_sounds(
         raise ConfigError("data.sounds: the model takes no sounds; if it does, say how with base.audio")
     # Requests are bounded; a training set need not be.
     codec = replace(codec, max_seconds=math.inf, max_decoded=sys.maxsize, max_elements=sys.maxsize)
-    if isinstance(declared.sounds, Path):
-        [table] = _tables({"data.sounds": folder / declared.sounds}, declared, spec, codec, own_labels=own_labels)
-        return TableRows("data.sounds", table, declared.splits, declared.seed)
-    paths = {f"data.sounds.{split}": folder / path for split, path in declared.sounds.items()}
-    tables = dict(zip(declared.sounds, _tables(paths, declared, spec, codec, own_labels=own_labels), strict=True))
+    tables = tables_of(
+        "data.sounds",
+        declared.sounds,
+        folder,
+        lambda paths: _tables(paths, declared, spec, codec, own_labels=own_labels),
+    )
     return TableRows("data.sounds", tables, declared.splits, declared.seed)
 
 
@@ -73,7 +74,7 @@ def _tables(
     """A table per source, by the key that names it; the labels of all of them are read in the same way."""
     found = [_recordings(path, declared, spec, key) for key, path in paths.items()]
     columns = [item.column for item in found if item.column is not None]
-    labels = iter(_understood(spec, own_labels=own_labels)(columns) if columns else ())
+    labels = iter(understanding_of_column(spec, own_labels=own_labels)(columns) if columns else ())
     return [SoundTable(item, None if item.column is None else next(labels), codec) for item in found]
 
 
@@ -86,15 +87,6 @@ def sounds_below(root: Path) -> tuple[list[Path], list[Path]]:
 
 def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-
-
-def _understood(spec: ModelSpec, *, own_labels: bool) -> Understanding:
-    if own_labels:
-        return as_given
-    understood = understanding(spec, "data.label")
-    if not spec.labels:
-        require_target(spec, (), "data.label")
-    return understood
 
 
 def _recordings(path: Path, declared: SoundData, spec: ModelSpec, key: str) -> Recordings:

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -98,3 +99,20 @@ class TableRows:
         names = {split: table.names for split, table in tables.items()}
         dealt = deal(digests, self.sizes, self.seed, self.key, names)
         return {split: (tables[source], rows) for split, (source, rows) in dealt.items()}
+
+
+def tables_of(
+    key: str,
+    declared: Path | Mapping[Split, Path],
+    folder: Path,
+    open_all: Callable[[Mapping[str, Path]], Sequence[Table]],
+) -> Table | Mapping[Split, Table]:
+    """What `TableRows` is made of, of what the config declares under `key`: one source, or one per split.
+
+    `open_all` gets the sources together, each by the key that names it: their labels are read in the same way.
+    """
+    if isinstance(declared, Path):
+        [table] = open_all({key: folder / declared})
+        return table
+    paths = {f"{key}.{split}": folder / path for split, path in declared.items()}
+    return dict(zip(declared, open_all(paths), strict=True))

@@ -7,12 +7,16 @@ type says, so that an apostrophe or a quote in a sentence means nothing. A line 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+from leanserve.bases.datasets.class_labels import LabelColumn
 from leanserve.contracts import Json
 from leanserve.disk import open_regular
 from leanserve.errors import ConfigError
@@ -112,3 +116,31 @@ def _value(row: Json, column: ColumnName, where: str) -> str:
     if isinstance(value, str | int | float):
         return str(value)
     raise ConfigError(f"{where}: column {column} holds {json.dumps(value)[:40]}, no text and no number")
+
+
+def require_table(path: Path, key: str) -> None:
+    """See that there is a file of a known format; `key` names it in the config.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"{key}: {path} is none of {', '.join(FORMATS)}")
+    if not path.is_file():
+        raise ConfigError(f"{key}: there is no file {path}")
+
+
+def last_column(path: Path, lines: Sequence[Line], name: ColumnName) -> LabelColumn:
+    """The last of the asked columns as labels; `name` is what it is called."""
+    values = np.array([line.values[-1] for line in lines], dtype=str)
+    return LabelColumn(values, lambda row: f"{path}:{lines[row].number}: column {name}")
+
+
+def line_names(lines: Sequence[Line]) -> tuple[str, ...]:
+    """What errors call them."""
+    return tuple(f"line {line.number}" for line in lines)
+
+
+def text_digest(texts: Sequence[str]) -> bytes:
+    """Of the content of a line, whatever else stands in it."""
+    return hashlib.sha256("\0".join(texts).encode()).digest()

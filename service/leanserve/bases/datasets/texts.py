@@ -17,10 +17,10 @@ import numpy as np
 
 from leanserve.bases.checkpoints import file_digest
 from leanserve.bases.datasets.class_labels import LabelColumn
-from leanserve.bases.datasets.labels import LabelFiles, Understanding, as_given, require_target, targets, understanding
+from leanserve.bases.datasets.labels import LabelFiles, Understanding, as_given, targets, understanding_of_column
 from leanserve.bases.datasets.splits import RowSource as Numbers
-from leanserve.bases.datasets.tables import TableRows
-from leanserve.bases.datasets.text_files import FORMATS, Line, read_lines
+from leanserve.bases.datasets.tables import TableRows, tables_of
+from leanserve.bases.datasets.text_files import Line, last_column, line_names, read_lines, require_table, text_digest
 from leanserve.codecs.text import TextCodec
 from leanserve.config.data_section import TextData
 from leanserve.contracts import Array, Batch, Codec, Data, ModelSpec, Split
@@ -41,11 +41,7 @@ def open_texts(
     # Requests are bounded; a training set need not be.
     codec = replace(codec, max_characters=sys.maxsize, max_total=sys.maxsize, max_rows=sys.maxsize)
     unit = 1 if declared.pair is None else 2
-    if isinstance(declared.texts, Path):
-        [table] = _tables({"data.texts": folder / declared.texts}, declared, understood, codec)
-        return TextRows(TableRows("data.texts", table, declared.splits, declared.seed), unit)
-    paths = {f"data.texts.{split}": folder / path for split, path in declared.texts.items()}
-    tables = dict(zip(declared.texts, _tables(paths, declared, understood, codec), strict=True))
+    tables = tables_of("data.texts", declared.texts, folder, lambda paths: _tables(paths, declared, understood, codec))
     return TextRows(TableRows("data.texts", tables, declared.splits, declared.seed), unit)
 
 
@@ -62,10 +58,7 @@ def _understanding(declared: TextData, spec: ModelSpec) -> Understanding:
         return targets
     if declared.label is None:
         return as_given  # there are none
-    understood = understanding(spec, "data.label")
-    if not spec.labels:
-        require_target(spec, (), "data.label")
-    return understood
+    return understanding_of_column(spec, own_labels=False)
 
 
 def _tables(
@@ -73,10 +66,7 @@ def _tables(
 ) -> list[TextTable]:
     """A table per file, by the key that names it; the labels of all of them are read in the same way."""
     for key, path in paths.items():
-        if path.suffix not in FORMATS:
-            raise ConfigError(f"{key}: {path} is none of {', '.join(FORMATS)}")
-        if not path.is_file():
-            raise ConfigError(f"{key}: there is no file {path}")
+        require_table(path, key)
     files = [TextFile(path, declared) for path in paths.values()]
     labels = None
     if declared.label is not None:
@@ -123,8 +113,8 @@ class TextFile:
 
     def column(self) -> LabelColumn:
         """The labels."""
-        values = np.array([line.values[-1] for line in self.lines], dtype=str)
-        return LabelColumn(values, lambda row: f"{self.path}:{self.lines[row].number}: column {self.declared.label}")
+        assert self.declared.label is not None
+        return last_column(self.path, self.lines, self.declared.label)
 
 
 @dataclass(frozen=True)
@@ -143,11 +133,11 @@ class TextTable:
 
     @cached_property
     def digests(self) -> tuple[bytes, ...]:
-        return tuple(hashlib.sha256("\0".join(texts).encode()).digest() for texts in self.file.texts)
+        return tuple(map(text_digest, self.file.texts))
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        return tuple(f"line {line.number}" for line in self.file.lines)
+        return line_names(self.file.lines)
 
     def data(self, rows: Numbers) -> TokenData:
         texts = [text for row in rows for text in self.file.texts[row]]
