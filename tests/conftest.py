@@ -34,6 +34,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not (item.path.name.startswith(LONGEST) or item.path.parent.name in LONGEST))
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What a file of tests draws while it is imported depends on no file before it."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def same_draws_for_a_file() -> None:
+    """What fixtures of a file draw depends on no file before it, of which each process has others."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """What a test draws depends on no test before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def kept_from_the_collector() -> None:
     """Every variant that is opened collects garbage; it need not look through all that tests have imported."""
