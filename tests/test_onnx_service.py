@@ -5,6 +5,7 @@ The model is a small encoder whose batches at warm-up take far more than its wei
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -80,12 +81,16 @@ class Seen(NamedTuple):
 
     memory_kib: int
     torch: bool
+    processors: list[int]
+    """How many each of its threads may use."""
 
 
 def ready(folder: Path) -> Seen:
     service = start(folder / "config.yaml", folder / "cache", folder / "log", within=120)
     try:
-        return Seen(proportional_kib(service.process.pid), has_torch(service.process.pid))
+        tasks = [int(task.name) for task in Path(f"/proc/{service.process.pid}/task").iterdir()]
+        processors = [len(os.sched_getaffinity(task)) for task in tasks]
+        return Seen(proportional_kib(service.process.pid), has_torch(service.process.pid), processors)
     finally:
         assert stop(service) == 0
 
@@ -106,6 +111,11 @@ def cached(folder: Path, built: Seen) -> Seen:
 def test_no_torch_is_loaded(built: Seen, cached: Seen) -> None:
     assert not built.torch, "the build has a process of its own"
     assert not cached.torch
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) != 2, reason="the service has two threads")
+def test_its_lane_and_the_other_threads_of_its_sessions_stay_where_they_are(cached: Seen) -> None:
+    assert cached.processors.count(1) == 3, "the lane, and the second thread of each session"
 
 
 def test_a_service_that_built_its_variants_takes_no_more_than_one_that_found_them(built: Seen, cached: Seen) -> None:

@@ -155,7 +155,8 @@ class AppContext:
         reports = self.reports()
         startup = startup or Startup(report.name for report in reports)
         _tell_verdicts(reports, startup)
-        device = Device(self.hardware.devices[0], self.threads, self.lanes(reports))
+        lanes = self.lanes(reports)
+        device = Device(self.hardware.devices[0], self.threads, lanes, self._processors(lanes))
         warm = WarmFleet(self.base, serving_plans(self.config, reports), device, traffic_plan(self.config), self.post)
         warm.decode_memory = self.config.limits.decode_mb * 2**20
         warm.cuda_visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -171,7 +172,7 @@ class AppContext:
                 name = report.name
                 startup.enter(name, "loading")
                 source = self._source(report, len(device.lanes), alone=is_alone(reports))
-                warm.open(name, partial(load, name, source.read), source.read, source.workers)
+                warm.open(name, partial(load, name, source.read), source.read, source.workers, seated=source.seated)
                 startup.enter(name, "warm")
         for variant in warm.variants.values():
             if isinstance(variant.codec, TextCodec):
@@ -198,6 +199,14 @@ class AppContext:
 
         return report_document(summarise(reports, self.base.caveats, self.elsewhere))
 
+    def _processors(self, lanes: int) -> tuple[int, ...]:
+        """One for each thread, where so many lanes may stay on theirs; else none."""
+        from leanserve.runtime.linux.processors import own_processors
+
+        if not self.config.pin or self.hardware.on_gpu or lanes not in {1, self.threads}:
+            return ()
+        return own_processors(self.threads)
+
     def _source(self, report: VariantReport, lanes: int, *, alone: bool) -> VariantSource:
         """How the model of a variant is read, and its backends are opened: here, or by workers."""
         from leanserve.artifacts.load import load_model
@@ -210,13 +219,16 @@ class AppContext:
             return Share(threads, self.hardware.devices, alone=alone, callers=callers)
 
         key = report.ancestry[-1].key
+        processors = self._processors(lanes)
         if self.config.isolation_of(self.config.variant(report.name)) == "none":
 
             def read() -> Callable[[int], Backend]:
                 model = load_model(self.store, self.base, key)
-                return lambda threads: open_backend(model, share_of(threads))
+                return lambda threads: open_backend(
+                    model, share_of(threads)._replace(processors=processors if threads == self.threads else ())
+                )
 
-            return VariantSource(read)
+            return VariantSource(read, seated=bool(processors) and self.store.format_of(key).places_threads)
         from leanserve.runtime.isolation.backend import IsolatedBackend
         from leanserve.runtime.isolation.life import WorkerProgram
         from leanserve.runtime.isolation.workers import Workers

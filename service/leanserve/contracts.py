@@ -292,6 +292,8 @@ class Share(NamedTuple):
     """Whether no other model is run in this process."""
     callers: int = 1
     """Threads that run the backend at once if it is self-contained; each of them has `threads` CPU threads."""
+    processors: tuple[int, ...] = ()
+    """One for each of its threads, the first for the lane that runs it; empty: any that are free."""
 
     @property
     def device(self) -> str:
@@ -319,6 +321,13 @@ class Format(Protocol[AModel]):
     @property
     def self_contained(self) -> bool:
         """What all its backends are (`Backend.self_contained`)."""
+
+    @property
+    def places_threads(self) -> bool:
+        """Whether its backends keep their threads on `Share.processors`, so that a lane may stay on its own, too.
+
+        Threads that a backend starts without that would inherit the one processor of the lane.
+        """
 
     @property
     def in_memory(self) -> bool:

@@ -33,15 +33,14 @@ def test_every_lane_is_called_on_its_own_thread_at_the_same_time(device: Device)
     assert device.call_on_each(meet) == [(0, "device-test-0"), (1, "device-test-1")]
 
 
-def test_of_idle_lanes_the_one_goes_that_was_last_at_work(device: Device) -> None:
+def test_of_idle_lanes_the_first_goes(device: Device) -> None:
     def where(lane: Lane) -> int:
         time.sleep(0.002)  # the other one is idle meanwhile
         return lane.index
 
-    first = device.call(where)
     for _ in range(20):
         _until_idle(device)
-        assert device.call(where) == first
+        assert device.call(where) == 0
     occupied, release = threading.Event(), threading.Event()
 
     def occupy(_: Lane) -> None:
@@ -51,11 +50,10 @@ def test_of_idle_lanes_the_one_goes_that_was_last_at_work(device: Device) -> Non
     _until_idle(device)
     device.post(occupy)
     assert occupied.wait(5)
-    other = device.call(where)
-    assert other != first
+    assert device.call(where) == 1
     release.set()
     _until_idle(device)
-    assert device.call(where) == first
+    assert device.call(where) == 0
 
 
 def _until_idle(device: Device) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -15,9 +16,10 @@ from leanserve.runtime.costs import Costs, CostTable
 from leanserve.runtime.device import Device, Lane
 from leanserve.runtime.lanes import LanePlacement, LoadedVariant
 from leanserve.serving.batch_runner import Prediction
-from leanserve.serving.batcher import QueueLimits
+from leanserve.serving.batcher import QueueLimits, Ticket
 from leanserve.serving.short_batches import SHORT_S
 from leanserve.serving.variant import Variant
+from leanserve.serving.wide_lanes import WideLanes
 from leanserve.telemetry.observations import VariantFacts, VariantMetrics
 from scripted import ScriptedBackend, act, play, sample, stay, warm_variant
 
@@ -203,12 +205,14 @@ def test_a_variant_that_turns_out_slow_is_left_to_the_lanes_but_not_for_a_single
     assert backend.threads[-3:] == ["device-test-0"] * 3
 
 
-def play_wide(scenario: Callable[[Variant, ScriptedBackend, ScriptedBackend], Awaitable[None]]) -> None:
+def play_wide(
+    scenario: Callable[[Variant, ScriptedBackend, ScriptedBackend], Awaitable[None]], *, seated: bool = False
+) -> None:
     """A variant on two lanes that share a backend, with a second one for a batch that has the device to itself."""
     narrow, wide = ScriptedBackend(), ScriptedBackend()
     device = Device("test", 2, 2)
     costs, alone = (Costs([CostTable(dict.fromkeys((1, 4), seconds))]) for seconds in (0.08, 0.04))
-    running = LoadedVariant(device, (narrow, narrow), costs, LanePlacement(wide, alone))
+    running = LoadedVariant(device, (narrow, narrow), costs, LanePlacement(wide, alone), seated=seated)
     warm = warm_variant(running, QueueLimits(4, 100))
 
     act(warm, lambda variant: scenario(variant, narrow, wide), narrow.gate, wide.gate)
@@ -222,6 +226,20 @@ def test_a_lone_batch_has_all_threads() -> None:
         assert (narrow.ran, wide.ran) == ([], [1, 1, 1])
 
     play_wide(scenario)
+
+
+@pytest.mark.parametrize("seated", [True, False])
+def test_threads_that_have_places_leave_only_the_first_lane_free(seated: bool) -> None:  # noqa: FBT001
+    async def scenario(variant: Variant, narrow: ScriptedBackend, wide: ScriptedBackend) -> None:
+        device, ticket = variant.running.device, Ticket[Any](sample(1), None)
+        ticket.bucket = 0
+        places = WideLanes(variant.running)
+        for lane, expected in zip(device.lanes, (wide, narrow if seated else wide), strict=True):
+            assert places.place(lane, [ticket], ticket.enqueued_at).way.backend is expected
+            lane.held.acquire()
+            device.give_back(lane)
+
+    play_wide(scenario, seated=seated)
 
 
 def test_what_comes_during_a_wide_batch_waits_for_it_and_then_has_a_lane_each() -> None:

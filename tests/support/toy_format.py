@@ -35,6 +35,7 @@ class NpzFormat:
     libraries = ("numpy",)
     runtime_module = "numpy"
     self_contained = True
+    places_threads = False
     in_memory = True
 
     def save(self, model: NpzModel, folder: Path) -> None:

@@ -20,6 +20,7 @@ FIXED: Final[Mapping[str, str]] = {
     "device": "the lanes and all backends are on it",
     "threads": "the lanes have shared them out",
     "lanes": "every backend was opened for them",
+    "pin": "the threads have their places",
     "cache": "what is served lies there",
     "postprocess": "answers look as it makes them",
     "sequences": "those that are open were promised their place",

@@ -113,6 +113,9 @@ class ServiceConfig(Section):
     )
     device: DeviceChoice = Field("auto", description="what variants run on; auto = a GPU that all engines can use")
     lanes: AtLeastOne | Literal["auto"] = Field("auto", description="batches at a time; auto = measured by the build")
+    pin: bool = Field(
+        default=True, description="threads stay on processors of their own, where they are as many as these"
+    )
     cache: Path = Field(Path(".leanserve"), description="folder of the artifact store")
     isolation: Isolation = Field("none", description="process: variants run in workers, which may crash or hang alone")
     stuck_after_s: float = Field(

@@ -50,6 +50,7 @@ def rerun(variant: Variant, lane: Lane, requests: Sequence[AnsweredRequest]) -> 
     """
     runner, share = variant.runner(), DeviceShare(variant.name)
     device = runner.running.device
+    device.seat(lane, seated=runner.running.seated)
     place = BatchPlace((lane,), runner.running.placement(lane))
     bucket = variant.batcher.limits.bucket(max(request.length for request in requests))
     tickets = [_ticket(request, bucket) for request in requests]

@@ -4,7 +4,7 @@ A device runs `lanes` batches at a time, each with its share of the device's thr
 lone request soonest; several narrow lanes leave fewer threads waiting for each other within a batch and yield more
 rows per second (docs/decisions/005-lanes.md). All lanes take their work from one queue, in the moment they are free.
 Variants take turns there by the seconds that they have had (`turns.py`), so that contention shows in queue time alone.
-Of several idle lanes the one goes that was last at work: its core is awake, and has its thread and its stack at hand.
+Of several idle lanes the first goes, whose core is awake by that, and has its thread and its stack at hand.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from operator import attrgetter
 from queue import SimpleQueue
 from typing import NamedTuple, TypeAlias, TypeVar
 
+from leanserve.runtime.linux.processors import keep_on
 from leanserve.runtime.turns import DeviceShare, Rival, Turns
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,10 @@ class Lane:
     batch: BatchOnLane | None = None
     widened: list[Lane] = field(default_factory=list, repr=False)
     """The other lanes that its job holds."""
+    thread_id: int = 0
+    """The kernel's number of its thread."""
+    is_seated: bool = False
+    """Whether its thread stays on one processor."""
     is_given_up: bool = False
     """Its job does not end, and another lane has taken its place."""
     held: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -59,8 +65,10 @@ _Result = TypeVar("_Result")
 class Device:
     """A named device of `threads` threads, shared out among its lanes."""
 
-    def __init__(self, name: str, threads: int, lanes: int = 1) -> None:
+    def __init__(self, name: str, threads: int, lanes: int = 1, processors: Sequence[int] = ()) -> None:
+        """`processors`: one for each thread, where lanes may stay on the first of theirs."""
         self.name = name
+        self.processors = tuple(processors)
         self.threads = threads
         self.lanes = tuple(Lane(index, max(1, threads // lanes)) for index in range(lanes))
         self._turns: Turns[Job] = Turns()
@@ -93,7 +101,7 @@ class Device:
                 self._turns.add(job, share)
                 return
             self._turns.begin(share)
-            lane = self._idle.pop()
+            lane = self._first_idle()
         lane.called.put(job)
 
     def post_idle(self, job: Job) -> bool:
@@ -105,9 +113,18 @@ class Device:
             if self._waiting or len(self._idle) < len(self.lanes):
                 return False
             self._waiting += 1
-            lane = self._idle.pop()
+            lane = self._first_idle()
         lane.called.put(job)
         return True
+
+    def seat(self, lane: Lane, *, seated: bool) -> None:
+        """Have a lane stay on the processor that is its own, or go where it likes; before it runs or opens a backend.
+
+        Only backends whose other threads are kept off that processor run on a lane that stays there.
+        """
+        if self.processors and seated != lane.is_seated:
+            first = self.processors[lane.index * lane.threads]
+            lane.is_seated = keep_on(lane.thread_id, (first,) if seated else self.processors) and seated
 
     def borrow(self, share: DeviceShare | None = None) -> Lane | None:
         """A free lane whose part the calling thread may take for one short job; `None` if all work or jobs wait.
@@ -191,6 +208,7 @@ class Device:
         done: Future[_Result] = Future()
 
         def job(lane: Lane) -> None:
+            self.seat(lane, seated=False)
             _fulfil(done, function, lane)
 
         self.post(job)
@@ -207,6 +225,7 @@ class Device:
 
         def job(lane: Lane) -> None:
             together.wait()  # a lane that waits here cannot take the job of another
+            self.seat(lane, seated=False)
             _fulfil(futures[lane.index], function, lane)
 
         with self._posting:  # the jobs of two callers must not mix: their barriers would wait for each other
@@ -223,6 +242,11 @@ class Device:
             self.post(_end, last)
         for thread in self._threads:
             thread.join()
+
+    def _first_idle(self) -> Lane:
+        lane = min(self._idle, key=attrgetter("index"))
+        self._idle.remove(lane)
+        return lane
 
     def _next_job(self, lane: Lane) -> Job:
         with self._handing:
@@ -241,6 +265,7 @@ class Device:
         return thread
 
     def _work(self, lane: Lane) -> None:
+        lane.thread_id = threading.get_native_id()
         while not lane.is_given_up and (job := self._next_job(lane)) is not _end:
             self._do(job, lane)
             del job  # nothing of a batch is kept while the lane waits for the next one

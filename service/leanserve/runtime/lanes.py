@@ -26,6 +26,7 @@ class LoadedVariant:
     """What runs a variant: a device, a warm backend for each of its lanes, and what a batch costs with all at work.
 
     Lanes share a backend that is self-contained. `wide` is there where a batch that is alone is quicker on all threads.
+    Where it is `seated`, lanes stay on processors of their own while they run it, and its threads on others.
     With `lanes_only` the event loop runs none of its batches, however short: each waits for another process.
     `memory_rows` is the largest batch for which there was memory, where there was none for one that was wanted.
     """
@@ -36,6 +37,7 @@ class LoadedVariant:
     wide: LanePlacement | None = None
     memory_rows: int | None = None
     lanes_only: bool = False
+    seated: bool = False
 
     def placement(self, lane: Lane) -> LanePlacement:
         """That of a lane by itself."""

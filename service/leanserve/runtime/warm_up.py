@@ -45,9 +45,17 @@ GRID_SECONDS, GRID_SECONDS_PER_LENGTH = 0.6, 0.3
 
 
 def warm_up(
-    device: Device, load: Callable[[int], Backend], spec: ModelSpec, max_rows: int, variants: int = 1
+    device: Device,
+    load: Callable[[int], Backend],
+    spec: ModelSpec,
+    max_rows: int,
+    variants: int = 1,
+    *,
+    seated: bool = False,
 ) -> LoadedVariant:
     """Load (with that number of threads), run and measure on every lane one of so many `variants`.
+
+    It is measured as it will be run: `seated` as `LoadedVariant` has it.
 
     Batches for which memory runs out are left out, and so are all larger ones.
 
@@ -81,7 +89,12 @@ def warm_up(
 
     def measured(one: Callable[[Backend, Arrays], float], rows: int, length: int = 0) -> float | None:
         batch = spec.example(rows, length)
-        run = partial(device.call_on_each, lambda lane: one(backends[lane.index], batch))
+
+        def on_lane(lane: Lane) -> float:
+            device.seat(lane, seated=seated)
+            return one(backends[lane.index], batch)
+
+        run = partial(device.call_on_each, on_lane)
         return memory.attempt(rows, length, lambda: statistics.fmean(run()))
 
     seconds = partial(measured, _seconds)
@@ -94,9 +107,9 @@ def warm_up(
         compare_again(partial(measured, _timed), grid[0], ROUNDS_SECONDS / variants)
     costs = Costs([CostTable(known, max_rows, shapes) for known in grid], lengths)
     widens = opened[0].self_contained and opened[0].device == "cpu"  # of a GPU every lane has all
-    wide = _wide(device, open_with, spec, costs) if widens else None
+    wide = _wide(device, open_with, spec, costs, seated=seated) if widens else None
     give_back()  # batches beyond the knee were tried, and none of them comes again
-    return LoadedVariant(device, backends, costs, wide, memory.largest(grid, lengths or (0,)))
+    return LoadedVariant(device, backends, costs, wide, memory.largest(grid, lengths or (0,)), seated=seated)
 
 
 class _Memory:
@@ -129,7 +142,9 @@ class _Memory:
         return min((max(known[length]) for length in self._lacking), default=None)
 
 
-def _wide(device: Device, open_with: Callable[[int], Backend], spec: ModelSpec, narrow: Costs) -> LanePlacement | None:
+def _wide(
+    device: Device, open_with: Callable[[int], Backend], spec: ModelSpec, narrow: Costs, *, seated: bool
+) -> LanePlacement | None:
     """A backend with all threads, measured alone at one row and at the most of a batch, if it is quicker.
 
     One for which there is no memory is done without.
@@ -137,7 +152,7 @@ def _wide(device: Device, open_with: Callable[[int], Backend], spec: ModelSpec, 
     if len(device.lanes) == 1:
         return None
     try:
-        return _if_quicker(device, open_with, spec, narrow)
+        return _if_quicker(device, open_with, spec, narrow, seated=seated)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -146,12 +161,16 @@ def _wide(device: Device, open_with: Callable[[int], Backend], spec: ModelSpec, 
 
 
 def _if_quicker(
-    device: Device, open_with: Callable[[int], Backend], spec: ModelSpec, narrow: Costs
+    device: Device, open_with: Callable[[int], Backend], spec: ModelSpec, narrow: Costs, *, seated: bool
 ) -> LanePlacement | None:
     backend = device.call(lambda _: open_with(device.threads))
 
     def seconds(rows: int, length: int) -> float:
-        return device.call(lambda _: _seconds(backend, spec.example(rows, length)))
+        def on_lane(lane: Lane) -> float:
+            device.seat(lane, seated=seated)
+            return _seconds(backend, spec.example(rows, length))
+
+        return device.call(on_lane)
 
     alone = [
         {rows: seconds(rows, length) for rows in sorted({1, table.knee})}

@@ -146,12 +146,21 @@ class WarmFleet:
         self.variants: dict[str, WarmVariant] = {}
         """Those that are open."""
 
-    def open(self, name: str, load: Open, read: Read | None = None, workers: Workers | None = None) -> None:
+    def open(
+        self,
+        name: str,
+        load: Open,
+        read: Read | None = None,
+        workers: Workers | None = None,
+        *,
+        seated: bool = False,
+    ) -> None:
         """Load a planned variant for every lane (`load` is called there) and warm it in every shape that it will meet.
 
         A batch has no more rows than there was memory for when it was measured, and than there is here, where all else
         is loaded, too. `read` is the first part of `load`, for loading it again while others serve; without it there is
-        none apart. `workers` are those that the backends report to, where these are isolated.
+        none apart. `workers` are those that the backends report to, where these are isolated. `seated`: lanes stay on
+        processors of their own while they run it (`LoadedVariant`).
 
         Raises:
             StartupError: it cannot be loaded or run; nothing half-warm is ever served.
@@ -159,16 +168,16 @@ class WarmFleet:
         plan = self.plans[name]
         spec = plan.spec or self.base.spec
         try:
-            running = self._warm_up(plan, load, spec)
+            running = self._warm_up(plan, load, spec, seated=seated)
         except Exception as error:
             remedy = "; fewer variants, or lanes: 1, take less memory" if is_out_of_memory(error) else ""
             raise StartupError(f"variant '{name}' cannot be loaded and warmed up: {error}{remedy}") from error
         self.variants[name] = warm_variant(self.base, plan, running, read or (lambda: load), workers)
 
-    def _warm_up(self, plan: VariantPlan, load: Open, spec: ModelSpec) -> LoadedVariant:
+    def _warm_up(self, plan: VariantPlan, load: Open, spec: ModelSpec, *, seated: bool) -> LoadedVariant:
         max_rows = spec.most_rows(plan.batch.max_rows)
         fitting = min(plan.measured.memory_rows or max_rows, max_rows)
-        running = warm_up(self.device, load, spec, fitting, len(self.plans))
+        running = warm_up(self.device, load, spec, fitting, len(self.plans), seated=seated)
         if running.memory_rows is None and fitting < max_rows:
             running = replace(running, memory_rows=fitting)
         if running.memory_rows is not None:

@@ -28,6 +28,8 @@ class VariantSource(NamedTuple):
     read: Read
     workers: Workers | None = None
     """What its backends report to, where they are isolated."""
+    seated: bool = False
+    """Whether lanes stay on processors of their own while they run it (`LoadedVariant`)."""
 
 
 class FleetPlan(NamedTuple):
@@ -94,7 +96,8 @@ async def _opened(site: FleetSite, plan: VariantPlan, source: VariantSource) -> 
     model = next(iter(site.there.values()))
     costs_of = partial(_foreseen, model, plan, spec, fitting)
     backends, wide, costs = await open_beside(site.threads, site.device, source.read, spec, costs_of)
-    running = LoadedVariant(site.device, backends, costs, wide, fitting if fitting < most else None)
+    memory_rows = fitting if fitting < most else None
+    running = LoadedVariant(site.device, backends, costs, wide, memory_rows, seated=source.seated)
     made = warm_variant(site.base, plan, running, source.read, source.workers)
     if isinstance(made.codec, TextCodec):
         await site.threads.do(made.codec.open)

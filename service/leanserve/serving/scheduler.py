@@ -114,6 +114,7 @@ class Scheduler:
 
     def _come(self, lane: Lane) -> None:
         """On a lane: one round."""
+        self._device.seat(lane, seated=self._runner.running.seated)
         self._tell(self._complete, self._round(lane, self._go_on))
 
     def _go_on(self) -> None:

@@ -22,7 +22,8 @@ class WideLanes:
         """Where to run this batch: on this lane, or on all, if no other works and nothing waits."""
         running = self._running
         wide, device = running.wide, running.device
-        if wide is None or _waited(wide, tickets, taken) or device.waiting() or not device.widen(lane):
+        elsewhere = running.seated and lane.index > 0  # its threads are where the first lane is not
+        if wide is None or elsewhere or _waited(wide, tickets, taken) or device.waiting() or not device.widen(lane):
             place = self._narrow[lane.index]
             if place.lanes[0] is not lane:  # it has taken the place of one that was given up
                 place = self._narrow[lane.index] = BatchPlace((lane,), running.placement(lane))

@@ -11,7 +11,7 @@ always spins.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import onnxruntime
@@ -58,8 +58,18 @@ class OnnxRuntimeBackend:
         StartupError: the execution provider asked for is not active on this machine.
     """
 
-    def __init__(self, model: OnnxModel, threads: int, device: str = "cpu", *, alone: bool = False) -> None:
-        """`device` is where it computes unless the pass decided. `alone`: no other model is run in this process."""
+    def __init__(
+        self,
+        model: OnnxModel,
+        threads: int,
+        device: str = "cpu",
+        *,
+        alone: bool = False,
+        processors: Sequence[int] = (),
+    ) -> None:
+        """`device` is where it computes unless the pass decided. `alone`: no other model is run in this process.
+        `processors`: one for each of the threads, the first for that of the caller; empty: any.
+        """
         settings = model.session
         choice = provider_choice(settings, device)
         self._device = choice.device
@@ -69,7 +79,7 @@ class OnnxRuntimeBackend:
         self._engines = None if engines is None else EngineCache(engines)
         self._session = onnx_session(
             str(model.path),
-            _options(settings, threads, alone=alone),
+            _options(settings, threads, processors, alone=alone),
             choice.listed(model),
         )
         choice.require(self._session.get_providers())
@@ -137,13 +147,18 @@ class OnnxRuntimeBackend:
         del self._session
 
 
-def _options(settings: Mapping[str, Json], threads: int, *, alone: bool) -> onnxruntime.SessionOptions:
+def _options(
+    settings: Mapping[str, Json], threads: int, processors: Sequence[int], *, alone: bool
+) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.graph_optimization_level = LEVELS[settings.get("optimisation", "all")]
     chosen = settings.get("threads", "auto")
     options.intra_op_num_threads = threads if chosen == "auto" else chosen
     options.inter_op_num_threads = 1
+    if len(processors) == options.intra_op_num_threads > 1:
+        counted_from_1 = ";".join(str(number + 1) for number in processors[1:])
+        options.add_session_config_entry("session.intra_op_thread_affinities", counted_from_1)
     share_arena(options)
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     spinning = settings.get("spinning", "auto")

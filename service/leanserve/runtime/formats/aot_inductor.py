@@ -37,6 +37,7 @@ class AotInductorFormat:
     libraries = ("torch",)
     runtime_module = "torch"
     self_contained = False
+    places_threads = False
     in_memory = False
 
     def save(self, model: PackagedModel, folder: Path) -> None:

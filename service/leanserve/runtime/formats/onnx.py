@@ -21,6 +21,7 @@ class OnnxFormat:
     libraries = ("onnx", "onnxruntime")
     runtime_module = "onnxruntime"
     self_contained = True
+    places_threads = True
     in_memory = False
 
     def save(self, model: OnnxModel, folder: Path) -> None:
@@ -38,7 +39,7 @@ class OnnxFormat:
     def open(self, model: OnnxModel, share: Share) -> Backend:
         from leanserve.runtime.backends.onnx_runtime import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend(model, share.threads, share.device, alone=share.alone)
+        return OnnxRuntimeBackend(model, share.threads, share.device, alone=share.alone, processors=share.processors)
 
 
 FORMAT = OnnxFormat()

@@ -34,6 +34,7 @@ class OpenVinoFormat:
     libraries = ("openvino",)
     runtime_module = "openvino"
     self_contained = True
+    places_threads = False
     in_memory = False
 
     def save(self, model: OpenVinoModel, folder: Path) -> None:

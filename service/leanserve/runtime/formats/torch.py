@@ -23,6 +23,7 @@ class TorchFormat:
     libraries = ("torch",)
     runtime_module = "torch"
     self_contained = False
+    places_threads = False
     in_memory = True
 
     def save(self, model: TorchModel, folder: Path) -> None:
