@@ -7,5 +7,10 @@ from leanserve.worker import WorkerTask
 
 
 def test_a_task_passes_through_an_argument() -> None:
-    task = WorkerTask("/a/store", "key", '{"base": "digits"}', Share(3, ("cuda:0", "cuda:1"), alone=True, callers=2))
+    task = WorkerTask(
+        "/a/store",
+        "key",
+        '{"base": "digits"}',
+        Share(3, ("cuda:0", "cuda:1"), alone=True, callers=2, processors=(0, 1)),
+    )
     assert WorkerTask.from_argument(task.to_argument()) == task

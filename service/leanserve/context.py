@@ -214,21 +214,21 @@ class AppContext:
         from leanserve.runtime.formats import open_backend
         from leanserve.serving.replanning import VariantSource
 
+        key = report.ancestry[-1].key
+        processors = self._processors(lanes) if self.store.format_of(key).places_threads else ()
+
         def share_of(threads: int) -> Share:
             callers = lanes if self.hardware.on_gpu else max(1, self.threads // threads)
-            return Share(threads, self.hardware.devices, alone=alone, callers=callers)
+            own = processors if threads == self.threads else ()
+            return Share(threads, self.hardware.devices, alone=alone, callers=callers, processors=own)
 
-        key = report.ancestry[-1].key
-        processors = self._processors(lanes)
         if self.config.isolation_of(self.config.variant(report.name)) == "none":
 
             def read() -> Callable[[int], Backend]:
                 model = load_model(self.store, self.base, key)
-                return lambda threads: open_backend(
-                    model, share_of(threads)._replace(processors=processors if threads == self.threads else ())
-                )
+                return lambda threads: open_backend(model, share_of(threads))
 
-            return VariantSource(read, seated=bool(processors) and self.store.format_of(key).places_threads)
+            return VariantSource(read, seated=bool(processors))
         from leanserve.runtime.isolation.backend import IsolatedBackend
         from leanserve.runtime.isolation.life import WorkerProgram
         from leanserve.runtime.isolation.workers import Workers

@@ -41,8 +41,9 @@ class WorkerTask(NamedTuple):
     def from_argument(cls, text: str) -> Self:
         """What `to_argument` wrote."""
         store, key, origin, share = orjson.loads(text)
-        threads, devices, *others = share
-        return cls(store, key, origin, Share(threads, tuple(devices), *others))
+        made = Share(*share)
+        lists = {"devices": tuple(made.devices), "processors": tuple(made.processors)}
+        return cls(store, key, origin, made._replace(**lists))
 
 
 class _Structure:
@@ -67,7 +68,8 @@ def read_artifact(task: WorkerTask) -> Callable[[], Backend]:
 
 def main(descriptors: str, task: str) -> None:
     """Serve until the service closes the channels."""
-    serve_backend(descriptors, partial(read_artifact, WorkerTask.from_argument(task)))
+    asked = WorkerTask.from_argument(task)
+    serve_backend(descriptors, partial(read_artifact, asked), asked.share.processors[:1])
 
 
 if __name__ == "__main__":

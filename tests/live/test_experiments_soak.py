@@ -111,6 +111,7 @@ def decided(url: str, wish: Json) -> Json:
         ("slower", "rejected", "p95 service time", {"shadow_time": 0.1}),
         # Of the median: other work on the machine makes the 95th percentile anything.
         ("equal", "promoted", "", {"shadow_time": 0.1, "limits": {"quantile": 0.5}}),
+        ("equal", "promoted", "", {"shadow_time": 0.1}),
     ],
 )
 def test_a_candidate_is_judged_for_what_it_is(

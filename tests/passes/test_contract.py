@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pytest
@@ -81,6 +82,36 @@ def outputs(model: Callable[[], Model], batch: Arrays, *, alone: bool = False) -
     return found[0]
 
 
+class Built(NamedTuple):
+    """A case: what it was built of, and with which keys."""
+
+    base: TinyBase
+    config: ServiceConfig
+    weights: Mapping[str, torch.Tensor]
+    """Of the base before."""
+    store: ArtifactStore
+    keys: list[list[str]]
+
+
+@pytest.fixture(scope="module")
+def built_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
+    """A case of a pass in a store, built when it is asked for first; skips those that nothing here can run."""
+
+    @cache
+    def build(kind: str) -> Built:
+        base, config = base_for(kind), variant_of(kind)
+        weights = {name: tensor.clone() for name, tensor in base.teacher.state_dict().items()}
+        store = ArtifactStore(tmp_path_factory.mktemp(kind))
+        return Built(base, config, weights, store, constructed(store, config, base)[0])
+
+    def found(kind: str) -> Built:
+        if reason := variant_of(kind).variants[-1].passes[-1].unsupported_reason(this_hardware()):
+            pytest.skip(reason)
+        return build(kind)
+
+    return found
+
+
 @pytest.fixture(autouse=True)
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     measure_nothing(monkeypatch)
@@ -94,17 +125,10 @@ def test_every_pass_has_a_case() -> None:
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[pytest.mark.soak] if kind in COMPILED else []) for kind in CASES]
 )
-def test_built_stored_and_loaded_it_answers_like_the_base(kind: str, tmp_path: Path) -> None:
+def test_built_stored_and_loaded_it_answers_like_the_base(kind: str, built_once: Callable[[str], Built]) -> None:
     _, least_cosine = CASES[kind]
-    base, config = base_for(kind), variant_of(kind)
-    if reason := config.variants[-1].passes[-1].unsupported_reason(this_hardware()):
-        pytest.skip(reason)
-    before = {name: tensor.clone() for name, tensor in base.teacher.state_dict().items()}
-
-    store = ArtifactStore(tmp_path)
-    (*_, (base_key, *_, key)), _ = constructed(store, config, base)
-
-    assert all(torch.equal(tensor, before[name]) for name, tensor in base.teacher.state_dict().items())
+    base, _, weights, store, (*_, (base_key, *_, key)) = built_once(kind)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in base.teacher.state_dict().items())
     batch = tuple(array[:8] for array in base.inputs)
     ours = outputs(lambda: load_model(store, base, key), batch)
     theirs = outputs(lambda: load_model(store, base, base_key), batch)
@@ -123,12 +147,9 @@ def test_built_stored_and_loaded_it_answers_like_the_base(kind: str, tmp_path: P
     "kind",
     [pytest.param(kind, marks=[pytest.mark.soak] if kind == "qat" else []) for kind in CASES if kind not in COMPILED],
 )
-def test_the_same_input_makes_the_same_artifact(kind: str, tmp_path: Path) -> None:
-    base, config = base_for(kind), variant_of(kind)
-    if reason := config.variants[-1].passes[-1].unsupported_reason(this_hardware()):
-        pytest.skip(reason)
-    first, second = ArtifactStore(tmp_path / "a"), ArtifactStore(tmp_path / "b")
-    keys, _ = constructed(first, config, base)
+def test_the_same_input_makes_the_same_artifact(kind: str, built_once: Callable[[str], Built], tmp_path: Path) -> None:
+    base, config, _, first, keys = built_once(kind)
+    second = ArtifactStore(tmp_path)
     assert constructed(second, config, base)[0] == keys
     recipes = [store.recipe(keys[-1][-1]) for store in (first, second)]
     assert recipes[0] is not None

@@ -49,6 +49,7 @@ def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
+@pytest.mark.soak
 def test_freezing_is_measured_both_ways_and_decided(tmp_path: Path) -> None:
     given = model()
     applied = TorchCompile(buckets=(4,)).apply(given, context_of(tiny_base(), tmp_path))

@@ -22,6 +22,7 @@ from leanserve.memory import forget, is_out_of_memory
 from leanserve.runtime.isolation.channel import BatchChannel
 from leanserve.runtime.linux.denormals import flush_denormals
 from leanserve.runtime.linux.huge_pages import anonymous_bytes, gather_since
+from leanserve.runtime.linux.processors import keep_on
 from leanserve.runtime.unused_memory import give_back
 
 NICE = 10
@@ -32,21 +33,25 @@ ReadModel = Callable[[], Callable[[], Backend]]
 """Reads a model, which may take long, and returns what is left to do: to open a backend for it."""
 
 
-def serve_backend(descriptors: str, read: ReadModel) -> None:
-    """Answer batches on the channels with these `descriptors`; returns when the service has closed them."""
+def serve_backend(descriptors: str, read: ReadModel, seat: Sequence[int] = ()) -> None:
+    """Answer batches on the channels with these `descriptors`; returns when the service has closed them.
+
+    The backend is run on the processors of `seat`, where that says any.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     numbers = [int(number) for number in descriptors.split(",")]
     channels = [BatchChannel.inherited(*numbers[start : start + 3]) for start in range(0, len(numbers), 3)]
     with suppress(EOFError, OSError):  # the service closed it, or is gone
-        _Worker(channels).run(read)
+        _Worker(channels, seat).run(read)
 
 
 class _Worker:
     """The backend of this process, and the threads that run it."""
 
-    def __init__(self, channels: Sequence[BatchChannel]) -> None:
+    def __init__(self, channels: Sequence[BatchChannel], seat: Sequence[int]) -> None:
         self._first, *self._others = channels
+        self._seat = seat
         self._ready = threading.Event()
         self._read_done = threading.Event()
         self._open: Callable[[], Backend] | None = None
@@ -91,6 +96,8 @@ class _Worker:
     def _serve(self, channel: BatchChannel) -> None:
         self._ready.wait()
         flush_denormals()
+        if self._seat:
+            keep_on(threading.get_native_id(), self._seat)
         used = False
         with suppress(EOFError, OSError):
             while True:
