@@ -41,9 +41,9 @@ class WorkerTask(NamedTuple):
     def from_argument(cls, text: str) -> Self:
         """What `to_argument` wrote."""
         store, key, origin, share = orjson.loads(text)
-        made = Share(*share)
-        lists = {"devices": tuple(made.devices), "processors": tuple(made.processors)}
-        return cls(store, key, origin, made._replace(**lists))
+        threads, devices, alone, callers, processors = share
+        own = Share(threads, tuple(devices), alone, callers, tuple(processors))
+        return cls(store, key, origin, own)
 
 
 class _Structure:
