@@ -17,7 +17,7 @@ from test_end_to_end import start, stop
 
 from tiny_graphs import graph, random, write
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells what is shared")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells it")
 
 VOCABULARY, WIDTH, INNER = 60_000, 256, 2048
 ENCODER = """
@@ -48,13 +48,13 @@ for path in sys.argv[1:]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = 2, 1
     sessions.append(onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
-print(re.search(r"^Pss: +([0-9]+)", open("/proc/self/smaps_rollup").read(), re.MULTILINE)[1])
+print(re.search(r"^Rss: +([0-9]+)", open("/proc/self/smaps_rollup").read(), re.MULTILINE)[1])
 """
 
 
-def proportional_kib(pid: int) -> int:
-    """Memory of a process, of what it shares only its part."""
-    found = re.search(r"^Pss: +(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+def resident_kib(pid: int) -> int:
+    """Memory of a process, with all of what it shares: who else has the same libraries open is of no account."""
+    found = re.search(r"^Rss: +(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
     assert found
     return int(found[1])
 
@@ -90,7 +90,7 @@ def ready(folder: Path) -> Seen:
     try:
         tasks = [int(task.name) for task in Path(f"/proc/{service.process.pid}/task").iterdir()]
         processors = [len(os.sched_getaffinity(task)) for task in tasks]
-        return Seen(proportional_kib(service.process.pid), has_torch(service.process.pid), processors)
+        return Seen(resident_kib(service.process.pid), has_torch(service.process.pid), processors)
     finally:
         assert stop(service) == 0
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from leanserve.evaluation.interleaved_benchmark import Latencies, examples, interleaved
+from leanserve.runtime.device import Lane
 from leanserve.serving.opening import WarmFleet
 
 ROUND_S = 0.1
@@ -27,7 +29,7 @@ def run_bench(warm: WarmFleet, sizes: Sequence[int], seconds: float) -> Latencie
     timings = []
     for lane in warm.device.lanes:
         backends = {name: variant.running.backends[lane.index] for name, variant in warm.variants.items()}
-        timings.append(interleaved(backends, batches, ROUND_S, limits))
+        timings.append(interleaved(backends, batches, ROUND_S, limits, partial(_seat, warm, lane)))
     for _ in track(range(rounds), "measuring", transient=True):
         by_lane = warm.device.call_on_each(lambda lane: next(timings[lane.index]))
     return {
@@ -41,6 +43,11 @@ def run_bench(warm: WarmFleet, sizes: Sequence[int], seconds: float) -> Latencie
         }
         for name in warm.variants
     }
+
+
+def _seat(warm: WarmFleet, lane: Lane, name: str) -> None:
+    """As where the variant serves."""
+    warm.device.seat(lane, seated=warm.variants[name].running.seated)
 
 
 def print_bench(latencies: Latencies, console: Console, caveats: Sequence[str] = ()) -> None:

@@ -46,6 +46,8 @@ ROUND_S = 0.03
 GROUP = 3
 """Artifacts that are loaded at a time, besides the anchor."""
 
+Seat = Callable[[str], None]
+"""Has the calling lane stay on its processor, or not, as the backend of this name is run when it serves."""
 Latencies = dict[str, dict[int, list[float]]]
 """Name -> rows in the batch -> seconds per batch, one median per round."""
 Medians = dict[int, dict[str, Json]]
@@ -70,6 +72,10 @@ class TimedArtifact(NamedTuple):
     """That of the worst of these rounds."""
 
 
+def wherever(_: str) -> None:
+    """A `Seat` that leaves the lane to the kernel."""
+
+
 def sizes_up_to(limits: Iterable[int]) -> list[int]:
     """Rows of the batches that are timed where these are the largest that fit into memory."""
     return sorted({min(rows, limit) for limit in limits for rows in BATCHES})
@@ -86,13 +92,14 @@ def interleaved(
     batches: Mapping[str, Sequence[Arrays]],
     round_s: float,
     limits: Mapping[str, int],
+    seat: Seat = wherever,
 ) -> Iterator[Latencies]:
     """Time every backend on its batches, round by round; yields the latencies so far. Call it on the device thread.
 
     Batches are left out as in `rounds_of`.
     """
     rounds: list[Round] = []
-    for measured in rounds_of(backends, batches, round_s, limits):
+    for measured in rounds_of(backends, batches, round_s, limits, seat):
         rounds.append(measured)
         yield latencies_of(backends, rounds)
 
@@ -102,6 +109,7 @@ def rounds_of(
     batches: Mapping[str, Sequence[Arrays]],
     round_s: float,
     limits: Mapping[str, int],
+    seat: Seat = wherever,
     progress: Progress = nobody_told,
 ) -> Iterator[Round]:
     """Rounds in which every backend runs every batch for `round_s` seconds, without end.
@@ -114,6 +122,7 @@ def rounds_of(
     contention, waited = Contention(), [0.0]
 
     def watched(number: int, turn: Callable[[], float | None]) -> float | None:
+        seat(by_size[number][1])
         contention.waited_s()
         started = time.perf_counter()
         found = turn()
@@ -164,15 +173,20 @@ def main(cache: str, origin: str, share: str, seconds: str, group: str, *artifac
     """
     base = reopen_base(origin)
     store = ArtifactStore(Path(cache))
-    device = Device("benchmark", read_share(share).threads)
+    whole = read_share(share)
+    device = Device("benchmark", whole.threads, processors=whole.processors)
+
+    def seat(key: str) -> None:
+        device.seat(device.lanes[0], seated=store.format_of(key).places_threads)
 
     def load(key: str) -> Backend:
-        return open_backend(load_model(store, base, key), read_share(share))
+        device.seat(device.lanes[0], seated=False)
+        return open_backend(load_model(store, base, key), whole)
 
     def spec_of(key: str) -> ModelSpec:
         return store.ancestry(key)[-1].spec
 
-    bench = InterleavedBenchmark(load, spec_of, int(group), float(seconds), tell_parent)
+    bench = InterleavedBenchmark(load, spec_of, int(group), float(seconds), tell_parent, seat)
     try:
         [timed] = device.call_on_each(lambda _: bench.beside_anchor(limits_in(artifacts)))
     finally:
@@ -198,6 +212,7 @@ class InterleavedBenchmark(NamedTuple):
     seconds: float
     """In which all should be done: after `FEWEST_ROUNDS` of each group no further one is begun later."""
     progress: Progress = nobody_told
+    seat: Seat = wherever
 
     def beside_anchor(self, limits: Mapping[str, int]) -> dict[str, TimedArtifact]:
         """Time artifacts by name, the first as the anchor of the others; `limits`: the most rows that each has memory
@@ -233,7 +248,7 @@ class InterleavedBenchmark(NamedTuple):
         end = time.perf_counter() + self.seconds / groups
         sizes = sizes_up_to(limits[key] for key in backends)
         batches = {key: examples(self.spec_of(key), sizes) for key in backends}
-        for measured in rounds_of(backends, batches, ROUND_S, limits, tell):
+        for measured in rounds_of(backends, batches, ROUND_S, limits, self.seat, tell):
             rounds.append(measured)
             if _enough(rounds) or (len(rounds) >= FEWEST_ROUNDS and time.perf_counter() >= end):
                 break

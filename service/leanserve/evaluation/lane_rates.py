@@ -49,10 +49,12 @@ def main(cache: str, origin: str, share: str, seconds: str, *artifacts: str) -> 
         tell_parent(number, len(artifacts), "several lanes beside one")
 
         def load(threads: int, key: str = key) -> Backend:
-            return open_backend(load_model(store, base, key), whole._replace(threads=threads))
+            processors = whole.processors if threads == whole.threads else ()
+            return open_backend(load_model(store, base, key), whole._replace(threads=threads, processors=processors))
 
         batches = examples(store.ancestry(key)[-1].spec, sizes_up_to([rows]))
-        rates[key] = lane_rates(load, batches, whole.threads, float(seconds) / len(artifacts), numbers)
+        own = whole.processors if store.format_of(key).places_threads else ()
+        rates[key] = lane_rates(load, batches, whole.threads, float(seconds) / len(artifacts), numbers, own)
     sys.stdout.write(json.dumps(rates) + "\n")
 
 
@@ -62,11 +64,12 @@ def lane_rates(
     threads: int,
     seconds: float,
     numbers: Sequence[int] = (),
+    processors: Sequence[int] = (),
 ) -> dict[int, float]:
     """Number of lanes (1 and `threads`, unless `numbers` says which) -> rows per second at the best of the batch
     sizes, in the best round.
 
-    No round is begun after so many `seconds`, but the first.
+    No round is begun after so many `seconds`, but the first. Lanes stay on `processors`, where it says some.
 
     The best and not the median: what else the machine does can only slow a round down, and a wide lane, whose threads
     wait for each other, far more than narrow ones. `load` opens the model for a lane of so many threads, on that lane.
@@ -74,7 +77,7 @@ def lane_rates(
     """
     numbers = tuple(dict.fromkeys(numbers or (1, threads)))
     best = dict.fromkeys(numbers, 0.0)
-    ways = [way for lanes in numbers if (way := _open(load, threads, lanes)) is not None]
+    ways = [way for lanes in numbers if (way := _open(load, threads, lanes, processors)) is not None]
     try:
         turns = {
             (place, len(way.device.lanes)): partial(way.turn, batch)
@@ -92,10 +95,10 @@ def lane_rates(
     return best
 
 
-def _open(load: Callable[[int], Backend], threads: int, lanes: int) -> _Way | None:
+def _open(load: Callable[[int], Backend], threads: int, lanes: int, processors: Sequence[int]) -> _Way | None:
     """`None` if there is no memory for so many lanes; one lane ran when its artifact was measured."""
     try:
-        return _Way(load, threads, lanes)
+        return _Way(load, threads, lanes, processors)
     except Exception as error:
         if lanes == 1 or not is_out_of_memory(error):
             raise
@@ -106,8 +109,8 @@ def _open(load: Callable[[int], Backend], threads: int, lanes: int) -> _Way | No
 class _Way:
     """A device with that many lanes, and the model on each of them."""
 
-    def __init__(self, load: Callable[[int], Backend], threads: int, lanes: int) -> None:
-        self.device = Device(f"{lanes}-lanes", threads, lanes)
+    def __init__(self, load: Callable[[int], Backend], threads: int, lanes: int, processors: Sequence[int]) -> None:
+        self.device = Device(f"{lanes}-lanes", threads, lanes, processors)
         loading = threading.Lock()
 
         def open_on(lane: Lane) -> Backend:
@@ -144,6 +147,7 @@ class _Way:
         self.device.close()
 
     def _rate(self, lane: Lane, batch: Arrays) -> float:
+        self.device.seat(lane, seated=True)
         use_threads(lane.threads)
         return runs_per_second(partial(self.backends[lane.index].run, batch), TURN_S) * len(batch[0])
 

@@ -26,6 +26,7 @@ from leanserve.hardware import Hardware
 from leanserve.memory import exit_when_out, largest_that_fits, run_in_parts
 from leanserve.runtime.device import Device
 from leanserve.runtime.formats import open_backend
+from leanserve.runtime.linux.processors import own_processors
 from leanserve.texts import of_fixed_width
 
 ROWS = 32
@@ -61,7 +62,8 @@ def share_argument(hardware: Hardware) -> str:
 def read_share(argument: str) -> Share:
     """What `share_argument` wrote."""
     threads, _, device = argument.partition("@")
-    return Share(int(threads), (device,))
+    processors = own_processors(int(threads)) if device == "cpu" else ()
+    return Share(int(threads), (device,), processors=processors)
 
 
 def outputs_on(backend: Backend, data: Data, size: int = 8) -> Arrays:
