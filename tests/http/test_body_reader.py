@@ -18,6 +18,7 @@ from leanserve.errors import QueueFull
 from leanserve.http import connection
 from leanserve.http.body_reader import LARGE, BodyReader
 from leanserve.http.connection import Connection
+from leanserve.http.exchange import Exchange
 from leanserve.serving.variant import Variant
 from raw_client import Client
 
@@ -81,6 +82,39 @@ def test_large_bodies_have_their_own_answers(client: Client, read: list[int], si
         client.send(infer(pixel, size, form))
         assert client.pixels() == [10.0 * pixel] * 4
     assert len(read) == (4 if size == SIZES[-1] else 0), "where the rest is large"
+
+
+def test_what_comes_before_a_body_is_read_in_place_and_waits_for_its_turn_is_part_of_it(
+    client: Client, read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was taken for the head of another request, where much had to be parsed in that turn of the loop."""
+    take, read_in_place = Connection._take, Connection._read_in_place
+    held: list[int] = []
+
+    def begin_later(self: Connection, exchange: Exchange) -> None:
+        self.transport.resume_reading()
+
+    def take_in_a_full_turn(self: Connection, data: bytes) -> None:
+        exchange = self._arriving
+        if exchange is None or not exchange.started:
+            take(self, data)
+            return
+        self.all.parsing.took(2**40)
+        take(self, data)
+        held.append(len(self._rest))
+        read_in_place(self, exchange)
+
+    monkeypatch.setattr(Connection, "_read_in_place", begin_later)
+    monkeypatch.setattr(Connection, "_take", take_in_a_full_turn)
+    for pixel in range(3):
+        request = infer(pixel, SIZES[-1], "binary")
+        client.send(request[:20_000])
+        time.sleep(0.02)
+        client.send(request[20_000:])
+        assert client.pixels() == [10.0 * pixel] * 4
+    assert held
+    assert all(held)
+    assert read
 
 
 def test_after_a_large_body_the_connection_takes_whatever_comes(client: Client, read: list[int]) -> None:

@@ -275,6 +275,8 @@ class Connection(EndingConnection):
 
     def _read_in_place(self, exchange: Exchange) -> None:
         """Have the rest of a large body read into its place, or past it where nobody wants it any more."""
+        if self._rest and self._arriving is exchange:  # it came before the transport was paused, and waits for a turn
+            self._feed(self._next(exchange.missing))
         if self.transport.is_closing() or self._refusal is not None:
             return
         if self._arriving is not exchange:  # the rest has come
