@@ -31,7 +31,7 @@ bench: install
 # thread each for sums: idle ones wait busily, on cores that others need.
 ALONE := serving robustness peers test_memory.py test_timing.py test_bench.py \
 	evaluation/test_lane_rates.py evaluation/test_interleaved_benchmark.py \
-	$(addprefix runtime/test_,device.py huge_pages.py isolation.py onnx_arena.py onnx_runtime.py spin_control.py turns.py)
+	$(addprefix runtime/test_,device.py isolation.py onnx_arena.py onnx_runtime.py spin_control.py turns.py)
 test: install
 	$(BIN)/python -m compileall -q service models tests/support # some environments forbid Python to do so by itself
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder tests $(ALONE:%=--ignore=tests/%)

@@ -21,7 +21,6 @@ from leanserve.runtime.costs import Costs, CostTable, buckets_up_to, length_buck
 from leanserve.runtime.device import Device, Lane
 from leanserve.runtime.lanes import LanePlacement, LoadedVariant
 from leanserve.runtime.linux.denormals import flush_denormals
-from leanserve.runtime.linux.huge_pages import anonymous_bytes, gather_since
 from leanserve.runtime.unused_memory import give_back
 from leanserve.timing import take_turns, timed
 
@@ -68,13 +67,10 @@ def warm_up(
     opened: list[Backend] = []
 
     def open_with(threads: int) -> Backend:
-        before = anonymous_bytes()
         backend = load(threads)
         length = min(lengths, default=0)
         for rows in buckets_up_to(max_rows, backend.row_buckets) if backend.row_buckets else (1,):
             memory.attempt(rows, length, partial(backend.run, spec.example(rows, length)))
-        if backend.device == "cpu":
-            gather_since(before)
         return backend
 
     def open_on(lane: Lane) -> Backend:

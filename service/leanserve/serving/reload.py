@@ -28,7 +28,6 @@ from leanserve.contracts import Backend, ModelSpec
 from leanserve.runtime.costs import Costs
 from leanserve.runtime.device import Device
 from leanserve.runtime.lanes import LanePlacement, LoadedVariant
-from leanserve.runtime.linux.huge_pages import anonymous_bytes, gather_since
 from leanserve.runtime.unused_memory import give_back
 
 Open = Callable[[int], Backend]
@@ -41,8 +40,6 @@ _Result = TypeVar("_Result")
 NICE = 10
 """A tenth of the weight of a thread of the usual priority. At the lowest one, 19, a loading thread that holds Python's
 lock waits for the cores so long that those who wait for the lock are kept up by tens of milliseconds."""
-REST = 4.0
-"""Between two places that are gathered into huge pages, so many times as long as one has taken."""
 SWITCH_S = 0.0005
 """While a variant is loaded, a thread that runs Python gives way after this time to another that wants to. After
 Python's own 5 ms, answers of other variants took ten times as long while a model was being compiled."""
@@ -143,7 +140,6 @@ async def open_beside(
         Exception: whatever reading, opening or running raises; what was opened is closed.
     """
     opened = list[Backend]()
-    before = anonymous_bytes()
 
     async def open_with(count: int) -> Backend:
         open_backend = await threads.do(read, "usual")
@@ -159,8 +155,6 @@ async def open_beside(
         wide = LanePlacement(await open_with(device.threads), costs.wide) if costs.wide else None
         await threads.do(partial(warm_again, costs.lanes, spec, opened))
         await threads.do(give_back, "usual")
-        if opened[0].device == "cpu":
-            await threads.do(partial(gather_since, before, REST), "usual")
     except Exception:
         await close_all(threads, opened)
         raise

@@ -21,7 +21,6 @@ from leanserve.errors import BadInput, DeviceLost
 from leanserve.memory import forget, is_out_of_memory
 from leanserve.runtime.isolation.channel import BatchChannel
 from leanserve.runtime.linux.denormals import flush_denormals
-from leanserve.runtime.linux.huge_pages import anonymous_bytes, gather_since
 from leanserve.runtime.linux.processors import keep_on
 from leanserve.runtime.unused_memory import give_back
 
@@ -56,8 +55,6 @@ class _Worker:
         self._read_done = threading.Event()
         self._open: Callable[[], Backend] | None = None
         self._backend: Backend | None = None
-        self._before: int | None = None
-        """Memory before the model was read, until its pages were gathered."""
         self._tidy = False
 
     def run(self, read: ReadModel) -> None:
@@ -68,7 +65,6 @@ class _Worker:
             thread.start()
         _step_back()
         try:
-            self._before = anonymous_bytes()
             self._open = read()
         except BaseException as error:
             self._fail(error)
@@ -113,9 +109,6 @@ class _Worker:
         assert self._backend is not None
         try:
             result = self._backend.run(channel.inputs.read(places))
-            if self._before is not None and self._backend.device == "cpu":
-                before, self._before = self._before, None
-                gather_since(before)
             channel.answer(Result(tuple(result.outputs), result.facts))
         except BaseException as error:
             told = traceback.format_exc()
