@@ -15,9 +15,12 @@ from typing import NamedTuple
 import pytest
 from test_end_to_end import start, stop
 
+from leanserve.runtime.linux.processors import own_processors
 from tiny_graphs import graph, random, write
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells it")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells what a process holds"
+)
 
 VOCABULARY, WIDTH, INNER = 60_000, 256, 2048
 ENCODER = """
@@ -113,7 +116,7 @@ def test_no_torch_is_loaded(built: Seen, cached: Seen) -> None:
     assert not cached.torch
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) != 2, reason="the service has two threads")
+@pytest.mark.skipif(own_processors(2) == (), reason="two threads have places where there are two processors, no more")
 def test_its_lane_and_the_other_threads_of_its_sessions_stay_where_they_are(cached: Seen) -> None:
     assert cached.processors.count(1) == 3, "the lane, and the second thread of each session"
 
