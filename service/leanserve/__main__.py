@@ -476,8 +476,6 @@ def main() -> None:
     send_nothing()
     _log_to_stderr()
     logging.getLogger("leanserve").setLevel(logging.INFO)
-    # It warns of every damaged form; the sender is told, and the log is not theirs to fill.
-    logging.getLogger("python_multipart.multipart").setLevel(logging.ERROR)
     # Pillow tells of everything odd in a file; files come with requests, and the log is not theirs to fill.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)

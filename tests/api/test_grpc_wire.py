@@ -56,6 +56,15 @@ def test_small_messages_are_parsed_at_once() -> None:
     assert found.parsed == parse(found.data)
 
 
+def test_a_small_message_has_no_more_tensors_than_a_large_one() -> None:
+    data = b"\x2a\x00" * (MOST_FIELDS + 1)
+    assert len(data) < SMALL
+    for look in (glance, parse):
+        with pytest.raises(BodyTooLarge, match=f"at most {MOST_FIELDS} tensors"):
+            look(data)
+    assert len(parse(data[2:]).head.inputs) == MOST_FIELDS
+
+
 @pytest.mark.parametrize("name", [*GRPC_HEAVY, *GRPC_TOO_MANY])
 def test_bombs_are_known_before_they_are_parsed(name: str) -> None:
     data = {**GRPC_HEAVY, **GRPC_TOO_MANY}[name]()

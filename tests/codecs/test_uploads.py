@@ -30,6 +30,7 @@ def encoded(form: str, grey: int = 77) -> bytes:
 
 
 PNG, JPEG, OTHER = encoded("PNG"), encoded("JPEG"), encoded("PNG", 11)
+PART = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n'
 ALONE = {PNG: CODEC.decode("image/png", PNG).inputs[0], OTHER: CODEC.decode("image/png", OTHER).inputs[0]}
 
 
@@ -86,10 +87,11 @@ def test_an_image_may_hold_what_looks_like_a_boundary() -> None:
         ("multipart/form-data", b"--x--\r\n", "needs the parameter boundary"),
         ("multipart/form-data; boundary=", b"--x--\r\n", "needs the parameter boundary"),
         ("multipart/form-data; boundary=" + "x" * 999, b"", "cannot be read"),
-        ("multipart/form-data; boundary=x", b"", "cut short"),
+        ("multipart/form-data; boundary=x", b"", "cannot be read: Unexpected end"),
         ("multipart/form-data; boundary=x", b"--y\r\n\r\n--y--\r\n", "the form cannot be read"),
         ("multipart/form-data; boundary=x", b"--x--\r\n", "the form has no part"),
-        ("multipart/form-data; boundary=x", b"--x\r\n\r\n" + PNG, "cut short"),
+        ("multipart/form-data; boundary=x", PART + PNG, "cannot be read: Unexpected end"),
+        ("multipart/form-data; boundary=x", b"--x\r\n\r\n" + PNG, "Missing Content-Disposition"),
         ("multipart/form-data; boundary=x", b"--x\r\nbad header\r\n\r\n--x--\r\n", "cannot be read"),
         ("multipart/form-data; boundary=x", b"--x\r\n" + b"A: b\r\n" * 99 + b"\r\n--x--\r\n", "16 headers|cannot be"),
         ("multipart/form-data; boundary=x", b"--x\r\nA: " + b"b" * 9000 + b"\r\n\r\n--x--\r\n", "4096|cannot be read"),
@@ -102,6 +104,7 @@ def test_an_image_may_hold_what_looks_like_a_boundary() -> None:
         "other boundary",
         "no part",
         "cut",
+        "part of no form",
         "bad header",
         "many headers",
         "long header",

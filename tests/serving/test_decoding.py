@@ -23,6 +23,7 @@ from leanserve.codecs.images import ImageCodec
 from leanserve.codecs.open_inference import InferDecoder, InferDecoding
 from leanserve.contracts import ModelSpec, TensorSpec, Weighed
 from leanserve.errors import BadInput, BodyTooLarge, ClientGone, DeadlineUnreachable, QueueTimeout
+from leanserve.runtime.short_switches import ShortSwitches
 from leanserve.serving import decoding
 from leanserve.serving.decoding import MEMORY, QUICK_S, Decoders, Patience, Work
 
@@ -48,7 +49,7 @@ def work(made: Any) -> Work[Any]:
 
 def run(scenario: Callable[[Decoders], Awaitable[None]], memory: int = MEMORY) -> None:
     async def body() -> None:
-        decoders = Decoders(memory)
+        decoders = Decoders(ShortSwitches(), memory)
         try:
             await scenario(decoders)
         finally:

@@ -14,6 +14,7 @@ import pytest
 from leanserve.contracts import Arrays, Backend, ModelSpec, Result, TensorSpec
 from leanserve.runtime.costs import CostTable
 from leanserve.runtime.device import Device
+from leanserve.runtime.short_switches import ShortSwitches
 from leanserve.runtime.warm_up import (
     GRID_SECONDS_PER_LENGTH,
     LEAST_ROUNDS,
@@ -91,7 +92,7 @@ def test_a_shape_above_the_limit_is_filled_no_further_than_the_limit() -> None:
 
 
 def test_a_base_whose_rows_share_no_batch_is_never_run_on_two_rows() -> None:
-    spec, backend, threads = replace(SPEC, rows="one"), AnyRowsBackend(), LoadingThreads()
+    spec, backend, threads = replace(SPEC, rows="one"), AnyRowsBackend(), LoadingThreads(ShortSwitches())
     fleet = warm_fleet(Device("cpu", 2, 2), spec)
     try:
         fleet.open("a", lambda threads: backend)

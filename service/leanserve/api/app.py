@@ -1,4 +1,4 @@
-"""The FastAPI app for everything that is not on the hot path: health, variants, metrics; and its error mapper.
+"""The FastAPI app for everything that is not on the hot path: variants, metrics; and its error mapper.
 
 `create_app` returns the hot path in front of it. Every error on every path is `{"error": text, "code": code}`.
 """
@@ -65,16 +65,6 @@ def create_app(service: Service) -> HotPath:
         app.add_api_route(path, endpoint, methods=["GET"], response_model=None, response_class=response)
         app.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
 
-    async def healthz() -> Json:
-        """200 while the process lives; 503 once every variant has failed, which only a new process can mend."""
-        fleet.check_live()
-        return {"live": True}
-
-    async def readyz() -> Json:
-        """200 when variants are built, gated and warm; 503 once draining has begun, and if all were unloaded."""
-        fleet.check_ready()
-        return {"ready": True}
-
     async def variants() -> Json:
         """Every variant with its state, quality and share of the traffic; those that do not serve with their reason."""
         return {
@@ -100,8 +90,6 @@ def create_app(service: Service) -> HotPath:
         """Prometheus metrics."""
         return await page.answer(request)
 
-    add_route("/healthz", healthz)
-    add_route("/readyz", readyz)
     add_route("/v1/variants", variants)
     add_route("/v1/base", base)
     add_route("/v1/report", report)

@@ -13,6 +13,7 @@ from leanserve.api.audit import remember_caller
 from leanserve.api.caveats import caveat_headers
 from leanserve.api.cors import Grants
 from leanserve.api.endpoint import Endpoint
+from leanserve.api.health import health_endpoints
 from leanserve.api.openai.embeddings import embeddings_endpoint
 from leanserve.api.openai.models import MODELS, ModelList
 from leanserve.api.page_files import page_endpoints
@@ -32,6 +33,7 @@ App = Callable[[AsgiScope, Receive, Send], Awaitable[None]]
 def endpoints_of(service: Service) -> list[Endpoint]:
     """The table: every endpoint that FastAPI does not answer."""
     return [
+        *health_endpoints(service),
         predict_endpoint(service),
         embeddings_endpoint(service),
         *ExperimentEndpoints(service).endpoints(),

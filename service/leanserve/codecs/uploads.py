@@ -7,9 +7,9 @@ its field is called. In JSON a file is `{"b64": "..."}`, or a `data:` URL in tha
 from __future__ import annotations
 
 import binascii
+from collections.abc import Iterator
 
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 
 from leanserve.codecs.image_files import EncodedImage
 from leanserve.contracts import Json
@@ -17,7 +17,7 @@ from leanserve.errors import BadInput, BodyTooLarge
 
 FORM = "multipart/form-data"
 _SPACE = b" \t\r\n\v\f"
-_PIECE = 2**20
+_PIECE = 2**17
 """Bytes that are searched at once: Python's lock is held for each search."""
 MAX_HEADERS, MAX_HEADER_BYTES = 16, 4096
 """Of one part; browsers send two or three headers of some 100 bytes."""
@@ -29,24 +29,50 @@ def files_of_form(content_type: str, body: bytes, max_parts: int) -> list[Encode
     Raises:
         BadInput: the form is damaged, cut short or empty. BodyTooLarge: more than `max_parts` parts.
     """
-    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    boundary = parse_options_header(content_type)[1].get("boundary")
     if not boundary:
         raise BadInput(f"content type {FORM} needs the parameter boundary, which separates the parts")
     # Each of them costs more than its bytes: they are counted before any is made.
-    if _count(b"\r\n--" + boundary, body) > max_parts + 1:
-        raise BodyTooLarge(f"the form has more parts than the {max_parts} that one request may have")
-    parts = _Parts(max_parts)
+    if _count(b"\r\n--" + boundary.encode("latin-1", "replace"), body) > max_parts + 1:
+        raise _too_many(max_parts)
     try:
-        parser = MultipartParser(boundary, parts.callbacks())  # type: ignore[arg-type]
-        for start in range(0, len(body), _PIECE):
-            parser.write(body[start : start + _PIECE])
-    except FormParserError as error:
+        files = list(_files(boundary, body, max_parts))
+    except MultipartError as error:
         raise BadInput(f"the form cannot be read: {error}") from error
-    if not parts.ended:
-        raise BadInput("the form is cut short: its last boundary is missing")
-    if not parts.files:
+    if not files:
         raise BadInput("the form has no part; send each file as one")
-    return parts.files
+    return files
+
+
+def _files(boundary: str, body: bytes, max_parts: int) -> Iterator[EncodedImage]:
+    parser = PushMultipartParser(
+        boundary,
+        max_header_size=MAX_HEADER_BYTES,
+        max_header_count=MAX_HEADERS,
+        header_charset="latin-1",  # takes any byte
+    )
+    number = 0
+    with parser:
+        for start in range(0, len(body), _PIECE):
+            for event in parser.parse(body[start : start + _PIECE]):
+                if isinstance(event, MultipartSegment):
+                    if number == max_parts:
+                        raise _too_many(max_parts)
+                    part, content = event, list[bytes]()
+                elif event is None:
+                    yield EncodedImage(part.content_type or "", b"".join(content), _place(part, number))
+                    number += 1
+                else:
+                    content.append(event)
+
+
+def _too_many(max_parts: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the form has more parts than the {max_parts} that one request may have")
+
+
+def _place(part: MultipartSegment, number: int) -> str:
+    label = (part.filename or part.name or "").encode("latin-1", "replace").decode("utf-8", "replace")
+    return f"part {number} of the form" + (f" ({label[:60]})" if label else "")
 
 
 def _count(wanted: bytes, body: bytes) -> int:
@@ -78,57 +104,3 @@ def file_of_json(value: Json, where: str) -> EncodedImage:
     except ValueError as error:
         raise BadInput(f"{where}: not base64: {error}") from error
     return EncodedImage(media_type, content, where)
-
-
-class _Parts:
-    """Collects the parts while the parser reports them, within bounds."""
-
-    def __init__(self, max_parts: int) -> None:
-        self.files: list[EncodedImage] = []
-        self.ended = False
-        self._max_parts = max_parts
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._header_bytes = 0
-        self._field = self._value = b""
-        self._content: list[bytes] = []
-
-    def callbacks(self) -> dict[str, object]:
-        """As the parser calls them."""
-        names = ("part_begin", "header_field", "header_value", "header_end", "part_data", "part_end", "end")
-        return {f"on_{name}": getattr(self, name) for name in names}
-
-    def part_begin(self) -> None:
-        if len(self.files) == self._max_parts:
-            raise BodyTooLarge(f"the form has more parts than the {self._max_parts} that one request may have")
-        self._headers, self._content, self._header_bytes = [], [], 0
-
-    def header_field(self, data: bytes, start: int, end: int) -> None:
-        self._field += self._bounded(data[start:end])
-
-    def header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += self._bounded(data[start:end])
-
-    def header_end(self) -> None:
-        self._headers.append((self._field.lower(), self._value))
-        self._field = self._value = b""
-
-    def part_data(self, data: bytes, start: int, end: int) -> None:
-        self._content.append(data[start:end])
-
-    def part_end(self) -> None:
-        headers = dict(self._headers)
-        told = parse_options_header(headers.get(b"content-disposition"))[1]
-        label = (told.get(b"filename") or told.get(b"name") or b"").decode("utf-8", "replace")
-        where = f"part {len(self.files)} of the form" + (f" ({label[:60]})" if label else "")
-        media_type = parse_options_header(headers.get(b"content-type"))[0].decode("latin-1")
-        self.files.append(EncodedImage(media_type, b"".join(self._content), where))
-
-    def end(self) -> None:
-        self.ended = True
-
-    def _bounded(self, piece: bytes) -> bytes:
-        self._header_bytes += len(piece)
-        if self._header_bytes > MAX_HEADER_BYTES or len(self._headers) >= MAX_HEADERS:
-            bounds = f"{MAX_HEADERS} headers or {MAX_HEADER_BYTES} bytes of them"
-            raise BadInput(f"part {len(self.files)} of the form has more than {bounds}")
-        return piece

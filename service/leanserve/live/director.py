@@ -253,7 +253,8 @@ class Director:
         at = gathering.to_look_at(foresee=foresee)
         found = None
         try:
-            found = await self._keeper.apart(partial(look, at))
+            with self.fleet.switches:
+                found = await self._keeper.apart(partial(look, at))
         except Exception:
             logger.exception("the evidence of experiment %s could not be judged", record.name)
         if found is not None and self.running is record and record.ramp is at.state:

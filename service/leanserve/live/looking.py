@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 from leanserve.experiments.answer_pairs import AnswerPairs
@@ -14,9 +11,6 @@ from leanserve.experiments.foresight import requests_to_decision
 from leanserve.experiments.ramp import RampState, Rules, advance
 from leanserve.experiments.self_check import self_check
 from leanserve.experiments.verdict import Judgement
-
-_SWITCH_S = 0.0005
-"""While the evidence is judged, after this time the thread gives way to the loop; Python's own is 5 ms."""
 
 
 class LookedAt(NamedTuple):
@@ -44,19 +38,8 @@ class Look(NamedTuple):
 def look(at: LookedAt) -> Look:
     """Judge the evidence."""
     began = time.perf_counter()
-    with _giving_way():
-        limits = at.rules.limits
-        problems = self_check(*at.halves, limits, at.repeated.agreed, at.repeated.rows)
-        state, judgement = advance(at.state, at.evidence, at.rules, time.time(), problems)
-        foreseen = requests_to_decision(at.evidence, limits) if at.foresee else None
+    limits = at.rules.limits
+    problems = self_check(*at.halves, limits, at.repeated.agreed, at.repeated.rows)
+    state, judgement = advance(at.state, at.evidence, at.rules, time.time(), problems)
+    foreseen = requests_to_decision(at.evidence, limits) if at.foresee else None
     return Look(state, judgement, problems, foreseen, time.perf_counter() - began)
-
-
-@contextmanager
-def _giving_way() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH_S)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)

@@ -23,6 +23,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, TypeVarTuple
 from leanserve.contracts import Made
 from leanserve.errors import ClientGone, DeadlineUnreachable, QueueTimeout
 from leanserve.http.loop_turns import LoopTurns
+from leanserve.runtime.short_switches import ShortSwitches
 from leanserve.runtime.unused_memory import give_back
 from leanserve.serving.decoder_process import DecoderProcess, Decoding
 
@@ -43,8 +44,8 @@ LARGE = 2**20
 _LARGE_SUM = 8 * 2**20
 """Bytes of bodies after which there may be memory to give back."""
 _SMOOTHING = 0.1
-LIGHT = 2**12
-"""Bytes of text that are parsed on the loop without a thought of others: 50 microseconds, whatever is in them."""
+LIGHT = 2**10
+"""Bytes of text that are parsed on the loop without a thought of others: 15 microseconds, whatever is in them."""
 _EACH_TURN = 2**17
 """Bytes of heavier texts that are parsed in one turn of the loop: 2.5 ms at worst."""
 _AHEAD_S = 0.002
@@ -93,8 +94,9 @@ class _Line:
     """Bodies before so many threads, and what each takes them. The threads get the next ones from the loop, in its
     turns."""
 
-    def __init__(self, threads: int, on_thread: Callable[..., Awaitable[Any]]) -> None:
+    def __init__(self, threads: int, on_thread: Callable[..., Awaitable[Any]], switches: ShortSwitches) -> None:
         self._threads = threads
+        self._switches = switches
         self._on_thread = on_thread
         self._bodies = self._begun = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -107,7 +109,8 @@ class _Line:
         try:
             await self._turn()
             try:
-                quick: _Quick[Made] = await self._on_thread(_decode_quickly, work, patience)
+                with self._switches:
+                    quick: _Quick[Made] = await self._on_thread(_decode_quickly, work, patience)
             finally:
                 self._end_one()
         finally:
@@ -143,7 +146,7 @@ class _Line:
 class Decoders:
     """All that decodes, for the loop that it was made on."""
 
-    def __init__(self, memory: int = MEMORY) -> None:
+    def __init__(self, switches: ShortSwitches, memory: int = MEMORY) -> None:
         self._loop = asyncio.get_running_loop()
         self._processes = [DecoderProcess[Any](memory) for _ in range(PROCESSES)]
         self._free = list(self._processes)
@@ -152,8 +155,8 @@ class Decoders:
         self._waiting: list[_Job] = []
         self._running: list[_Job] = []
         self._numbers = 0
-        self._small = _Line(THREADS, off_loop)
-        self._large = _Line(1, self._on_the_other_thread)
+        self._small = _Line(THREADS, off_loop, switches)
+        self._large = _Line(1, self._on_the_other_thread, switches)
         self.turn_for = LoopTurns(_EACH_TURN).wait
         self._took_s = self._announced_s = 1.0
         """What bodies took processes, and were announced to take, lately."""

@@ -20,6 +20,7 @@ from leanserve.memory import is_out_of_memory
 from leanserve.runtime.device import BatchOnLane, Device, Lane
 from leanserve.runtime.isolation.workers import WorkerEvent
 from leanserve.runtime.linux.denormals import flush_denormals
+from leanserve.runtime.short_switches import ShortSwitches
 from leanserve.serving.decoding import Decoders
 from leanserve.serving.opening import VariantPlan, WarmFleet, WarmVariant
 from leanserve.serving.reload import LoadingThreads, close_all, open_again
@@ -84,8 +85,10 @@ class Fleet:
         """Those that have no part in the newest plan and still answer whom they were chosen for."""
         self.split = TrafficSplit(self.name)
         self.split.give(warm.traffic.rules)
-        self.decoders = Decoders(warm.decode_memory)
-        self.threads = LoadingThreads()
+        self.switches = ShortSwitches()
+        """For whatever runs Python for long beside the loop."""
+        self.decoders = Decoders(self.switches, warm.decode_memory)
+        self.threads = LoadingThreads(self.switches)
         """What is read and loaded beside the lanes is done there."""
         self._turn = asyncio.Lock()
         self._swaps: set[asyncio.Task[None]] = set()

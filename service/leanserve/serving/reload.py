@@ -28,6 +28,7 @@ from leanserve.contracts import Backend, ModelSpec
 from leanserve.runtime.costs import Costs
 from leanserve.runtime.device import Device
 from leanserve.runtime.lanes import LanePlacement, LoadedVariant
+from leanserve.runtime.short_switches import ShortSwitches
 from leanserve.runtime.unused_memory import give_back
 
 Open = Callable[[int], Backend]
@@ -40,9 +41,6 @@ _Result = TypeVar("_Result")
 NICE = 10
 """A tenth of the weight of a thread of the usual priority. At the lowest one, 19, a loading thread that holds Python's
 lock waits for the cores so long that those who wait for the lock are kept up by tens of milliseconds."""
-SWITCH_S = 0.0005
-"""While a variant is loaded, a thread that runs Python gives way after this time to another that wants to. After
-Python's own 5 ms, answers of other variants took ten times as long while a model was being compiled."""
 
 
 class LoadingThreads:
@@ -53,13 +51,15 @@ class LoadingThreads:
     takes minutes to load must not keep the process from ending.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, switches: ShortSwitches) -> None:
+        self._switches = switches
         self._jobs: dict[Priority, SimpleQueue[Callable[[], None] | None]] = {}
 
     async def do(self, work: Callable[[], _Result], priority: Priority = "low") -> _Result:
         """The result of the work, which is done to its end whoever waits for it. One work at a time.
 
-        All threads of Python take shorter turns meanwhile.
+        All threads of Python take shorter turns meanwhile: else answers of other variants took ten times as long while
+        a model was being compiled.
         """
         done: Future[_Result] = Future()
         done.set_running_or_notify_cancel()  # from now on it cannot be cancelled
@@ -70,13 +70,9 @@ class LoadingThreads:
             except BaseException as error:
                 done.set_exception(error)
 
-        usual = sys.getswitchinterval()
-        sys.setswitchinterval(SWITCH_S)
-        try:
+        with self._switches:
             self._queue(priority).put(job)
             return await asyncio.wrap_future(done)
-        finally:
-            sys.setswitchinterval(usual)
 
     def close(self) -> None:
         """End the threads once they have done what they do."""

@@ -17,10 +17,18 @@ from leanserve.api.bodies import HttpSession, how_headers
 from leanserve.api.endpoint import Declaration, Endpoint, OpenAiErrorReply, endpoint, in_body, one_of, which_variant
 from leanserve.api.openai.models import gives_embeddings, no_embeddings, refusal, served_models, variant_of
 from leanserve.api.service import Service
-from leanserve.codecs.openai import EmbeddingRequest, TokenIds, Tokens, encode_reply, parse_request, token_rows
+from leanserve.codecs.openai import (
+    EmbeddingRequest,
+    GivenRows,
+    Tokens,
+    encode_reply,
+    given_rows,
+    parse_request,
+    token_rows,
+)
 from leanserve.codecs.tensors import clip
 from leanserve.codecs.text import CHARACTER_S, TextCodec
-from leanserve.contracts import Array, Json, Weighed
+from leanserve.contracts import Array, Weighed
 from leanserve.errors import BackendFailed, BadInput, ConfigError
 from leanserve.http.messages import Request, Response, Route
 from leanserve.serving.decoder_process import Decoding
@@ -118,13 +126,11 @@ class EmbeddingDecoding(NamedTuple):
     """The texts (or token ids) of a request, to be tokenized."""
 
     codec: TextCodec
-    given: Json
-    token_ids: TokenIds
+    rows: GivenRows
 
     def prepare(self) -> Weighed[Tokens]:
         """Count their characters."""
-        characters = sum(len(text) for text in self.given if isinstance(text, str | list))
-        return Weighed(characters * CHARACTER_S, partial(token_rows, self.given, self.codec, self.token_ids))
+        return Weighed(sum(map(len, self.rows)) * CHARACTER_S, partial(token_rows, self.rows, self.codec))
 
 
 class _Embeddings(HttpSession):
@@ -168,7 +174,8 @@ class _Embeddings(HttpSession):
     def decoding(self, variant: Variant) -> Decoding[Tokens]:
         codec = variant.codec
         assert isinstance(codec, TextCodec)  # `gives_embeddings`; a pass changes what a text becomes, not what is sent
-        return EmbeddingDecoding(codec, self._asked.input, self._service.config.embeddings.token_ids)
+        token_ids = self._service.config.embeddings.token_ids
+        return EmbeddingDecoding(codec, given_rows(self._asked.input, codec.max_rows, token_ids))
 
     def take(self, variant: Variant, made: Tokens) -> ModelRequest:
         codec, tokens = variant.codec, made

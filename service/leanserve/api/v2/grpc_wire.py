@@ -19,7 +19,7 @@ from leanserve.errors import BadInput, BodyTooLarge
 SMALL = 2**16
 """Bytes of a message that is parsed where it is: half a millisecond, whatever is in it."""
 MOST_FIELDS = 256
-"""Tensors, parameters and the like that a larger message may have, and that each of its tensors may."""
+"""Tensors, parameters and the like that a message may have, and that each of the tensors of a larger one may."""
 ContentsForm = Literal["raw", "typed"]
 _NAMES, _INPUTS, _RAW = (1, 2, 3), 5, 7
 """Numbers of the fields of `ModelInferRequest`."""
@@ -66,7 +66,7 @@ def glance(data: bytes) -> SeenMessage:
         BadInput: it is none. BodyTooLarge: it has too many tensors, parameters or dimensions.
     """
     if len(data) <= SMALL:
-        head = _parsed(data)
+        head = _small(data)
         raw = list(head.raw_input_contents)
         form: ContentsForm = "raw" if raw else "typed"
         seconds = 0.0 if raw else len(data) * _ELEMENT_S
@@ -82,11 +82,18 @@ def glance(data: bytes) -> SeenMessage:
 def parse(data: bytes) -> InferMessage:
     """All of a message. Raises as `glance`."""
     if len(data) <= SMALL:
-        head = _parsed(data)
+        head = _small(data)
         return InferMessage(head, list(head.raw_input_contents))
     view, fields = memoryview(data), _bounded(data, 0, len(data))
     head = _parsed(b"".join([view[field.tag : field.end] for field in fields if field.number != _RAW]))
     return InferMessage(head, [view[field.start : field.end] for field in fields if field.number == _RAW])
+
+
+def _small(data: bytes) -> Any:
+    head = _parsed(data)
+    if max(len(head.inputs), len(head.outputs), len(head.raw_input_contents), len(head.parameters)) > MOST_FIELDS:
+        raise _too_many()
+    return head
 
 
 def _parsed(data: bytes) -> Any:
@@ -116,8 +123,7 @@ def _bounded(data: bytes, start: int, end: int) -> list[_Field]:
     for field in _fields(data, start, end):
         found.append(field)
         if len(found) > MOST_FIELDS:
-            text = f"a message of more than {SMALL} bytes has at most {MOST_FIELDS} tensors, parameters and dimensions"
-            raise BodyTooLarge(text)
+            raise _too_many()
     return found
 
 
@@ -157,6 +163,10 @@ def _varint(data: bytes, place: int, end: int) -> tuple[int, int]:
         if byte < 128:
             return value, place
     raise BadInput("this is no ModelInferRequest: a number in it has too many bytes")
+
+
+def _too_many() -> BodyTooLarge:
+    return BodyTooLarge(f"a message has at most {MOST_FIELDS} tensors, parameters and dimensions")
 
 
 def _cut_short() -> BadInput:
