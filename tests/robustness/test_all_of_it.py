@@ -26,10 +26,12 @@ from rule_service import RuleService, needs_proc, serving
 from rules import row
 
 SECONDS = float(os.environ.get("LEANSERVE_SOAK_S", "600"))
-WINDOWS = 20
+WINDOWS = 5
 """Of so many parts of the time the least is looked at: above it is what was just being answered."""
-SETTLED = WINDOWS // 5
+SETTLED = 1
 """After so many of them every buffer, thread and cache has been needed once."""
+REST_S = 25.0
+"""Between two rounds of bombs: what they leave is given back when nothing large was decoded for 20 seconds."""
 MOST_MB_PER_MINUTE = 1.0
 GONE = (OSError, asyncio.IncompleteReadError, TimeoutError)
 """How the server ends what it does not want to hear to the end."""
@@ -55,7 +57,7 @@ class Crowd:
         self.service = service
         self.statuses: Counter[int] = Counter()
         self.bombs: Counter[int] = Counter()
-        self._names = itertools.cycle(BOMBS)
+        self._names = iter(BOMBS)
         self._drawn = random.Random(7)
 
     async def honest(self) -> None:
@@ -69,7 +71,12 @@ class Crowd:
                 await asyncio.sleep(0.02)
 
     async def bomb(self) -> None:
-        made = await asyncio.to_thread(BOMBS[next(self._names)])
+        name = next(self._names, None)
+        if name is None:
+            self._names = iter(BOMBS)
+            await asyncio.sleep(REST_S)
+            return
+        made = await asyncio.to_thread(BOMBS[name])
         self.bombs[(await ask(self.service.port, made.request("rules"))).status] += 1
         await asyncio.sleep(0.5)
 
