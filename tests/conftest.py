@@ -23,6 +23,7 @@ LONGEST = (
     "test_example",
     "test_zoo",
     "test_onnx_service",
+    "test_poison",
     "test_toy_format",
     "deploy",
 )

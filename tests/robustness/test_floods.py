@@ -25,7 +25,7 @@ from rule_service import RuleService, serving
 
 TRIES = 3
 HTTP_FLOODS = {**PREDICT_FLOODS, **OTHER_FLOODS}
-QUICK = frozenset({"GET with too many headers", "embeddings: one text", "embeddings: lists", "grpc: tensors, 63 kB"})
+QUICK = frozenset({"GET with too many headers", "embeddings: one text", "embeddings: lists"})
 """Beside those in `test_bombs.py`."""
 
 
