@@ -127,9 +127,22 @@ def test_rounds_beside_other_work_are_repeated_and_those_that_stay_so_are_marked
             return super().run(batch)
 
     found = beside_anchor(lambda key: Counted(key, 0.0), {"base": 32, "a": 32})
-    assert len(ran) / (2 * turns) == rounds, "two runs in each turn: one brings the caches back"
+    looked = 2 * 2  # a row of each, twice
+    assert (len(ran) - looked) / (2 * turns) == rounds, "two runs in each turn: one brings the caches back"
     assert found["a"].rounds == ROUNDS
     assert (found["a"].waited > QUIET) == bool(waited)
+
+
+@pytest.mark.parametrize(
+    ("of_a_row", "seconds", "sizes"),
+    [(0.02, 60.0, [1, 8, 32]), (0.2, 60.0, [1, 8, 32]), (0.4, 60.0, [1, 8]), (2.0, 60.0, [1]), (0.4, 0.0, [1, 8])],
+)
+def test_batches_for_which_there_is_no_time_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, of_a_row: float, seconds: float, sizes: list[int]
+) -> None:
+    monkeypatch.setattr(interleaved_benchmark, "timed", lambda run: (run(), of_a_row)[1])
+    found = beside_anchor(lambda key: Sleeper(key, 0.001), {"base": 32, "a": 32}, seconds=seconds)
+    assert list(found["a"].by_rows) == list(found["base"].by_rows) == sizes
 
 
 def test_timing_takes_no_longer_than_it_may_and_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ from leanserve.runtime.costs import TYPICAL
 from leanserve.runtime.device import Device
 from leanserve.runtime.formats import open_backend
 from leanserve.runtime.linux.contention import Contention
-from leanserve.timing import median_seconds, take_turns
+from leanserve.timing import median_seconds, take_turns, timed
 
 BATCHES = (1, 8, 32)
 ROUNDS = 7
@@ -43,6 +43,8 @@ FEWEST_ROUNDS = 3
 MOST_ROUNDS = 3 * ROUNDS
 """However many of them are disturbed: what has not passed by then stays for longer than anybody waits."""
 ROUND_S = 0.03
+LEAST_S = 20.0
+"""For a group of artifacts, whatever the time for all: below that only single rows of many models would be timed."""
 GROUP = 3
 """Artifacts that are loaded at a time, besides the anchor."""
 
@@ -210,7 +212,8 @@ class InterleavedBenchmark(NamedTuple):
     group: int
     """The most that are open at a time besides the anchor."""
     seconds: float
-    """In which all should be done: after `FEWEST_ROUNDS` of each group no further one is begun later."""
+    """In which all should be done: no batch is timed whose `FEWEST_ROUNDS` would take longer, and no further round is
+    begun later."""
     progress: Progress = nobody_told
     seat: Seat = wherever
 
@@ -246,13 +249,26 @@ class InterleavedBenchmark(NamedTuple):
             self.progress(number + done, groups, f"{note}, {busy} rounds disturbed by other work" if busy else note)
 
         end = time.perf_counter() + self.seconds / groups
-        sizes = sizes_up_to(limits[key] for key in backends)
+        sizes = self._affordable(backends, sizes_up_to(limits[key] for key in backends), self.seconds / groups)
         batches = {key: examples(self.spec_of(key), sizes) for key in backends}
         for measured in rounds_of(backends, batches, ROUND_S, limits, self.seat, tell):
             rounds.append(measured)
             if _enough(rounds) or (len(rounds) >= FEWEST_ROUNDS and time.perf_counter() >= end):
                 break
         return sorted(rounds, key=lambda item: item.waited)[:ROUNDS]
+
+
+    def _affordable(self, backends: Mapping[str, Backend], sizes: Sequence[int], seconds: float) -> list[int]:
+        """The sizes of which there is time for the fewest rounds; by the time of a single row, which always is."""
+        of_a_row = sum(_second_run(backend, examples(self.spec_of(key), [1])[0]) for key, backend in backends.items())
+        most = max(seconds, LEAST_S) / FEWEST_ROUNDS / max(of_a_row, 1e-9)
+        return [rows for rows in sizes if rows <= max(most, min(sizes))]
+
+
+def _second_run(backend: Backend, batch: Arrays) -> float:
+    """Per row of the batch; the first run allocates memory."""
+    backend.run(batch)
+    return timed(partial(backend.run, batch)) / len(batch[0])
 
 
 def _enough(rounds: Sequence[Round]) -> bool:
