@@ -257,7 +257,6 @@ class InterleavedBenchmark(NamedTuple):
                 break
         return sorted(rounds, key=lambda item: item.waited)[:ROUNDS]
 
-
     def _affordable(self, backends: Mapping[str, Backend], sizes: Sequence[int], seconds: float) -> list[int]:
         """The sizes of which there is time for the fewest rounds; by the time of a single row, which always is."""
         of_a_row = sum(_second_run(backend, examples(self.spec_of(key), [1])[0]) for key, backend in backends.items())
