@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 
@@ -96,8 +97,9 @@ def test_who_drops_a_pipeline_is_forgotten_and_the_others_go_on(service: RuleSer
 
     asyncio.run(scenario())
     assert service.queued() == 0
-    empty = service.census()
-    assert (empty["Ticket"], empty["Request"]) == (1, 1)  # the question's own
+    give_up = time.monotonic() + 5
+    while (held := service.census())["Ticket"] > 1 or held["Request"] > 1:  # the question's own
+        assert time.monotonic() < give_up, held
 
 
 def test_kept_connections_that_are_dropped_between_requests_hold_up_nobody(service: RuleService) -> None:
