@@ -1,4 +1,4 @@
-"""Turns of Python's threads are short while anybody needs that, and usual afterwards, in whatever order they leave."""
+"""Turns of Python's threads are short while anybody needs that, and usual afterwards."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from leanserve.runtime.short_switches import SWITCH_S, ShortSwitches
 def test_the_last_one_who_leaves_brings_back_what_was_before() -> None:
     switches, usual = ShortSwitches(), sys.getswitchinterval()
     assert usual > SWITCH_S
-    first, second = switches, switches
-    first.__enter__()
-    second.__enter__()
-    first.__exit__()
-    assert sys.getswitchinterval() == SWITCH_S
-    second.__exit__()
+    with switches:
+        with switches:
+            assert sys.getswitchinterval() == SWITCH_S
+        assert sys.getswitchinterval() == SWITCH_S
     assert sys.getswitchinterval() == usual

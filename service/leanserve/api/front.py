@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
 
+from leanserve.api.health import LIVE, READY
 from leanserve.api.routes import App, HotPath
 from leanserve.http.exchange import Answer
 from leanserve.http.loop_turns import LoopTurns
@@ -19,7 +20,7 @@ from leanserve.request_identity import CURRENT_REQUEST, RequestIdentities
 
 _AT_ONCE = 4
 """Requests other than predictions that are begun in one turn of the loop; each takes it about a millisecond."""
-_PROBES = ("/healthz", "/readyz")
+_PROBES = (LIVE, READY)
 """Answered at once, however many ask for something else."""
 
 

@@ -10,6 +10,7 @@ from leanserve.api.endpoint import Declaration, Endpoint, endpoint
 from leanserve.api.service import Service
 from leanserve.http.messages import Request, Response, Route, json_response
 
+LIVE, READY = "/healthz", "/readyz"
 _LIVE = "200 while the process lives; 503 once every variant has failed, which only a new process can mend"
 _READY = "200 when variants are warm; 503 before, once draining has begun, and if all were unloaded"
 
@@ -27,6 +28,6 @@ def health_endpoints(service: Service) -> list[Endpoint]:
         return json_response({"ready": True})
 
     return [
-        endpoint("/healthz", Route("GET", "open", live), Declaration(_LIVE)),
-        endpoint("/readyz", Route("GET", "open", ready), Declaration(_READY)),
+        endpoint(LIVE, Route("GET", "open", live), Declaration(_LIVE)),
+        endpoint(READY, Route("GET", "open", ready), Declaration(_READY)),
     ]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-VECTOR = 8
+_VECTOR = 8
 """float32 in a vector of AVX2."""
 
 
@@ -103,4 +103,4 @@ def _breaks_channels_last(conv: nn.Conv2d) -> bool:
     """Whether oneDNN (3.12, of torch 2.13) may write where it must not: on CPUs with AVX2 and no more it does, in the
     backward pass of pointwise strided convolutions with less than a vector of inputs."""
     pointwise = conv.kernel_size == (1, 1) and conv.stride != (1, 1)
-    return pointwise and conv.in_channels // conv.groups < VECTOR
+    return pointwise and conv.in_channels // conv.groups < _VECTOR
