@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
-import timeit
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from prometheus_client.samples import Sample
 
+from call_costs import CALLS_OF_A_REQUEST, in_calls
 from leanserve.errors import QueueFull, ServiceError
 from leanserve.telemetry.hardware_metrics import Sources
 from leanserve.telemetry.metrics import FACTS, REQUESTS, TRAFFIC, TRITON_REASONS, Metrics
@@ -223,14 +221,8 @@ def test_reading_while_writing_keeps_every_page_consistent() -> None:
         writer.join()
 
 
-def cost(call: Callable[[], None]) -> float:
-    """CPU seconds per call, the least of some tries: what other processes do does not count."""
-    return min(timeit.repeat(call, number=2000, repeat=5, timer=time.thread_time)) / 2000
-
-
 def test_observing_costs_under_a_hundredth_of_a_request() -> None:
-    # A request costs a Python server at least 200 us of CPU time.
     variant = VariantMetrics("a", VariantFacts())
-    request = cost(lambda: variant.request_done("ok", 0.01))
-    alone = cost(lambda: variant.batch_done(1, 0, 0.01, [0.001]))
-    assert request + alone < 2e-6
+    request = in_calls(lambda: variant.request_done("ok", 0.01))
+    alone = in_calls(lambda: variant.batch_done(1, 0, 0.01, [0.001]))
+    assert request + alone < CALLS_OF_A_REQUEST / 100
