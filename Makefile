@@ -28,7 +28,8 @@ bench: install
 	$(BIN)/leanserve bench --config $(CONFIG)
 
 # What measures time, or floods sockets, has the machine to itself; all else runs side by side, the longest first, with a
-# thread each for sums: idle ones wait busily, on cores that others need. Of the tests beside those that measure, some
+# thread each for sums, and without waiting busily where there are more, as in the services that tests start: threads
+# that wait so keep the cores from those that they wait for (a build took 141 s beside other tests, and now 49). Of the tests beside those that measure, some
 # only wait, for a limit or for the end of a process. To rewrite all assertions, so that they tell their values, takes
 # every process 12 s: only what failed is run again with that.
 WAITING := serving/test_decoding.py $(addprefix robustness/test_,drain.py grpc_room.py hang_up.py hanging_batches.py \
@@ -40,7 +41,7 @@ QUICKLY := $(BIN)/pytest --assert=plain
 TELL := || { $(BIN)/pytest --last-failed --last-failed-no-failures none; exit 1; }
 test: install
 	$(BIN)/python -m compileall -q service models tests # some environments forbid Python to do so by itself
-	OMP_NUM_THREADS=1 $(QUICKLY) --numprocesses 3 --dist loadfile --no-loadscope-reorder tests $(ALONE:%=--ignore=tests/%) $(TELL)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(QUICKLY) --numprocesses 3 --dist loadfile --no-loadscope-reorder tests $(ALONE:%=--ignore=tests/%) $(TELL)
 	$(QUICKLY) $(ALONE:%=tests/%) $(TELL)
 
 # What takes minutes: bombs and floods at their full size, shutdowns, builds beside other work.

@@ -135,7 +135,14 @@ def test_rounds_beside_other_work_are_repeated_and_those_that_stay_so_are_marked
 
 @pytest.mark.parametrize(
     ("of_a_row", "seconds", "sizes"),
-    [(0.02, 60.0, [1, 8, 32]), (0.2, 60.0, [1, 8, 32]), (0.4, 60.0, [1, 8]), (2.0, 60.0, [1]), (0.4, 0.0, [1, 8])],
+    [
+        (0.02, 60.0, [1, 8, 32]),
+        (0.2, 60.0, [1, 8, 32]),
+        (0.4, 60.0, [1, 8]),
+        (2.0, 60.0, [1]),
+        (0.4, 1.0, [1, 8]),
+        (0.0, 0.0, [1]),
+    ],
 )
 def test_batches_for_which_there_is_no_time_are_left_out(
     monkeypatch: pytest.MonkeyPatch, of_a_row: float, seconds: float, sizes: list[int]

@@ -44,7 +44,8 @@ MOST_ROUNDS = 3 * ROUNDS
 """However many of them are disturbed: what has not passed by then stays for longer than anybody waits."""
 ROUND_S = 0.03
 LEAST_S = 20.0
-"""For a group of artifacts, whatever the time for all: below that only single rows of many models would be timed."""
+"""For a group of artifacts, however little time there is for all, if any: below that only single rows of many models
+would be timed."""
 GROUP = 3
 """Artifacts that are loaded at a time, besides the anchor."""
 
@@ -260,7 +261,7 @@ class InterleavedBenchmark(NamedTuple):
     def _affordable(self, backends: Mapping[str, Backend], sizes: Sequence[int], seconds: float) -> list[int]:
         """The sizes of which there is time for the fewest rounds; by the time of a single row, which always is."""
         of_a_row = sum(_second_run(backend, examples(self.spec_of(key), [1])[0]) for key, backend in backends.items())
-        most = max(seconds, LEAST_S) / FEWEST_ROUNDS / max(of_a_row, 1e-9)
+        most = (max(seconds, LEAST_S) if seconds else 0.0) / FEWEST_ROUNDS / max(of_a_row, 1e-9)
         return [rows for rows in sizes if rows <= max(most, min(sizes))]
 
 
