@@ -4,6 +4,8 @@ PORT ?= 8000
 HOST ?= 127.0.0.1
 ONNXRUNTIME ?= cpu# or gpu
 BIN := .venv/bin
+# Installing compiles nothing, which halves its time: what is imported is compiled then, where the environment forbids it, too.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: install serve test soak perf-analyzer prometheus browser lock zoo fuzz measure check build bench train-digits clean
 
@@ -13,8 +15,8 @@ install: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	python3 -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "torch>=2.11,<2.14"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$(ONNXRUNTIME),openvino,grpc,text,vision,audio,dev,loadtest]"
+	$(BIN)/pip install --quiet --no-compile "torch>=2.11,<2.14"
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[$(ONNXRUNTIME),openvino,grpc,text,vision,audio,dev,loadtest]"
 	touch $@
 
 serve: install
@@ -28,10 +30,10 @@ bench: install
 	$(BIN)/leanserve bench --config $(CONFIG)
 
 # What measures time, or floods sockets, has the machine to itself; all else runs side by side, the longest first, with a
-# thread each for sums, and without waiting busily where there are more, as in the services that tests start: threads
-# that wait so keep the cores from those that they wait for (a build took 141 s beside other tests, and now 49). Of the tests beside those that measure, some
-# only wait, for a limit or for the end of a process. To rewrite all assertions, so that they tell their values, takes
-# every process 12 s: only what failed is run again with that.
+# thread each for sums. Where services have more of them, those that wait do not do so busily: they would keep the cores
+# from the threads that they wait for (a build took 141 s beside other tests, and so 49). Of the tests beside those that
+# measure, some only wait, for a limit or for the end of a process. To rewrite all assertions, so that they tell their
+# values, takes every process 12 s: only what failed is run again with that.
 WAITING := serving/test_decoding.py $(addprefix robustness/test_,drain.py grpc_room.py hang_up.py hanging_batches.py \
 	isolation_under_load.py leaving.py limits.py poison.py refusals.py shutdown.py upgrades.py)
 ALONE := $(filter-out $(WAITING),$(patsubst tests/%,%,$(wildcard tests/serving/test_*.py tests/robustness/test_*.py))) \
@@ -40,7 +42,6 @@ ALONE := $(filter-out $(WAITING),$(patsubst tests/%,%,$(wildcard tests/serving/t
 QUICKLY := $(BIN)/pytest --assert=plain
 TELL := || { $(BIN)/pytest --last-failed --last-failed-no-failures none; exit 1; }
 test: install
-	$(BIN)/python -m compileall -q service models tests # some environments forbid Python to do so by itself
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(QUICKLY) --numprocesses 3 --dist loadfile --no-loadscope-reorder tests $(ALONE:%=--ignore=tests/%) $(TELL)
 	$(QUICKLY) $(ALONE:%=tests/%) $(TELL)
 

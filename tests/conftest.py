@@ -22,6 +22,8 @@ LONGEST = (
     "test_init_config",
     "test_example",
     "test_zoo",
+    "test_start",
+    "test_loadtest",
     "test_onnx_service",
     "test_poison",
     "test_toy_format",

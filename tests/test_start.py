@@ -102,7 +102,7 @@ def started(folder: Path) -> Iterator[Start]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     arguments = ["bin/leanserve", "serve", "--config", "service.yaml", "--cache", "cache", "--port", str(port)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, ROOTS))}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, ROOTS)), "LEANSERVE_MEASURE_SECONDS": "1"}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, *arguments], cwd=folder, env=environment, stdout=log, stderr=log, text=True

@@ -19,7 +19,7 @@ from zoo.trial import Outcome, Trial
 @pytest.mark.parametrize("name", QUICK)
 def test_a_model_is_brought_by_init_alone(tmp_path: Path, name: str) -> None:
     model = next(model for model in MODELS if model.name == name)
-    outcome = Trial().of(model, tmp_path)
+    outcome = Trial(measure_s=0.0).of(model, tmp_path)
     assert outcome.accepted, outcome.said
     assert outcome.built, outcome.said
     assert outcome.right, outcome

@@ -50,9 +50,11 @@ class LatencyHistogram:
 
     def quantile(self, share: float) -> float:
         """Upper edge (seconds) of the bucket of the latency that `share` of all are at or below; 0 without any."""
+        if not self.count:
+            return 0.0
         rank = math.ceil(share * self.count)
         bucket = int(np.searchsorted(np.cumsum(self.counts), max(rank, 1)))
-        return (*FINE_SECONDS, math.inf)[bucket] if self.count else 0.0
+        return FINE_SECONDS[bucket] if bucket < len(FINE_SECONDS) else math.inf
 
     def to_json(self) -> Json:
         """Occupied buckets by their position."""

@@ -57,16 +57,22 @@ def _log_evidence(
     a, b = (np.asarray(each, np.float64) for each in prior)
     with np.errstate(divide="ignore"):  # no mass is left on that side: no evidence
         kept = np.log(mass(a + passes, b + failures, limit)) - np.log(mass(a, b, limit))
-    return np.asarray(_log_bayes_factor(passes, failures, limit, prior) + kept)
+    return np.asarray(_log_predictive(passes, failures, prior) - _log_likelihood(passes, failures, limit) + kept)
 
 
-def _log_bayes_factor(good: Numbers, bad: Numbers, share: ArrayLike, prior: Prior) -> Numbers:
-    """Of the whole prior against one `share`."""
-    from scipy.special import betaln, xlog1py, xlogy
+def _log_predictive(good: Numbers, bad: Numbers, prior: Prior) -> Numbers:
+    """Likelihood of the counts, averaged over the whole prior."""
+    from scipy.special import betaln
 
     a, b = (np.asarray(each, np.float64) for each in prior)
-    likelihood = xlogy(good, share) + xlog1py(bad, -np.asarray(share))
-    return np.asarray(betaln(a + good, b + bad) - betaln(a, b) - likelihood)
+    return np.asarray(betaln(a + good, b + bad) - betaln(a, b))
+
+
+def _log_likelihood(good: Numbers, bad: Numbers, share: ArrayLike) -> Numbers:
+    """Of the counts, where the share of good rows is `share`."""
+    from scipy.special import xlog1py, xlogy
+
+    return np.asarray(xlogy(good, share) + xlog1py(bad, -np.asarray(share)))
 
 
 def share_bounds(good: ArrayLike, bad: ArrayLike, alpha: float, prior: Prior = PRIOR) -> tuple[Numbers, Numbers]:
@@ -75,12 +81,12 @@ def share_bounds(good: ArrayLike, bad: ArrayLike, alpha: float, prior: Prior = P
     All shares against which the evidence stays below 1/alpha (Robbins 1970; Howard et al. 2021). No rows: 0 and 1.
     """
     passes, failures = np.broadcast_arrays(np.asarray(good, np.float64), np.asarray(bad, np.float64))
-    rows, level = passes + failures, -math.log(alpha)
+    rows, least = passes + failures, _log_predictive(passes, failures, prior) + math.log(alpha)
     outside = np.stack([np.zeros_like(rows), np.ones_like(rows)])
     inside = np.where(rows > 0, passes / np.maximum(rows, 1.0), outside)
     for _ in range(HALVINGS):
         middle = (outside + inside) / 2
-        refuted = _log_bayes_factor(passes, failures, middle, prior) >= level
+        refuted = _log_likelihood(passes, failures, middle) <= least
         outside, inside = np.where(refuted, middle, outside), np.where(refuted, inside, middle)
     return outside[0], outside[1]
 
