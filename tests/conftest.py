@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,14 @@ def kept_from_the_collector() -> None:
     """Every variant that is opened collects garbage; it need not look through all that tests have imported."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def translations_are_read_once() -> None:
+    """Every export makes the same table of a thousand operators anew, for 0.6 s; no pass adds any to it."""
+    exporter = sys.modules.get("torch.onnx._internal.exporter._registration")
+    if exporter is not None and not hasattr(exporter.ONNXRegistry.from_torchlib, "cache_info"):
+        exporter.ONNXRegistry.from_torchlib = staticmethod(cache(exporter.ONNXRegistry.from_torchlib))
 
 
 @pytest.fixture(autouse=True)
