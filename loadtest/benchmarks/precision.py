@@ -65,7 +65,7 @@ TEXTS: Final[dict[str, Steps]] = {
     "bf16": [BF16],
     "bf16-autocast": [AUTOCAST],
     "fp16": [FP16],
-    "compiled": [COMPILE],
+    "compiled": [{**COMPILE, "buckets": []}],
     "aot": [AOT],
     "aot-bf16": [BF16, AOT],
     "onnx": [ORT],

@@ -44,7 +44,12 @@ class MeasuringTask(NamedTuple):
 
 
 def main(cache: str, key: str, origin: str, share: str, rows: str, answers: str) -> None:
-    """Measure the artifact `key`: write its outputs on the gate split to `answers` (.npz), print the rest as JSON."""
+    """Measure the artifact `key`: write its outputs on the gate split to `answers` (.npz), print the rest as JSON.
+
+    OpenMP's threads sleep while they wait for each other: nothing is timed here, and on a busy machine those that wait
+    busily keep the processors from those that they wait for.
+    """
+    os.putenv("OMP_WAIT_POLICY", "passive")  # libgomp reads it when torch is loaded, which is later
     task = MeasuringTask(ArtifactStore(Path(cache)), reopen_base(origin), key, read_share(share), int(rows))
     device = Device("measure", task.share.threads)
     try:
