@@ -32,7 +32,8 @@ def variants(*, texts: bool) -> Mapping[str, Steps]:
 def _prune(*, texts: bool) -> dict[str, Steps]:
     found: dict[str, Steps] = {"layers-2": [HALF]}
     if not texts:
-        return {**found, "channels-half": [{"kind": "prune_channels", "macs": 0.5}]}
+        half = {"kind": "prune_channels", "macs": 0.5}
+        return {**found, "channels-half": [half], "channels-half-by-8": [{**half, "round_to": 8}]}
     return found | {f"{what}-quarter": [{"kind": "prune_heads", what: 0.25}] for what in ("heads", "feed_forward")}
 
 
