@@ -12,12 +12,16 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 from pydantic import BaseModel
+from rich.console import Console
 
 from leanserve.artifacts.manifest import Recipe
 from leanserve.artifacts.store import ArtifactStore, checksums
 from leanserve.bases.loaded import LoadedBase
 from leanserve.bases.opening import open_base
 from leanserve.bases.origin import Origin
+from leanserve.build.builder import Builder
+from leanserve.build.progress import BuildProgress
+from leanserve.context import AppContext
 from leanserve.contracts import Array, ArrayData, Arrays, Base, ModelSpec, Result
 from leanserve.errors import ArtifactCorrupt
 from leanserve.evaluation.measure import outputs_on
@@ -139,6 +143,31 @@ def test_a_measurement_of_an_older_version_is_made_again(tmp_path: Path, base: L
     assert (store.folder("a" * 64) / "quality.json").exists()
     with pytest.raises(ArtifactCorrupt, match="another version"):  # by which the builder measures again
         store.measurement("a" * 64)
+
+
+TOLD = """
+import ctypes
+import torch
+
+INPUTS = ({"name": "x", "dtype": "float32", "shape": (4,)},)
+
+class Told(torch.nn.Module):
+    def forward(self, x):
+        read = ctypes.CDLL(None).getenv
+        read.restype = ctypes.c_char_p
+        return x[:, :1] * 0 + float(read(b"OMP_WAIT_POLICY") == b"passive")
+"""
+
+
+def test_threads_wait_asleep_for_each_other_where_nothing_is_timed(tmp_path: Path) -> None:
+    (tmp_path / "told.py").write_text(TOLD)
+    (tmp_path / "c.yaml").write_text("base: {python: 'told:Told'}\ndata: {synthetic: 8}\nvariants: [{name: float}]\n")
+    context = AppContext(tmp_path / "c.yaml", tmp_path / "cache")
+    [(_, steps)] = context.plan.recipes
+    progress = BuildProgress(Console(), 0)
+    recipe = Builder(context.store, context.config, context.base, context.hardware, progress).make(steps[0])
+    _, answers = measure(context.store, context.base, recipe, None, context.hardware)
+    assert (answers.outputs[0] == 1).all()
 
 
 def test_outputs_of_batches_of_different_lengths_are_filled_up() -> None:
