@@ -19,7 +19,7 @@ from report_samples import HOSTILE, NO_CLASSES, a_few, artifact, changed, classe
 
 
 def printed(reports: list[VariantReport], width: int) -> str:
-    console = Console(file=StringIO(), width=width)
+    console = Console(file=StringIO(), width=width, force_terminal=True, color_system=None)
     print_table(reports, console)
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
@@ -198,9 +198,17 @@ def test_the_tables_show_every_number_uncut(width: int) -> None:
 def test_long_numbers_leave_room_for_names() -> None:
     sure = {"score": 1.0, "score_low": 0.995, "score_high": 1.0, "drop_high": 0.005, "waited": 0.8}
     text = printed(changed(a_few(), sure), 80)
-    assert max(map(len, text.splitlines())) <= 80
+    assert max(map(len, text.splitlines())) <= 82, "four characters of every name"
     for cell in ("100.00 [99.50, 100.00]", "0.50)", "80%"):
         assert re.search(rf"^ int8 .*{re.escape(cell)}", text, flags=re.MULTILINE), cell
+
+
+def test_in_a_file_names_are_whole() -> None:
+    file = StringIO()
+    print_table(a_few(), Console(file=file, width=40))
+    lines = [line for line in file.getvalue().splitlines() if line.startswith(" pruned ")]
+    assert any("%" in line for line in lines)
+    assert "fold_bn " in file.getvalue()
 
 
 def test_an_excluded_variant_is_printed_with_its_reason() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
+from rich.measure import Measurement, measure_renderables
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +23,8 @@ from leanserve.report.summary import HourlyPrice, MeasuredArtifact, Summary, Var
 if TYPE_CHECKING:
     from rich.console import Console
 
+NAME, NAME_IN_FILE, ANY = 4, 15, 10_000
+"""Characters that a name has at least, on a terminal and elsewhere; and a width for anything."""
 STYLES = {"serving": "", "excluded": "red", "reference": "dim"}
 
 
@@ -34,27 +37,29 @@ def print_table(
 ) -> None:
     """Print the verdict, tables of answers and of cost, and every variant's gains pass by pass.
 
-    Nothing is cut off at any width: where the console is narrow, names wrap. `elsewhere` tells that the numbers were
-    measured on another machine; it is printed, and what depends on the machine is marked.
+    Nothing is cut off at any width: where the console is narrow, names wrap, and where that is not enough, lines are
+    longer than it. `elsewhere` tells that the numbers were measured on another machine; it is printed, and what depends
+    on the machine is marked.
 
     Raises:
         ValueError: there is no variant to report.
     """
     summary = summarise(reports, caveats, elsewhere, price)
     console.print(_verdict(summary))
-    console.print(_variants_table(summary))
+    _print(console, _variants_table(summary))
     told = answers(summary.measured)
-    console.print(_numbers_table("Answers", [column for column in told if column not in AT_WORST], summary))
-    console.print(_numbers_table("Answers, at worst", [column for column in told if column in AT_WORST], summary))
+    _print(console, _numbers_table("Answers", [column for column in told if column not in AT_WORST], summary))
+    _print(console, _numbers_table("Answers, at worst", [column for column in told if column in AT_WORST], summary))
     if by_output(summary.measured):
-        console.print(_outputs_table(summary))
-    console.print(
-        _numbers_table(f"Cost: speed{summary.mark}", speed(summary.measured, summary.batches, summary.price), summary)
+        _print(console, _outputs_table(summary))
+    _print(
+        console,
+        _numbers_table(f"Cost: speed{summary.mark}", speed(summary.measured, summary.batches, summary.price), summary),
     )
-    console.print(_numbers_table(f"Cost: size and building{summary.mark}", footprint(summary.measured), summary))
+    _print(console, _numbers_table(f"Cost: size and building{summary.mark}", footprint(summary.measured), summary))
     for variant in summary.variants:
         if variant.passes:
-            console.print(_waterfall_table(variant, summary))
+            _print(console, _waterfall_table(variant, summary))
     for line in hardware(summary):
         console.print(Text(line, style="dim"))
 
@@ -142,6 +147,21 @@ def _name(variant: VariantSummary, summary: Summary) -> Text:
 
 def _cells(columns: Iterable[Column], measured: MeasuredArtifact) -> list[str]:
     return [column.cell(measured) for column in columns]
+
+
+def _print(console: Console, table: Table) -> None:
+    """Where numbers would leave too little for names, the lines are longer than the console is wide."""
+    name = NAME if console.is_terminal else NAME_IN_FILE
+    width, options = console.width, console.options.update(max_width=ANY)
+    found = [measure_renderables(console, options, tuple(column.cells)) for column in table.columns]
+    between = Measurement.get(console, options, table).minimum - sum(cells.minimum for cells in found)
+    least = [
+        cells.maximum if column.no_wrap else min(cells.minimum, name)
+        for column, cells in zip(table.columns, found, strict=True)
+    ]
+    console.width = max(width, between + sum(least))
+    console.print(table)
+    console.width = width
 
 
 def _table(title: str, words: Iterable[str], columns: Iterable[Column | OutputMeasure]) -> Table:
