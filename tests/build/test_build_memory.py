@@ -65,9 +65,10 @@ def batches(*rows: int) -> list[Arrays]:
 
 
 def test_sizes_that_are_timed_end_with_what_fits() -> None:
-    assert interleaved_benchmark.sizes_up_to([32]) == [1, 8, 32]
-    assert interleaved_benchmark.sizes_up_to([4]) == [1, 4]
-    assert interleaved_benchmark.sizes_up_to([32, 16, 1]) == [1, 8, 16, 32]
+    assert interleaved_benchmark.sizes_up_to([32], 1.0) == [1, 8, 32]
+    assert interleaved_benchmark.sizes_up_to([4], 1.0) == [1, 4]
+    assert interleaved_benchmark.sizes_up_to([32, 16, 1], 1.0) == [1, 8, 16, 32]
+    assert interleaved_benchmark.sizes_up_to([32, 4], 0.0) == [1]
 
 
 def test_only_what_fits_is_timed_and_what_does_not_beside_others_is_left_out() -> None:

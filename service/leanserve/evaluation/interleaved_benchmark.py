@@ -44,8 +44,7 @@ MOST_ROUNDS = 3 * ROUNDS
 """However many of them are disturbed: what has not passed by then stays for longer than anybody waits."""
 ROUND_S = 0.03
 LEAST_S = 20.0
-"""For a group of artifacts, however little time there is for all, if any: below that only single rows of many models
-would be timed."""
+"""For a group of artifacts, whatever the time for all: below that only single rows of many models would be timed."""
 GROUP = 3
 """Artifacts that are loaded at a time, besides the anchor."""
 
@@ -79,9 +78,9 @@ def wherever(_: str) -> None:
     """A `Seat` that leaves the lane to the kernel."""
 
 
-def sizes_up_to(limits: Iterable[int]) -> list[int]:
-    """Rows of the batches that are timed where these are the largest that fit into memory."""
-    return sorted({min(rows, limit) for limit in limits for rows in BATCHES})
+def sizes_up_to(limits: Iterable[int], seconds: float) -> list[int]:
+    """Rows of the batches that are timed where these are the largest that fit into memory: single ones in no time."""
+    return sorted({min(rows, limit) for limit in limits for rows in (BATCHES if seconds else BATCHES[:1])})
 
 
 def examples(spec: ModelSpec, sizes: Iterable[int]) -> list[Arrays]:
@@ -250,7 +249,8 @@ class InterleavedBenchmark(NamedTuple):
             self.progress(number + done, groups, f"{note}, {busy} rounds disturbed by other work" if busy else note)
 
         end = time.perf_counter() + self.seconds / groups
-        sizes = self._affordable(backends, sizes_up_to(limits[key] for key in backends), self.seconds / groups)
+        sizes = sizes_up_to((limits[key] for key in backends), self.seconds)
+        sizes = self._affordable(backends, sizes, self.seconds / groups)
         batches = {key: examples(self.spec_of(key), sizes) for key in backends}
         for measured in rounds_of(backends, batches, ROUND_S, limits, self.seat, tell):
             rounds.append(measured)
@@ -261,7 +261,7 @@ class InterleavedBenchmark(NamedTuple):
     def _affordable(self, backends: Mapping[str, Backend], sizes: Sequence[int], seconds: float) -> list[int]:
         """The sizes of which there is time for the fewest rounds; by the time of a single row, which always is."""
         of_a_row = sum(_second_run(backend, examples(self.spec_of(key), [1])[0]) for key, backend in backends.items())
-        most = (max(seconds, LEAST_S) if seconds else 0.0) / FEWEST_ROUNDS / max(of_a_row, 1e-9)
+        most = max(seconds, LEAST_S) / FEWEST_ROUNDS / max(of_a_row, 1e-9)
         return [rows for rows in sizes if rows <= max(most, min(sizes))]
 
 

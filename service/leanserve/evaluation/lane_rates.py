@@ -52,8 +52,7 @@ def main(cache: str, origin: str, share: str, seconds: str, *artifacts: str) -> 
             processors = whole.processors if threads == whole.threads else ()
             return open_backend(load_model(store, base, key), whole._replace(threads=threads, processors=processors))
 
-        sizes = sizes_up_to([rows]) if float(seconds) else [1]
-        batches = examples(store.ancestry(key)[-1].spec, sizes)
+        batches = examples(store.ancestry(key)[-1].spec, sizes_up_to([rows], float(seconds)))
         own = whole.processors if store.format_of(key).places_threads else ()
         rates[key] = lane_rates(load, batches, whole.threads, float(seconds) / len(artifacts), numbers, own)
     sys.stdout.write(json.dumps(rates) + "\n")
