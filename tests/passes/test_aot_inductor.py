@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch._inductor.config
+import torch.fx.experimental._config
 from torch import nn
 
+from hybrid_net import hybrid_base
 from leanserve.contracts import ModelSpec, OnnxModel, Share, TensorSpec, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.composition import find_violation
 from leanserve.passes.families.precision.cast import Cast
 from leanserve.passes.families.runtime.aot_inductor import AotInductor
+from leanserve.passes.families.runtime.channels_last import ChannelsLast
 from leanserve.passes.families.runtime.onnxruntime import OnnxRuntime
+from leanserve.passes.toolkit.lowering import exported_program
 from leanserve.runtime.backends.pytorch import TorchBackend
 from leanserve.runtime.formats import format_named, open_backend
 from leanserve.runtime.formats.aot_inductor import PackagedModel
@@ -73,6 +78,20 @@ def test_a_cast_model_is_compiled_with_its_conversions(tmp_path: Path) -> None:
     for rows in ROWS:
         batch = IMAGES.example(rows)
         assert ours.run(batch).outputs[0] == pytest.approx(theirs.run(batch).outputs[0], abs=0.1)
+
+
+def test_kernels_stored_channels_last_are_exported_for_a_single_row_too(tmp_path: Path) -> None:
+    base = hybrid_base()
+    model = base.model()
+    last = ChannelsLast().apply(model, context_of(base, tmp_path)).model
+    assert isinstance(last, TorchModel)
+    sizes: Any = torch.fx.experimental._config
+    with sizes.patch(backed_size_oblivious=True):  # as packages are made
+        program = exported_program(last).module()
+    for rows in (1, 3):
+        batch = [torch.from_numpy(array) for array in base.spec.example(rows)]
+        assert program(*batch).detach().numpy() == pytest.approx(model.module(*batch).detach().numpy(), abs=1e-4)
+    assert not all(weight.is_contiguous() for weight in last.module.parameters())
 
 
 class Decides(nn.Module):

@@ -12,6 +12,7 @@ dropped: the same model gives the same bytes.
 from __future__ import annotations
 
 import ast
+import copy
 import logging
 import warnings
 from collections import Counter
@@ -94,7 +95,7 @@ def exported_program(model: TorchModel) -> torch.export.ExportedProgram:
     shapes = tuple(dict.fromkeys(_dynamic_axes(item, spec.rows), torch.export.Dim.AUTO) for item in spec.inputs)
     with _quiet(), recurrent_shapes(), torch.no_grad():
         try:
-            program = torch.export.export(model.module, example, dynamic_shapes=shapes)
+            program = torch.export.export(_kernels_in_order(model.module), example, dynamic_shapes=shapes)
             ours, theirs = model.module, program.module()
             for rows, length in CHECKS:
                 batch = [torch.from_numpy(array) for array in spec.example(spec.most_rows(rows), length, seed=rows)]
@@ -102,6 +103,21 @@ def exported_program(model: TorchModel) -> torch.export.ExportedProgram:
         except (RuntimeError, AssertionError, ValueError) as error:
             raise PassFailed(f"the model cannot be exported as a program: {_reason(error)}") from error
     return program
+
+
+def _kernels_in_order(module: torch.nn.Module) -> torch.nn.Module:
+    """The module, or a copy of it whose kernels are stored in the order of their axes.
+
+    With any other order torch.export guards a program that is for all numbers of rows against a single one, whose
+    order is ambiguous. Whatever compiles the program chooses an order of its own.
+    """
+    if all(weight.is_contiguous() for weight in module.parameters() if weight.ndim == 4):
+        return module
+    module = copy.deepcopy(module)
+    for weight in module.parameters():
+        if weight.ndim == 4:
+            weight.data = weight.data.contiguous()
+    return module
 
 
 def open_session(model: Path | onnx.ModelProto, threads: int = 1) -> onnxruntime.InferenceSession:
