@@ -256,6 +256,23 @@ def test_a_layer_fitted_to_what_it_is_given_now_answers_better(tmp_path: Path) -
         LowrankConv(rank=4, asymmetric=True, approximate="weight")
 
 
+def test_layers_that_the_answers_hardly_show_pay_for_the_others(tmp_path: Path) -> None:
+    base = image_base(Residual())
+    with torch.no_grad():
+        norm = base.teacher.get_submodule("norm2")
+        norm.get_parameter("weight").mul_(0.01)  # of whatever the block does, a hundredth is seen
+    wanted, errors = answers(base.teacher, base), {}
+    for sensitivity in ("energy", "answers"):
+        options = {"scheme": "channel", "macs": 0.6, "round_to": 4, "sensitivity": sensitivity}
+        module, result = applied(LowrankConv.model_validate(options), base, tmp_path)
+        assert result.facts["macs_ratio"] <= 0.6
+        errors[sensitivity] = float((answers(module, base) - wanted).norm())
+    assert errors["answers"] < 0.5 * errors["energy"]
+    assert result.decisions["left"]["down"] == "the answers lose less by the other layers"
+    with pytest.raises(PassFailed, match=r"macs: 0.001 cannot be reached, the lowest ranks still leave 0.351"):
+        applied(LowrankConv(macs=0.001, scheme="channel", sensitivity="answers"), base, tmp_path)
+
+
 def test_ranks_by_time_leave_alone_what_is_measured_to_be_no_faster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from leanserve.passes.toolkit.factors import cholesky_scale, input_basis
 from leanserve.passes.toolkit.norm_statistics import settle_batch_norm
 from leanserve.passes.toolkit.targets import Targets
 from structural_nets import answers, row_base
-from tiny_base import TinyBase, context_of
+from tiny_base import TinyBase, context_of, lively
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -222,3 +222,31 @@ def test_a_layer_fitted_to_what_it_is_given_now_answers_better(tmp_path: Path) -
     assert errors[True] < 0.98 * errors[False]
     with pytest.raises(ValidationError, match="asymmetric fits layers to outputs, as svd_llm does"):
         LowrankLinear(rank=4, asymmetric=True, method="svd")
+
+
+class Whisper(nn.Module):
+    """A shortcut around a layer, of which a hundredth is seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(24, 64)
+        self.whispers = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 32)
+
+    def forward(self, row: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(row))
+        logits: torch.Tensor = self.head(x + 0.01 * self.whispers(x))
+        return logits
+
+
+def test_layers_that_the_answers_hardly_show_pay_for_the_others(tmp_path: Path) -> None:
+    outputs = (TensorSpec("logits", "float32", (32,), meaning="logits"),)
+    base = row_base()
+    base = replace(base, teacher=lively(Whisper(), seed=2), spec=replace(base.spec, outputs=outputs))
+    wanted, errors = answers(base.teacher, base), {}
+    for sensitivity in ("energy", "answers"):
+        options = {"macs": 0.4, "round_to": 1, "sensitivity": sensitivity}
+        module, result = applied(LowrankLinear.model_validate(options), base, tmp_path)
+        assert result.facts["macs_ratio"] <= 0.4
+        errors[sensitivity] = float((answers(module, base) - wanted).norm())
+    assert errors["answers"] < 0.9 * errors["energy"]

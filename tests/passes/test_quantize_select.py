@@ -14,8 +14,9 @@ from leanserve.contracts import BuildContext, CandidateQuality, Json, Model, Onn
 from leanserve.errors import PassFailed
 from leanserve.evaluation.candidates import CandidateEvaluator
 from leanserve.passes.families.quantize.quantize_select import QuantizeSelect, _Search
-from leanserve.passes.toolkit.layer_damage import Damage, Notes, damage, ranked
+from leanserve.passes.toolkit.layer_damage import Damage, damage, ranked
 from leanserve.passes.toolkit.lowering import export_onnx
+from leanserve.passes.toolkit.notes import Notes
 from structural_nets import Perceptron, row_base
 from tiny_base import TinyBase, context_of, lively
 

@@ -30,6 +30,7 @@ FLAT = [1.0] * 100
         {"rank": 4, "round_to": 8},
         {"macs": 1.0},
         {"vbmf": True, "rank": 4},
+        {"energy": 0.9, "sensitivity": "answers"},
     ],
 )
 def test_exactly_one_rule(options: dict[str, float]) -> None:

@@ -10,9 +10,10 @@ Applications", 2016). These three are exact at full rank. `Cp`: 1 x 1, k x 1 and
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from leanserve.passes.toolkit.cp_factors import cp_factors, fitted_factors
 from leanserve.passes.toolkit.factors import Basis, cholesky_scale, input_basis, output_basis, regress
 from leanserve.passes.toolkit.layer_calls import Call, positions
 from leanserve.passes.toolkit.layer_times import seconds_of
-from leanserve.passes.toolkit.ranks import Ranks
+from leanserve.passes.toolkit.rank_ladders import Ranks
 
 Approximate: TypeAlias = Literal["weight", "output"]
 
@@ -116,6 +117,13 @@ class ConvSplit(ABC):
                 conv.weight.copy_(weight)
             if (last := self.convs[-1]).bias is not None:
                 last.bias.copy_(torch.zeros_like(last.bias) if self.conv.bias is None else self.conv.bias)
+
+    def trial(self, bases: Sequence[Basis], ranks: Ranks, *, bias: bool) -> Self:
+        """The same convolution with a chain of its own, by what was looked at here."""
+        made = copy.copy(self)
+        made._answers = Moments()
+        made.fill(bases, ranks, bias=bias)
+        return made
 
     def compare(self, x: Tensor, y: Tensor) -> None:
         """Take in what the last convolution of the chain sees, beside what it should answer."""

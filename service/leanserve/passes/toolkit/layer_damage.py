@@ -6,9 +6,7 @@ model on the same rows: by signal-to-noise ratio, and by divergence where an out
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -67,25 +65,6 @@ def _sqnr_db(pairs: Sequence[tuple[Array, Array]]) -> float:
     if not noise or not signal:
         return MOST_DB if not noise else -MOST_DB
     return float(np.clip(10 * np.log10(signal / noise), -MOST_DB, MOST_DB))
-
-
-class Notes:
-    """What has been found out so far, in a file: a search that was interrupted goes on from it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known: dict[str, Json] = {}
-        if path.exists():
-            self._known = json.loads(path.read_text(encoding="utf-8"))
-
-    def once(self, key: str, find: Callable[[], Json]) -> Json:
-        """What is known under a key, else what `find` gives, which is written down."""
-        if key not in self._known:
-            self._known[key] = find()
-            fresh = self._path.with_suffix(".new")
-            fresh.write_text(json.dumps(self._known), encoding="utf-8")
-            fresh.replace(self._path)
-        return self._known[key]
 
 
 def ranked(damages: Sequence[Damage], by: str) -> list[Damage]:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Literal, NamedTuple, Self, TypeAlias
 
 from pydantic import BaseModel, Field, model_validator
 
 from leanserve.errors import PassFailed
+from leanserve.passes.toolkit.rank_ladders import Ranks, Rung, ladder, least_loss
 
-Ranks: TypeAlias = tuple[int, ...]
+Losses: TypeAlias = Callable[[Sequence[Ranks]], Sequence[float]]
+"""Distances of a model's answers from what they are, with each of these ranks of one layer alone."""
 
 DEFAULT_MULTIPLE = 16
 """Chosen ranks are rounded up to it: kernels work on whole vectors, and 16 floats fill the widest (AVX-512)."""
@@ -35,6 +39,7 @@ class Candidate:
     sides: tuple[tuple[int, int], ...] = ()
     seconds: Callable[[Ranks], float] | None = None
     """Measured time of a row with given ranks; with none, of the layer as it is."""
+    losses: Losses | None = None
 
     def price(self, ranks: Ranks, *, timed: bool) -> float:
         """In seconds or MACs of a row; without ranks, of the layer as it is."""
@@ -66,6 +71,9 @@ class RankRule(BaseModel):
     """Keep what of each layer's weight is more than noise, by variational Bayes."""
     round_to: int | None = Field(default=None, ge=1)
     """Ranks chosen by any of these but `rank` are rounded up to a multiple of it; 16 by default."""
+    sensitivity: Literal["energy", "answers"] = "energy"
+    """What `macs` or `latency` look at to divide a model among its layers: the energy of each, or what the answers to
+    calibration rows lose by each layer alone, measured at a few ranks."""
     break_even: Literal["macs", "time"] | None = None
     """By what a layer must get cheaper to be factorised; `time` is measured here. By default as ranks are chosen."""
 
@@ -78,6 +86,8 @@ class RankRule(BaseModel):
             )
         if self.rank is not None and self.round_to is not None:
             raise ValueError("round_to rounds chosen ranks; with rank there is nothing to choose, so drop one of them")
+        if self.sensitivity == "answers" and self.macs is None and self.latency is None:
+            raise ValueError("sensitivity: answers divides what macs or latency leave; give one of them, or drop it")
         if self.latency is not None and self.break_even == "macs":
             raise ValueError("latency chooses by time, and so does its break-even; drop break_even: macs")
         return self
@@ -101,6 +111,8 @@ class RankRule(BaseModel):
             cost, dense = (candidate.price(given, timed=self.times) for given in (ranks, ()))
             if cost < dense:
                 choice.ranks[name] = ranks
+            elif not ranks:
+                choice.left[name] = "the answers lose less by the other layers"
             else:
                 told = f"{cost / (dense or 1):.2f} times the layer's {'time' if self.times else 'MACs'}"
                 choice.left[name] = f"rank {'x'.join(map(str, ranks))} would cost {told}"
@@ -122,14 +134,17 @@ class RankRule(BaseModel):
             return self._by_energy(candidates, self.energy)
         if self.vbmf:
             return {name: self._above_noise(candidate) for name, candidate in candidates.items()}
-        return self._by_cost(candidates, total, self.macs or self.latency or 0.0)
+        share = self.macs or self.latency or 0.0
+        if self.sensitivity == "answers":
+            return self._by_answers(candidates, total, share)
+        return self._by_cost(candidates, total, share)
 
     def _by_energy(self, candidates: Mapping[str, Candidate], energy: float) -> dict[str, Ranks]:
+        return {name: self._with_energy(candidate, energy) for name, candidate in candidates.items()}
+
+    def _with_energy(self, candidate: Candidate, energy: float) -> Ranks:
         multiple = self.round_to or DEFAULT_MULTIPLE
-        return {
-            name: tuple(_rank(spectrum, energy, multiple) for spectrum in candidate.spectra)
-            for name, candidate in candidates.items()
-        }
+        return tuple(_rank(spectrum, energy, multiple) for spectrum in candidate.spectra)
 
     def _above_noise(self, candidate: Candidate) -> Ranks:
         from leanserve.passes.toolkit.noise_rank import directions_above_noise
@@ -154,15 +169,32 @@ class RankRule(BaseModel):
 
         low, high = 0.0, 1.0
         if (least := remaining(low)) > share:
-            what = "time" if timed else "MACs"
-            [name] = self._given
-            raise PassFailed(
-                f"{name}: {share} cannot be reached, the lowest ranks still leave {least:.3f} of the {what}"
-            )
+            raise self._out_of_reach(share, least)
         for _ in range(30):
             middle = (low + high) / 2
             low, high = (middle, high) if remaining(middle) <= share else (low, middle)
         return self._by_energy(candidates, low)
+
+    def _by_answers(self, candidates: Mapping[str, Candidate], total: float, share: float) -> dict[str, Ranks]:
+        """Those with which the model fits into its share of the cost and the answers lose least."""
+        ladders = {name: self._ladder(candidate) for name, candidate in candidates.items()}
+        fixed = total - sum(rungs[0].cost for rungs in ladders.values())
+        found = least_loss(ladders, share * total - fixed)
+        if found is None:
+            least = fixed + sum(min(rung.cost for rung in rungs) for rungs in ladders.values())
+            raise self._out_of_reach(share, least / total)
+        return found
+
+    def _ladder(self, candidate: Candidate) -> list[Rung]:
+        assert candidate.losses is not None
+        shares = sorted({float(part) for spectrum in candidate.spectra for part in _kept_shares(spectrum)})
+        ranks = list(dict.fromkeys(self._with_energy(candidate, share) for share in shares))
+        return ladder(ranks, partial(candidate.price, timed=self.latency is not None), candidate.losses)
+
+    def _out_of_reach(self, share: float, least: float) -> PassFailed:
+        [name] = self._given
+        what = "MACs" if self.latency is None else "time"
+        return PassFailed(f"{name}: {share} cannot be reached, the lowest ranks still leave {least:.3f} of the {what}")
 
     def _rule(self) -> str:
         [name] = self._given
@@ -173,6 +205,12 @@ class RankRule(BaseModel):
         return [
             name for name in ("rank", "energy", "macs", "latency", "vbmf") if getattr(self, name) not in (None, False)
         ]
+
+
+def _kept_shares(spectrum: Sequence[float]) -> list[float]:
+    """Of the energy, by the rank."""
+    whole = sum(spectrum) or 1.0
+    return [kept / whole for kept in accumulate(spectrum)]
 
 
 def _rank(spectrum: Sequence[float], energy: float, multiple: int) -> int:

@@ -15,15 +15,15 @@ times as fast in torch and 2.0-2.3 times in ONNX Runtime.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from leanserve.contracts import BuildContext, Json, Model, TorchModel
+from leanserve.contracts import BuildContext, Data, Json, Model, TorchModel
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
-from leanserve.passes.toolkit.ranks import Candidate, Choice, RankRule
+from leanserve.passes.toolkit.ranks import Candidate, Choice, Losses, RankRule
 from leanserve.passes.toolkit.targets import Targets
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from leanserve.passes.toolkit.conv_splits import ConvSplit
     from leanserve.passes.toolkit.factors import Basis
+    from leanserve.passes.toolkit.rank_ladders import Ranks
 
 
 class LowrankConv(RankRule, Pass):
@@ -80,8 +81,9 @@ class LowrankConv(RankRule, Pass):
         splits, left = self._splits(made)
         bases = self._bases(made, splits, context)
         spectra = {name: tuple(basis.energies.tolist() for basis in bases[name]) for name in splits}
+        losses = self._losses(made, splits, bases, context) if self.sensitivity == "answers" else {}
         candidates = {
-            name: Candidate(spectra[name], split.dense, split.cost, split.sides, cache(split.seconds))
+            name: Candidate(spectra[name], split.dense, split.cost, split.sides, cache(split.seconds), losses.get(name))
             for name, split in splits.items()
         }
         with inference(context.threads):
@@ -142,6 +144,30 @@ class LowrankConv(RankRule, Pass):
             self._watch(model, splits, context, "look")
         return {name: split.bases(self.approximate) for name, split in splits.items()}
 
+    def _losses(
+        self,
+        model: TorchModel,
+        splits: Mapping[str, ConvSplit],
+        bases: Mapping[str, tuple[Basis, ...]],
+        context: BuildContext,
+    ) -> dict[str, Losses]:
+        from torch import nn
+
+        from leanserve.passes.toolkit.activations import observe
+        from leanserve.passes.toolkit.layer_losses import losses_by_layer
+
+        def chains(name: str, ranks: Sequence[Ranks], data: Data) -> list[nn.Module]:
+            conv = splits[name].conv
+            trials = [splits[name].trial(bases[name], item, bias=self._has_bias(conv)) for item in ranks]
+            if self.approximate == "output":
+                observe(model, {name: conv}, data, partial(_compare, trials), lambda *_: None)
+                for trial in trials:
+                    trial.refit()
+            return [nn.Sequential(*trial.convs).eval() for trial in trials]
+
+        layers = {name: split.conv for name, split in splits.items()}
+        return losses_by_layer(model, layers, chains, self.samples, context)
+
     def _fill(self, splits: Mapping[str, ConvSplit], bases: Mapping[str, tuple[Basis, ...]], choice: Choice) -> None:
         for name, split in splits.items():
             split.fill(bases[name], choice.ranks[name], bias=self._has_bias(split.conv))
@@ -172,7 +198,7 @@ class LowrankConv(RankRule, Pass):
         for done, (name, split) in enumerate(splits.items()):
             context.progress(done, len(splits), "fitting layers")
             replace(model.module, split.conv, nn.Sequential(*split.convs).eval())
-            observe_beside(model, whole, name, data, partial(_compare, split))
+            observe_beside(model, whole, name, data, partial(_compare, [split]))
             split.refit()
 
     def _watch(
@@ -193,5 +219,6 @@ class LowrankConv(RankRule, Pass):
         return conv.bias is not None or self.approximate == "output"
 
 
-def _compare(split: ConvSplit, _: str, x: Tensor, y: Tensor) -> None:
-    split.compare(x, y)
+def _compare(splits: Sequence[ConvSplit], _: str, x: Tensor, y: Tensor) -> None:
+    for split in splits:
+        split.compare(x, y)

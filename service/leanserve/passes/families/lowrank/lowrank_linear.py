@@ -19,7 +19,8 @@ from pydantic import Field, model_validator
 
 from leanserve.contracts import BuildContext, Data, Json, Model, TorchModel
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
-from leanserve.passes.toolkit.ranks import Candidate, RankRule, Ranks
+from leanserve.passes.toolkit.rank_ladders import Ranks
+from leanserve.passes.toolkit.ranks import Candidate, Losses, RankRule
 from leanserve.passes.toolkit.targets import Targets
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class LowrankLinear(RankRule, Pass):
 
     def apply(self, model: Model, context: BuildContext) -> Applied:
         from leanserve.passes.toolkit.layer_calls import execution_order
+        from leanserve.passes.toolkit.layer_losses import losses_by_layer
         from leanserve.passes.toolkit.layer_times import ratio_of, seconds_of_row
         from leanserve.passes.toolkit.norm_statistics import settle_batch_norm
         from leanserve.passes.toolkit.structure import copy_of, replace
@@ -72,9 +74,13 @@ class LowrankLinear(RankRule, Pass):
         macs, parameters = count_macs(made), count_parameters(made)
         layers, left = self._layers(made)
         bases = self._bases(made, layers, context)
+        losses = {}
+        if self.sensitivity == "answers":
+            instead = partial(_pairs, layers, bases)
+            losses = losses_by_layer(made, layers, instead, self.samples, context)
         with inference(context.threads):
             total = macs if self.latency is None else seconds_of_row(made)
-            choice = self.choose(_candidates(made, layers, bases), total, left)
+            choice = self.choose(_candidates(made, layers, bases, losses), total, left)
         whole = TorchModel(copy.deepcopy(made.module), made.spec)
         rows = context.base.data("calibration", self.samples, made.spec)
         for name in execution_order(made, {name: layers[name] for name in choice.ranks}):
@@ -143,7 +149,15 @@ class LowrankLinear(RankRule, Pass):
         return {name: input_basis(weight, scales[name]) for name, weight in weights.items()}
 
 
-def _candidates(model: TorchModel, layers: Mapping[str, nn.Linear], bases: Mapping[str, Basis]) -> dict[str, Candidate]:
+def _pairs(
+    layers: Mapping[str, nn.Linear], bases: Mapping[str, Basis], name: str, ranks: Sequence[Ranks], _: Data
+) -> list[nn.Module]:
+    return [_factorised(layers[name], bases[name], rank) for (rank,) in ranks]
+
+
+def _candidates(
+    model: TorchModel, layers: Mapping[str, nn.Linear], bases: Mapping[str, Basis], losses: Mapping[str, Losses]
+) -> dict[str, Candidate]:
     from leanserve.passes.toolkit.layer_calls import positions, trace_calls
 
     calls = trace_calls(model, layers)
@@ -155,6 +169,7 @@ def _candidates(model: TorchModel, layers: Mapping[str, nn.Linear], bases: Mappi
             partial(_cost, places[name] * (layer.in_features + layer.out_features)),
             ((layer.in_features, layer.out_features),),
             cache(partial(_seconds, layer, calls[name])),
+            losses.get(name),
         )
         for name, layer in layers.items()
     }

@@ -24,7 +24,8 @@ from leanserve.passes.toolkit.int8_on_gpu import no_int8_on_gpu
 from leanserve.passes.toolkit.static_quantization import StaticOptions
 
 if TYPE_CHECKING:
-    from leanserve.passes.toolkit.layer_damage import Damage, Notes
+    from leanserve.passes.toolkit.layer_damage import Damage
+    from leanserve.passes.toolkit.notes import Notes
     from leanserve.passes.toolkit.static_quantization import Calibrated
 
 
@@ -66,7 +67,8 @@ class QuantizeSelect(StaticOptions, Pass):
     def apply(self, model: Model, context: BuildContext) -> Applied:
         import onnx
 
-        from leanserve.passes.toolkit.layer_damage import Notes, ranked, table
+        from leanserve.passes.toolkit.layer_damage import ranked, table
+        from leanserve.passes.toolkit.notes import Notes
         from leanserve.passes.toolkit.onnx_graph import fused_graph
 
         graph = fused_graph(model, context.scratch)
