@@ -38,11 +38,14 @@ def _prune(*, texts: bool) -> dict[str, Steps]:
 
 
 def _lowrank(*, texts: bool) -> dict[str, Steps]:
+    asked: dict[str, Any] = {"sensitivity": "answers"}
     if texts:
-        methods = ("svd", "asvd", "svd_llm")
-        return {item: [{"kind": "lowrank_linear", "macs": 0.7, "method": item}] for item in methods}
-    schemes = ("spatial", "channel", "tucker2", "cp", "depthwise")
-    return {item: [{"kind": "lowrank_conv", "macs": 0.5, "scheme": item}] for item in schemes}
+        linear = {"kind": "lowrank_linear", "macs": 0.7}
+        found: dict[str, Steps] = {item: [{**linear, "method": item}] for item in ("svd", "asvd", "svd_llm")}
+        return {**found, "svd_llm-answers": [{**linear, **asked}]}
+    conv = {"kind": "lowrank_conv", "macs": 0.5}
+    found = {item: [{**conv, "scheme": item}] for item in ("spatial", "channel", "tucker2", "cp", "depthwise")}
+    return {**found, "spatial-answers": [{**conv, **asked}], "depthwise-answers": [{**found["depthwise"][0], **asked}]}
 
 
 def _sparsity(*, texts: bool) -> dict[str, Steps]:
