@@ -250,3 +250,10 @@ def test_layers_that_the_answers_hardly_show_pay_for_the_others(tmp_path: Path) 
         assert result.facts["macs_ratio"] <= 0.4
         errors[sensitivity] = float((answers(module, base) - wanted).norm())
     assert errors["answers"] < 0.9 * errors["energy"]
+
+
+def test_answers_without_a_distance_tell_nothing(tmp_path: Path) -> None:
+    base = row_base()
+    base = replace(base, spec=replace(base.spec, outputs=(TensorSpec("class", "int64", ()),)))
+    with pytest.raises(PassFailed, match="sensitivity: answers needs outputs with a distance"):
+        applied(LowrankLinear(macs=0.5, sensitivity="answers"), base, tmp_path)

@@ -43,6 +43,12 @@ def test_a_layer_that_no_rank_makes_cheaper_stays_and_nobody_is_asked() -> None:
     assert ladder([(5,), (6,)], lambda ranks: 10.0 if ranks else 7.0, nobody) == [Rung((), 7.0, 0.0)]
 
 
+def test_answers_that_are_no_numbers_are_the_worst() -> None:
+    rungs = ladder([(1,), (2,)], lambda ranks: 10.0 * ranks[0] if ranks else 70.0, lambda _: [float("nan"), 0.5])
+    assert [rung.loss for rung in rungs] == pytest.approx([0.0, 1e9, 0.5])
+    assert least_loss({"a": rungs}, 60) == {"a": (2,)}
+
+
 def test_the_layer_that_loses_least_pays() -> None:
     ladders = {"robust": rungs_of([(20, 0.01), (60, 0.001)]), "tender": rungs_of([(20, 5.0), (60, 2.0)])}
     assert least_loss(ladders, 160) == {"robust": (60,), "tender": ()}

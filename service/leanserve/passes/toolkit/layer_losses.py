@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from leanserve.contracts import Base, BuildContext, Data, TorchModel
+from leanserve.errors import PassFailed
 from leanserve.passes.toolkit.activations import tensors
 from leanserve.passes.toolkit.notes import Notes
 from leanserve.passes.toolkit.rank_ladders import Ranks
@@ -28,7 +29,13 @@ ROWS = 64
 def losses_by_layer(
     model: TorchModel, layers: Mapping[str, nn.Module], instead: Instead, samples: int, context: BuildContext
 ) -> dict[str, Losses]:
-    """By layer, how to find out what the answers lose by ranks of it alone; what is found is kept in `scratch`."""
+    """By layer, how to find out what the answers lose by ranks of it alone; what is found is kept in `scratch`.
+
+    Raises:
+        PassFailed: the answers are whole numbers, between which there is no distance.
+    """
+    if not TeacherTerms().measures(model.spec):
+        raise PassFailed("sensitivity: answers needs outputs with a distance, and all are whole numbers; take energy")
     data = context.base.data("calibration", min(samples, ASKED_ROWS), model.spec)
     distance = AnswerDistance(model, context.base, data)
     notes = Notes(context.scratch / "losses.json")

@@ -19,8 +19,8 @@ MOST_RUNGS = 24
 """Ranks of one layer that are considered."""
 MEASURED = 5
 """Those of them whose loss is measured."""
-LEAST_LOSS = 1e-9
-"""Below it is rounding; a logarithm needs some."""
+LEAST_LOSS, WORST_LOSS = 1e-9, 1e9
+"""Below is rounding, of which a logarithm needs some; above are answers that are no numbers."""
 
 
 class Rung(NamedTuple):
@@ -51,7 +51,8 @@ def ladder(
         return [Rung((), dense, 0.0)]
     prices, kept = [price for price, _ in cheaper], [item for _, item in cheaper]
     asked = _spread(len(kept), MEASURED)
-    measured = np.log(np.maximum(losses([kept[place] for place in asked]), LEAST_LOSS))
+    found = np.nan_to_num(losses([kept[place] for place in asked]), nan=WORST_LOSS)
+    measured = np.log(np.clip(found, LEAST_LOSS, WORST_LOSS))
     between = np.exp(np.interp(prices, [prices[place] for place in asked], measured))
     return [Rung((), dense, 0.0), *map(Rung, kept, prices, map(float, between))]
 
