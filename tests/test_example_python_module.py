@@ -64,7 +64,7 @@ def test_the_config_is_short_and_has_five_variants() -> None:
     assert len((EXAMPLE / "smaller.yaml").read_text().splitlines()) < 30
     assert [item.name for item in read_config(EXAMPLE / "smaller.yaml").variants[1:]] == [
         "factors",
-        "thinner",
+        "quarter",
         "shallower",
     ]
 
