@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -53,6 +55,15 @@ def test_a_layer_beyond_break_even_is_left_alone_and_says_why() -> None:
     choice = RankRule(energy=0.9).choose({"steep": candidate(FALLING), "flat": candidate(FLAT)}, 20_000, {"x": "why"})
     assert list(choice.ranks) == ["steep"]
     assert choice.left == {"x": "why", "flat": "rank 96 would cost 1.92 times the layer's MACs"}
+
+
+def test_a_layer_that_no_rank_makes_cheaper_says_so_where_the_answers_decide() -> None:
+    asked = [
+        replace(item, losses=lambda ranks: [0.1] * len(ranks)) for item in (candidate(FLAT), candidate(FLAT, 8, 8))
+    ]
+    choice = RankRule(macs=0.9, sensitivity="answers").choose(dict(zip("ab", asked, strict=True)), 10_064, {})
+    assert list(choice.ranks) == ["a"]
+    assert choice.left == {"b": "rank 16 would cost 4.00 times the layer's MACs"}
 
 
 def test_rank_at_break_even_is_left_alone() -> None:

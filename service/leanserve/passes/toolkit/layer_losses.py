@@ -13,8 +13,7 @@ from leanserve.contracts import Base, BuildContext, Data, TorchModel
 from leanserve.errors import PassFailed
 from leanserve.passes.toolkit.activations import tensors
 from leanserve.passes.toolkit.notes import Notes
-from leanserve.passes.toolkit.rank_ladders import Ranks
-from leanserve.passes.toolkit.ranks import Losses
+from leanserve.passes.toolkit.rank_ladders import Losses, Ranks
 from leanserve.passes.toolkit.structure import replace
 from leanserve.passes.toolkit.teacher import MatchTeacher, TeacherTerms, floats_of
 

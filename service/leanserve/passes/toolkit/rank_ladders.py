@@ -14,6 +14,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 Ranks: TypeAlias = tuple[int, ...]
+Losses: TypeAlias = Callable[[Sequence[Ranks]], Sequence[float]]
+"""Distances of a model's answers from what they are, with each of these ranks of one layer alone."""
 
 MOST_RUNGS = 24
 """Ranks of one layer that are considered."""
@@ -40,9 +42,7 @@ class Move(NamedTuple):
     loss: float
 
 
-def ladder(
-    ranks: Sequence[Ranks], cost: Callable[[Ranks], float], losses: Callable[[Sequence[Ranks]], Sequence[float]]
-) -> list[Rung]:
+def ladder(ranks: Sequence[Ranks], cost: Callable[[Ranks], float], losses: Losses) -> list[Rung]:
     """The rungs of a layer, of ranks in growing order; those that cost no less than the layer are left out."""
     dense = cost(())
     some = [ranks[place] for place in _spread(len(ranks), MOST_RUNGS)]

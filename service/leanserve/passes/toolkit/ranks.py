@@ -10,15 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Literal, NamedTuple, Self, TypeAlias
+from typing import Literal, NamedTuple, Self
 
 from pydantic import BaseModel, Field, model_validator
 
 from leanserve.errors import PassFailed
-from leanserve.passes.toolkit.rank_ladders import Ranks, Rung, ladder, least_loss
-
-Losses: TypeAlias = Callable[[Sequence[Ranks]], Sequence[float]]
-"""Distances of a model's answers from what they are, with each of these ranks of one layer alone."""
+from leanserve.passes.toolkit.rank_ladders import Losses, Ranks, Rung, ladder, least_loss
 
 DEFAULT_MULTIPLE = 16
 """Chosen ranks are rounded up to it: kernels work on whole vectors, and 16 floats fill the widest (AVX-512)."""
@@ -64,7 +61,7 @@ class RankRule(BaseModel):
     energy: float | None = Field(default=None, gt=0, le=1)
     """Share of each layer's energy that is kept."""
     macs: float | None = Field(default=None, gt=0, lt=1)
-    """Share of the model's MACs that may remain; every layer keeps the same share of its energy."""
+    """Share of the model's MACs that may remain."""
     latency: float | None = Field(default=None, gt=0, lt=1)
     """Share of the model's time for one row that may remain, in torch on this machine; as `macs`, with layers timed."""
     vbmf: bool = False
@@ -183,7 +180,8 @@ class RankRule(BaseModel):
         if found is None:
             least = fixed + sum(min(rung.cost for rung in rungs) for rungs in ladders.values())
             raise self._out_of_reach(share, least / total)
-        return found
+        dear = [name for name, rungs in ladders.items() if len(rungs) == 1]  # at any rank, as `choose` tells
+        return found | {name: self._with_energy(candidates[name], 0.0) for name in dear}
 
     def _ladder(self, candidate: Candidate) -> list[Rung]:
         assert candidate.losses is not None

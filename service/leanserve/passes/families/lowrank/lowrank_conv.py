@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 
 from leanserve.contracts import BuildContext, Data, Json, Model, TorchModel
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
-from leanserve.passes.toolkit.ranks import Candidate, Choice, Losses, RankRule
+from leanserve.passes.toolkit.ranks import Candidate, Choice, RankRule
 from leanserve.passes.toolkit.targets import Targets
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from leanserve.passes.toolkit.conv_splits import ConvSplit
     from leanserve.passes.toolkit.factors import Basis
-    from leanserve.passes.toolkit.rank_ladders import Ranks
+    from leanserve.passes.toolkit.rank_ladders import Losses, Ranks
 
 
 class LowrankConv(RankRule, Pass):

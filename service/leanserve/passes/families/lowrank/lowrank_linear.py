@@ -19,8 +19,8 @@ from pydantic import Field, model_validator
 
 from leanserve.contracts import BuildContext, Data, Json, Model, TorchModel
 from leanserve.passes.base import Applied, Need, Pass, Stage, Tag
-from leanserve.passes.toolkit.rank_ladders import Ranks
-from leanserve.passes.toolkit.ranks import Candidate, Losses, RankRule
+from leanserve.passes.toolkit.rank_ladders import Losses, Ranks
+from leanserve.passes.toolkit.ranks import Candidate, RankRule
 from leanserve.passes.toolkit.targets import Targets
 
 if TYPE_CHECKING:
