@@ -6,7 +6,7 @@ one place. A `StartupError` says what was wrong, where, and what to do; the comm
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class ServiceError(Exception):
@@ -20,6 +20,16 @@ class ServiceError(Exception):
         self.retry_after_s = retry_after_s
         self.variant: str | None = None
         """The variant that was to answer, where one was chosen."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process: whatever the class's own constructor takes."""
+        return _as_it_was, (type(self), self.args, self.__dict__)
+
+
+def _as_it_was(kind: type[ServiceError], args: tuple[Any, ...], attributes: dict[str, Any]) -> ServiceError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class BadInput(ServiceError):

@@ -283,6 +283,31 @@ def test_an_excluded_variant_is_not_ready(client: openai.OpenAI) -> None:
     assert refused.value.status_code == 503
 
 
+@pytest.mark.parametrize(
+    ("sent", "status", "said"),
+    [
+        (["a" * 1000] * 90 + [7], 400, "input[90]: expected a text"),
+        ([[]] * 50_000, 413, "50000 rows are more than"),
+        (["a"] * 40_000, 413, "40000 rows are more than"),
+        ([7] * 50_000, 400, "input holds token ids"),
+        ({"a": ["a" * 100_000]}, 400, "input: expected a text"),
+    ],
+    ids=["a number", "lists", "texts", "ids", "an object"],
+)
+def test_a_large_body_is_refused_as_a_small_one_is(http: httpx.Client, sent: Any, status: int, said: str) -> None:
+    """It is parsed apart from the loop."""
+    body = orjson.dumps({"model": "words", "input": sent})
+    assert len(body) > embeddings.MEDIUM
+    error = error_of(post(http, body), status)
+    assert said in error["message"]
+
+
+def test_a_large_body_is_answered_as_a_small_one_is(http: httpx.Client) -> None:
+    body = {"model": "words", "input": ["a b"], "encoding_format": "float"}
+    large = orjson.dumps(body) + b" " * embeddings.MEDIUM
+    assert post(http, large).json()["data"] == post(http, body).json()["data"]
+
+
 def test_too_large_is_413(http: httpx.Client) -> None:
     assert error_of(post(http, {"model": "words", "input": "a" * 150_000}), 413)["code"] == "body_too_large"
     assert error_of(post(http, {"model": "words", "input": "a" * 250_000}), 413)["code"] == "body_too_large"
@@ -367,10 +392,10 @@ def test_more_texts_than_may_wait_at_all_are_a_mistake(
 
 def test_requests_count_for_the_variant_that_answered(live: Live, http: httpx.Client) -> None:
     counted = live.fleet.metrics.variants["b"].requests
-    before = {outcome: counted[outcome].count for outcome in ("ok", "bad_input")}
+    before = {outcome: counted[outcome].count for outcome in ("ok", "body_too_large")}
     post(http, {"model": "b", "input": "a"})
-    post(http, {"model": "b", "input": []})
-    assert {outcome: counted[outcome].count - before[outcome] for outcome in before} == {"ok": 1, "bad_input": 1}
+    post(http, {"model": "b", "input": "a" * 150_000})
+    assert {outcome: counted[outcome].count - before[outcome] for outcome in before} == {"ok": 1, "body_too_large": 1}
 
 
 def test_a_base_of_images_gives_no_embeddings() -> None:

@@ -26,6 +26,7 @@ from bombs import (
     PREDICT,
     Bomb,
     empty_jpeg,
+    field,
     form_of,
     png,
     predict_with,
@@ -142,6 +143,15 @@ def test_a_bomb_over_grpc_stops_nobody(service: RuleService, method: str, name: 
     }
     assert min(lags) < STALL_MS
     assert grown * 1e6 < MARGIN
+
+
+def test_messages_that_are_refused_do_not_stay(service: RuleService) -> None:
+    """gRPC keeps the error that ends a call, with the frames that it passed, until the garbage collector looks."""
+    message = field(1, b"rules") + field(7, bytes(8_000_000))
+    before = service.rss()
+    for _ in range(30):
+        assert call(service, "ModelInfer", message) is grpc.StatusCode.INVALID_ARGUMENT
+    assert service.rss() - before < MARGIN
 
 
 async def flood(service: RuleService, bomb: Bomb, count: int) -> tuple[list[int], float]:

@@ -25,7 +25,7 @@ from rule_service import RuleService, serving
 
 TRIES = 3
 HTTP_FLOODS = {**PREDICT_FLOODS, **OTHER_FLOODS}
-QUICK = frozenset({"GET with too many headers", "embeddings: one text", "embeddings: lists"})
+QUICK = frozenset({"GET with too many headers", "embeddings: one text", "embeddings: lists", "embeddings: lists, 3 MB"})
 """Beside those in `test_bombs.py`."""
 
 

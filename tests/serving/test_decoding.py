@@ -8,7 +8,7 @@ import os
 import pickle
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from io import BytesIO
 from typing import Any
 
@@ -21,8 +21,17 @@ from leanserve.api.v1.predict import CodecDecoding
 from leanserve.codecs.answers import AnswerEncoder
 from leanserve.codecs.images import ImageCodec
 from leanserve.codecs.open_inference import InferDecoder, InferDecoding
+from leanserve.codecs.openai import WrongParameter
 from leanserve.contracts import ModelSpec, TensorSpec, Weighed
-from leanserve.errors import BadInput, BodyTooLarge, ClientGone, DeadlineUnreachable, QueueTimeout
+from leanserve.errors import (
+    BadInput,
+    BodyTooLarge,
+    ClientGone,
+    DeadlineUnreachable,
+    MethodNotAllowed,
+    QueueTimeout,
+    ServiceError,
+)
 from leanserve.runtime.short_switches import ShortSwitches
 from leanserve.serving import decoding
 from leanserve.serving.decoding import MEMORY, QUICK_S, Decoders, Patience, Work
@@ -88,6 +97,23 @@ def test_what_is_wrong_is_told_as_if_it_were_decoded_here() -> None:
         await decoders.run(work(LARGE), patience())
 
     run(scenario)
+
+
+def _kinds(of: type[ServiceError]) -> Iterator[type[ServiceError]]:
+    yield of
+    for kind in of.__subclasses__():
+        yield from _kinds(kind)
+
+
+def test_every_refusal_comes_back_from_a_process_as_it_was() -> None:
+    """Whatever its constructor takes."""
+    kinds = set(_kinds(ServiceError))
+    assert {WrongParameter, MethodNotAllowed} < kinds
+    for kind in kinds:
+        error = kind.__new__(kind, "too many")
+        error.__dict__ |= {"retry_after_s": 2.0, "variant": "a", "param": "input", "allow": "GET"}
+        back = pickle.loads(pickle.dumps(error))
+        assert (type(back), str(back), back.__dict__) == (kind, "too many", error.__dict__)
 
 
 def test_memory_is_bounded() -> None:

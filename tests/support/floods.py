@@ -70,6 +70,10 @@ def _texts(count: int, *, text: str = "one two three") -> Bomb:
     return Bomb("/v1/embeddings", JSON, json.dumps({"model": WORDS_MODEL, "input": [text] * count}).encode())
 
 
+def _embedded(item: bytes, size: int) -> Bomb:
+    return Bomb("/v1/embeddings", JSON, b'{"model":"words","input":' + repeated(item, size) + b"}")
+
+
 def _many_headers(path: str, count: int, size: int) -> bytes:
     return _get(path, *(f"x-{number}: {'a' * size}" for number in range(count)))
 
@@ -154,12 +158,12 @@ TEXT_FLOODS: Final[Mapping[str, Flood]] = {
     "embeddings: 200 texts": Flood(lambda: _posted(_texts(200)), 300),
     "embeddings: 2,048 texts": Flood(lambda: _posted(_texts(2048)), 100),
     "embeddings: a text of 63 kB": Flood(lambda: _posted(_texts(1, text="one " * 15_000)), 300),
-    "embeddings: ids": Flood(
-        lambda: _posted(Bomb("/v1/embeddings", JSON, b'{"model":"words","input":' + repeated(b"4", KB63) + b"}")), 300
-    ),
-    "embeddings: lists": Flood(
-        lambda: _posted(Bomb("/v1/embeddings", JSON, b'{"model":"words","input":' + repeated(b"[]", KB63) + b"}")), 300
-    ),
+    "embeddings: ids": Flood(lambda: _posted(_embedded(b"4", KB63)), 300),
+    "embeddings: ids, 4 MB": Flood(lambda: _posted(_embedded(b"4", 4 * MB)), 20),
+    "embeddings: lists": Flood(lambda: _posted(_embedded(b"[]", KB63)), 300),
+    "embeddings: lists, 100 kB": Flood(lambda: _posted(_embedded(b"[]", 100_000)), 100),
+    "embeddings: lists, 3 MB": Flood(lambda: _posted(_embedded(b"[]", 3 * MB)), 20),
+    "embeddings: tiny texts, 3 MB": Flood(lambda: _posted(_embedded(b'"a"', 3 * MB)), 20),
     "predict: a text of 63 kB": Flood(lambda: _posted(predict_with(b'{"inputs":"' + b"one " * 15_000 + b'"}')), 300),
     "predict: texts of 63 kB": Flood(lambda: _posted(_inputs(KB63, b'"one two"')), 300),
     "GET /v1/models (texts)": Flood(lambda: _get("/v1/models"), 300),

@@ -25,7 +25,7 @@ from leanserve.errors import ClientGone, MethodNotAllowed, NotFound, ServiceErro
 from leanserve.http.exchange import Answer
 from leanserve.http.messages import AsgiScope, Receive, Request, Response, Route, Send, send_response
 from leanserve.serving.incidents import unexpected_failure
-from leanserve.serving.session import refuse_unrouted
+from leanserve.serving.session import unrouted
 
 App = Callable[[AsgiScope, Receive, Send], Awaitable[None]]
 
@@ -75,7 +75,9 @@ class HotPath:
             return await self._app(scope, receive, send)
         if method != route.method and not (method == "HEAD" and route.method == "GET"):
             methods = [route.method, *(other for other, where in self._by_method if where == path)]
-            route = self._by_method.get((method, path)) or self._refusing(route, _wrong_method(path, method, methods))
+            route = self._by_method.get((method, path)) or self._refusing(
+                route, partial(_wrong_method, path, method, methods)
+            )
         # ASGI gives the names in lower case. A dict costs less than a second look through the list.
         request = Request(path, dict(scope["headers"]), receive, query=scope["query_string"])
         if route.role == "admin":
@@ -89,7 +91,7 @@ class HotPath:
         """The route of a path that is in no table, but below one that is answered here."""
         if path.startswith("/v2/"):
             unknown = Route(method, "predict" if path.endswith("/infer") else "read", _nothing)
-            return self._refusing(unknown, no_such_path(self._fleet, path))
+            return self._refusing(unknown, partial(no_such_path, self._fleet, path))
         return self._models.one if path.startswith(f"{MODELS}/") else None
 
     async def answer(self, route: Route, request: Request) -> Response | None:
@@ -119,18 +121,16 @@ class HotPath:
             name = self._access.admit_over_http(route.role, request.headers)
         except ServiceError as error:
             if route.role == "predict":
-                refuse_unrouted(self._fleet, error)
+                unrouted(self._fleet, error)
             raise
         if name is not None and route.role == "admin":
             remember_caller(name)
 
-    def _refusing(self, route: Route, error: ServiceError) -> Route:
+    def _refusing(self, route: Route, refusal: Callable[[], ServiceError]) -> Route:
         """A route that only tells why; of a prediction that is counted, too."""
 
         async def answer(_: Request) -> Response:
-            if route.role == "predict":
-                refuse_unrouted(self._fleet, error)
-            raise error
+            raise unrouted(self._fleet, refusal()) if route.role == "predict" else refusal()
 
         return route._replace(answer=answer)
 

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_YOUNG = 10_000
+_YOUNG = 50_000
 """Objects that may be new before the garbage collector looks for cycles among them (Python's own value is 700)."""
 _NEVER = 1_000_000
 """Collections of the middle generation before one of the oldest."""

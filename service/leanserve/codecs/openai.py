@@ -15,15 +15,15 @@ import numpy as np
 import orjson
 
 from leanserve.codecs.json_body import json_object
-from leanserve.codecs.tensors import clip
+from leanserve.codecs.tensors import Buffer, clip
 from leanserve.codecs.text import TextCodec, checked_texts, holds_token_ids
 from leanserve.contracts import Array, Json
 from leanserve.errors import BadInput, BodyTooLarge, NotFound, ServiceError
 
 EncodingFormat = Literal["float", "base64"]
 TokenIds = Literal["refuse", "own"]
-GivenRows: TypeAlias = Sequence[str | list[Json]]
-"""Texts, or lists that should hold token ids."""
+GivenRows: TypeAlias = Sequence[str | list[int]]
+"""Texts, or lists of token ids."""
 Tokens: TypeAlias = Sequence[Sequence[int]]
 REFUSED = (
     "input holds token ids, and those of another tokenizer would be embedded as other words: send the texts, which are "
@@ -41,19 +41,28 @@ class WrongParameter(BadInput):
         self.param = param
 
 
-class EmbeddingRequest(NamedTuple):
-    """A request whose keys are right; what is in `input` is still to be checked."""
+class InputTerms(NamedTuple):
+    """What a service takes: the `width` of an embedding, rows of a request, and whether token ids are rows."""
 
-    input: Json
+    width: int
+    max_rows: int
+    token_ids: TokenIds
+
+
+class EmbeddingRequest(NamedTuple):
+    """A request whose keys are right. Of token ids it is still to be seen whether the model has them."""
+
+    rows: GivenRows
     model: str
     form: EncodingFormat
 
 
-def parse_request(body: bytes, width: int) -> EmbeddingRequest:
-    """Read a body for a model that gives embeddings of `width` numbers.
+def parse_request(body: Buffer, terms: InputTerms) -> EmbeddingRequest:
+    """Read a body for a model that gives embeddings.
 
     Raises:
         BadInput: not a JSON object, an unknown or missing key, or a value that is not taken.
+        BodyTooLarge: too many rows.
     """
     content = json_object(body, f"with the keys {', '.join(KEYS)}")
     for key in content:
@@ -67,38 +76,31 @@ def parse_request(body: bytes, width: int) -> EmbeddingRequest:
     _require(form in ("float", "base64"), "encoding_format", "'float' or 'base64'")
     _require(isinstance(content["model"], str), "model", "a text")
     _require(isinstance(content.get("user"), str | None), "user", "a text; it is not used")
-    dimensions = content.get("dimensions")
+    dimensions, width = content.get("dimensions"), terms.width
     full = dimensions is None or (type(dimensions) is int and dimensions == width)
     _require(full, "dimensions", f"{width}, or left out: this model was not trained to be cut shorter")
-    return EmbeddingRequest(content["input"], content["model"], form)
+    return EmbeddingRequest(_given_rows(content["input"], terms), content["model"], form)
 
 
-def given_rows(given: Json, max_rows: int, token_ids: TokenIds) -> GivenRows:
-    """The rows of `input`: a text, a list of texts, token ids, or a list of at most `max_rows` lists of token ids.
+def _given_rows(given: Json, terms: InputTerms) -> GivenRows:
+    """The rows of `input`: a text, a list of texts, token ids, or a list of lists of token ids.
 
     Token ids are refused unless the config says that clients have the model's `own` tokenizer: some clients send those
     of OpenAI's models to every server, and a number says nothing of the tokenizer that it comes from.
-
-    It takes no longer than parsing did, so that what is no `input` at all never waits for its turn to be tokenized:
-    lists of thousands of lists in hundreds of requests would keep the garbage collector at work for a quarter of a
-    second.
-
-    Raises:
-        BadInput: none of these, nothing at all, or token ids that are refused.
-        BodyTooLarge: too many rows of token ids.
     """
-    if token_ids == "refuse" and holds_token_ids(given):
+    own = terms.token_ids == "own"
+    if not own and holds_token_ids(given):
         raise WrongParameter("input", REFUSED)
-    first = given[0] if token_ids == "own" and isinstance(given, list) and given else None
+    first = given[0] if own and isinstance(given, list) and given else None
     if type(first) is int:
+        _require_numbers(given, "input")
         return [given]
+    if isinstance(given, list) and len(given) > terms.max_rows:
+        raise BodyTooLarge(f"{len(given)} rows are more than the {terms.max_rows} that one request may hold")
     if not isinstance(first, list):
         return checked_texts(given, "input")
-    if len(given) > max_rows:
-        raise BodyTooLarge(f"{len(given)} rows are more than the {max_rows} that one request may hold")
     for index, row in enumerate(given):
-        if not isinstance(row, list):
-            raise _no_ids(f"input[{index}]")
+        _require_numbers(row, f"input[{index}]")
     return list(given)
 
 
@@ -108,8 +110,8 @@ def token_rows(rows: GivenRows, codec: TextCodec) -> Tokens:
     Those that were sent are taken as they are; the special ones are the client's to add, as its tokenizer does.
 
     Raises:
-        BadInput: token ids that the model does not know, too many, or something else among them.
-        BodyTooLarge: too many texts, or too long ones.
+        BadInput: token ids that the model does not know, or too many.
+        BodyTooLarge: too long texts.
     """
     ids = [row for row in rows if isinstance(row, list)]
     if not ids:
@@ -154,13 +156,13 @@ def _require(fits: bool, key: str, wanted: str) -> None:  # noqa: FBT001 - a con
         raise WrongParameter(key, f"{key!r} must be {wanted}")
 
 
-def _no_ids(where: str) -> WrongParameter:
-    return WrongParameter("input", f"{where} is not a list of token ids, and input does not mix them with texts")
+def _require_numbers(row: Json, where: str) -> None:
+    if not isinstance(row, list) or not set(map(type, row)) <= {int}:
+        text = f"{where} is not a list of token ids, and input does not mix them with texts"
+        raise WrongParameter("input", text)
 
 
-def _token_ids(row: Sequence[Json], where: str, codec: TextCodec) -> Sequence[int]:
-    if not set(map(type, row)) <= {int}:
-        raise _no_ids(where)
+def _token_ids(row: Sequence[int], where: str, codec: TextCodec) -> Sequence[int]:
     if not 0 < len(row) <= codec.max_length:
         raise WrongParameter("input", f"{where} has {len(row)} token ids; the model takes 1 to {codec.max_length}")
     known = codec.token_ids

@@ -156,6 +156,7 @@ class Exchange:
         finally:
             self._connection.tasks.discard(self._task)
             self._connection.respond(self, response, request.identity)
+            del self._connection  # which holds this exchange until the next one, or its end
 
 
 def _task(loop: asyncio.AbstractEventLoop, run: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -118,6 +118,11 @@ class Fleet:
         return self.choose(name, caller_key)
 
     @property
+    def longest_wait_s(self) -> float:
+        """Seconds that a request may wait whose variant is not known yet."""
+        return max((variant.batcher.limits.timeout_s for variant in self.variants.values()), default=0.0)
+
+    @property
     def weights(self) -> Mapping[str, float]:
         """The split among the variants that serve now."""
         return self.split.weights

@@ -17,7 +17,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from leanserve.contracts import Arrays, Decoded, ModelSpec, SequenceStep
 from leanserve.errors import ClientGone, QueueTimeout, ServiceError
@@ -283,10 +283,14 @@ def _refusal(error: Exception) -> ServiceError:
     return unexpected_failure(error, "a request")
 
 
-def refuse_unrouted(fleet: Fleet, error: ServiceError) -> NoReturn:
-    """Refuse a prediction that no variant can answer, whatever it says: an unknown path, a wrong method. Counts it."""
-    fleet.metrics.unrouted.request_done(error.code, 0.0)
-    raise error
+def unrouted(fleet: Fleet, refusal: ServiceError) -> ServiceError:
+    """Count the refusal of a prediction that no variant can answer, whatever it says: an unknown path, a wrong method.
+
+    What is returned is to be raised without a name, as everywhere: a frame that has one holds the error, which holds
+    the frame, and both would stay until the garbage collector looks.
+    """
+    fleet.metrics.unrouted.request_done(refusal.code, 0.0)
+    return refusal
 
 
 def grouped_rows(decoded: Decoded, spec: ModelSpec) -> ModelRequest:

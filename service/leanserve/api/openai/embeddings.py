@@ -6,8 +6,10 @@ request are cut into groups of similar length that queue apart (`serving/length_
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable
 from functools import partial
+from pickle import PickleBuffer
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,28 +19,29 @@ from leanserve.api.bodies import HttpSession, how_headers
 from leanserve.api.endpoint import Declaration, Endpoint, OpenAiErrorReply, endpoint, in_body, one_of, which_variant
 from leanserve.api.openai.models import gives_embeddings, no_embeddings, refusal, served_models, variant_of
 from leanserve.api.service import Service
+from leanserve.codecs.json_weight import json_seconds
 from leanserve.codecs.openai import (
     EmbeddingRequest,
     GivenRows,
+    InputTerms,
     Tokens,
     encode_reply,
-    given_rows,
     parse_request,
     token_rows,
 )
-from leanserve.codecs.tensors import clip
+from leanserve.codecs.tensors import Buffer, clip
 from leanserve.codecs.text import CHARACTER_S, TextCodec
 from leanserve.contracts import Array, Weighed
 from leanserve.errors import BackendFailed, BadInput, ConfigError
 from leanserve.http.messages import Request, Response, Route
 from leanserve.serving.decoder_process import Decoding
-from leanserve.serving.decoding import off_loop
+from leanserve.serving.decoding import Patience, Work
 from leanserve.serving.length_groups import length_groups
 from leanserve.serving.session import (
     Answered,
     ModelRequest,
     VariantChoice,
-    refuse_unrouted,
+    unrouted,
 )
 from leanserve.serving.variant import Variant
 
@@ -84,12 +87,14 @@ def embeddings_endpoint(service: Service) -> Endpoint:
     if gives_embeddings(service.base):
         asked = {"body": in_body(_embedding_query(service)), **which_variant(service)}
         told = Declaration("Embeddings, as of OpenAI's API", asked, {}, EmbeddingList, OpenAiErrorReply)
-        return endpoint(EMBEDDINGS, Route("POST", "predict", partial(embed, service), refusal), told)
+        return endpoint(
+            EMBEDDINGS, Route("POST", "predict", partial(embed, service, _input_terms(service)), refusal), told
+        )
     if service.config.embeddings.token_ids != "refuse":
         raise ConfigError(f"embeddings.token_ids: the base '{service.base.name}' gives no embeddings of texts")
 
     async def refuse(_: Request) -> Response:
-        refuse_unrouted(service.fleet, no_embeddings(service.base))
+        raise unrouted(service.fleet, no_embeddings(service.base))
 
     return endpoint(EMBEDDINGS, Route("POST", "predict", refuse, refusal))
 
@@ -113,13 +118,34 @@ def _embedding_query(service: Service) -> type[BaseModel]:
     return create_model("EmbeddingQuery", __config__=ConfigDict(extra="forbid", json_schema_extra=example), **fields)
 
 
-def embed(service: Service, request: Request) -> Awaitable[Response]:
+def _input_terms(service: Service) -> InputTerms:
+    base = service.base
+    assert isinstance(base.codec, TextCodec)  # `gives_embeddings`
+    return InputTerms(base.spec.outputs[0].shape[0] or 0, base.codec.max_rows, service.config.embeddings.token_ids)
+
+
+def embed(service: Service, terms: InputTerms, request: Request) -> Awaitable[Response]:
     """Answer one request.
 
     Raises:
         ServiceError: whatever kept it from being answered.
     """
-    return _Embeddings(service, request).run()
+    return _Embeddings(service, terms, request).run()
+
+
+class RequestParsing(NamedTuple):
+    """A large body. What a process sends back of it is a request of no more rows than are taken, whatever came."""
+
+    body: Buffer
+    terms: InputTerms
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process: the body beside the rest, uncopied."""
+        return type(self), (PickleBuffer(self.body), self.terms)
+
+    def prepare(self) -> Weighed[EmbeddingRequest]:
+        """Count what is in it. Raises `BodyTooLarge` where that is too much."""
+        return Weighed(json_seconds(self.body), partial(parse_request, self.body, self.terms))
 
 
 class EmbeddingDecoding(NamedTuple):
@@ -136,9 +162,9 @@ class EmbeddingDecoding(NamedTuple):
 class _Embeddings(HttpSession):
     is_chosen_by_body = True
 
-    def __init__(self, service: Service, request: Request) -> None:
+    def __init__(self, service: Service, terms: InputTerms, request: Request) -> None:
         super().__init__(service, request)
-        self._service = service
+        self._terms = terms
         self._asked: EmbeddingRequest
         self._tokens = 0
 
@@ -146,11 +172,15 @@ class _Embeddings(HttpSession):
         """Read the body and parse it: it names the variant."""
         if self.body is None:
             await super().read()
-        body, width = bytes(self.body or b""), self._service.base.spec.outputs[0].shape[0] or 0
-        if SMALL < len(body) <= MEDIUM:
-            await self.fleet.decoders.turn_for(len(body))
-        parse = partial(parse_request, body, width)
-        self._asked = parse() if len(body) <= MEDIUM else await off_loop(parse)
+        body, decoders = self.body or b"", self.fleet.decoders
+        parsing = RequestParsing(body, self._terms)
+        if len(body) > MEDIUM:
+            patience = Patience(time.perf_counter() + self.fleet.longest_wait_s, self.is_disconnected)
+            self._asked = await decoders.run(Work(parsing, lambda asked: asked, len(body)), patience)
+            return
+        if len(body) > SMALL:
+            await decoders.turn_for(len(body))
+        self._asked = parse_request(*parsing)
 
     def asked(self) -> VariantChoice:
         """The variant that `model` asks for, and the caller's key where it leaves the choice.
@@ -158,7 +188,7 @@ class _Embeddings(HttpSession):
         Raises:
             NotFound: no such model. BadInput: the header asks for another one.
         """
-        fleet, model = self._service.fleet, self._asked.model
+        fleet, model = self.fleet, self._asked.model
         name, named = variant_of(fleet, model), self.http.header(b"x-variant")
         if name is None:
             return named, self.http.header(fleet.sticky_header)
@@ -174,8 +204,7 @@ class _Embeddings(HttpSession):
     def decoding(self, variant: Variant) -> Decoding[Tokens]:
         codec = variant.codec
         assert isinstance(codec, TextCodec)  # `gives_embeddings`; a pass changes what a text becomes, not what is sent
-        token_ids = self._service.config.embeddings.token_ids
-        return EmbeddingDecoding(codec, given_rows(self._asked.input, codec.max_rows, token_ids))
+        return EmbeddingDecoding(codec, self._asked.rows)
 
     def take(self, variant: Variant, made: Tokens) -> ModelRequest:
         codec, tokens = variant.codec, made

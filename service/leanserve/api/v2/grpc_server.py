@@ -194,8 +194,10 @@ def _reflection_methods(services: Sequence[str], door: _Door) -> dict[str, grpc.
             door.admit(_Call("ServerReflectionInfo", "read", asked), context)
             async for reply in told.ServerReflectionInfo((asked(data) async for data in requests), context):
                 yield reply
+            return
         except ServiceError as error:
-            await _refuse(error, context)
+            refusal = _refusal_of(error)
+        await _refuse(refusal, context)
 
     serialize = reflection_pb2.ServerReflectionResponse.SerializeToString
     handler = grpc.stream_stream_rpc_method_handler(answer, response_serializer=serialize)
@@ -204,14 +206,13 @@ def _reflection_methods(services: Sequence[str], door: _Door) -> dict[str, grpc.
 
 def _health_methods(health: Health, door: _Door) -> dict[str, grpc.RpcMethodHandler]:
     asked = partial(_small, message(REQUEST))
+    watched = _Call("Watch", "open", asked)
 
-    async def watch(_: Any, context: Context) -> AsyncIterator[Any]:
-        try:
-            door.admit(_Call("Watch", "open", asked), context)
-            async with door.room.message(context) as data:
-                request = asked(data)
-        except ServiceError as error:
-            await _refuse(error, context)
+    async def itself(request: Any, _: Context) -> Any:
+        return request
+
+    async def watch(nothing: Any, context: Context) -> AsyncIterator[Any]:
+        request = await _answered(door, watched, itself, nothing, context)
         async for reply in health.watch(request, context):
             yield reply
 
@@ -243,14 +244,18 @@ def _small(kind: Any, data: bytes) -> Any:
 async def _answered(door: _Door, call: _Call, answer: GrpcAnswer, _: Any, context: Context) -> Any:
     """The reply to a call, or the status that refuses it; both tell the identity of the call."""
     try:
-        door.admit(call, context)
-        async with door.room.message(context) as data:
-            return await answer(call.parse(data), context)
+        return await _admitted(door, call, answer, context)
     except ServiceError as error:
-        failure = error
+        refusal = _refusal_of(error)
     except Exception as error:
-        failure = unexpected_failure(error, f"a gRPC call of {call.name}")
-    return await _refuse(failure, context)
+        refusal = _refusal_of(unexpected_failure(error, f"a gRPC call of {call.name}"))
+    return await _refuse(refusal, context)
+
+
+async def _admitted(door: _Door, call: _Call, answer: GrpcAnswer, context: Context) -> Any:
+    door.admit(call, context)
+    async with door.room.message(context) as data:
+        return await answer(call.parse(data), context)
 
 
 def grpc_status(status: int) -> grpc.StatusCode:
@@ -258,11 +263,27 @@ def grpc_status(status: int) -> grpc.StatusCode:
     return _STATUS.get(status, grpc.StatusCode.INTERNAL)
 
 
-async def _refuse(failure: ServiceError, context: Context) -> Any:
+class _Refusal(NamedTuple):
+    """What a client is told of an error.
+
+    Not the error itself: what ends a call is kept by gRPC, with the frames that it passes, until the garbage collector
+    looks. With an error in them its message of 16 MB would stay, and those of hundreds of others.
+    """
+
+    status: grpc.StatusCode
+    text: str
+    headers: Mapping[str, str]
+
+
+def _refusal_of(failure: ServiceError) -> _Refusal:
+    return _Refusal(grpc_status(failure.status), clipped(str(failure)), error_headers(failure))
+
+
+async def _refuse(refusal: _Refusal, context: Context) -> Any:
     identity = CURRENT_REQUEST.get() or ()
     told = [(name.decode(), value.decode()) for name, value in identity]
-    context.set_trailing_metadata((*told, *error_headers(failure).items()))
-    return await context.abort(grpc_status(failure.status), clipped(str(failure)))
+    context.set_trailing_metadata((*told, *refusal.headers.items()))
+    return await context.abort(refusal.status, refusal.text)
 
 
 class _Methods:
