@@ -27,7 +27,7 @@ from leanserve.api.v2.grpc_answers import model_answers
 from leanserve.api.v2.grpc_infer import GrpcInferDecoder, encode
 from leanserve.api.v2.grpc_messages import PROTOCOL, SERVICE, message
 from leanserve.api.v2.grpc_server import METHODS, GrpcPort, grpc_status, start_grpc
-from leanserve.api.v2.grpc_wire import parse
+from leanserve.api.v2.grpc_wire import ContentsForm, parse
 from leanserve.api.v2.open_inference import OpenInference
 from leanserve.config.limits_section import LimitsConfig
 from leanserve.contracts import ModelSpec, TensorSpec
@@ -40,6 +40,7 @@ PIXELS = np.arange(8, dtype=np.float32).reshape(2, 1, 2, 2)
 LOGITS = PIXELS.reshape(2, 4) * 10
 LIMIT = 64 * 2**10
 Request = message("ModelInferRequest")
+Reply = message("ModelInferResponse")
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +315,7 @@ def test_every_datatype_travels_typed_and_raw(dtype: str) -> None:
     decoder = GrpcInferDecoder(spec)
     for form in ("typed", "raw"):
         empty = decoder.decode(parse(_request(dtype, values, form).SerializeToString()))
-        reply = encode(empty.options, (values,), form, ("m", "v"), {})
+        reply = Reply.FromString(encode(empty.options, (values,), form, ("m", "v"), {}))
         (back,) = decoder.decode(parse(_mirrored(reply).SerializeToString())).inputs
         assert back.dtype == values.dtype
         assert back.tolist() == values.tolist()
@@ -364,8 +365,28 @@ def test_half_precision_makes_a_typed_reply_raw() -> None:
     made = Request()
     made.inputs.add(name="x", datatype="INT8", shape=[1, 1], contents={"int_contents": [1]})
     options = GrpcInferDecoder(spec).decode(parse(made.SerializeToString())).options
-    reply = encode(options, (np.ones((1, 1), np.float16),), "typed", ("m", "v"), {})
+    reply = Reply.FromString(encode(options, (np.ones((1, 1), np.float16),), "typed", ("m", "v"), {}))
     assert reply.raw_output_contents == [np.float16(1).tobytes()]
+
+
+@pytest.mark.parametrize("form", ["typed", "raw"])
+@pytest.mark.parametrize("rows", [1, 31, 33, 5000, 600_000])
+def test_replies_of_any_size_are_what_protobuf_makes_of_them(form: ContentsForm, rows: int) -> None:
+    """Lengths of one to three bytes, and more numbers than are converted at once."""
+    spec = ModelSpec((TensorSpec("x", "float32", (1,)),), (TensorSpec("y", "float32", (1,)),))
+    values = np.arange(rows, dtype=np.float32).reshape(-1, 1)
+    made = Request()
+    made.inputs.add(name="x", datatype="FP32", shape=[1, 1], contents={"fp32_contents": [1]})
+    options = GrpcInferDecoder(spec).decode(parse(made.SerializeToString())).options
+    reply = Reply.FromString(encode(options, (values,), form, ("m", "v"), {"batch_rows": rows}))
+    assert list(reply.outputs[0].shape) == [rows, 1]
+    assert reply.parameters["batch_rows"].int64_param == rows
+    told = (
+        reply.outputs[0].contents.fp32_contents
+        if form == "typed"
+        else np.frombuffer(reply.raw_output_contents[0], "<f4")
+    )
+    np.testing.assert_array_equal(told, values[:, 0])
 
 
 def test_our_messages_are_those_of_the_protocol() -> None:

@@ -13,9 +13,9 @@ from functools import partial
 from pickle import PickleBuffer
 from typing import Any, NamedTuple
 
-import orjson
-
 from leanserve.codecs.infer_plan import InferOptions, InferPlan, WantedOutput, plan_json, plan_raw
+from leanserve.codecs.joining import joined
+from leanserve.codecs.json_pieces import json_text
 from leanserve.codecs.json_weight import json_seconds
 from leanserve.codecs.tensors import Buffer, ports, to_binary, to_json
 from leanserve.contracts import Array, Arrays, Json, ModelSpec, Weighed
@@ -157,11 +157,11 @@ def encode_infer(
     if parameters:
         reply["parameters"] = dict(parameters)
     reply["outputs"] = [_output(wanted, outputs[wanted.port.position], chunks) for wanted in options.outputs]
-    header = orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
+    header = json_text(reply, sum([array.size for array in outputs]))
     if len(chunks) == 1:
         return InferReply(header, None)
     chunks[0] = header
-    return InferReply(b"".join(chunks), len(header))
+    return InferReply(joined(chunks), len(header))
 
 
 def _output(wanted: WantedOutput, array: Array, chunks: list[bytes | memoryview]) -> dict[str, Json]:

@@ -12,9 +12,9 @@ from types import MappingProxyType
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
-import orjson
 
 from leanserve.codecs.json_body import json_object
+from leanserve.codecs.json_pieces import json_text
 from leanserve.codecs.tensors import Buffer, clip
 from leanserve.codecs.text import TextCodec, checked_texts, holds_token_ids
 from leanserve.contracts import Array, Json
@@ -130,7 +130,7 @@ def encode_reply(embeddings: Array, form: EncodingFormat, model: str, tokens: in
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     reply = {"object": "list", "data": data, "model": model, "usage": usage}
-    return orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
+    return json_text(reply, rows.size)
 
 
 _TYPES: Final = MappingProxyType({401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"})

@@ -180,7 +180,8 @@ class Session(ABC, Generic[Reply]):
             if self.encodes_quickly and answered.nbytes() <= QUICK_BYTES:
                 reply = self.encode(answered)
             else:
-                reply = await off_loop(self.encode, answered)
+                with self.fleet.switches:
+                    reply = await off_loop(self.encode, answered)
             self._ended = "ok"
             return reply
         except asyncio.CancelledError:

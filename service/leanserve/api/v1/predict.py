@@ -15,10 +15,11 @@ from leanserve.api.service import Service
 from leanserve.api.v1.answer_forms import DEFAULT_WISH, MOST_TOP, NPZ, AnswerForms, OutputRows, archive
 from leanserve.codecs.audio_files import AUDIO_FORMATS, audio_types
 from leanserve.codecs.image_formats import FORMAT_NAMES, media_types
+from leanserve.codecs.json_pieces import json_text
 from leanserve.codecs.postprocess.chain import PostChain
 from leanserve.codecs.tensors import Buffer
 from leanserve.contracts import Codec, Decoded, Json, Place, Weighed
-from leanserve.http.messages import Request, Response, Route, json_response
+from leanserve.http.messages import Request, Response, Route
 from leanserve.serving.decoder_process import Decoding
 from leanserve.serving.length_groups import in_order
 from leanserve.serving.session import Answered, ModelRequest, VariantChoice, grouped_rows
@@ -167,7 +168,9 @@ class _Predict(CodecSession):
             answers = [{**answer, **place.told()} for answer, place in zip(answers, self.places, strict=True)]
         how: dict[str, Json] = {"variant": variant.name, **answered.how_it_ran()}
         body = {"predictions": answers, **how} if self.many else {**answers[0], **how}
-        return json_response(body, [(b"x-variant", variant.name.encode())])
+        numbers = sum([output.size for part in answered.parts for output in part.outputs])
+        headers = [(b"content-type", b"application/json"), (b"x-variant", variant.name.encode())]
+        return Response(json_text(body, numbers), headers)
 
     def _told(self, answered: Answered, part: int) -> list[dict[str, Json]]:
         if self._forms.tells_classes(self._wish):

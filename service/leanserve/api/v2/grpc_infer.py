@@ -18,6 +18,7 @@ import orjson
 from leanserve.api.v2.grpc_messages import message
 from leanserve.api.v2.grpc_wire import ContentsForm, InferMessage
 from leanserve.codecs.infer_plan import BinaryTensor, InferOptions, KeptTensor, plan_json
+from leanserve.codecs.joining import joined
 from leanserve.codecs.open_inference import InferRequest
 from leanserve.codecs.tensors import DATATYPES, Buffer, Datatype, ports, to_binary
 from leanserve.contracts import Array, Arrays, Json, ModelSpec
@@ -41,6 +42,8 @@ _CONTENTS = {
     "BYTES": "bytes_contents",
 }
 """Which field holds a datatype's elements; FP16 and BF16 have none."""
+_RAW_OUTPUT = b"\x32"
+"""What stands before every `raw_output_contents`: number 6, a length."""
 
 
 class GrpcInferDecoder:
@@ -138,8 +141,8 @@ def _parameters(sent: Any) -> dict[str, Json]:
 
 def encode(
     options: InferOptions, outputs: Arrays, form: ContentsForm, names: tuple[str, str], how: Mapping[str, float]
-) -> Any:
-    """The `ModelInferResponse` with the outputs that were asked for; `names` are those of model and version.
+) -> bytes:
+    """The serialized `ModelInferResponse` with the outputs that were asked for; `names` are those of model and version.
 
     Outputs that have no typed contents (FP16, BF16) make the whole reply raw, as the protocol wants one form for all.
     """
@@ -147,16 +150,29 @@ def encode(
     for name, value in how.items():
         setattr(reply.parameters[name], "int64_param" if isinstance(value, int) else "double_param", value)
     typed = form == "typed" and all(wanted.port.datatypes[0].name in _CONTENTS for wanted in options.outputs)
+    raw: list[bytes | memoryview] = []
     for wanted in options.outputs:
         datatype, array = wanted.port.datatypes[0], outputs[wanted.port.position]
         output = reply.outputs.add(name=wanted.port.name, datatype=datatype.name, shape=array.shape)
         if typed:
-            getattr(output.contents, _CONTENTS[datatype.name]).extend(_elements(datatype, array))
+            contents, flat = getattr(output.contents, _CONTENTS[datatype.name]), array.ravel()
+            for start in range(0, flat.size, _PIECE):
+                contents.extend(_elements(datatype, flat[start : start + _PIECE]))
         else:
-            reply.raw_output_contents.append(bytes(to_binary(datatype, array)))
-    return reply
+            chunk = to_binary(datatype, array)
+            raw += (_RAW_OUTPUT + _varint(chunk.nbytes), chunk)
+    return joined([reply.SerializeToString(), *raw])  # fields may come in any order
 
 
 def _elements(datatype: Datatype, array: Array) -> list[Any]:
-    values: list[Any] = array.ravel().tolist()
+    values: list[Any] = array.tolist()
     return [text.encode() for text in values] if datatype.name == "BYTES" else values
+
+
+def _varint(value: int) -> bytes:
+    """In groups of seven bits, the lowest first (protobuf's encoding)."""
+    groups = bytearray()
+    while value > 127:
+        groups.append(value & 127 | 128)
+        value >>= 7
+    return bytes((*groups, value))

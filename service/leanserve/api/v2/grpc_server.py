@@ -144,10 +144,7 @@ async def start_grpc(at: GrpcPort, startup: Startup, access: Access) -> GrpcServ
     calls, room = _Calls(startup), MessageRoom(at.limits)
     door, health = _Door(access, room), Health(calls.ready)
     methods = {
-        name: _handler(
-            partial(_answered, door, _Call(name, role, _parser(name)), partial(calls.answer, name)),
-            message(f"{name}Response"),
-        )
+        name: _handler(partial(_answered, door, _Call(name, role, _parser(name)), partial(calls.answer, name)))
         for name, role in METHODS.items()
     }
     services = {SERVICE: methods, HEALTH: _health_methods(health, door)}
@@ -219,12 +216,17 @@ def _health_methods(health: Health, door: _Door) -> dict[str, grpc.RpcMethodHand
     # As if clients sent several: so it is read when it is asked for, and not before the call is admitted.
     watching = grpc.stream_stream_rpc_method_handler(watch, response_serializer=message(RESPONSE).SerializeToString)
     check = partial(_answered, door, _Call("Check", "open", asked), health.check)
-    return {"Check": _handler(check, message(RESPONSE)), "Watch": watching}
+    return {"Check": _handler(check), "Watch": watching}
 
 
-def _handler(answer: GrpcAnswer, told: Any) -> grpc.RpcMethodHandler:
+def _handler(answer: GrpcAnswer) -> grpc.RpcMethodHandler:
     """As if clients sent several messages: so one is read when it is asked for, and not before the call is admitted."""
-    return grpc.stream_unary_rpc_method_handler(answer, response_serializer=told.SerializeToString)
+    return grpc.stream_unary_rpc_method_handler(answer, response_serializer=_serialized)
+
+
+def _serialized(reply: Any) -> bytes:
+    """What a reply is on the wire; a prediction was made so already, apart from the loop where it is large."""
+    return reply if isinstance(reply, bytes) else reply.SerializeToString()
 
 
 def _parser(name: str) -> Parse:
