@@ -13,6 +13,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from leanserve.config.limits_section import LimitsConfig
+from leanserve.http import exchange
 from leanserve.http.connection import connections_to
 from leanserve.http.messages import Request, Response, read_body
 from leanserve.http.open_connections import OpenConnections
@@ -127,6 +128,28 @@ def test_a_response_is_one_write_unless_it_is_large() -> None:
         assert small.transport.writes == [b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"]
         assert large.transport.writes == [b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n", bytes(100_000)]
 
+    asyncio.run(run())
+
+
+def test_a_task_that_ends_at_once_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tasks of Python 3.12 and later do, which begin before they are there."""
+
+    def at_once_or_later(loop: Any, run: Any) -> asyncio.Task[None]:
+        try:
+            run.send(None)
+        except StopIteration:
+            ended: Any = SimpleNamespace(done=lambda: True)
+            return ended  # type: ignore[no-any-return]
+        raise AssertionError("it was to end at once")
+
+    async def run() -> None:
+        bench = Bench(at_once)
+        for _ in range(3):
+            await bench.send()
+        assert len(bench.transport.writes) == 3
+        assert not bench.connection.tasks
+
+    monkeypatch.setattr(exchange, "_task", at_once_or_later)
     asyncio.run(run())
 
 

@@ -106,8 +106,10 @@ class Exchange:
         # The exchange does not keep the request: they would hold each other until the garbage collector looks.
         begun = self.begun if body is None else body
         request = Request(self._path.decode("ascii"), self._headers, self.receive, body, begun, query=self._query)
-        self._task = _task(self._connection.loop, self._run(request))
-        self._connection.tasks.add(self._task)
+        connection = self._connection
+        self._task = _task(connection.loop, self._run(request))
+        if not self._task.done():  # it may have ended already
+            connection.tasks.add(self._task)
 
     def arrived(self, body: bytes | memoryview) -> None:
         """Here is the whole body."""
