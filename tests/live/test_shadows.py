@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import pytest
+
+from leanserve.contracts import Arrays, Result
 from live_arms import QUICK, Arm, Arms, play
 
 STAY = {"candidate": "b", "stages": [1.0], "min_stage_s": 3600}
@@ -32,6 +36,50 @@ def shadowed(arms: Arms) -> dict[str, Any]:
     shadows = arms.service.experiments.shadows
     assert shadows is not None
     return {**shadows.outcomes, "waiting": shadows.waiting, "time_share": shadows.time_share}
+
+
+@dataclass
+class Cold(Arm):
+    """Takes three times as long when it runs after another one, which has the caches."""
+
+    last: ClassVar[Any] = None
+
+    def run(self, batch: Arrays) -> Result:
+        cold, Cold.last = Cold.last is not self, self
+        usual = self.seconds
+        self.seconds = 3 * usual if cold else usual
+        try:
+            return super().run(batch)
+        finally:
+            self.seconds = usual
+
+
+def test_twins_take_as_long_whichever_is_asked_more_often() -> None:
+    async def scene(arms: Arms) -> None:
+        await arms.verb("POST", "/start", STAY)
+        while shadowed(arms)["compared"] < 30:
+            await arms.ask()
+            await asyncio.sleep(0.01)
+        counts = (await arms.experiment())["counts"]
+        base, candidate = (counts[arm]["device_ms_per_row"] for arm in ("base", "candidate"))
+        assert 0.7 < candidate / base < 1.4
+
+    play(scene, {"a": Cold(seconds=0.002), "b": Cold(seconds=0.002)}, batch=ONE_BY_ONE)
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(0.002, 2), (0.03, 1)], ids=["quick", "slow"])
+def test_quick_batches_are_run_twice_and_slow_ones_once(seconds: float, times: int) -> None:
+    async def scene(arms: Arms) -> None:
+        await arms.verb("POST", "/start", STAY)
+        ran = arms.backends["b"].ran
+        for _ in range(4):
+            await arms.ask()
+            await asyncio.sleep(5 * seconds)
+        while shadowed(arms)["waiting"]:
+            await asyncio.sleep(0.01)
+        assert arms.backends["b"].ran - ran == times * shadowed(arms)["compared"] > 0
+
+    play(scene, {"a": Arm(seconds=seconds), "b": Arm(seconds=seconds)}, batch=ONE_BY_ONE)
 
 
 def test_what_waits_to_be_answered_again_is_bounded_and_so_is_its_time() -> None:
