@@ -70,7 +70,7 @@ def longest_hold(work: Callable[[], object]) -> float:
 
 
 def test_others_get_the_lock_while_millions_of_numbers_are_written() -> None:
-    rows = list(np.random.default_rng(0).normal(size=(8, 500_000)).astype(np.float32))
+    rows = list(np.random.default_rng(0).normal(size=(8, 1_000_000)).astype(np.float32))
     plain = min(longest_hold(lambda: in_one_go(rows)) for _ in range(3))
     pieces = min(longest_hold(lambda: json_text(rows, MANY)) for _ in range(3))
     assert pieces < plain / 3
