@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 from fakes import Live, live_server
 from leanserve.api.v2.grpc_messages import SERVICE, message
 from leanserve.api.v2.grpc_room import MessageRoom
-from raw_http2 import StallingCall
+from raw_http2 import DATA, HEADERS, StallingCall
 
 EACH, ROOM = 2**20, 4 * 2**20
 INFER = f"/{SERVICE}/ModelInfer"
@@ -38,7 +38,7 @@ def stalling(live: Live, count: int) -> list[StallingCall]:
     return [StallingCall(port, INFER.encode(), EACH - 100, EACH - 500) for _ in range(count)]
 
 
-def go_on(calls: list[StallingCall], seconds: float) -> int:
+def go_on(calls: Sequence[StallingCall], seconds: float) -> int:
     """How many have not ended after that time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -88,6 +88,40 @@ def test_a_large_message_keeps_its_room_until_it_is_answered(live: Live) -> None
             open_call.result()
     assert ask(live)
     assert room(live).held == 0
+
+
+class Unread(StallingCall):
+    """A call whose client takes in no more of the reply than comes unasked, 64 KiB."""
+
+    began = False
+
+    def _take(self, kind: int, flags: int, stream: int, content: bytes) -> None:
+        if stream == 1 and kind in {DATA, HEADERS}:
+            self.began = True
+        else:
+            super()._take(kind, flags, stream, content)
+
+
+def test_replies_that_nobody_reads_are_bounded() -> None:
+    with live_server(limits={"unread_bytes": 2_000_000}) as live:
+        made = Request(model_name="pixels", model_version="a", id="7" * 900_000)
+        made.inputs.add(name="image", datatype="FP32", shape=[1, 1, 2, 2], contents={"fp32_contents": [0, 1, 2, 3]})
+        sent, port = made.SerializeToString(), int(live.grpc.rpartition(":")[2])
+        calls = [Unread(port, INFER.encode(), len(sent), sent) for _ in range(2)]
+        go_on(calls, 0.5)
+        assert all(call.began for call in calls)
+        with pytest.raises(grpc.RpcError) as refused:
+            ask(live, 900_000)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "limits.unread_bytes" in refused.value.details()
+        assert len(ask(live, 1000).id) == 1000
+        calls.pop().close()
+        give_up = time.monotonic() + 5
+        while room(live).unread > 1_000_000:
+            assert time.monotonic() < give_up
+            time.sleep(0.01)
+        assert len(ask(live, 900_000).id) == 900_000
+        calls.pop().close()
 
 
 def test_messages_that_stall_do_not_hold_up_the_end() -> None:

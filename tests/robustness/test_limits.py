@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -299,6 +300,35 @@ def test_a_client_that_does_not_read_its_replies_is_left_in_time(strict: RuleSer
                 ended = True
     assert ended
     assert strict.rss() - before < 40 * MB
+
+
+def with_id(size: int) -> bytes:
+    """A prediction whose reply repeats an id of that size."""
+    tensor = {"name": "x", "shape": [1, 1, 2, 4], "datatype": "FP32", "data": list(range(8))}
+    return post("/v2/models/rules/infer", json.dumps({"id": "7" * size, "inputs": [tensor]}).encode())
+
+
+def test_replies_that_nobody_reads_are_bounded_and_who_reads_gets_his(tmp_path: Path) -> None:
+    with serving(tmp_path / "unread", "rule", limits={"unread_bytes": 20 * MB}) as service, ExitStack() as left:
+        before = service.rss()
+        for _ in range(12):
+            connection = left.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # most of it stays with the server
+            connection.connect((HOST, service.port))
+            connection.sendall(with_id(10 * MB))
+        reply = asyncio.run(ask(service.port, with_id(12 * MB)))
+        assert (reply.status, len(reply.body) > 12 * MB) == (200, True)
+        until_less(service, before + 100 * MB)
+        log = (tmp_path / "unread" / "log").read_text()
+    assert "limits.unread_bytes was met: 127.0.0.1:" in log
+    assert "of its reply unread for" in log
+
+
+def until_less(service: RuleService, nbytes: float) -> None:
+    give_up = time.monotonic() + 10
+    while service.rss() > nbytes:
+        assert time.monotonic() < give_up, service.rss()
+        time.sleep(0.1)
 
 
 def test_tiny_requests_in_one_flood_keep_nobody_waiting_and_are_all_answered(service: RuleService) -> None:

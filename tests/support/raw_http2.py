@@ -34,11 +34,12 @@ def call(method: bytes) -> bytes:
 class StallingCall:
     """A call that announces a message, sends what the server takes of it at once, and no more than `sent` bytes."""
 
-    def __init__(self, port: int, method: bytes, announced: int, sent: int) -> None:
+    def __init__(self, port: int, method: bytes, announced: int, sent: int | bytes) -> None:
+        """`sent`: the bytes, or how many zeros."""
         self._socket = socket.create_connection(("127.0.0.1", port), 20)
         self._socket.settimeout(0)
         self._send(call(method))
-        self._left = struct.pack(">BI", 0, announced) + bytes(sent)
+        self._left = struct.pack(">BI", 0, announced) + (sent if isinstance(sent, bytes) else bytes(sent))
         self._window = {0: WINDOW, 1: WINDOW}
         self._came = b""
         self.is_ended = False

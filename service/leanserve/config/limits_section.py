@@ -22,6 +22,7 @@ class LimitsConfig(Section):
     keep_alive_s: float = Field(75.0, gt=0, description="how long a connection may be idle")
     connections: int = Field(10_000, ge=1, description="most connections; beyond it the longest idle ones are closed")
     buffered_bytes: int = Field(256 * 2**20, ge=1, description="most bytes of all unfinished requests together")
+    unread_bytes: int = Field(2**30, ge=1, description="most bytes of all replies that clients have not read yet")
     image_pixels: int = Field(50_000_000, ge=1, description="most pixels of a request's images together")
     image_side: int = Field(16_384, ge=1, description="longest side of an image, in pixels")
     decode_mb: int = Field(512, ge=64, description="most memory, in MB, that decoding one body may take")

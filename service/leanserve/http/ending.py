@@ -201,9 +201,15 @@ class EndingConnection(HttpToolsProtocol):
         self.pipeline.clear()
         self.all.forget(self)
 
+    @property
+    def unread(self) -> int:
+        """Bytes of replies that the client has not read yet."""
+        return self.transport.get_write_buffer_size()
+
     def pause_writing(self) -> None:
         self._answered_at = self.loop.time()
         super().pause_writing()
+        self.all.keeps(self.unread)
 
     def waits(self) -> tuple[ConnectionState, float]:
         """What this connection waits for, and since when."""

@@ -17,3 +17,4 @@ class HttpLimits(NamedTuple):
     keep_alive_s: float
     connections: int
     buffered_bytes: int
+    unread_bytes: int

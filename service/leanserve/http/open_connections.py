@@ -60,6 +60,10 @@ class CountedConnection(Protocol):
     def peer(self) -> str:
         """The client's address, for the log."""
 
+    @property
+    def unread(self) -> int:
+        """Bytes of replies that its client has not read yet."""
+
     def waits(self) -> tuple[ConnectionState, float]:
         """What it waits for, and since when."""
 
@@ -85,6 +89,8 @@ class OpenConnections:
         """Whether every reply is the last one of its connection."""
         self.held_bytes = 0
         """Of all requests that are not here as a whole, and of large ones until they are answered."""
+        self._written = 0
+        """Bytes of replies for clients that do not read at once, since it was last looked how many are unread."""
         self.reading = ReadingTurns()
         self.parsing = ReadingTurns(PARSED_AT_ONCE)
         self.log = RateLimitedLog(logger)
@@ -134,6 +140,13 @@ class OpenConnections:
         connection.held = nbytes
         if self.held_bytes > self.limits.buffered_bytes:
             self._shed(connection)
+
+    def keeps(self, nbytes: int) -> None:
+        """A transport keeps so many bytes of a reply for a client that does not read them at once."""
+        self._written += nbytes
+        if self._written > self.limits.unread_bytes / 4:
+            self._written = 0
+            self._shed_unread()
 
     def drain(self) -> None:
         """From now on every reply is the last one of its connection."""
@@ -215,6 +228,19 @@ class OpenConnections:
             text = f"all unfinished requests have more than {self.limits.buffered_bytes} bytes; try again later"
             worst.refuse(Refused(503, "not_ready", text, "buffered_bytes"))
             self.hold(worst, 0)
+
+    def _shed_unread(self) -> None:
+        """Leave clients that have left most unread for longest until all is within the bound; the last one may read."""
+        now = asyncio.get_running_loop().time()
+        reading = [(each.unread, now - since, each) for each, state, since in self._waits() if state == "reading"]
+        unread = sum(nbytes for nbytes, _, _ in reading)
+        for nbytes, waited_s, connection in sorted(reading, key=lambda one: one[0] * one[1], reverse=True)[:-1]:
+            if unread <= self.limits.unread_bytes:
+                return
+            told = f"{connection.peer} has left {nbytes} bytes of its reply unread for {waited_s:.1f} s: closed"
+            self.log.tell("unread", f"limits.unread_bytes was met: {told}")
+            connection.abort()
+            unread -= nbytes
 
 
 def _arrives(state: ConnectionState) -> bool:

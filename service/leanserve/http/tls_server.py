@@ -119,6 +119,11 @@ class Handshake:
         except OSError:
             return "a client"
 
+    @property
+    def unread(self) -> int:
+        """Nothing was replied."""
+        return 0
+
     def waits(self) -> tuple[ConnectionState, float]:
         """For the end of the handshake."""
         return "handshake", self._since

@@ -5,6 +5,8 @@ not everybody asks at once: each call that does takes the room of the largest me
 what a large one takes until it is answered. Where there is no room, the call that has been asking for longest ends,
 unless it has just begun: a client that stalls has no advantage of it. What comes for those that do not ask yet stays
 with the client, but for the 64 KiB that a connection takes in anyway.
+
+Large replies are counted until their clients have them (`limits.unread_bytes`).
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ class MessageRoom:
         self._most = limits.buffered_bytes
         self._asking: dict[asyncio.Task[Any], float] = {}
         """Those whose message is not here as a whole, and since when; the first has waited for longest."""
+        self.unread = 0
+        """Bytes of large replies that are not yet with their clients."""
         self._ended: dict[asyncio.Task[Any], ServiceError] = {}
         self._waiting: list[asyncio.Future[None]] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -79,6 +83,27 @@ class MessageRoom:
         finally:
             if taken:
                 self._give_back(taken)
+
+    def keep_reply(self, context: Any, nbytes: int) -> None:
+        """Count the large reply of a call until its client has it.
+
+        gRPC lets nobody take one back, so those that are too many are refused; the first may have any size.
+
+        Raises:
+            NotReady: clients have left too much unread.
+        """
+        if nbytes <= _SMALL:
+            return
+        if self.unread and self.unread + nbytes > self._limits.unread_bytes:
+            most = self._limits.unread_bytes
+            self._log.tell("unread", "refused a call over gRPC, as others do not read theirs (limits.unread_bytes)")
+            text = f"clients have left more than {most} bytes of their replies unread (limits.unread_bytes)"
+            raise NotReady(f"{text}; try again later", retry_after_s=1.0)
+        self.unread += nbytes
+        context.add_done_callback(lambda _: self._have_read(nbytes))
+
+    def _have_read(self, nbytes: int) -> None:
+        self.unread -= nbytes
 
     async def _asked(self, context: Any) -> bytes:
         task = asyncio.current_task()

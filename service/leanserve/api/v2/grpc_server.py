@@ -257,7 +257,10 @@ async def _answered(door: _Door, call: _Call, answer: GrpcAnswer, _: Any, contex
 async def _admitted(door: _Door, call: _Call, answer: GrpcAnswer, context: Context) -> Any:
     door.admit(call, context)
     async with door.room.message(context) as data:
-        return await answer(call.parse(data), context)
+        reply = await answer(call.parse(data), context)
+    if isinstance(reply, bytes):
+        door.room.keep_reply(context, len(reply))
+    return reply
 
 
 def grpc_status(status: int) -> grpc.StatusCode:
