@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -67,6 +67,42 @@ def test_a_service_that_is_not_there_is_not_found_and_unknown_to_who_watches(stu
     watched = stub.Watch(asked(service), timeout=10)
     assert status(next(watched)) == UNKNOWN
     watched.cancel()
+
+
+OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
+
+
+def test_one_connection_follows_little_and_all_of_them_what_connections_allows() -> None:
+    """18,000 calls that followed the health of a server took 420 MB of it."""
+    with live_server(limits={"connections": 10}) as live, ExitStack() as opened:
+        stubs = [
+            health_pb2_grpc.HealthStub(opened.enter_context(grpc.insecure_channel(live.grpc, OWN_CONNECTION)))
+            for _ in range(2)
+        ]
+        followed = [stubs[0].Watch(asked(""), timeout=20) for _ in range(8)]
+        assert {status(next(each)) for each in followed} == {SERVING}
+        assert refusal_of(stubs[0]) == "this connection has 8 calls open that follow something; end one first"
+        others = [stubs[1].Watch(asked(""), timeout=20) for _ in range(2)]
+        assert {status(next(each)) for each in others} == {SERVING}
+        assert refusal_of(stubs[1]) == "10 calls that follow something are open (limits.connections)"
+        followed.pop().cancel()
+        give_up = time.monotonic() + 5
+        while refusal_of(stubs[1]):
+            assert time.monotonic() < give_up
+            time.sleep(0.02)
+        assert status(stubs[0].Check(asked(""))) == SERVING
+
+
+def refusal_of(stub: Any) -> str:
+    """Why nothing may be followed; empty if it may."""
+    watched = stub.Watch(asked(""), timeout=20)
+    try:
+        next(watched)
+    except grpc.RpcError as error:
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        return str(error.details())
+    watched.cancel()
+    return ""
 
 
 def test_the_bytes_are_those_of_the_protocol(live: Live) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -25,6 +26,7 @@ from leanserve.api.v2.grpc_answers import Context, GrpcAnswer, answering, model_
 from leanserve.api.v2.grpc_health import HEALTH, REQUEST, RESPONSE, Health
 from leanserve.api.v2.grpc_messages import SERVICE, message, message_pool
 from leanserve.api.v2.grpc_room import MessageRoom
+from leanserve.api.v2.grpc_streams import OpenStreams
 from leanserve.api.v2.grpc_wire import glance
 from leanserve.api.v2.open_inference import OpenInference
 from leanserve.errors import BadInput, BodyTooLarge, NotReady, ServiceError, StartupError
@@ -107,6 +109,7 @@ class GrpcServer:
     calls: _Calls
     health: Health
     room: MessageRoom
+    streams: OpenStreams
 
     def serve(self, service: Service) -> None:
         """From now on the service answers, on the loop that runs this."""
@@ -118,6 +121,7 @@ class GrpcServer:
         """The same with another config, or other variants."""
         self.calls.serve(service)
         self.room.keep(service.config.limits.http)
+        self.streams.keep(service.config.limits.http)
         self.health.changed()
 
     async def stop(self, grace_s: float) -> None:
@@ -142,7 +146,8 @@ async def start_grpc(at: GrpcPort, startup: Startup, access: Access) -> GrpcServ
     """
     server = aio.server(options=_options(at.limits))
     calls, room = _Calls(startup), MessageRoom(at.limits)
-    door, health = _Door(access, room), Health(calls.ready)
+    streams = OpenStreams(at.limits)
+    door, health = _Door(access, room, streams), Health(calls.ready)
     methods = {
         name: _handler(partial(_answered, door, _Call(name, role, _parser(name)), partial(calls.answer, name)))
         for name, role in METHODS.items()
@@ -159,7 +164,7 @@ async def start_grpc(at: GrpcPort, startup: Startup, access: Access) -> GrpcServ
     except RuntimeError as error:
         raise StartupError(f"cannot listen for gRPC on {address}; choose another port") from error
     await server.start()
-    return GrpcServer(server, claimed, calls, health, room)
+    return GrpcServer(server, claimed, calls, health, room, streams)
 
 
 def _options(limits: HttpLimits) -> tuple[tuple[str, int], ...]:
@@ -189,8 +194,9 @@ def _reflection_methods(services: Sequence[str], door: _Door) -> dict[str, grpc.
     async def answer(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         try:
             door.admit(_Call("ServerReflectionInfo", "read", asked), context)
-            async for reply in told.ServerReflectionInfo((asked(data) async for data in requests), context):
-                yield reply
+            with door.streams.one_more(context):
+                async for reply in told.ServerReflectionInfo((asked(data) async for data in requests), context):
+                    yield reply
             return
         except ServiceError as error:
             refusal = _refusal_of(error)
@@ -205,13 +211,16 @@ def _health_methods(health: Health, door: _Door) -> dict[str, grpc.RpcMethodHand
     asked = partial(_small, message(REQUEST))
     watched = _Call("Watch", "open", asked)
 
-    async def itself(request: Any, _: Context) -> Any:
-        return request
-
     async def watch(nothing: Any, context: Context) -> AsyncIterator[Any]:
-        request = await _answered(door, watched, itself, nothing, context)
-        async for reply in health.watch(request, context):
-            yield reply
+        with ExitStack() as following:
+
+            async def begin(request: Any, _: Context) -> Any:
+                following.enter_context(door.streams.one_more(context))
+                return request
+
+            request = await _answered(door, watched, begin, nothing, context)
+            async for reply in health.watch(request, context):
+                yield reply
 
     # As if clients sent several: so it is read when it is asked for, and not before the call is admitted.
     watching = grpc.stream_stream_rpc_method_handler(watch, response_serializer=message(RESPONSE).SerializeToString)
@@ -319,10 +328,14 @@ class _Methods:
 
 
 class _Door:
-    """What every call passes before it is answered: it gets its identity, is admitted, and has `room` for a message."""
+    """What every call passes before it is answered: it gets its identity, is admitted, and has `room` for a message.
 
-    def __init__(self, access: Access, room: MessageRoom) -> None:
+    A call that lasts is one of few `streams`.
+    """
+
+    def __init__(self, access: Access, room: MessageRoom, streams: OpenStreams) -> None:
         self.room = room
+        self.streams = streams
         self._access = access
         self._identities = RequestIdentities()
 
