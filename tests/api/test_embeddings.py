@@ -6,6 +6,7 @@ import base64
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -306,6 +307,14 @@ def test_a_large_body_is_answered_as_a_small_one_is(http: httpx.Client) -> None:
     body = {"model": "words", "input": ["a b"], "encoding_format": "float"}
     large = orjson.dumps(body) + b" " * embeddings.MEDIUM
     assert post(http, large).json()["data"] == post(http, body).json()["data"]
+
+
+def test_where_nothing_serves_a_large_body_is_told_so_as_a_small_one_is(tmp_path: Path) -> None:
+    with live_texts(tmp_path, model_control="explicit") as live, httpx.Client(base_url=f"http://{live.http}") as http:
+        assert http.post("/v2/repository/models/words/unload", json={}).status_code == 200
+        for padding in (0, embeddings.MEDIUM):
+            error = error_of(post(http, b'{"model": "words", "input": "a"}' + b" " * padding), 503)
+            assert error["code"] == "not_ready"
 
 
 def test_too_large_is_413(http: httpx.Client) -> None:

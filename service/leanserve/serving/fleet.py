@@ -120,7 +120,7 @@ class Fleet:
     @property
     def longest_wait_s(self) -> float:
         """Seconds that a request may wait whose variant is not known yet."""
-        return max((variant.batcher.limits.timeout_s for variant in self.variants.values()), default=0.0)
+        return max((variant.batcher.limits.timeout_s for variant in self.opened.values()), default=1.0)
 
     @property
     def weights(self) -> Mapping[str, float]:
