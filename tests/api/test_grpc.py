@@ -26,7 +26,8 @@ from leanserve.api.access import Access
 from leanserve.api.v2.grpc_answers import model_answers
 from leanserve.api.v2.grpc_infer import GrpcInferDecoder, encode
 from leanserve.api.v2.grpc_messages import PROTOCOL, SERVICE, message
-from leanserve.api.v2.grpc_server import METHODS, GrpcPort, grpc_status, start_grpc
+from leanserve.api.v2.grpc_refusals import grpc_status
+from leanserve.api.v2.grpc_server import METHODS, GrpcPort, start_grpc
 from leanserve.api.v2.grpc_wire import ContentsForm, parse
 from leanserve.api.v2.open_inference import OpenInference
 from leanserve.config.limits_section import LimitsConfig

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import uvicorn
@@ -138,8 +138,7 @@ def test_a_task_that_ends_at_once_is_not_kept(monkeypatch: pytest.MonkeyPatch) -
         try:
             run.send(None)
         except StopIteration:
-            ended: Any = SimpleNamespace(done=lambda: True)
-            return ended  # type: ignore[no-any-return]
+            return cast("asyncio.Task[None]", SimpleNamespace(done=lambda: True))
         raise AssertionError("it was to end at once")
 
     async def run() -> None:

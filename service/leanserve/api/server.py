@@ -56,7 +56,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _YOUNG = 50_000
-"""Objects that may be new before the garbage collector looks for cycles among them (Python's own value is 700)."""
+"""Objects that may be new before the garbage collector looks for cycles among them (Python's own value is 700): more
+than a body that is parsed on the event loop can hold, or it would run in the midst of that."""
 _NEVER = 1_000_000
 """Collections of the middle generation before one of the oldest."""
 _SWITCH_S = 0.001

@@ -209,7 +209,7 @@ class EndingConnection(HttpToolsProtocol):
     def pause_writing(self) -> None:
         self._answered_at = self.loop.time()
         super().pause_writing()
-        self.all.keeps(self.unread)
+        self.all.count_unread(self.unread)
 
     def waits(self) -> tuple[ConnectionState, float]:
         """What this connection waits for, and since when."""

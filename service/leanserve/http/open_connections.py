@@ -141,8 +141,11 @@ class OpenConnections:
         if self.held_bytes > self.limits.buffered_bytes:
             self._shed(connection)
 
-    def keeps(self, nbytes: int) -> None:
-        """A transport keeps so many bytes of a reply for a client that does not read them at once."""
+    def count_unread(self, nbytes: int) -> None:
+        """A transport keeps so many bytes of a reply for a client that does not read them at once.
+
+        All connections are looked at after each quarter of the bound, by which it may be exceeded.
+        """
         self._written += nbytes
         if self._written > self.limits.unread_bytes / 4:
             self._written = 0

@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 
 from leanserve.api.v2.grpc_messages import message
-from leanserve.api.v2.grpc_wire import ContentsForm, InferMessage
+from leanserve.api.v2.grpc_wire import ContentsForm, InferMessage, field_head
 from leanserve.codecs.infer_plan import BinaryTensor, InferOptions, KeptTensor, plan_json
 from leanserve.codecs.joining import joined
 from leanserve.codecs.open_inference import InferRequest
@@ -42,8 +42,8 @@ _CONTENTS = {
     "BYTES": "bytes_contents",
 }
 """Which field holds a datatype's elements; FP16 and BF16 have none."""
-_RAW_OUTPUT = b"\x32"
-"""What stands before every `raw_output_contents`: number 6, a length."""
+_RAW_OUTPUT = 6
+"""Number of the field `raw_output_contents`."""
 
 
 class GrpcInferDecoder:
@@ -160,19 +160,10 @@ def encode(
                 contents.extend(_elements(datatype, flat[start : start + _PIECE]))
         else:
             chunk = to_binary(datatype, array)
-            raw += (_RAW_OUTPUT + _varint(chunk.nbytes), chunk)
+            raw += (field_head(_RAW_OUTPUT, chunk.nbytes), chunk)
     return joined([reply.SerializeToString(), *raw])  # fields may come in any order
 
 
 def _elements(datatype: Datatype, array: Array) -> list[Any]:
     values: list[Any] = array.tolist()
     return [text.encode() for text in values] if datatype.name == "BYTES" else values
-
-
-def _varint(value: int) -> bytes:
-    """In groups of seven bits, the lowest first (protobuf's encoding)."""
-    groups = bytearray()
-    while value > 127:
-        groups.append(value & 127 | 128)
-        value >>= 7
-    return bytes((*groups, value))

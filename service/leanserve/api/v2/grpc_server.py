@@ -25,13 +25,14 @@ from leanserve.api.starting import refused
 from leanserve.api.v2.grpc_answers import Context, GrpcAnswer, answering, model_answers
 from leanserve.api.v2.grpc_health import HEALTH, REQUEST, RESPONSE, Health
 from leanserve.api.v2.grpc_messages import SERVICE, message, message_pool
+from leanserve.api.v2.grpc_refusals import call_refusal, refuse_call
 from leanserve.api.v2.grpc_room import MessageRoom
 from leanserve.api.v2.grpc_streams import OpenStreams
 from leanserve.api.v2.grpc_wire import glance
 from leanserve.api.v2.open_inference import OpenInference
 from leanserve.errors import BadInput, BodyTooLarge, NotReady, ServiceError, StartupError
 from leanserve.http.limits import HttpLimits
-from leanserve.http.messages import Role, clipped, error_headers
+from leanserve.http.messages import Role
 from leanserve.live.director import Director
 from leanserve.request_identity import CURRENT_REQUEST, RequestIdentities
 from leanserve.serving.fleet import Fleet
@@ -67,20 +68,6 @@ METHODS: Final[Mapping[str, Role]] = MappingProxyType(
 """The calls of the protocol, each with the role that it asks for."""
 REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 """The same messages under two names: of the first clients ask now, of the second they used to."""
-_STATUS = {
-    400: grpc.StatusCode.INVALID_ARGUMENT,
-    401: grpc.StatusCode.UNAUTHENTICATED,
-    403: grpc.StatusCode.PERMISSION_DENIED,
-    404: grpc.StatusCode.NOT_FOUND,
-    405: grpc.StatusCode.UNIMPLEMENTED,
-    409: grpc.StatusCode.FAILED_PRECONDITION,
-    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    415: grpc.StatusCode.INVALID_ARGUMENT,
-    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    499: grpc.StatusCode.CANCELLED,
-    503: grpc.StatusCode.UNAVAILABLE,
-    504: grpc.StatusCode.DEADLINE_EXCEEDED,
-}
 
 
 class _Call(NamedTuple):
@@ -199,8 +186,8 @@ def _reflection_methods(services: Sequence[str], door: _Door) -> dict[str, grpc.
                     yield reply
             return
         except ServiceError as error:
-            refusal = _refusal_of(error)
-        await _refuse(refusal, context)
+            refusal = call_refusal(error)
+        await refuse_call(refusal, context)
 
     serialize = reflection_pb2.ServerReflectionResponse.SerializeToString
     handler = grpc.stream_stream_rpc_method_handler(answer, response_serializer=serialize)
@@ -257,10 +244,10 @@ async def _answered(door: _Door, call: _Call, answer: GrpcAnswer, _: Any, contex
     try:
         return await _admitted(door, call, answer, context)
     except ServiceError as error:
-        refusal = _refusal_of(error)
+        refusal = call_refusal(error)
     except Exception as error:
-        refusal = _refusal_of(unexpected_failure(error, f"a gRPC call of {call.name}"))
-    return await _refuse(refusal, context)
+        refusal = call_refusal(unexpected_failure(error, f"a gRPC call of {call.name}"))
+    return await refuse_call(refusal, context)
 
 
 async def _admitted(door: _Door, call: _Call, answer: GrpcAnswer, context: Context) -> Any:
@@ -270,34 +257,6 @@ async def _admitted(door: _Door, call: _Call, answer: GrpcAnswer, context: Conte
     if isinstance(reply, bytes):
         door.room.keep_reply(context, len(reply))
     return reply
-
-
-def grpc_status(status: int) -> grpc.StatusCode:
-    """What gRPC calls that status of HTTP."""
-    return _STATUS.get(status, grpc.StatusCode.INTERNAL)
-
-
-class _Refusal(NamedTuple):
-    """What a client is told of an error.
-
-    Not the error itself: what ends a call is kept by gRPC, with the frames that it passes, until the garbage collector
-    looks. With an error in them its message of 16 MB would stay, and those of hundreds of others.
-    """
-
-    status: grpc.StatusCode
-    text: str
-    headers: Mapping[str, str]
-
-
-def _refusal_of(failure: ServiceError) -> _Refusal:
-    return _Refusal(grpc_status(failure.status), clipped(str(failure)), error_headers(failure))
-
-
-async def _refuse(refusal: _Refusal, context: Context) -> Any:
-    identity = CURRENT_REQUEST.get() or ()
-    told = [(name.decode(), value.decode()) for name, value in identity]
-    context.set_trailing_metadata((*told, *refusal.headers.items()))
-    return await context.abort(refusal.status, refusal.text)
 
 
 class _Methods:

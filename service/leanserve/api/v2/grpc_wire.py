@@ -171,3 +171,13 @@ def _too_many() -> BodyTooLarge:
 
 def _cut_short() -> BadInput:
     return BadInput("this is no ModelInferRequest: it is cut short")
+
+
+def field_head(number: int, nbytes: int) -> bytes:
+    """What stands before the so many bytes of a field: its number (at most 15) with wire type 2, and their length in
+    groups of seven bits, the lowest first."""
+    head = bytearray((number << 3 | 2,))
+    while nbytes > 127:
+        head.append(nbytes & 127 | 128)
+        nbytes >>= 7
+    return bytes((*head, nbytes))
